@@ -1,0 +1,60 @@
+"""The only module that touches PEFT's internals: enum extension, registration and the version guard."""
+
+from __future__ import annotations
+
+import peft
+from packaging.version import Version
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+SUPPORTED_PEFT = ("0.21", "0.22")
+
+
+def check_peft_version(version: str = peft.__version__) -> None:
+    """Refuse a PEFT whose internal hooks are not the ones this package was built on.
+
+    Raises:
+        ImportError: the version lies outside `SUPPORTED_PEFT` (lower bound included, upper excluded).
+    """
+    low, high = SUPPORTED_PEFT
+    # `release` leaves out ".dev0": a development version of 0.22 has 0.22's internals.
+    if not Version(low).release <= Version(version).release < Version(high).release:
+        raise ImportError(
+            f"peft_sparse supports peft >= {low}, < {high}, found {version}. It builds on hooks of PEFT that change between "
+            f'minor versions: pip install "peft>={low},<{high}", or look for a newer peft-sparse.'
+        )
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return the member `name` of PEFT's `PeftType`, adding it as a real member if it is not there yet.
+
+    A real member is the only form that all of PEFT and transformers accept (they iterate the enum, take its `.value` and look it up by
+    value). Python 3.12 dropped `EnumType.__getattr__`, hence the attribute on the class itself.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def register(name: str, config_cls: type, model_cls: type) -> None:
+    """Register a tuner type with PEFT; a second call for the same name changes nothing.
+
+    Args:
+        name: the type's name in capitals, e.g. "SPARSE_FT". transformers derives the state-dict prefix from it, so the prefix of
+            `model_cls` must be the name in lower case with an underscore.
+        config_cls: its configuration class.
+        model_cls: its `BaseTuner` subclass.
+    """
+    check_peft_version()
+    if add_peft_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -1,0 +1,1 @@
+"""Pure tensors: no nn.Module, no PEFT, no Trainer, no config."""

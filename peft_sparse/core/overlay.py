@@ -1,0 +1,71 @@
+"""Writing several deltas into one weight at once: the union of their supports and the one rounding rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .indices import positions, union
+
+
+class Overlay:
+    """The union of the supports of one or more deltas on one weight.
+
+    Every path that forms `W + delta` (forward, merge, resident mode) takes its numbers from `entries`, so that all of them agree bit
+    for bit.
+
+    Args:
+        supports: the deltas' indices, each [k_i] sorted and unique, in the order in which their values will be given.
+    """
+
+    def __init__(self, supports: Sequence[Tensor]) -> None:
+        self._union = union(supports)
+        self._slots = None if len(supports) == 1 else [positions(self._union, s)[0] for s in supports]
+
+    @property
+    def indices(self) -> Tensor:
+        """[u] int64, as torch's indexing wants them; made on demand, the union itself is kept in its narrow dtype."""
+        return self._union.long()
+
+    def entries(self, originals: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """What stands at `indices` once all deltas are added: [u], in the dtype of `originals`.
+
+        Args:
+            originals: [u] the weight's own entries at `indices`.
+            values: one [k_i] tensor per support, in the order given to the constructor.
+
+        The deltas are summed first and added to the original then, in float32 (float64 if any of them is), and rounded once.
+        """
+        dtype = reduce(torch.promote_types, [v.dtype for v in values], torch.promote_types(originals.dtype, torch.float32))
+        if self._slots is None:
+            total = values[0].detach().to(dtype)
+        else:
+            total = torch.zeros(self._union.numel(), dtype=dtype, device=originals.device)
+            for slots, value in zip(self._slots, values, strict=True):
+                total.index_add_(0, slots, value.detach().to(dtype))
+        return (originals.to(dtype) + total).to(originals.dtype)
+
+    def add(self, weight: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """A copy of `weight` with the deltas in it; `weight` itself is left alone and no gradient is recorded."""
+        weight = weight.detach()
+        result = weight.clone(memory_format=torch.contiguous_format)
+        flat, indices = result.view(-1), self.indices
+        flat[indices] = self.entries(flat[indices], values)
+        return result
+
+
+def add_deltas(parameter: Tensor, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`parameter` with deltas added, differentiable in the parameter and in the values; same numbers as `Overlay`, at dense cost.
+
+    Args:
+        parameter: any shape.
+        deltas: (values [k], indices [k]) pairs.
+    """
+    dtype = reduce(torch.promote_types, [v.dtype for v, _ in deltas], torch.promote_types(parameter.dtype, torch.float32))
+    total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+    for values, indices in deltas:
+        total = total.index_add(0, indices, values.to(dtype))
+    return (parameter.to(dtype) + total.view(parameter.shape)).to(parameter.dtype)

@@ -1,0 +1,1 @@
+"""The tuner types that this package adds to PEFT."""

@@ -1,0 +1,109 @@
+"""The trainable part of one adapter on one tensor: values, and the indices that they stand at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.delta import SparseDelta
+from ...core.gaps import decode_gaps, encode_gaps
+from ...core.indices import check_indices, index_dtype
+from ...errors import FormatError
+
+
+class AdapterDelta(nn.Module):
+    """One adapter's delta on one tensor of a layer.
+
+    `state_dict` carries the indices gap-coded as torch's extra state. transformers' own loader calls none of PEFT's hooks, and extra state
+    is the one thing it hands to the module itself.
+
+    Args:
+        shape: shape of the tuned tensor.
+        count: number of tuned weights; their indices are unset (0, 1, 2, ...) until `set_support` or a load.
+        dtype: dtype of the values.
+        device: where values and indices live.
+
+    Attributes:
+        values: [k] trainable.
+        indices: [k] buffer, flat row-major, sorted and unique; int32, or int64 for tensors of 2**31 elements and more.
+        support_version: grows whenever the indices change.
+    """
+
+    indices: Tensor
+
+    def __init__(self, shape: tuple[int, ...], count: int, *, dtype: torch.dtype, device: torch.device | None) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.values = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
+        indices = torch.arange(count, dtype=index_dtype(self.numel), device=device)
+        self.register_buffer("indices", indices, persistent=False)
+        self.support_version = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the tuned tensor."""
+        return prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """k, the number of tuned weights."""
+        return self.values.numel()
+
+    @property
+    def delta(self) -> SparseDelta:
+        """The delta as plain tensors, sharing memory with this module."""
+        return SparseDelta(self.indices, self.values.detach(), self.shape)
+
+    def set_support(self, indices: Tensor, values: Tensor | None = None) -> None:
+        """Put the adapter on other weights, keeping the identity of the parameter `values`.
+
+        Args:
+            indices: [k] flat row-major, sorted and unique, in the dtype of `index_dtype(numel)`.
+            values: [k]; zeros if None.
+
+        Raises:
+            ValueError: the indices do not fit the tensor, or the values do not fit the indices.
+        """
+        check_indices(indices, self.numel, name=f"a tensor of shape {self.shape}")
+        if values is not None and values.shape != indices.shape:
+            raise ValueError(f"values must have one entry per index, got {tuple(values.shape)} for {tuple(indices.shape)} indices")
+        device = self.indices.device if self.values.is_meta else self.values.device
+        if values is None:
+            values = torch.zeros(indices.numel())
+        self.values.grad = None
+        self.values.data = values.detach().to(device=device, dtype=self.values.dtype, copy=True)
+        self._set_indices(indices.to(device, copy=True))
+
+    def _set_indices(self, indices: Tensor) -> None:
+        self.indices = indices
+        self.support_version += 1
+
+    def get_extra_state(self) -> Tensor:
+        """The indices, gap-coded: uint8 [n] with shape and count in its header."""
+        return encode_gaps(self.indices, self.shape)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Decode what `get_extra_state` gave.
+
+        Raises:
+            FormatError: the bytes are not a support of this tensor with as many indices as there are values.
+        """
+        indices, _ = decode_gaps(state.cpu(), name=f"a tensor of shape {self.shape}", shape=self.shape, count=self.count)
+        self._set_indices(indices.to(self.indices.device))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        incoming = state_dict.get(prefix + "values")
+        if incoming is not None and incoming.dim() != 1:
+            raise FormatError(f"{prefix}values must be one-dimensional, got shape {tuple(incoming.shape)}")
+        if incoming is not None and incoming.shape != self.values.shape:
+            # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for optimizers.
+            self.values.grad = None
+            self.values.data = self.values.new_empty(incoming.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, count={self.count}, dtype={self.values.dtype}"

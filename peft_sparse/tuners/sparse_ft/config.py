@@ -1,0 +1,232 @@
+"""Configuration of sparse fine-tunings: the request, checked when it is made, and the answer that a file carries."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from ..._peft_bridge import add_peft_type
+from ...errors import ConfigError
+
+SPARSE_FT = add_peft_type("SPARSE_FT")
+ALL_PARAMETERS = "all"
+ALL_LINEAR = "all-linear"
+VALUE_DTYPES = ("float32", "bfloat16", "float16")
+# The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
+METHODS: dict[str, type[SparseConfig]] = {}
+
+
+def method_name(name: str):
+    """Class decorator: make a config class the one that `method=name` gives."""
+
+    def add(cls: type[SparseConfig]) -> type[SparseConfig]:
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+@method_name("fixed")
+@dataclass
+class SparseConfig(PeftConfig):
+    """A sparse delta on a model's own weights: how many (budget), which (method), on what (targets).
+
+    `SparseConfig(method="lottery_ticket", ...)` gives a `LotteryTicketConfig`, as does loading a file that says so; without a method it
+    gives a `RandConfig`. Method "fixed" is what composed and imported adapters carry: their support is given, nothing selects it.
+
+    Args:
+        method: one of `METHODS`.
+        density: share of the weights named by `density_of` to tune, in (0, 1].
+        num_weights: the number of weights to tune, instead of a density.
+        equivalent_rank: r instead of a density: r * (in + out) weights per targeted linear layer, the number that LoRA of rank r trains.
+        density_of: what `density` is a share of: "targets" (the targeted tensors) or "model" (all parameters of the base model).
+        budget: how the total is spread: "uniform" (the same density in every tensor), "global" (one joint selection over all targets) or
+            {regex: share} (shares of the total per group of parameter names; a joint selection inside each group: SC-SFT).
+        target_modules: names (a module matches if its path ends with one), a regex for the whole path, "all-linear" (the default), or
+            "all" (every parameter of the base model without its head: embeddings, biases, norms, convolutions).
+        exclude_modules: names or a regex of modules to leave out.
+        target_biases: tune the biases of the targeted modules as well.
+        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`).
+        target_parameters: names of single parameters to tune (a parameter matches if its path ends with one).
+        layers_to_transform: indices of the layers to tune; the others are left out.
+        layers_pattern: name of the module list that `layers_to_transform` counts in, if it is not obvious.
+        modules_to_save: modules (heads) to train densely and save whole.
+        trainable_token_indices: PEFT's own field: rows of the embedding to train densely.
+        values_dtype: dtype of the trained values, in memory and in the file, whatever the weight's dtype.
+        l1: lambda of the penalty lambda/N * sum |delta|, N the number of parameters of the base model.
+        init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
+        counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved in the file.
+
+    Raises:
+        ConfigError: a field has a value that no run can honour; the message says which rule it breaks and what to write instead.
+    """
+
+    method: str = field(default="rand", metadata={"help": "How the weights to tune are chosen."})
+    density: float | None = field(default=None, metadata={"help": "Share of the weights to tune, in (0, 1]."})
+    num_weights: int | None = field(default=None, metadata={"help": "Number of weights to tune."})
+    equivalent_rank: int | None = field(default=None, metadata={"help": "As many weights as LoRA of this rank trains."})
+    density_of: str = field(default="targets", metadata={"help": "What density is a share of: 'targets' or 'model'."})
+    budget: str | dict[str, float] = field(
+        default="uniform", metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regex, 'all-linear' (the default) or 'all'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_biases: bool = field(default=False, metadata={"help": "Tune the biases of the targeted modules as well."})
+    target_norms: bool = field(default=False, metadata={"help": "Tune the normalisation layers as well."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Single parameters to tune."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to tune."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train densely and save."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding to train densely (PEFT's own field)."}
+    )
+    values_dtype: str = field(default="float32", metadata={"help": "dtype of the trained values."})
+    l1: float = field(default=0.0, metadata={"help": "Weight of the L1 penalty on the delta."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
+    counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
+
+    # Budget and method that a subclass's users get when they say nothing.
+    default_method: ClassVar[str] = "rand"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+        if cls is SparseConfig:
+            method = kwargs.get("method", cls.default_method)
+            if method not in METHODS:
+                raise ConfigError(f"method must be one of {sorted(METHODS)}, got {method!r}.")
+            cls = METHODS[method]
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SPARSE_FT
+        if METHODS.get(self.method) is not type(self):
+            own = next((name for name, cls in METHODS.items() if cls is type(self)), None)
+            raise ConfigError(
+                f"method must be {own!r} for a {type(self).__name__}, got {self.method!r}. SparseConfig(method=...) picks the class."
+            )
+        self._check_request()
+        self._check_budget()
+        self._check_targets()
+        if self.values_dtype not in VALUE_DTYPES:
+            raise ConfigError(f"values_dtype must be one of {list(VALUE_DTYPES)}, got {self.values_dtype!r}.")
+        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 < math.inf):
+            raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
+        _check_counts(self.counts)
+
+    def _check_request(self) -> None:
+        requests = {name: getattr(self, name) for name in ("density", "num_weights", "equivalent_rank")}
+        given = {name: value for name, value in requests.items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"give exactly one of density, num_weights and equivalent_rank, got {given or 'none of them'}.")
+        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
+            raise ConfigError(
+                f"density must be in (0, 1], got {self.density!r}. To give an absolute number of weights use num_weights=..."
+            )
+        for name in ("num_weights", "equivalent_rank"):
+            value = requests[name]
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an int >= 1, got {value!r}. To give a share of the weights use density=...")
+        if self.density_of not in ("targets", "model"):
+            raise ConfigError(f"density_of must be 'targets' or 'model', got {self.density_of!r}.")
+
+    def _check_budget(self) -> None:
+        if isinstance(self.budget, Mapping):
+            for pattern, share in self.budget.items():
+                _check_regex("budget", pattern)
+                if not (_is_number(share) and 0 < share <= 1):
+                    raise ConfigError(f"budget: the share of {pattern!r} must be in (0, 1], got {share!r}.")
+            if abs(sum(self.budget.values()) - 1) > 1e-6:
+                raise ConfigError(f"budget: the shares must sum to 1, got {sum(self.budget.values())} from {self.budget}.")
+        elif self.budget not in ("uniform", "global"):
+            raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {self.budget!r}.")
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ALL_PARAMETERS):
+            _check_regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: it says where those indices are counted."
+            )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse a file whose method this version does not know (called by PEFT before a file becomes a config)."""
+        method = kwargs.get("method", cls.default_method)
+        if method not in METHODS:
+            raise ConfigError(
+                f"the file's method {method!r} is not one of {sorted(METHODS)}: it was written by a newer peft-sparse. "
+                "pip install -U peft-sparse"
+            )
+        return super().check_kwargs(**kwargs)
+
+    def field_names(self) -> list[str]:
+        """Names of all fields, in order."""
+        return [f.name for f in fields(self)]
+
+
+@method_name("rand")
+@dataclass
+class RandConfig(SparseConfig):
+    """Rand-SFT: tune weights drawn uniformly at random, exactly as many as asked for.
+
+    Args:
+        seed: the support is a function of this number and the parameters' names alone.
+
+    Source: the random baseline of Ansell et al. 2022, arXiv:2110.07560, section 4, and of the SC-SFT report, section 3. Draws exactly K
+    weights without replacement; the report writes Bernoulli(p), its code draws exactly K as well.
+    """
+
+    method: str = field(default="rand", metadata={"help": "How the weights to tune are chosen."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random support."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+
+
+@method_name("lottery_ticket")
+@dataclass
+class LotteryTicketConfig(SparseConfig):
+    """LT-SFT: train densely, keep the K weights that moved most, rewind, train those.
+
+    Train with `SparseTrainer` (or `sparse_trainer(YourTrainer)`), or call `start_dense_phase` in a loop of your own: until the dense phase
+    has chosen the support, the adapter holds no weight. The default budget is the paper's: one joint selection over all targets.
+
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3; thesis chapter 4. Differs from the authors' code in: exactly K weights (ties
+    go to the lowest index), each phase has its own learning rate and length, and fewer than K moved weights are an error.
+    """
+
+    method: str = field(default="lottery_ticket", metadata={"help": "How the weights to tune are chosen."})
+    budget: str | dict[str, float] = field(
+        default="global", metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."}
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}.") from error
+
+
+def _check_counts(counts: object) -> None:
+    if counts is None:
+        return
+    if not isinstance(counts, dict) or not all(
+        isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in counts.items()
+    ):
+        raise ConfigError(f"counts must map parameter names to numbers of weights >= 0, got {counts!r}.")

@@ -1,0 +1,273 @@
+"""What every tuned layer shares: its adapters' deltas, and writing them into the base parameters and out again, bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ...core.overlay import Overlay, add_deltas
+from .adapter_delta import AdapterDelta
+
+# The tensors of a layer that can carry a delta, and the attribute that holds their adapters.
+PARAMETERS = ("weight", "bias")
+
+
+@dataclass
+class Written:
+    """A delta that stands in a base parameter right now, and what undoes it.
+
+    Attributes:
+        key: the adapters and the versions of their supports.
+        overlay: where it stands.
+        originals: [u] the parameter's own entries there; None when the whole parameter was exchanged.
+        parameter: the exchanged parameter; None when the entries were written in place.
+    """
+
+    key: tuple[Any, ...]
+    overlay: Overlay
+    originals: Tensor | None = None
+    parameter: nn.Parameter | None = None
+
+
+class SparseLayer(BaseTunerLayer):
+    """Mixin of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own parameters.
+
+    A subclass says in `_delta_forward` how the layer computes with deltas in it.
+    """
+
+    adapter_layer_names = ("sparse_ft_weight", "sparse_ft_bias")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.sparse_ft_weight = nn.ModuleDict()
+        self.sparse_ft_bias = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # Whether the forward may write the active deltas into the base weight (see `resident`).
+        self.is_resident = False
+        # Names of parameters that another module shares (tied embeddings): never written in place.
+        self.tied_parameters: set[str] = set()
+        self._written: dict[str, Written] = {}
+        self._overlays: dict[tuple[Any, ...], Overlay] = {}
+        base = self.get_base_layer()
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.num_embeddings = getattr(base, "num_embeddings", None)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------------------------
+
+    def deltas_of(self, parameter: str) -> nn.ModuleDict:
+        """{adapter name: AdapterDelta} of one tensor, "weight" or "bias"."""
+        return getattr(self, f"sparse_ft_{parameter}")
+
+    def update_layer(self, adapter_name: str, counts: dict[str, int], *, dtype: torch.dtype, inference_mode: bool) -> None:
+        """Give this layer a new adapter.
+
+        Args:
+            adapter_name: its name.
+            counts: {"weight" or "bias": number of weights}; their indices come later.
+            dtype: dtype of the values.
+            inference_mode: whether the adapter starts frozen.
+        """
+        base = self.get_base_layer()
+        for parameter, count in counts.items():
+            tensor = getattr(base, parameter)
+            self.deltas_of(parameter)[adapter_name] = AdapterDelta(
+                tuple(tensor.shape), count, dtype=dtype, device=tensor.device
+            )
+        self._overlays.clear()
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
+        """The deltas on one tensor that hold weights, of `adapters` (the active ones if None), in that order."""
+        held = self.deltas_of(parameter)
+        names = self.active_adapters if adapters is None else adapters
+        return [held[name] for name in names if name in held and held[name].count]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer, out of the base parameters first if it stands there."""
+        if not self.merged:
+            self.restore()
+        super().delete_adapter(adapter_name)
+        self._overlays.clear()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the weight's dtype, which would round float32 values over a bfloat16 weight.
+        for parameter in PARAMETERS:
+            if adapter_name in self.deltas_of(parameter):
+                target = device if device is not None else getattr(self.get_base_layer(), parameter).device
+                delta = self.deltas_of(parameter)[adapter_name]
+                if not delta.values.is_meta:
+                    delta.to(target)
+
+    # ---- forward --------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            self.restore()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
+            self.restore()
+            return self.base_layer(x, *args, **kwargs)
+        return self._delta_forward(x, self.active_adapters)
+
+    def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say how it computes with a delta")
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """One adapter per example of the batch; "__base__" stands for none."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names must name one adapter per example ({len(x)}), got {len(adapter_names)} names: {adapter_names}"
+            )
+        if self.merged:
+            raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
+        if self.disable_adapters:
+            raise ValueError("adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first.")
+        self.restore()
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if not any(self.active_deltas(parameter, [name]) for parameter in PARAMETERS):
+                continue
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            result = result.index_copy(0, rows, self._delta_forward(x[rows], [name]).to(result.dtype))
+        return result
+
+    def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
+        """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if it has none)."""
+        base = getattr(self.get_base_layer(), parameter)
+        deltas = self.active_deltas(parameter, adapters)
+        return add_deltas(base, [(d.values, d.indices) for d in deltas]) if deltas else base
+
+    # ---- writing into the base parameters -------------------------------------------------------------------------------------------
+
+    def overlay(self, parameter: str, adapters: Sequence[str]) -> tuple[tuple[Any, ...], Overlay]:
+        """The union of the adapters' supports on one tensor, and a key that changes when any support does."""
+        deltas = self.active_deltas(parameter, adapters)
+        key = (parameter, *((id(d), d.support_version, d.indices.device) for d in deltas))
+        if key not in self._overlays:
+            self._overlays = {k: v for k, v in self._overlays.items() if k[0] != parameter}
+            self._overlays[key] = Overlay([d.indices for d in deltas])
+        return key, self._overlays[key]
+
+    def pristine(self, parameter: str, overlay: Overlay) -> Tensor:
+        """[u] the parameter's own entries at the overlay's indices; only valid while nothing is written into it."""
+        return flat(getattr(self.get_base_layer(), parameter))[overlay.indices]
+
+    def write(self, parameter: str, adapters: Sequence[str]) -> Tensor:
+        """Put the adapters' deltas into the base parameter, or bring what stands there up to date; returns the parameter's data."""
+        base = self.get_base_layer()
+        values = [d.values for d in self.active_deltas(parameter, adapters)]
+        if not values:
+            self.restore(parameter)
+            return getattr(base, parameter).data
+        key, overlay = self.overlay(parameter, adapters)
+        written = self._written.get(parameter)
+        if written is None or written.key != key:
+            self.restore(parameter)
+            written = self._begin_write(parameter, key, overlay)
+        if written.parameter is not None:
+            originals = flat(written.parameter)[overlay.indices]
+        else:
+            originals = written.originals
+        flat(getattr(base, parameter))[overlay.indices] = overlay.entries(originals, values)
+        return getattr(base, parameter).data
+
+    def _begin_write(self, parameter: str, key: tuple[Any, ...], overlay: Overlay) -> Written:
+        base = self.get_base_layer()
+        own = getattr(base, parameter)
+        if parameter in self.tied_parameters:
+            written = Written(key, overlay, parameter=own)
+            setattr(base, parameter, nn.Parameter(own.detach().clone(), requires_grad=False))
+        else:
+            written = Written(key, overlay, originals=self.pristine(parameter, overlay))
+        self._written[parameter] = written
+        return written
+
+    def restore(self, parameter: str | None = None) -> None:
+        """Take whatever is written out of the base parameters (of one, or of all), bit for bit."""
+        for name in PARAMETERS if parameter is None else (parameter,):
+            written = self._written.pop(name, None)
+            if written is None:
+                continue
+            if written.parameter is not None:
+                setattr(self.get_base_layer(), name, written.parameter)
+            else:
+                base = flat(getattr(self.get_base_layer(), name))
+                base[written.overlay.indices] = written.originals.to(base.device)
+
+    # ---- merging --------------------------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base parameters until `unmerge`.
+
+        Args:
+            safe_merge: check first that the result is finite.
+            adapter_names: the adapters to merge; the active ones if None.
+
+        Raises:
+            ValueError: `safe_merge` found a NaN or an infinity; the layer is as it was.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            return
+        present = [name for name in adapter_names if any(name in self.deltas_of(p) for p in PARAMETERS)]
+        if safe_merge:
+            self.check_finite([*self.merged_adapters, *present])
+        self.merged_adapters.extend(present)
+        for parameter in PARAMETERS:
+            self.write(parameter, self.merged_adapters)
+
+    def check_finite(self, adapters: Sequence[str]) -> None:
+        """Raise a ValueError if merging `adapters` would put a NaN or an infinity into a finite weight; changes nothing."""
+        for parameter in PARAMETERS:
+            for delta in self.active_deltas(parameter, adapters):
+                if not bool(torch.isfinite(delta.values).all()):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapters {list(adapters)} hold NaN or infinite values; the base "
+                        "model is unchanged."
+                    )
+
+    def unmerge(self) -> None:
+        """Restore the base parameters bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self.restore()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The adapter's delta on the weight as a dense tensor, zeros where this layer has none of it."""
+        base = self.get_base_layer().weight
+        for delta in self.active_deltas("weight", [adapter_name]):
+            return delta.delta.to_dense()
+        return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""
+        return False
+
+
+def flat(parameter: Tensor) -> Tensor:
+    """A one-dimensional view of a parameter's memory, row-major, outside autograd."""
+    data = parameter.data
+    if not data.is_contiguous():
+        raise ValueError(
+            f"a delta can only be written into a contiguous tensor, got shape {tuple(data.shape)} with strides {data.stride()}. "
+            "Make it contiguous first: module.weight.data = module.weight.data.contiguous()"
+        )
+    return data.view(-1)
+
+
