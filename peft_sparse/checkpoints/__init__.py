@@ -1,0 +1,1 @@
+"""Files: the native format (FORMAT.md) and the model card."""
