@@ -1,0 +1,253 @@
+"""Differentiable operations on weights with sparse deltas: what the layers of the tuners call.
+
+None of them keeps a tensor of the weight's size between forward and backward, nor makes one for the gradient where a
+sampled product is cheaper (`backends.sddmm` holds the rule). Under `torch.compile` they are plain differentiable torch
+instead, so that the compiler sees one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import sddmm
+from .indices import positions
+from .overlay import Overlay
+
+Deltas = Sequence[tuple[Tensor, Tensor]]
+
+
+def scatter(values: Tensor, indices: Tensor, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    """A dense tensor of zeros with `values` at flat positions; differentiable with respect to the values.
+
+    Args:
+        values: [k] floating point.
+        indices: [k] flat row-major positions, unique.
+        shape: of the result.
+        dtype: of the result.
+    """
+    zeros = torch.zeros(prod(shape), dtype=dtype, device=values.device)
+    return zeros.scatter(0, indices.long(), values.to(dtype)).view(tuple(shape))
+
+
+def linear(
+    x: Tensor,
+    make_weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    deltas: Deltas,
+    *,
+    fan_in_fan_out: bool = False,
+) -> Tensor:
+    """A linear layer whose weight holds sparse deltas: `x @ W'.T + bias`.
+
+    The gradient reaches `x`, `bias` and the values; the weight itself gets none.
+
+    Args:
+        x: [..., I].
+        make_weight: gives W' [O, I] ([I, O] if `fan_in_fan_out`), all deltas already in it. Called once in the forward
+            and, if the gradient of `x` is wanted, once in the backward; both calls must give the same numbers.
+        bias: [O] or None.
+        deltas: for each delta values [k_i] and indices [k_i] (flat row-major positions in W', sorted and unique).
+            Values that do not require a gradient cost nothing here.
+        fan_in_fan_out: the weight is stored as [I, O] (transformers' Conv1D).
+
+    Returns:
+        [..., O], in the dtype that `torch.nn.functional.linear` would give, also under autocast.
+
+    Cost: saves `x` for the backward, if any values require a gradient, and nothing else that is not there already.
+        Not twice differentiable.
+    """
+    if torch.compiler.is_compiling():
+        weight = make_weight().detach()
+        for values, indices in deltas:
+            # Zeros in the forward (W' holds the values already), the identity in the backward.
+            weight = weight + scatter(values - values.detach(), indices, weight.shape, dtype=weight.dtype)
+        return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    values = [value for value, _ in deltas]
+    indices = tuple(index for _, index in deltas)
+    wanted = any(value.requires_grad for value in values)
+    if not torch.is_grad_enabled() or not (wanted or x.requires_grad or (bias is not None and bias.requires_grad)):
+        weight = make_weight()
+        return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    shared = sddmm.share_input(x) if wanted else None
+    return _Linear.apply(x, bias, make_weight, indices, fan_in_fan_out, shared, *values)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast `x` to, None if it would leave it alone (it leaves float64 alone)."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+class _Linear(torch.autograd.Function):
+    """The body of `linear` outside of compilation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        make_weight: Callable[[], Tensor],
+        indices: tuple[Tensor, ...],
+        fan_in_fan_out: bool,
+        shared: sddmm.SharedInput | None,
+        *values: Tensor,
+    ) -> Tensor:
+        weight = make_weight()
+        ctx.shape = tuple(weight.shape)
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        ctx.autocast_dtype = dtype = _autocast_dtype(x)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        ctx.make_weight, ctx.fan_in_fan_out = make_weight, fan_in_fan_out
+        ctx.shared = shared
+        if shared is not None:
+            shared.join()
+        # The values are saved only so that torch notices if they change before the backward makes W' again.
+        ctx.save_for_backward(x if shared is not None else None, *indices, *values)
+        return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        indices, values = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        # Whoever calls backward inside autocast would otherwise have these products cast again.
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = _grad_input(ctx, grad) if ctx.needs_input_grad[0] else None
+            flat = grad.reshape(-1, grad.shape[-1])
+            grad_bias = flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+            grad_values: list[Tensor | None] = [None] * len(values)
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
+            if wanted:
+                found = sddmm.weight_gradients(
+                    flat,
+                    x.reshape(-1, x.shape[-1]),
+                    [indices[i] for i in wanted],
+                    ctx.shape,
+                    transposed=ctx.fan_in_fan_out,
+                    shared=ctx.shared,
+                )
+                for i, gradient in zip(wanted, found, strict=True):
+                    grad_values[i] = gradient.to(values[i].dtype)
+        return grad_x, grad_bias, None, None, None, None, *grad_values
+
+
+def _grad_input(ctx: Any, grad: Tensor) -> Tensor:
+    weight = ctx.make_weight()
+    if ctx.autocast_dtype is not None:
+        weight = weight.to(ctx.autocast_dtype)
+    return (grad @ (weight.t() if ctx.fan_in_fan_out else weight)).to(ctx.x_dtype)
+
+
+def embedding(ids: Tensor, weight: Tensor, deltas: Deltas, *, padding_idx: int | None = None) -> Tensor:
+    """Look up rows of an embedding matrix with sparse deltas, touching no other row.
+
+    Args:
+        ids: [...] integer token ids.
+        weight: [V, D], without the deltas; gets no gradient.
+        deltas: for each delta values [k_i] and indices [k_i] (flat row-major positions in `weight`, sorted and unique).
+        padding_idx: row that gets no gradient (as in `torch.nn.Embedding`; it is looked up like any other).
+
+    Returns:
+        [..., D] in the weight's dtype: bit for bit the rows of the merged weight.
+
+    Cost: one copy of the rows of the distinct ids.
+    """
+    weight = weight.detach()
+    if not deltas:
+        return F.embedding(ids, weight)
+    if torch.compiler.is_compiling():
+        return _embedding_static(ids, weight, deltas, padding_idx)
+    return _Embedding.apply(
+        ids, weight, padding_idx, tuple(index for _, index in deltas), *[value for value, _ in deltas]
+    )
+
+
+def _embedding_static(ids: Tensor, weight: Tensor, deltas: Deltas, padding_idx: int | None) -> Tensor:
+    """`embedding` with shapes that do not depend on the ids' values: every looked-up entry searches the supports."""
+    width = weight.shape[1]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    wanted = ids.unsqueeze(-1).long() * width + torch.arange(width, device=ids.device)
+    rows = F.embedding(ids, weight)
+    total = torch.zeros(wanted.shape, dtype=dtype, device=weight.device)
+    touched = torch.zeros(wanted.shape, dtype=torch.bool, device=weight.device)
+    for values, indices in deltas:
+        if indices.numel() == 0:
+            continue
+        where, found = positions(indices, wanted)
+        total = total + torch.where(found, values[where].to(dtype), 0)
+        touched = touched | found
+    if padding_idx is not None:
+        total = torch.where((ids == padding_idx).unsqueeze(-1), total.detach(), total)
+    return torch.where(touched, (rows.to(dtype) + total).to(rows.dtype), rows)
+
+
+def _entries_of_rows(indices: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Which entries of a support lie in the given rows.
+
+    Args:
+        indices: [k] sorted flat positions in a matrix of `width` columns.
+        rows: [u] sorted row numbers.
+
+    Returns:
+        entries [e] positions in `indices`; compact [e] flat positions in the [u, width] matrix of those rows alone,
+        ascending.
+    """
+    first = rows.long() * width
+    starts = torch.searchsorted(indices, first.to(indices.dtype))
+    counts = torch.searchsorted(indices, (first + (width - 1)).to(indices.dtype), right=True) - starts
+    row = torch.repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    entries = torch.arange(row.numel(), device=indices.device) + (starts - before)[row]
+    return entries, row * width + indices[entries] % width
+
+
+class _Embedding(torch.autograd.Function):
+    """The body of `embedding` outside of compilation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, indices: tuple[Tensor, ...], *values: Tensor
+    ) -> Tensor:
+        width = weight.shape[1]
+        rows, inverse = torch.unique(ids, return_inverse=True)
+        entries, compact = [], []
+        for support in indices:
+            found, place = _entries_of_rows(support, rows, width)
+            entries.append(found)
+            compact.append(place)
+        tuned = Overlay(compact).add(weight[rows], [value[e] for value, e in zip(values, entries, strict=True)])
+        ctx.padding_idx, ctx.width = padding_idx, width
+        ctx.values = [(value.shape, value.dtype) for value in values]
+        ctx.save_for_backward(rows, inverse, *entries, *compact)
+        return F.embedding(inverse, tuned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inverse, *saved = ctx.saved_tensors
+        entries, compact = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        grad_rows = torch.zeros(rows.numel(), ctx.width, dtype=dtype, device=grad.device)
+        grad_rows.index_add_(0, inverse.reshape(-1), grad.reshape(-1, ctx.width).to(dtype))
+        if ctx.padding_idx is not None:
+            grad_rows[rows == ctx.padding_idx] = 0
+        flat = grad_rows.view(-1)
+        grad_values: list[Tensor | None] = []
+        for i, (shape, values_dtype) in enumerate(ctx.values):
+            if not ctx.needs_input_grad[4 + i]:
+                grad_values.append(None)
+                continue
+            gradient = torch.zeros(shape, dtype=values_dtype, device=grad.device)
+            gradient[entries[i]] = flat[compact[i]].to(values_dtype)
+            grad_values.append(gradient)
+        return None, None, None, None, *grad_values
