@@ -138,7 +138,7 @@ def _dtype_code(name: str, tensor: Tensor) -> str:
 
 def _little_endian(tensor: Tensor) -> bytes:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).reshape(-1, flat.element_size())
+    raw = flat.view(torch.uint8).reshape(flat.numel(), flat.element_size())
     return (raw if sys.byteorder == "little" else raw.flip(1)).numpy().tobytes()
 
 
@@ -154,7 +154,7 @@ def finish(
     Args:
         state: the delta tensors (values and coded indices) under model keys or checkpoint keys, and possibly heads; a
             digest that it already holds is replaced.
-        heads: fully trained tensors (`modules_to_save`) that PEFT adds to the file by itself: covered by the digest, not
+        heads: fully trained tensors (`modules_to_save`) that PEFT itself adds to the file: covered by the digest, not
             part of the result.
         adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
         values_dtype: dtype of the values in the file; None leaves them as they are.

@@ -1,0 +1,295 @@
+"""The model card: its text as a pure function of config and counts, and a writer that keeps what others wrote."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+
+from ..core.gaps import read_header
+from ..errors import FormatError
+from .native import SOURCE, canonical_name, parameter_of, tensor_names
+
+logger = logging.getLogger(__name__)
+
+README = "README.md"
+KINDS = ("attention", "feed-forward", "embeddings", "norms", "other")
+# Norms first: `post_attention_layernorm` is a norm. Each pattern is searched in the parameter's lower-case path.
+_KIND_PATTERNS = {
+    "norms": r"norm|(^|\.)ln(_\w+|\d+)?\.",
+    "embeddings": r"embed|(^|\.)(wte|wpe|shared)\.",
+    "attention": r"attention|attn|(^|\.)([qkvo]|out|qkv|q_a|q_b|kv_a|kv_b)_proj\.|(^|\.)(query|key|value|qkv)\.",
+    "feed-forward": r"mlp|ffn|feed_?forward|moe|expert|intermediate|dense(gated)?(re|ge|act)|_proj\."
+    r"|(^|\.)(fc\d|fc_in|fc_out|w[123io](_\d)?)\.",
+}
+_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
+# The second dense of a BERT layer, whose name says neither attention nor feed-forward.
+_ENCODER_OUTPUT = re.compile(r"(^|\.)\d+\.output\.")
+_BASE_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DEFAULT = "default"
+
+
+def kind_of(parameter: str) -> str:
+    """What part of a transformer a parameter belongs to, one of `KINDS`, judged by its name."""
+    path = parameter.lower()
+    for kind, pattern in _KIND_PATTERNS.items():
+        if re.search(pattern, path):
+            return kind
+    return "feed-forward" if _ENCODER_OUTPUT.search(path) else "other"
+
+
+def layer_table(counts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> str:
+    """A markdown table of tuned weights: a row per layer (equal neighbours share one), a column per kind of parameter.
+
+    Args:
+        counts: tuned weights by parameter name.
+        sizes: number of elements of each of these parameters, for the densities; None leaves the densities out.
+    """
+    rows: dict[tuple[str, int], dict[str, list[str]]] = {}
+    for parameter in counts:
+        found = _LAYER.match(parameter)
+        place = (found["stack"], int(found["index"])) if found else ("", -1)
+        rows.setdefault(place, {}).setdefault(kind_of(parameter), []).append(parameter)
+    kinds = [kind for kind in KINDS if any(kind in row for row in rows.values())]
+
+    def cells(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        columns = [groups.get(kind, ()) for kind in kinds]
+        everything = [parameter for column in columns for parameter in column]
+        return tuple(_cell(column, counts, sizes) for column in [*columns, everything])
+
+    header = ["layer", *kinds, "all"]
+    lines = [header, ["---", *(["---:"] * (len(header) - 1))]]
+    for label, row in _merged((place, cells(rows[place])) for place in sorted(rows)):
+        lines.append([label, *row])
+    if len(rows) > 1:
+        lines.append(["total", *cells({kind: [p for p in counts if kind_of(p) == kind] for kind in kinds})])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(parameters: Sequence[str], counts: Mapping[str, int], sizes: Mapping[str, int] | None) -> str:
+    if not parameters:
+        return ""
+    count = sum(counts[name] for name in parameters)
+    size = sum(sizes[name] for name in parameters) if sizes else 0
+    return f"{count:,} ({count / size:.2%})" if size else f"{count:,}"
+
+
+def _merged(rows: Iterable[tuple[tuple[str, int], tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Label the rows; a run of layers with equal cells becomes one row."""
+    runs: list[tuple[str, int, int, tuple[str, ...]]] = []
+    for (stack, index), cells in rows:
+        if runs and runs[-1][0] == stack and runs[-1][2] == index - 1 and runs[-1][3] == cells and index > 0:
+            runs[-1] = (stack, runs[-1][1], index, cells)
+        else:
+            runs.append((stack, index, index, cells))
+    labelled = []
+    for stack, first, last, cells in runs:
+        if first < 0:
+            label = "outside the layers"
+        else:
+            label = f"`{stack}.{first}`" if first == last else f"`{stack}.{first}` to `{last}`, each"
+        labelled.append((label, cells))
+    return labelled
+
+
+def card_text(
+    config: Mapping[str, Any], *, sizes: Mapping[str, int] | None = None, subfolder: str | None = None
+) -> str:
+    """The library's part of a model card, in markdown; its first lines load the adapter.
+
+    Args:
+        config: the adapter's configuration (`config.to_dict()`), with `counts` filled in.
+        sizes: number of elements of each tuned parameter; None leaves the densities out.
+        subfolder: folder of the repository that the adapter lies in, None for its root.
+    """
+    counts: Mapping[str, int] = config["counts"]
+    base_class = _BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
+    place = f', subfolder="{subfolder}"' if subfolder else ""
+    total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
+    share = f", {total / size:.2%} of their elements" if size else ""
+    heads = config.get("modules_to_save")
+    facts = [
+        f"Method: `{_plain(config.get('method'))}`",
+        f"Density: {_request(config)}",
+        f"Budget: {_budget(config.get('budget'))}",
+        f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
+        *([f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}"] if heads else []),
+    ]
+    return "\n".join(
+        [
+            "```python",
+            "import peft_sparse  # pip install peft-sparse; registers the adapter type with PEFT",
+            "from peft import PeftModel",
+            f"from transformers import {base_class}",
+            "",
+            f'base = {base_class}.from_pretrained("{config.get("base_model_name_or_path") or "<base model>"}")',
+            f'model = PeftModel.from_pretrained(base, "<this repository or folder>"{place})',
+            "```",
+            "",
+            f"## Sparse fine-tuning{f': {subfolder}' if subfolder else ''}",
+            "",
+            "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each.",
+            "",
+            *(f"- {fact}" for fact in facts),
+            "",
+            layer_table(counts, sizes),
+        ]
+    )
+
+
+def _plain(value: Any) -> str:
+    """Text of a string or of an enum member."""
+    return str(getattr(value, "value", value))
+
+
+def _request(config: Mapping[str, Any]) -> str:
+    if config.get("density") is not None:
+        return f"{config['density']} of the weights of the {config.get('density_of', 'targets')}"
+    if config.get("equivalent_rank") is not None:
+        return f"as many weights as LoRA of rank {config['equivalent_rank']}"
+    if config.get("num_weights") is not None:
+        return f"{config['num_weights']:,} weights"
+    return "as given"
+
+
+def _budget(budget: Any) -> str:
+    if not isinstance(budget, Mapping):
+        return f"`{_plain(budget)}`"
+    return ", ".join(f"`{pattern}`: {share:.2%}" for pattern, share in budget.items())
+
+
+def card_tags(config: Mapping[str, Any]) -> list[str]:
+    """Tags for the Hub: the library, the family, the method, and the base model if its name is one on the Hub."""
+    tags = ["peft-sparse", "sparse-fine-tuning", _plain(config.get("method")).replace("_", "-")]
+    base = config.get("base_model_name_or_path")
+    return [*tags, f"base_model:adapter:{base}"] if _is_hub_id(base) else tags
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def update_card(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    sizes: Mapping[str, int] | None = None,
+    adapter_name: str = _DEFAULT,
+) -> None:
+    """Write the library's part into the model card of a saved adapter, and keep everything else that stands there.
+
+    The part stands between two comments, so that saving again replaces it. PEFT saves an adapter that is not called
+    "default" into a folder of that name; its part then also goes into the card one level up, which the Hub shows.
+
+    Args:
+        directory: where the adapter was saved.
+        config: the adapter's configuration (`config.to_dict()`); without `counts` nothing is written.
+        sizes: number of elements of each tuned parameter; None reads them from the adapter file if it is there.
+        adapter_name: the name under which the adapter was saved.
+
+    A card that cannot be understood is left as it is, with a warning: trained weights must not be lost over it.
+    """
+    if not config.get("counts"):
+        return
+    folder = Path(directory)
+    sizes = sizes if sizes is not None else sizes_in_file(folder / SOURCE, config["counts"])
+    _write_block(folder, config, sizes, subfolder=None)
+    if adapter_name != _DEFAULT and folder.name == adapter_name and (folder.parent / README).is_file():
+        _write_block(folder.parent, config, sizes, subfolder=adapter_name)
+
+
+def _write_block(
+    folder: Path, config: Mapping[str, Any], sizes: Mapping[str, int] | None, *, subfolder: str | None
+) -> None:
+    path = folder / README
+    try:
+        existing = path.read_bytes().decode("utf-8-sig") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+        card = ModelCard(existing)
+        tags = card.data.tags or []
+        card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), *card_tags(config)})
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        logger.warning("The model card %s was left as it is: its metadata cannot be read (%s).", path, error)
+        return
+    base = config.get("base_model_name_or_path")
+    if card.data.base_model is None and _is_hub_id(base):
+        card.data.base_model = base
+    card.data.library_name = card.data.library_name or "peft"
+    card.text = place_block(card.text, card_text(config, sizes=sizes, subfolder=subfolder), subfolder=subfolder)
+    write_atomically(path, str(card).encode())
+
+
+def place_block(text: str, block: str, *, subfolder: str | None = None) -> str:
+    """Put the library's part into the body of a card: in place of its predecessor, else at the top.
+
+    Args:
+        text: the body, without the metadata.
+        block: the part, as `card_text` gives it.
+        subfolder: where the part's adapter lies; None for the root, whose part stays above those of subfolders.
+    """
+    line_break = "\r\n" if "\r\n" in text else "\n"
+    name = f" {subfolder}" if subfolder else ""
+    begin, end = f"<!-- peft-sparse:begin{name} (saving writes this part anew) -->", f"<!-- peft-sparse:end{name} -->"
+    block = f"{begin}\n{block}\n{end}".replace("\n", line_break)
+    start, stop = text.find(begin), text.find(end)
+    if 0 <= start < stop:
+        return text[:start] + block + text[stop + len(end) :]
+    root_end = "<!-- peft-sparse:end -->"
+    split = text.find(root_end) + len(root_end) if subfolder and root_end in text else 0
+    before, after = text[:split].rstrip(), text[split:].strip("\r\n")
+    return (line_break * 2).join(part for part in (before, block, after) if part) + line_break
+
+
+def sizes_in_file(path: Path, counts: Mapping[str, int]) -> dict[str, int] | None:
+    """Number of elements of each tuned parameter, from the headers in an adapter file.
+
+    None if the file does not have these counts: transformers writes the config before the weights, so that it may be an
+    older one.
+    """
+    if not path.is_file():
+        return None
+    sizes: dict[str, int] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                name = canonical_name(key)
+                parameter = parameter_of(name)
+                if parameter is None or name != tensor_names(parameter)[1]:
+                    continue
+                header = read_header(file.get_tensor(key), name=name)
+                if counts.get(parameter) != header.count:
+                    return None
+                sizes[parameter] = _product(header.shape)
+    except (SafetensorError, FormatError):
+        return None
+    return sizes if sizes.keys() == counts.keys() else None
+
+
+def _product(shape: Sequence[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that a crash leaves either the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

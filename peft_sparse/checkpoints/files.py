@@ -1,0 +1,75 @@
+"""Adapter files on disk and on the Hub, checked before a model is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..core.delta import SparseDelta
+from ..errors import FormatError
+from .native import SOURCE, verify
+
+
+def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
+    """Read and check an adapter file.
+
+    Args:
+        path: the file `adapter_model.safetensors`.
+        counts: tuned weights by parameter, as adapter_config.json says; None takes the file's own.
+
+    Returns:
+        the deltas by parameter name, on the CPU.
+
+    Raises:
+        FormatError: the file is damaged or does not fit `counts`.
+    """
+    try:
+        tensors = load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
+            "save it again from the model that trained it."
+        ) from error
+    return verify(tensors, counts=counts, source=os.fspath(path))
+
+
+def verify_before_loading(
+    model_id: str | os.PathLike[str],
+    counts: Mapping[str, int] | None,
+    *,
+    subfolder: str | None = None,
+    **download_kwargs: Any,
+) -> None:
+    """Check the weights that belong to a config that is being loaded.
+
+    PEFT adds the adapter to the model before it opens the weights. Loading the config is the only moment at which a bad
+    file can be refused with the model still as it was.
+
+    Args:
+        model_id: directory or Hub repository that the config was loaded from.
+        counts: the config's counts; None takes the file's own.
+        subfolder: folder in it.
+        download_kwargs: revision, token, cache_dir and so on, for `hf_hub_download`; PEFT asks for the same file next,
+            and finds it in the cache.
+
+    Raises:
+        FormatError: the file is damaged or does not fit `counts`.
+    """
+    folder = Path(model_id, subfolder or "")
+    if folder.is_dir():
+        path = folder / SOURCE
+        if not path.is_file():  # a pickled adapter_model.bin, checked when its tensors are loaded; or no weights at all
+            return
+    else:
+        try:
+            path = Path(hf_hub_download(os.fspath(model_id), SOURCE, subfolder=subfolder, **download_kwargs))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return
+    verify_file(path, counts=counts)
