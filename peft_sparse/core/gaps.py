@@ -13,11 +13,10 @@ A coded support is, in this order and little endian throughout:
 | ceil(k * p / 8) | low block: p bit planes of k bits each, lowest plane first: bit j of every gap, then bit j + 1, .. |
 
 A gap is the difference to the previous index minus one; the first gap is the first index. Bits fill each byte from its
-least significant end. Splitting the two halves of a code word into blocks lets numpy decode them without a loop over the
-words.
+least significant end. Since the two halves of a code word lie in separate blocks, numpy decodes them without a loop.
 
-A support has exactly one encoding: padding bits are zero, the unary block ends in the byte of its last one bit, and p is
-the smallest of the parameters that give the fewest bits. Decoding refuses anything else.
+A support has exactly one encoding: padding bits are zero, the unary block ends in the byte of its last one bit, and p
+is the smallest of the parameters that give the fewest bits. Decoding refuses anything else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,272 @@
+"""How many: what a density is a fraction of, and how a total is spread over tensors.
+
+A budget turns a total into groups of tensors with a count each; inside a group the selection is joint. "uniform" makes
+a group of each tensor, "global" one group of all, {regex: share} one group for each regex. Criteria that rank weights
+make one joint top-k per group; criteria that need no scores draw with `draw_counts` how many fall to each tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor, lcm, prod
+
+from ..errors import ConfigError
+from .criteria import random_counts
+
+Budget = str | Mapping[str, float]
+
+# How far the shares of a budget may sum from 1, for shares such as three times 0.333333.
+SHARE_TOLERANCE = Fraction(1, 10**6)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that share a count.
+
+    Attributes:
+        name: what errors and reports call it: the parameter, "global", or the regex.
+        members: parameter names, in the order of the model.
+        count: how many weights to select in all members together.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    count: int
+
+
+def round_density(density: float, numel: int) -> int:
+    """The number of weights that a density asks for: density * numel, halves rounded up, and at least one.
+
+    Args:
+        density: in (0, 1], taken as the decimal number that it prints as (0.35 of 10 is 3.5, which gives 4).
+        numel: how many weights it is a share of, >= 0 (0 gives 0).
+
+    Raises:
+        ConfigError: `density` outside (0, 1].
+    """
+    if isinstance(density, bool) or not 0 < density <= 1:
+        way_out = "To give an absolute number of weights use num_weights=..."
+        raise ConfigError(f"density must be in (0, 1], got {density}. {way_out}")
+    return min(numel, max(1, floor(_decimal(density) * numel + Fraction(1, 2))))
+
+
+def total_from_request(
+    *,
+    density: float | None = None,
+    num_weights: int | None = None,
+    equivalent_rank: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
+    density_of: str = "targets",
+    model_numel: int | None = None,
+    linear_names: Collection[str] = (),
+) -> int:
+    """Turn a request into the number of weights to tune.
+
+    Args:
+        density: share of the weights, rounded as `round_density` says.
+        num_weights: the number itself, >= 1.
+        equivalent_rank: r >= 1: r * (in + out) for each targeted linear weight, as many as LoRA of rank r trains.
+        shapes: parameter name -> shape, of all targeted tensors.
+        density_of: "targets" or "model": what `density` is a share of.
+        model_numel: number of parameters of the base model; needed for "model".
+        linear_names: which of `shapes` are two-dimensional weights of linear layers; needed for `equivalent_rank`.
+
+    Returns:
+        The total, 1 <= total <= number of targeted weights.
+
+    Raises:
+        ConfigError: not exactly one request, a value out of range, or more weights asked than targeted.
+    """
+    requests = {"density": density, "num_weights": num_weights, "equivalent_rank": equivalent_rank}
+    given = {name: value for name, value in requests.items() if value is not None}
+    if len(given) != 1:
+        found = " and ".join(f"{name}={value}" for name, value in given.items()) or "none"
+        raise ConfigError(f"give exactly one of density, num_weights and equivalent_rank, got {found}")
+    if density_of not in ("targets", "model"):
+        raise ConfigError(f"density_of must be 'targets' or 'model', got {density_of!r}")
+    targeted = sum(prod(shape) for shape in shapes.values())
+    if targeted == 0:
+        raise ConfigError("no weight is targeted, so none can be selected. Check target_modules")
+    if density is not None:
+        request = f"density={density} of the {density_of}"
+        if density_of == "model" and model_numel is None:
+            raise ConfigError("density_of='model' needs model_numel, the number of parameters of the base model")
+        total = round_density(density, targeted if density_of == "targets" else int(model_numel or 0))
+    elif num_weights is not None:
+        request = f"num_weights={num_weights}"
+        total = _positive(num_weights, "num_weights")
+    else:
+        request = f"equivalent_rank={equivalent_rank}"
+        total = _positive(equivalent_rank, "equivalent_rank") * _rank_one_count(shapes, linear_names)
+    if total > targeted:
+        raise ConfigError(
+            f"{request} asks for {total} weights, but the targeted tensors hold {targeted}. "
+            "Ask for less, or target more modules"
+        )
+    return total
+
+
+def groups_of(budget: Budget, total: int, sizes: Mapping[str, int]) -> list[Group]:
+    """Spread a total over groups of tensors.
+
+    Args:
+        budget: "uniform" (the same density in every tensor), "global" (one group of all tensors), or {regex: share of
+            the total}; a regex is searched for in the parameter's full name.
+        total: how many weights, 0 <= total <= sum of the sizes.
+        sizes: parameter name -> number of elements.
+
+    Returns:
+        Groups whose counts sum to `total` exactly, each at most its members' size. Each count is its exact proportion
+        rounded down or up; what rounding leaves goes to the largest remainders, ties to the first.
+
+    Raises:
+        ConfigError: an unknown budget; shares outside (0, 1] or that do not sum to 1; a parameter that matches no regex
+            or several; a regex that matches no parameter; a group with fewer weights than its share asks for.
+
+    Cost: O(tensors * regexes), whatever their sizes.
+    """
+    targeted = sum(sizes.values())
+    if not 0 <= total <= targeted:
+        raise ConfigError(f"total must be between 0 and the {targeted} targeted weights, got {total}")
+    if isinstance(budget, Mapping):
+        return _share_groups(budget, total, sizes)
+    if budget == "global":
+        return [Group("global", tuple(sizes), total)]
+    if budget == "uniform":
+        counts = _apportion(total, list(sizes.values()))
+        return [Group(name, (name,), count) for name, count in zip(sizes, counts, strict=True)]
+    raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {budget!r}")
+
+
+def allocate(budget: Budget, total: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """Counts per tensor where the budget alone decides them ("uniform", or groups of one tensor), else None.
+
+    Args, Raises: as `groups_of`.
+
+    Returns:
+        parameter name -> count, in the order of `sizes`, summing to `total`; None if a group must be selected jointly.
+    """
+    groups = groups_of(budget, total, sizes)
+    if any(len(group.members) != 1 for group in groups):
+        return None
+    counts = {group.members[0]: group.count for group in groups}
+    return {name: counts[name] for name in sizes}
+
+
+def draw_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int) -> dict[str, int]:
+    """Counts per tensor of a uniformly random joint selection in each group, without drawing the selection itself.
+
+    Args:
+        groups: of `groups_of`.
+        sizes: parameter name -> number of elements.
+        seed: the counts are a function of it and of the groups' names and sizes alone.
+
+    Returns:
+        parameter name -> count, in the order of `sizes`: an exact draw from the multivariate hypergeometric
+        distribution of each group. A group of one tensor gets its count.
+
+    Cost: O(tensors + sqrt(total)), well under a second for a model with billions of weights.
+    """
+    counts: dict[str, int] = {}
+    for group in groups:
+        drawn = random_counts([sizes[name] for name in group.members], group.count, seed=seed, name=group.name)
+        counts.update(zip(group.members, drawn, strict=True))
+    return {name: counts[name] for name in sizes}
+
+
+def _share_groups(shares: Mapping[str, float], total: int, sizes: Mapping[str, int]) -> list[Group]:
+    """One group for each regex."""
+    exact = [_checked_share(pattern, share) for pattern, share in shares.items()]
+    if abs(sum(exact, Fraction(0)) - 1) > SHARE_TOLERANCE:
+        raise ConfigError(f"the shares of the budget must sum to 1, got {float(sum(exact)):.6g} from {dict(shares)}")
+    members = _members_by_pattern(list(shares), sizes)
+    groups = []
+    scale = lcm(*(share.denominator for share in exact))
+    counts = _apportion(total, [int(share * scale) for share in exact])
+    for (pattern, names), count in zip(members.items(), counts, strict=True):
+        held = sum(sizes[name] for name in names)
+        if count > held:
+            asked = f"its share {shares[pattern]:g} of {total} asks for {count}"
+            way_out = f"Give it a share of at most {held / total:.4g}, or lower the density"
+            raise ConfigError(f"budget group {pattern!r} holds {held} weights, but {asked}. {way_out}")
+        groups.append(Group(pattern, tuple(names), count))
+    return groups
+
+
+def _members_by_pattern(patterns: list[str], sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The parameters of each regex; every parameter in exactly one, no regex without any."""
+    searches = [(pattern, _compiled(pattern).search) for pattern in patterns]
+    members: dict[str, list[str]] = {pattern: [] for pattern in patterns}
+    for name in sizes:
+        matching = [pattern for pattern, search in searches if search(name)]
+        if len(matching) > 1:
+            raise ConfigError(f"budget groups overlap: parameter {name!r} must match exactly one, matches {matching}")
+        if not matching:
+            raise ConfigError(
+                f"parameter {name!r} matches none of the budget groups {patterns}; add a group for it, "
+                "or leave it out of the targets"
+            )
+        members[matching[0]].append(name)
+    empty = [pattern for pattern, names in members.items() if not names]
+    if empty:
+        example = next(iter(sizes), None)
+        raise ConfigError(f"budget groups {empty} match no targeted parameter; the names look like {example!r}")
+    return members
+
+
+def _apportion(total: int, proportions: Sequence[int]) -> list[int]:
+    """Split a total in proportion, exactly: largest remainders, ties to the first."""
+    whole = sum(proportions)
+    if whole == 0:
+        return [0] * len(proportions)
+    counts, remainders = [], []
+    for proportion in proportions:
+        count, remainder = divmod(total * proportion, whole)
+        counts.append(count)
+        remainders.append(remainder)
+    # Python's sort is stable, so equal remainders keep their order. A remainder of zero never gets more: the number of
+    # counts to raise is the sum of remainder / whole, which is less than how many remainders are not zero.
+    by_remainder = sorted(range(len(counts)), key=lambda i: -remainders[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _decimal(number: float) -> Fraction:
+    """The exact value of the number as it prints, so that 0.1 is a tenth."""
+    return Fraction(repr(float(number)))
+
+
+def _checked_share(pattern: str, share: float) -> Fraction:
+    if isinstance(share, bool) or not 0 < share <= 1:
+        raise ConfigError(f"the share of budget group {pattern!r} must be in (0, 1], got {share}")
+    return _decimal(share)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"budget group {pattern!r} is not a valid regular expression: {error}") from error
+
+
+def _positive(value: int | None, field: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{field} must be an int >= 1, got {value!r}. To give a share of the weights use density=...")
+    return value
+
+
+def _rank_one_count(shapes: Mapping[str, tuple[int, ...]], linear_names: Collection[str]) -> int:
+    """in + out, summed over the linear weights: the parameters of LoRA of rank one."""
+    linear = set(linear_names)
+    matrices = [shape for name, shape in shapes.items() if name in linear]
+    if not matrices:
+        way_out = "Use density or num_weights"
+        raise ConfigError(f"equivalent_rank counts weights of linear layers, but none is targeted. {way_out}")
+    odd = [shape for shape in matrices if len(shape) != 2]
+    if odd:
+        raise ConfigError(f"equivalent_rank needs two-dimensional linear weights, got the shape {odd[0]}")
+    return sum(rows + columns for rows, columns in matrices)

@@ -1,0 +1,191 @@
+"""Exactly k: the home of the rules for ties, NaN and too few candidates.
+
+The k-th largest score is found by counting, not by sorting. An integer with the order of the float32 scores is counted
+by its upper 16 bits, then by its lower 16 bits inside the one bin that holds the k-th largest. Both counts, and the
+collection of what lies above, go through the scores in chunks, so nothing of the size of the scores is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.indices import index_dtype
+from ..errors import SelectionError
+
+# Small enough that a chunk and its integer image stay in a CPU's cache, and large enough to hide the cost of a call.
+_CHUNK = {"cpu": 2**18}
+_CHUNK_ELSEWHERE = 2**24
+_BINS = 2**16
+
+
+def top_k(scores: Tensor, k: int, *, name: str, min_score: float | None = None) -> Tensor:
+    """Select the k largest scores: exactly k, whatever the ties.
+
+    Args:
+        scores: any shape, any floating dtype, compared as float32; any sign, infinities included, larger is better.
+        k: how many, 0 <= k <= number of scores.
+        name: what errors call the tensor.
+        min_score: scores must exceed this to be eligible (0.0: only weights that moved); by default all are eligible.
+
+    Returns:
+        [k] flat row-major positions, ascending, on the device of `scores`, in the dtype of `index_dtype`. Of equal
+        scores, those at the lowest positions are taken.
+
+    Raises:
+        SelectionError: NaN in `scores`, `k` out of range, or fewer than `k` eligible scores.
+
+    Cost: three passes over the scores, and memory for a chunk of them besides the result.
+    """
+    return joint_top_k({name: scores}, k, min_score=min_score)[name]
+
+
+def joint_top_k(scores: Mapping[str, Tensor], k: int, *, min_score: float | None = None) -> dict[str, Tensor]:
+    """Select the k largest scores of several tensors together: one threshold for all, exactly k in sum.
+
+    Args:
+        scores: name -> scores, as in `top_k`. Each tensor is asked for three times, one at a time, so a mapping that
+            computes its tensors when asked never has two of them in memory.
+        k: how many in all tensors together, 0 <= k <= number of scores.
+        min_score: scores must exceed this to be eligible; by default all are.
+
+    Returns:
+        name -> [k_i] positions as in `top_k`, for every tensor (perhaps empty). Of equal scores, those of the tensors
+        that come first in the mapping are taken, and inside a tensor those at the lowest positions.
+
+    Raises:
+        SelectionError: NaN in a tensor (it is named), `k` out of range, or fewer than `k` eligible scores.
+
+    Cost: three passes over the scores, and memory for a chunk of them besides the result.
+    """
+    total = sum(_checked(scores[name], name).numel() for name in scores)
+    if not 0 <= k <= total:
+        raise SelectionError(f"{k} weights are asked from {_label(scores)}: ask for 0 to {total}, the number of scores")
+    threshold = _find_threshold(scores, k)
+    if min_score is not None and k > 0 and threshold.key <= _key_of(min_score):
+        raise _too_few(scores, k, total, min_score)
+    selected: dict[str, Tensor] = {}
+    num_left, ties_left = k, threshold.num_ties
+    for name in scores:
+        selected[name], ties_left = _collect(scores[name], _Threshold(threshold.key, ties_left), num_left)
+        num_left -= selected[name].numel()
+    return selected
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """Select every score whose key is above `key`, and the first `num_ties` of those that equal it."""
+
+    key: int
+    num_ties: int
+
+
+def _find_threshold(scores: Mapping[str, Tensor], k: int) -> _Threshold:
+    """The key of the k-th largest score, by two counts of 16 bits each."""
+    upper_counts = torch.zeros(_BINS, dtype=torch.int64)
+    for name in scores:
+        upper_counts += _count_upper(scores[name], name)
+    if k == 0:
+        return _Threshold(key=2**31, num_ties=0)
+    upper, wanted = _bin_of_kth(upper_counts, k)
+    lower_counts = torch.zeros(_BINS, dtype=torch.int64)
+    for name in scores:
+        lower_counts += _count_lower(scores[name], upper - _BINS // 2)
+    lower, num_ties = _bin_of_kth(lower_counts, wanted)
+    return _Threshold(key=(upper - _BINS // 2) * _BINS + lower, num_ties=num_ties)
+
+
+def _bin_of_kth(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin with the k-th largest entry, and which one of that bin's entries it is, counted from 1."""
+    from_top = counts.flip(0).cumsum(0)
+    where = int(torch.searchsorted(from_top, k))
+    above = int(from_top[where - 1]) if where > 0 else 0
+    return counts.numel() - 1 - where, k - above
+
+
+def _count_upper(scores: Tensor, name: str) -> Tensor:
+    """[65536] how many scores have each upper half of the key. The one pass that looks for NaN."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=scores.device)
+    for _, chunk in _chunks(scores):
+        if bool(chunk.isnan().any()):
+            raise SelectionError(
+                f"scores of {name} contain NaN, so no order is defined; look for a training that diverged "
+                "(lower the learning rate, or clip gradients)"
+            )
+        counts += torch.bincount((_keys(chunk) >> 16) + _BINS // 2, minlength=_BINS)
+    return counts.cpu()
+
+
+def _count_lower(scores: Tensor, upper: int) -> Tensor:
+    """[65536] how many of the scores with this upper half of the key have each lower half."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=scores.device)
+    for _, chunk in _chunks(scores):
+        keys = _keys(chunk)
+        counts += torch.bincount(keys[keys >> 16 == upper] & (_BINS - 1), minlength=_BINS)
+    return counts.cpu()
+
+
+def _collect(scores: Tensor, threshold: _Threshold, at_most: int) -> tuple[Tensor, int]:
+    """Positions of the scores that the threshold selects; how many of its ties are left for the next tensor."""
+    # Filled in place: pieces kept until the end would lie between the chunks on the heap and keep it from shrinking.
+    selected = torch.empty(min(at_most, scores.numel()), dtype=index_dtype(scores.numel()), device=scores.device)
+    end, ties_left = 0, threshold.num_ties
+    for start, chunk in _chunks(scores):
+        keys = _keys(chunk)
+        chosen = (keys >= threshold.key).nonzero().squeeze(1)
+        tied = keys[chosen] == threshold.key
+        found = int(tied.sum())
+        if found > ties_left:
+            chosen = chosen[~tied | (tied.cumsum(0) <= ties_left)]
+        ties_left -= min(found, ties_left)
+        selected[end : end + chosen.numel()] = chosen.add_(start)
+        end += chosen.numel()
+    return (selected if end == selected.numel() else selected[:end].clone()), ties_left
+
+
+def _chunks(scores: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Start and float32 content of consecutive pieces of the flat scores."""
+    flat = scores.detach().reshape(-1)
+    size = _CHUNK.get(scores.device.type, _CHUNK_ELSEWHERE)
+    for start in range(0, flat.numel(), size):
+        yield start, flat[start : start + size].to(torch.float32)
+
+
+def _keys(chunk: Tensor) -> Tensor:
+    """An int32 image of float32 numbers that has their order; both zeros have the same image."""
+    # Adding +0 turns -0 into +0 and changes no other number.
+    bits = (chunk + 0.0).view(torch.int32)
+    # Negative numbers grow in magnitude with their bits, so all bits but the sign are inverted there.
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+
+
+def _key_of(score: float) -> int:
+    """The image of one number, rounded to float32 first."""
+    return int(_keys(torch.tensor([score], dtype=torch.float32))[0])
+
+
+def _checked(scores: Tensor, name: str) -> Tensor:
+    """The tensor, if it can hold scores."""
+    if not scores.is_floating_point():
+        raise SelectionError(f"scores of {name} must be floating point, got {scores.dtype}")
+    return scores
+
+
+def _too_few(scores: Mapping[str, Tensor], k: int, total: int, min_score: float) -> SelectionError:
+    """The error that says how many scores are eligible."""
+    limit = _key_of(min_score)
+    eligible = sum(int((_keys(chunk) > limit).sum()) for name in scores for _, chunk in _chunks(scores[name]))
+    moved = "moved" if min_score == 0.0 else f"scored above {min_score}"
+    return SelectionError(
+        f"{k} weights are asked from {_label(scores)}, but only {eligible} of {total} {moved}. Train longer, "
+        "use a larger learning rate, or ask for a lower density"
+    )
+
+
+def _label(scores: Mapping[str, Tensor]) -> str:
+    """How an error calls the tensors: the one, or the first of many."""
+    first = next(iter(scores), "no tensor")
+    return first if len(scores) <= 1 else f"{first} and {len(scores) - 1} more"
