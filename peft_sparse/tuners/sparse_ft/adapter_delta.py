@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...core.delta import SparseDelta
 from ...core.gaps import decode_gaps, encode_gaps
 from ...core.indices import check_indices, index_dtype
 from ...errors import FormatError
+from . import regularization
 
 
 class AdapterDelta(nn.Module):
@@ -31,6 +32,7 @@ class AdapterDelta(nn.Module):
         values: [k] trainable.
         indices: [k] buffer, flat row-major, sorted and unique; int32, or int64 for tensors of 2**31 elements and more.
         support_version: grows whenever the indices change.
+        l1_coefficient: lambda/N, what `penalise` set.
     """
 
     indices: Tensor
@@ -42,6 +44,7 @@ class AdapterDelta(nn.Module):
         indices = torch.arange(count, dtype=index_dtype(self.numel), device=device)
         self.register_buffer("indices", indices, persistent=False)
         self.support_version = 0
+        self.l1_coefficient = 0.0
 
     @property
     def numel(self) -> int:
@@ -81,6 +84,24 @@ class AdapterDelta(nn.Module):
     def _set_indices(self, indices: Tensor) -> None:
         self.indices = indices
         self.support_version += 1
+
+    def penalise(self, l1_coefficient: float) -> None:
+        """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
+        self.l1_coefficient = l1_coefficient
+        if l1_coefficient:
+            regularization.watch(self)
+        else:
+            regularization.unwatch(self)
+
+    def pulls(self) -> Iterator[regularization.Pull]:
+        """The L1 penalty on the values."""
+        yield regularization.Pull(self.values, self.l1_coefficient)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy, or an unpickled model, is penalised like what it was made from.
+        super().__setstate__(state)
+        if self.l1_coefficient:
+            regularization.watch(self)
 
     def get_extra_state(self) -> Tensor:
         """The indices, gap-coded: uint8 [n] with shape and count in its header."""

@@ -103,6 +103,10 @@ class SparseConfig(PeftConfig):
             cls = METHODS[method]
         return super().__new__(cls)
 
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
+        # copy and pickle call `__new__` with these alone.
+        return (), {"method": self.method}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SPARSE_FT

@@ -10,16 +10,26 @@ from ...core import ops
 from .layer import SparseLayer
 
 
-class Embedding(nn.Module, SparseLayer):
+class Embedding(SparseLayer):
     """An embedding with a sparse delta on its matrix.
 
     An output matrix tied to it keeps the base weights: the delta acts on the input embedding alone, as in LT-SFT, whose authors untie the
     two by cloning (Ansell et al. 2022, arXiv:2110.07560, section 4).
+
+    Args:
+        base_layer: the embedding to tune.
+        leader: another embedding of the model that looks up in the same matrix (the encoder's and the decoder's of T5 and BART): this one
+            then applies the leader's deltas and has none of its own.
     """
 
-    def __init__(self, base_layer: nn.Embedding) -> None:
-        super().__init__()
-        SparseLayer.__init__(self, base_layer)
+    def __init__(self, base_layer: nn.Embedding, *, leader: Embedding | None = None) -> None:
+        super().__init__(base_layer)
+        # A list keeps the leader from being registered as this module's child.
+        self._leader = [] if leader is None else [leader]
+        self.tied_parameters = set() if leader is None else {"weight"}
+
+    def deltas_of(self, parameter: str) -> nn.ModuleDict:
+        return self._leader[0].deltas_of(parameter) if self._leader else super().deltas_of(parameter)
 
     def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         base = self.get_base_layer()

@@ -35,8 +35,8 @@ class Written:
     parameter: nn.Parameter | None = None
 
 
-class SparseLayer(BaseTunerLayer):
-    """Mixin of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own parameters.
+class SparseLayer(nn.Module, BaseTunerLayer):
+    """Base class of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own parameters.
 
     A subclass says in `_delta_forward` how the layer computes with deltas in it.
     """
@@ -45,6 +45,7 @@ class SparseLayer(BaseTunerLayer):
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.sparse_ft_weight = nn.ModuleDict()
         self.sparse_ft_bias = nn.ModuleDict()
@@ -57,7 +58,10 @@ class SparseLayer(BaseTunerLayer):
         self._written: dict[str, Written] = {}
         self._overlays: dict[tuple[Any, ...], Overlay] = {}
         base = self.get_base_layer()
-        self.in_features, self.out_features = _get_in_out_features(base)
+        with warnings.catch_warnings():
+            # PEFT does not know norms and says so.
+            warnings.simplefilter("ignore")
+            self.in_features, self.out_features = _get_in_out_features(base)
         self.num_embeddings = getattr(base, "num_embeddings", None)
 
     # ---- adapters -------------------------------------------------------------------------------------------------------------------
@@ -166,13 +170,13 @@ class SparseLayer(BaseTunerLayer):
         """[u] the parameter's own entries at the overlay's indices; only valid while nothing is written into it."""
         return flat(getattr(self.get_base_layer(), parameter))[overlay.indices]
 
-    def write(self, parameter: str, adapters: Sequence[str]) -> Tensor:
-        """Put the adapters' deltas into the base parameter, or bring what stands there up to date; returns the parameter's data."""
+    def write(self, parameter: str, adapters: Sequence[str]) -> None:
+        """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
         base = self.get_base_layer()
         values = [d.values for d in self.active_deltas(parameter, adapters)]
         if not values:
             self.restore(parameter)
-            return getattr(base, parameter).data
+            return
         key, overlay = self.overlay(parameter, adapters)
         written = self._written.get(parameter)
         if written is None or written.key != key:
@@ -183,7 +187,6 @@ class SparseLayer(BaseTunerLayer):
         else:
             originals = written.originals
         flat(getattr(base, parameter))[overlay.indices] = overlay.entries(originals, values)
-        return getattr(base, parameter).data
 
     def _begin_write(self, parameter: str, key: tuple[Any, ...], overlay: Overlay) -> Written:
         base = self.get_base_layer()

@@ -13,7 +13,7 @@ from ...core import ops
 from .layer import SparseLayer
 
 
-class Linear(nn.Module, SparseLayer):
+class Linear(SparseLayer):
     """A linear layer with sparse deltas on its weight and bias.
 
     The class name holds "Linear" because PEFT finds the targets of a second "all-linear" adapter by it.
@@ -24,8 +24,7 @@ class Linear(nn.Module, SparseLayer):
     """
 
     def __init__(self, base_layer: nn.Module, *, fan_in_fan_out: bool = False) -> None:
-        super().__init__()
-        SparseLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self.fan_in_fan_out = fan_in_fan_out
 
     def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
@@ -42,7 +41,8 @@ class Linear(nn.Module, SparseLayer):
     def make_weight(self, adapters: Sequence[str]) -> Tensor:
         """The weight with the adapters' deltas in it: a copy, or in resident mode the base weight itself, brought up to date."""
         if self.is_resident and "weight" not in self.tied_parameters:
-            return self.write("weight", adapters)
+            self.write("weight", adapters)
+            return self.get_base_layer().weight.data
         _, overlay = self.overlay("weight", adapters)
         return overlay.add(self.get_base_layer().weight, [d.values for d in self.active_deltas("weight", adapters)])
 

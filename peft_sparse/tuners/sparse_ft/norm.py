@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from .layer import PARAMETERS, SparseLayer
 
 
-class LayerNorm(nn.Module, SparseLayer):
+class LayerNorm(SparseLayer):
     """`nn.LayerNorm` with sparse deltas on its weight and bias."""
-
-    def __init__(self, base_layer: nn.LayerNorm) -> None:
-        super().__init__()
-        SparseLayer.__init__(self, base_layer)
 
     def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
@@ -24,16 +20,12 @@ class LayerNorm(nn.Module, SparseLayer):
         return F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
 
 
-class RMSNorm(nn.Module, SparseLayer):
+class RMSNorm(SparseLayer):
     """Any root-mean-square norm of transformers with a sparse delta on its weight.
 
     The variants differ in where they round and in whether they scale by w or by 1 + w, so the base layer's own forward computes, seeing
     the tuned weight under its own name. (`torch.func.functional_call` would lose the delta under FSDP, which swaps the parameters.)
     """
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        SparseLayer.__init__(self, base_layer)
 
     def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         with shadowed(self.get_base_layer(), "weight", self.effective("weight", adapters)):

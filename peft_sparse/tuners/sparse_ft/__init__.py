@@ -1,0 +1,1 @@
+"""SPARSE_FT: sparse deltas on a model's own weights."""

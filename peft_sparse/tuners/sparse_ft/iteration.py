@@ -1,0 +1,48 @@
+"""Walking over the deltas of a model, whatever it is wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .adapter_delta import AdapterDelta
+from .layer import PARAMETERS, SparseLayer
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The base model inside a PeftModel, a tuner or a distributed wrapper; the model itself if it is none of these."""
+    while True:
+        if isinstance(model, PeftModel):
+            model = model.base_model
+        elif isinstance(model, BaseTuner):
+            model = model.model
+        elif not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """(path in the base model, layer) of every layer that carries deltas."""
+    for name, module in base_model_of(model).named_modules():
+        if isinstance(module, SparseLayer):
+            yield name.replace("_fsdp_wrapped_module.", ""), module
+
+
+def iter_deltas(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, SparseLayer, str, AdapterDelta]]:
+    """Every tensor that an adapter tunes.
+
+    Args:
+        model: a PeftModel, a tuner, or any model with sparse layers in it.
+        adapter_name: the adapter.
+
+    Yields:
+        (name of the parameter in the base model, its layer, "weight" or "bias", the delta).
+    """
+    for name, layer in iter_layers(model):
+        for parameter in PARAMETERS:
+            if adapter_name in layer._modules[f"sparse_ft_{parameter}"]:
+                yield f"{name}.{parameter}", layer, parameter, layer.deltas_of(parameter)[adapter_name]

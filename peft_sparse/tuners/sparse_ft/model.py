@@ -1,0 +1,313 @@
+"""SparseModel: the tuner that PEFT drives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from . import compose, state
+from .config import SparseConfig
+from .embedding import Embedding
+from .iteration import iter_deltas, iter_layers
+from .layer import SparseLayer
+from .support import plan_counts, select_random
+from .targets import Targets, find_targets, is_excluded, named_targets
+from .wrap import wrapper_for
+
+
+class SparseModel(BaseTuner):
+    """Sparse deltas on the targeted parameters of a model.
+
+    Args:
+        model: the base model.
+        peft_config: a `SparseConfig`, or PEFT's dictionary of them.
+        adapter_name: name of the first adapter.
+
+    Every adapter's config is a copy of the user's, in which `counts` holds the answer to the request.
+    """
+
+    prefix = "sparse_ft_"
+    tuner_layer_cls = SparseLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # ---- injection ------------------------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to the model (called by PEFT).
+
+        All that can be refused is refused before the first module is touched.
+
+        Raises:
+            ConfigError: the request cannot be met on this model.
+        """
+        requested: SparseConfig = self.peft_config[adapter_name]
+        # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values alone.
+        source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
+        config = copy.deepcopy(requested)
+        try:
+            targets = find_targets(config, model)
+            modules = dict(named_targets(model))
+            for name, parameters in targets.items():
+                wrapper_for(modules[name], name)
+                if not parameters:
+                    raise ConfigError(f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules.")
+            selected = plan_counts(config, targets, model)
+        except ConfigError:
+            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
+            if len(self.peft_config) > 1:
+                del self.peft_config[adapter_name]
+            raise
+        self.peft_config[adapter_name] = config
+        self._targets: Targets = targets
+        self._counts = selected or {}
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        config.target_modules = _without_embedding_names(requested.target_modules, targets)
+        self._mark_tied(model, adapter_name)
+        if source is not None:
+            for name, _, _, delta in iter_deltas(model, adapter_name):
+                delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
+        elif selected is not None:
+            config.counts = selected
+            self._fill(model, config, adapter_name)
+
+    def _fill(self, model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
+        """Choose the random supports, and the random values if the adapter is not to start from the identity."""
+        if not config.inference_mode and (config.method == "rand" or not config.init_weights):
+            select_random(config, {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)})
+
+    def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
+        # The targets are known; PEFT needs some value to iterate over and to name in its errors.
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self._targets)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
+        if key in self._targets:
+            return True
+        return _ExcludedModule() if peft_config.counts is None and is_excluded(peft_config, key) else False
+
+    def _inject_parameters(
+        self, peft_config: SparseConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # `target_parameters` took part in `find_targets`; their modules are wrapped like any other.
+        return [f"{name}.{parameter}" for name, parameters in self._targets.items() for parameter in parameters]
+
+    def _create_and_replace(
+        self,
+        peft_config: SparseConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        counts = {p: self._counts.get(f"{current_key}.{p}", 0) for p in self._targets[current_key]}
+        layer = target if isinstance(target, SparseLayer) else wrapper_for(target, current_key)(target)
+        layer.update_layer(
+            adapter_name,
+            counts,
+            dtype=getattr(torch, peft_config.values_dtype),
+            inference_mode=peft_config.inference_mode,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have.
+        if isinstance(new_module, SparseLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _mark_tied(self, model: nn.Module, adapter_name: str) -> None:
+        """Find targeted parameters that other modules share; embeddings that look up in the same matrix follow the tuned one."""
+        holders: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in named_targets(model):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    holders.setdefault(id(parameter), []).append((name, module))
+        for _, layer, part, _ in list(iter_deltas(model, adapter_name)):
+            sharing = holders.get(id(getattr(layer.get_base_layer(), part)), [])
+            if len(sharing) < 2:
+                continue
+            layer.tied_parameters.add(part)
+            for name, module in sharing:
+                wrapped = model.get_submodule(name)
+                if isinstance(layer, Embedding) and isinstance(module, nn.Embedding) and not isinstance(wrapped, SparseLayer):
+                    follower = Embedding(wrapped, leader=layer)
+                    follower.set_adapter(self.active_adapters)
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, follower)
+
+    # ---- PEFT's hooks ---------------------------------------------------------------------------------------------------------------
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SparseConfig) -> None:
+        # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
+        return
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns about tied embeddings; merging unties them here.
+        return
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        dtype = getattr(torch, self.peft_config[adapter_name].values_dtype)
+        for _, _, _, delta in iter_deltas(self.model, adapter_name):
+            delta.values.data = delta.values.data.to(dtype)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
+
+        Args:
+            adapter_names: the adapters to merge; the active ones if None.
+            safe_merge: refuse values that are not finite, before any layer is touched.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        if not merge:
+            for _, layer in iter_layers(self.model):
+                layer.merged_adapters.clear()
+                layer.restore()
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if merge:
+            _forget_broken_ties(model)
+        return model
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for _, layer in iter_layers(self.model):
+            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` (one adapter per example) to every layer for the length of one forward or generate call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, (SparseLayer, AuxiliaryTrainingWrapper)):
+                # Beam search repeats every example inside the decoder, not in the encoder.
+                names = list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
+                handles.append(module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SparseConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return state.for_saving(model, config, adapter_name, own, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = state.for_loading(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # ---- composition ----------------------------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        head_from: str | None = None,
+    ) -> None:
+        """Make a new adapter out of others. See `compose.add_weighted_adapter`."""
+        compose.add_weighted_adapter(
+            self,
+            list(adapters),
+            list(weights),
+            adapter_name,
+            combination_type=combination_type,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            head_from=head_from,
+        )
+
+
+def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _without_embedding_names(requested: Any, targets: Targets) -> Any:
+    """The user's `target_modules`, with bare embedding names spelled out as full paths.
+
+    PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that name or by a regex.
+    """
+    hits = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
+    if not hits or requested in (None, "all", "all-linear"):
+        return requested
+    if isinstance(requested, str):
+        return sorted(targets)
+    return sorted({*(t for t in requested if t not in ("embed_tokens", "lm_head")), *hits})
+
+
+def _forget_broken_ties(model: nn.Module) -> None:
+    """Make a merged model save and reload as it is, where merging gave tied tensors different contents."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if not ties:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    broken = [k for k, v in ties.items() if k in parameters and v in parameters and parameters[k] is not parameters[v]]
+    for key in broken:
+        del ties[key]

@@ -1,0 +1,96 @@
+"""What PEFT's state-dict hooks do for sparse adapters: seal a file when saving, check all of it before loading."""
+
+from __future__ import annotations
+
+import logging
+
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ...checkpoints import native
+from ...errors import FormatError
+from .config import SparseConfig
+from .iteration import iter_deltas
+
+logger = logging.getLogger(__name__)
+
+
+def for_saving(
+    model: nn.Module, config: SparseConfig, adapter_name: str, own: dict[str, Tensor], state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The adapter's own tensors with the digest; brings the config's `counts` up to date.
+
+    Args:
+        model: whatever carries the adapter.
+        config: its config, about to be written next to the tensors.
+        adapter_name: its name, which the keys hold.
+        own: its deltas' tensors, by key of the model's state dict.
+        state_dict: the model's state dict, in which the heads are.
+    """
+    counts = count_weights(model, adapter_name)
+    if any(counts.values()):
+        config.counts = counts
+    heads: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            name = name.removeprefix("_fsdp_wrapped_module.")
+            inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
+            heads.update({f"{name}.{k}": v for k, v in module.adapter_state_dict(adapter_name, inside).items()})
+    return native.finish(own, heads, adapter_name=adapter_name)
+
+
+def for_loading(
+    model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Check a loaded file as a whole, then size the adapter after it; returns what is left to load.
+
+    Raises:
+        FormatError: the file is damaged or does not belong to this model. An adapter that was added for it is taken out again.
+    """
+    deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+    # Until something set the support, the adapter was made from the file's own config; later it may have grown out of it (a resume).
+    is_new = all(delta.support_version == 0 for delta in deltas.values())
+    try:
+        loaded = native.verify(
+            state_dict,
+            counts=config.counts if is_new else None,
+            shapes={name: delta.shape for name, delta in deltas.items()},
+            heads=_head_names(model, adapter_name),
+            adapter_name=adapter_name,
+        )
+    except FormatError:
+        if is_new:
+            discard(model, adapter_name)
+        raise
+    for name, delta in deltas.items():
+        if delta.values.is_meta:
+            delta.values = nn.Parameter(loaded[name].values, requires_grad=delta.values.requires_grad)
+        delta.set_support(loaded[name].indices, loaded[name].values)
+    if any(delta.count for delta in loaded.values()):
+        config.counts = {name: loaded[name].count for name in deltas}
+    return {k: v for k, v in state_dict.items() if native.canonical_name(k) != native.DIGEST_KEY}
+
+
+def discard(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of a model whose loading failed; the base model is as it was before."""
+    if not isinstance(model, PeftModel):
+        logger.warning("The adapter %s was refused but stays in the model without effect: delete it.", adapter_name)
+    elif len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        model.base_model.unload()
+
+
+def count_weights(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """{parameter: number of tuned weights} of an adapter."""
+    return {name: delta.count for name, _, _, delta in iter_deltas(model, adapter_name)}
+
+
+def _head_names(model: nn.Module, adapter_name: str) -> set[str]:
+    return {
+        native.canonical_name(f"{name}.{key}")
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name)
+    }

@@ -1,0 +1,74 @@
+"""From a request to supports: how many weights each tensor gets, and which ones where chance decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ...selection.budget import Group, draw_counts, groups_of, total_from_request
+from ...selection.criteria import random_indices
+from .adapter_delta import AdapterDelta
+from .config import SparseConfig
+from .targets import Targets, named_targets
+from .wrap import is_linear
+
+
+def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> list[Group]:
+    """Groups of parameters with the number of weights that each group gets: the budget, applied to a model.
+
+    Raises:
+        ConfigError: the request is larger than the targets, or the budget's groups do not fit them.
+    """
+    modules = dict(named_targets(model))
+    tensors = {f"{name}.{p}": (modules[name], getattr(modules[name], p)) for name, parts in targets.items() for p in parts}
+    total = total_from_request(
+        density=config.density,
+        num_weights=config.num_weights,
+        equivalent_rank=config.equivalent_rank,
+        shapes={name: tuple(tensor.shape) for name, (_, tensor) in tensors.items()},
+        linear_names={name for name, (module, tensor) in tensors.items() if is_linear(module) and tensor.dim() == 2},
+        density_of=config.density_of,
+        model_numel=model_numel(model),
+    )
+    return groups_of(config.budget, total, {name: tensor.numel() for name, (_, tensor) in tensors.items()})
+
+
+def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dict[str, int] | None:
+    """{parameter: number of weights}, or None where only training can tell.
+
+    Raises:
+        ConfigError: see `plan_groups`; or method "fixed" without the counts that only a file or a composition can give.
+    """
+    if config.counts is not None:
+        return dict(config.counts)
+    if config.method == "fixed":
+        raise ConfigError('method="fixed" has no way to select weights: it is what composed and imported adapters carry. Try "rand".')
+    groups = plan_groups(config, targets, model)
+    if config.method != "rand" and config.init_weights:
+        return None
+    modules = dict(named_targets(model))
+    sizes = {f"{name}.{p}": getattr(modules[name], p).numel() for name, parts in targets.items() for p in parts}
+    return draw_counts(groups, sizes, seed=getattr(config, "seed", 0))
+
+
+def select_random(config: SparseConfig, deltas: Mapping[str, AdapterDelta]) -> None:
+    """Give every delta a random support of its own size, and random values unless the adapter starts from the identity.
+
+    The support of a parameter depends on the seed, its name and its count alone.
+    """
+    seed = getattr(config, "seed", 0)
+    generator = torch.Generator().manual_seed(seed)
+    for name, delta in deltas.items():
+        if delta.indices.is_meta:
+            continue
+        values = None if config.init_weights else torch.randn(delta.count, generator=generator)
+        delta.set_support(random_indices(delta.numel, delta.count, seed=seed, name=name), values)
+
+
+def model_numel(model: nn.Module) -> int:
+    """Number of parameters of the base model, adapters not counted and tied tensors counted once."""
+    own = {id(p): p.numel() for _, module in named_targets(model) for p in module._parameters.values() if p is not None}
+    return sum(own.values())

@@ -1,0 +1,149 @@
+"""From a config to the parameters of a model that it targets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from torch import nn
+
+from ...errors import ConfigError
+from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
+from .layer import PARAMETERS
+from .wrap import is_norm
+
+# {module path: names of its targeted parameters}, in the order of the model.
+Targets = dict[str, tuple[str, ...]]
+
+
+def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
+    """Which parameters of which modules a config targets.
+
+    A config with `counts` (one that came from a file) names its parameters itself; the rules decide otherwise.
+
+    Raises:
+        ConfigError: a parameter of `counts` or of `target_parameters` is not in the model.
+    """
+    modules = dict(named_targets(model))
+    if config.counts is not None:
+        return _from_counts(config.counts, modules)
+    rules = [_module_rule(config, model), _norm_rule(config), _parameter_rule(config, modules)]
+    targets: Targets = {}
+    for name, module in modules.items():
+        if is_excluded(config, name) or not _in_layers(config, name):
+            continue
+        wanted = {parameter for rule in rules for parameter in rule(name, module)}
+        present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
+        if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
+            targets[name] = present
+    return targets
+
+
+def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not count."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside.append(name + ".")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_excluded(config: SparseConfig, name: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keeps a module from being tuned sparsely."""
+    excluded = config.exclude_modules
+    if isinstance(excluded, str) and re.fullmatch(excluded, name):
+        return True
+    if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
+        return True
+    return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
+
+
+def _module_rule(config: SparseConfig, model: nn.Module):
+    """target_modules, with the biases if `target_biases` asks for them."""
+    parts = PARAMETERS if config.target_biases else ("weight",)
+    target = config.target_modules
+    if target == ALL_PARAMETERS:
+        root = _base_prefix(model)
+        seen: set[int] = set()
+
+        def every(name: str, module: nn.Module) -> tuple[str, ...]:
+            own = {p: t for p, t in module.named_parameters(recurse=False) if id(t) not in seen}
+            if not own or not name.startswith(root):
+                return ()
+            seen.update(map(id, own.values()))
+            # A module whose only parameters have other names is wanted all the same: `wrap` refuses it by name.
+            return tuple(own)
+
+        return every
+    if target is None and (config.target_parameters or config.target_norms):
+        return lambda name, module: ()
+    if target is None or target == ALL_LINEAR:
+        linear = _all_linear(config, model)
+        return lambda name, module: parts if name in linear else ()
+    if isinstance(target, str):
+        return lambda name, module: parts if match_target_against_key(target, name) else ()
+    return lambda name, module: parts if _ends_with_any(name, target) else ()
+
+
+def _norm_rule(config: SparseConfig):
+    parts = PARAMETERS if config.target_biases else ("weight",)
+    return lambda name, module: parts if config.target_norms and is_norm(module) else ()
+
+
+def _parameter_rule(config: SparseConfig, modules: dict[str, nn.Module]):
+    wanted = config.target_parameters or []
+    for target in wanted:
+        if not any(_ends_with_any(f"{name}.{p}", [target]) for name, m in modules.items() for p in m._parameters):
+            raise ConfigError(f"target_parameters: no parameter of the model ends with {target!r}.")
+    return lambda name, module: tuple(p for p in module._parameters if _ends_with_any(f"{name}.{p}", wanted))
+
+
+def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targets:
+    targets: Targets = {}
+    for parameter in counts:
+        name, _, part = parameter.rpartition(".")
+        if part not in PARAMETERS or name not in modules or not _has_parameter(modules[name], part):
+            raise ConfigError(
+                f"the adapter tunes {parameter!r}, which this model does not have. Load it into the architecture it was trained on (its "
+                "config names it in base_model_name_or_path)."
+            )
+        targets[name] = (*targets.get(name, ()), part)
+    return {name: targets[name] for name in modules if name in targets}
+
+
+def _all_linear(config: SparseConfig, model: nn.Module) -> set[str]:
+    """The modules that PEFT's "all-linear" means, without touching the config."""
+    scratch = PeftConfig(task_type=config.task_type)
+    scratch.target_modules = ALL_LINEAR
+    return set(_maybe_include_all_linear_layers(scratch, model).target_modules)
+
+
+def _in_layers(config: SparseConfig, name: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    list_name = rf"(?:{'|'.join(patterns)})" if patterns else r"[^.]+"
+    found = re.match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _base_prefix(model: nn.Module) -> str:
+    """Path of the model without its head, with a dot; empty if the model is not split that way."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _has_parameter(module: nn.Module, parameter: str) -> bool:
+    return module._parameters.get(parameter) is not None
+
+
+def _ends_with_any(name: str, endings) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
