@@ -79,34 +79,33 @@ def combine(
         combination_type: "linear": sum of weight * delta, on the union of the supports.
             "magnitude_prune": the same after keeping each adapter's largest values.
             "dare_linear": the same after dropping values at random and dividing the others by the density.
-            "ties", "dare_ties": after the pruning of "magnitude_prune" or "dare_linear", each position elects a sign and
-            takes the mean of weight * value over the adapters whose value has that sign.
+            "ties", "dare_ties": after the pruning of "magnitude_prune" or "dare_linear", each position elects a sign
+            and takes the mean of weight * value over the adapters whose value has that sign.
         density: share of each adapter's own values to keep, in (0, 1]; for all types but "linear", which takes none.
-        majority_sign_method: whether "total" (the sum of the values, unweighted) or "frequency" (the number of adapters)
-            elects the sign; an even vote is positive.
+        majority_sign_method: what elects the sign: "total" (the sum of the values, unweighted) or "frequency" (the
+            number of adapters); an even vote is positive.
         generator: source of the random drops; the global one if None. Adapters draw in the order given.
 
     Returns:
         The combined delta on the union of the supports that pruning leaves (entries that cancel stay, with value 0), in
         the values' common dtype. Sums are taken in float64 and rounded once, in an order that depends on the summands
         alone: a permutation of the adapters changes no bit of it, unless drops are random. One adapter at weight 1.0
-        under "linear" comes back as it is.
+        under "linear" comes back bit for bit. The values are a new tensor.
 
     Raises:
         ConfigError: an argument out of range, or arguments that do not fit each other.
 
     Cost: O(sum of counts), with float64 copies of at most 2**20 positions at a time; nothing dense.
     Source: PEFT's `merge_utils`, for TIES (Yadav et al. 2023, arXiv:2306.01708) and DARE (Yu et al. 2023,
-        arXiv:2311.03099). Differs from PEFT on dense tensors in this: `density` is a share of the values that an adapter
-        has, not of the weight's elements (nearly all of which are zero, so that dense pruning would prune nothing); the
-        number kept is rounded half up and at least one, not down. Zeros outside a support have no vote in either.
+        arXiv:2311.03099). Differs from PEFT on dense tensors in this: `density` is a share of the values that an
+        adapter has, not of the weight's elements (nearly all of which are zero, so that dense pruning would prune
+        nothing); the number kept is rounded half up and at least one, not down. Zeros outside a support have no vote
+        in either.
     """
     combination = _checked(deltas, weights, combination_type, density, majority_sign_method)
     parts = [(delta, float(weight)) for delta, weight in zip(deltas, weights, strict=True) if delta.count > 0]
     if not parts:
         return deltas[0]
-    if combination_type == "linear" and len(parts) == 1 and parts[0][1] == 1.0:
-        return parts[0][0]
     if combination.prune is not None and density is not None and density < 1:
         parts = [(combination.prune(delta, density, generator), weight) for delta, weight in parts]
     divisor = density if combination.rescale and density is not None else 1.0
@@ -125,7 +124,7 @@ def combine(
 
 
 def _columns(deltas: Sequence[SparseDelta], support: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Start and float64 values [adapters, positions] of consecutive pieces of the union; zero where an adapter has none."""
+    """Start and float64 values [adapters, positions] of pieces of the union; zero where an adapter has none."""
     placed = [(positions(support, delta.indices)[0], delta.values.detach()) for delta in deltas]
     for start in range(0, support.numel(), _CHUNK):
         stop = min(start + _CHUNK, support.numel())
