@@ -39,7 +39,7 @@ _BASE_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _DEFAULT = "default"
 
 
@@ -158,7 +158,8 @@ def _plain(value: Any) -> str:
 
 def _request(config: Mapping[str, Any]) -> str:
     if config.get("density") is not None:
-        return f"{config['density']} of the weights of the {config.get('density_of', 'targets')}"
+        whole = "the model" if config.get("density_of") == "model" else "the targeted tensors"
+        return f"{config['density']} of the weights of {whole}"
     if config.get("equivalent_rank") is not None:
         return f"as many weights as LoRA of rank {config['equivalent_rank']}"
     if config.get("num_weights") is not None:

@@ -56,10 +56,10 @@ def canonical_name(key: str, *, adapter_name: str | None = None) -> str:
         key: key of a state dict, with or without PEFT's prefix `base_model.model.`.
         adapter_name: the adapter whose name stands in the key; None for checkpoint keys, which have none.
     """
-    parts = [part for part in key.removeprefix(PREFIX).split(".") if part not in _WRAPPERS]
+    unwrapped = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(PREFIX)
     if adapter_name is None:
-        return ".".join(parts)
-    kept: list[str] = []
+        return unwrapped
+    parts, kept = unwrapped.split("."), list[str]()
     for position, part in enumerate(parts):
         named_slot = position > 0 and part == adapter_name and parts[position - 1] in _ADAPTER_SLOTS
         if named_slot and parts[position - 1] == "modules_to_save":
