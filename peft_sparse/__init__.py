@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ._peft_bridge import register
 from .core.delta import SparseDelta
 from .errors import ConfigError, FormatError, SelectionError, SparseError
@@ -13,5 +11,19 @@ from .tuners.sparse_ft.model import SparseModel
 from .tuners.sparse_ft.resident import resident
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "FormatError",
+    "LotteryTicketConfig",
+    "RandConfig",
+    "SelectionError",
+    "SparseConfig",
+    "SparseDelta",
+    "SparseError",
+    "SparseModel",
+    "iter_deltas",
+    "resident",
+]
 
 register("SPARSE_FT", SparseConfig, SparseModel)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 import peft
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -20,37 +22,43 @@ def check_peft_version(version: str = peft.__version__) -> None:
     # `release` leaves out ".dev0": a development version of 0.22 has 0.22's internals.
     if not Version(low).release <= Version(version).release < Version(high).release:
         raise ImportError(
-            f"peft_sparse supports peft >= {low}, < {high}, found {version}. It builds on hooks of PEFT that change between "
-            f'minor versions: pip install "peft>={low},<{high}", or look for a newer peft-sparse.'
+            f"peft_sparse supports peft >= {low}, < {high}, found {version}. It builds on hooks of PEFT that change "
+            f'between minor versions: pip install "peft>={low},<{high}", or look for a newer peft-sparse.'
         )
 
 
-def add_peft_type(name: str) -> PeftType:
-    """Return the member `name` of PEFT's `PeftType`, adding it as a real member if it is not there yet.
+def add_member(enum: type[Enum], name: str) -> Enum:
+    """Return the member `name` of a string enum, adding it as a real member if it is not there yet.
 
-    A real member is the only form that all of PEFT and transformers accept (they iterate the enum, take its `.value` and look it up by
-    value). Python 3.12 dropped `EnumType.__getattr__`, hence the attribute on the class itself.
+    A real member is the only form that all of PEFT and transformers accept: they iterate the enum, take a member's
+    `.value` and look members up by value. Python 3.12 dropped `EnumType.__getattr__`, hence the attribute on the class
+    itself.
     """
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
+    if name in enum.__members__:
+        return enum[name]
+    member = str.__new__(enum, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
+    member.__objclass__ = enum
+    member._sort_order_ = len(enum._member_names_)
+    type.__setattr__(enum, name, member)
+    enum._member_names_.append(name)
+    enum._member_map_[name] = member
+    enum._value2member_map_[name] = member
     return member
+
+
+def add_peft_type(name: str) -> PeftType:
+    """PEFT's own type for a tuner of this package, e.g. "SPARSE_FT"; made on the first call."""
+    return add_member(PeftType, name)
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:
     """Register a tuner type with PEFT; a second call for the same name changes nothing.
 
     Args:
-        name: the type's name in capitals, e.g. "SPARSE_FT". transformers derives the state-dict prefix from it, so the prefix of
-            `model_cls` must be the name in lower case with an underscore.
+        name: the type's name in capitals, e.g. "SPARSE_FT". transformers derives the state-dict prefix from it, so the
+            prefix of `model_cls` must be the name in lower case with an underscore.
         config_cls: its configuration class.
         model_cls: its `BaseTuner` subclass.
     """

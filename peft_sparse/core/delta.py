@@ -17,7 +17,8 @@ class SparseDelta:
     """Values to add to a weight at some of its flat positions.
 
     Attributes:
-        indices: [k] flat row-major positions, strictly ascending; int32, or int64 for weights of 2**31 elements and more.
+        indices: [k] flat row-major positions, strictly ascending; int32, or int64 for weights of 2**31 elements and
+            more.
         values: [k] floating point, in the units of the weight.
         shape: shape of the weight.
     """
@@ -37,7 +38,7 @@ class SparseDelta:
         return prod(self.shape)
 
     def check(self, *, name: str = "the delta") -> SparseDelta:
-        """Return `self` if indices and values fit the shape and each other, else raise a ValueError that says `name`."""
+        """Return `self` if indices and values fit the shape and each other, else raise a ValueError with `name`."""
         check_indices(self.indices, self.numel, name=name)
         if self.values.shape != self.indices.shape:
             found = f"{tuple(self.values.shape)} values for {tuple(self.indices.shape)} indices"

@@ -14,8 +14,8 @@ from .indices import positions, union
 class Overlay:
     """The union of the supports of one or more deltas on one weight.
 
-    Every path that forms `W + delta` (forward, merge, resident mode) takes its numbers from `entries`, so that all of them agree bit
-    for bit.
+    Every path that forms `W + delta` (forward, merge, resident mode) takes its numbers from `entries`, so that all of
+    them agree bit for bit.
 
     Args:
         supports: the deltas' indices, each [k_i] sorted and unique, in the order in which their values will be given.
@@ -37,9 +37,12 @@ class Overlay:
             originals: [u] the weight's own entries at `indices`.
             values: one [k_i] tensor per support, in the order given to the constructor.
 
-        The deltas are summed first and added to the original then, in float32 (float64 if any of them is), and rounded once.
+        The deltas are summed first and added to the original then, in float32 (float64 if any of them is), and rounded
+        once.
         """
-        dtype = reduce(torch.promote_types, [v.dtype for v in values], torch.promote_types(originals.dtype, torch.float32))
+        dtype = reduce(
+            torch.promote_types, [v.dtype for v in values], torch.promote_types(originals.dtype, torch.float32)
+        )
         if self._slots is None:
             total = values[0].detach().to(dtype)
         else:
@@ -58,13 +61,16 @@ class Overlay:
 
 
 def add_deltas(parameter: Tensor, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`parameter` with deltas added, differentiable in the parameter and in the values; same numbers as `Overlay`, at dense cost.
+    """`parameter` with deltas added, differentiable in the parameter and in the values; same numbers as `Overlay`, at
+    dense cost.
 
     Args:
         parameter: any shape.
         deltas: (values [k], indices [k]) pairs.
     """
-    dtype = reduce(torch.promote_types, [v.dtype for v, _ in deltas], torch.promote_types(parameter.dtype, torch.float32))
+    dtype = reduce(
+        torch.promote_types, [v.dtype for v, _ in deltas], torch.promote_types(parameter.dtype, torch.float32)
+    )
     total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     for values, indices in deltas:
         total = total.index_add(0, indices, values.to(dtype))

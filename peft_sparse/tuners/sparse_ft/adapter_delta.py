@@ -19,8 +19,8 @@ from . import regularization
 class AdapterDelta(nn.Module):
     """One adapter's delta on one tensor of a layer.
 
-    `state_dict` carries the indices gap-coded as torch's extra state. transformers' own loader calls none of PEFT's hooks, and extra state
-    is the one thing it hands to the module itself.
+    `state_dict` carries the indices gap-coded as torch's extra state. transformers' own loader calls none of PEFT's
+    hooks, and extra state is the one thing it hands to the module itself.
 
     Args:
         shape: shape of the tuned tensor.
@@ -73,7 +73,9 @@ class AdapterDelta(nn.Module):
         """
         check_indices(indices, self.numel, name=f"a tensor of shape {self.shape}")
         if values is not None and values.shape != indices.shape:
-            raise ValueError(f"values must have one entry per index, got {tuple(values.shape)} for {tuple(indices.shape)} indices")
+            raise ValueError(
+                f"values must have one entry per index, got {tuple(values.shape)} for {tuple(indices.shape)} indices"
+            )
         device = self.indices.device if self.values.is_meta else self.values.device
         if values is None:
             values = torch.zeros(indices.numel())
@@ -113,7 +115,9 @@ class AdapterDelta(nn.Module):
         Raises:
             FormatError: the bytes are not a support of this tensor with as many indices as there are values.
         """
-        indices, _ = decode_gaps(state.cpu(), name=f"a tensor of shape {self.shape}", shape=self.shape, count=self.count)
+        indices, _ = decode_gaps(
+            state.cpu(), name=f"a tensor of shape {self.shape}", shape=self.shape, count=self.count
+        )
         self._set_indices(indices.to(self.indices.device))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -121,7 +125,8 @@ class AdapterDelta(nn.Module):
         if incoming is not None and incoming.dim() != 1:
             raise FormatError(f"{prefix}values must be one-dimensional, got shape {tuple(incoming.shape)}")
         if incoming is not None and incoming.shape != self.values.shape:
-            # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for optimizers.
+            # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for
+            # optimizers.
             self.values.grad = None
             self.values.data = self.values.new_empty(incoming.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

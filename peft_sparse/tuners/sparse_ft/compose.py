@@ -34,7 +34,8 @@ def add_weighted_adapter(
         adapters: names of the adapters to combine.
         weights: one factor per adapter, of any sign.
         adapter_name: name of the new adapter.
-        combination_type: "linear" (exact on the union of the supports), "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+        combination_type: "linear" (exact on the union of the supports), "ties", "dare_linear", "dare_ties" or
+            "magnitude_prune".
         density: share of each adapter's weights to keep, in (0, 1]; for all types but "linear".
         majority_sign_method: "total" or "frequency", for the "ties" types.
         head_from: the adapter whose heads (`modules_to_save`) the new one gets; the only one that has any if None.
@@ -87,17 +88,23 @@ def _check_names(tuner: SparseModel, adapters: list[str], weights: list[float], 
     if len(adapters) != len(weights):
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
     if adapter_name in tuner.peft_config:
-        raise ConfigError(f"adapter_name {adapter_name!r} is taken; this model has {known}. Delete it first, or choose another name.")
+        raise ConfigError(
+            f"adapter_name {adapter_name!r} is taken; this model has {known}. Delete it first, or choose another name."
+        )
 
 
 def _choose_head(tuner: SparseModel, adapters: list[str], head_from: str | None) -> str | None:
     having = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
     if head_from is not None:
         if head_from not in having:
-            raise ConfigError(f"head_from must be one of the combined adapters that have heads ({having}), got {head_from!r}.")
+            raise ConfigError(
+                f"head_from must be one of the combined adapters that have heads ({having}), got {head_from!r}."
+            )
         return head_from
     if len(having) > 1:
-        raise ConfigError(f"the adapters {having} all have heads (modules_to_save): say whose to keep with head_from=...")
+        raise ConfigError(
+            f"the adapters {having} all have heads (modules_to_save): say whose to keep with head_from=..."
+        )
     return having[0] if having else None
 
 

@@ -36,19 +36,24 @@ def method_name(name: str):
 class SparseConfig(PeftConfig):
     """A sparse delta on a model's own weights: how many (budget), which (method), on what (targets).
 
-    `SparseConfig(method="lottery_ticket", ...)` gives a `LotteryTicketConfig`, as does loading a file that says so; without a method it
-    gives a `RandConfig`. Method "fixed" is what composed and imported adapters carry: their support is given, nothing selects it.
+    `SparseConfig(method="lottery_ticket", ...)` gives a `LotteryTicketConfig`, as does loading a file that says so;
+    without a method it gives a `RandConfig`. Method "fixed" is what composed and imported adapters carry: their support
+    is given, nothing selects it.
 
     Args:
         method: one of `METHODS`.
         density: share of the weights named by `density_of` to tune, in (0, 1].
         num_weights: the number of weights to tune, instead of a density.
-        equivalent_rank: r instead of a density: r * (in + out) weights per targeted linear layer, the number that LoRA of rank r trains.
-        density_of: what `density` is a share of: "targets" (the targeted tensors) or "model" (all parameters of the base model).
-        budget: how the total is spread: "uniform" (the same density in every tensor), "global" (one joint selection over all targets) or
-            {regex: share} (shares of the total per group of parameter names; a joint selection inside each group: SC-SFT).
-        target_modules: names (a module matches if its path ends with one), a regex for the whole path, "all-linear" (the default), or
-            "all" (every parameter of the base model without its head: embeddings, biases, norms, convolutions).
+        equivalent_rank: r instead of a density: r * (in + out) weights per targeted linear layer, the number that LoRA
+            of rank r trains.
+        density_of: what `density` is a share of: "targets" (the targeted tensors) or "model" (all parameters of the
+            base model).
+        budget: how the total is spread: "uniform" (the same density in every tensor), "global" (one joint selection
+            over all targets) or {regex: share} (shares of the total per group of parameter names; a joint selection
+            inside each group: SC-SFT).
+        target_modules: names (a module matches if its path ends with one), a regex for the whole path, "all-linear"
+            (the default), or "all" (every parameter of the base model without its head: embeddings, biases, norms,
+            convolutions).
         exclude_modules: names or a regex of modules to leave out.
         target_biases: tune the biases of the targeted modules as well.
         target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`).
@@ -60,10 +65,12 @@ class SparseConfig(PeftConfig):
         values_dtype: dtype of the trained values, in memory and in the file, whatever the weight's dtype.
         l1: lambda of the penalty lambda/N * sum |delta|, N the number of parameters of the base model.
         init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
-        counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved in the file.
+        counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved
+            in the file.
 
     Raises:
-        ConfigError: a field has a value that no run can honour; the message says which rule it breaks and what to write instead.
+        ConfigError: a field has a value that no run can honour; the message says which rule it breaks and what to write
+            instead.
     """
 
     method: str = field(default="rand", metadata={"help": "How the weights to tune are chosen."})
@@ -72,7 +79,8 @@ class SparseConfig(PeftConfig):
     equivalent_rank: int | None = field(default=None, metadata={"help": "As many weights as LoRA of this rank trains."})
     density_of: str = field(default="targets", metadata={"help": "What density is a share of: 'targets' or 'model'."})
     budget: str | dict[str, float] = field(
-        default="uniform", metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."}
+        default="uniform",
+        metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex, 'all-linear' (the default) or 'all'."}
@@ -113,7 +121,8 @@ class SparseConfig(PeftConfig):
         if METHODS.get(self.method) is not type(self):
             own = next((name for name, cls in METHODS.items() if cls is type(self)), None)
             raise ConfigError(
-                f"method must be {own!r} for a {type(self).__name__}, got {self.method!r}. SparseConfig(method=...) picks the class."
+                f"method must be {own!r} for a {type(self).__name__}, got {self.method!r}. "
+                "SparseConfig(method=...) picks the class."
             )
         self._check_request()
         self._check_budget()
@@ -128,15 +137,20 @@ class SparseConfig(PeftConfig):
         requests = {name: getattr(self, name) for name in ("density", "num_weights", "equivalent_rank")}
         given = {name: value for name, value in requests.items() if value is not None}
         if len(given) != 1:
-            raise ConfigError(f"give exactly one of density, num_weights and equivalent_rank, got {given or 'none of them'}.")
+            raise ConfigError(
+                f"give exactly one of density, num_weights and equivalent_rank, got {given or 'none of them'}."
+            )
         if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
             raise ConfigError(
-                f"density must be in (0, 1], got {self.density!r}. To give an absolute number of weights use num_weights=..."
+                f"density must be in (0, 1], got {self.density!r}. "
+                "To give an absolute number of weights use num_weights=..."
             )
         for name in ("num_weights", "equivalent_rank"):
             value = requests[name]
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be an int >= 1, got {value!r}. To give a share of the weights use density=...")
+                raise ConfigError(
+                    f"{name} must be an int >= 1, got {value!r}. To give a share of the weights use density=..."
+                )
         if self.density_of not in ("targets", "model"):
             raise ConfigError(f"density_of must be 'targets' or 'model', got {self.density_of!r}.")
 
@@ -147,7 +161,9 @@ class SparseConfig(PeftConfig):
                 if not (_is_number(share) and 0 < share <= 1):
                     raise ConfigError(f"budget: the share of {pattern!r} must be in (0, 1], got {share!r}.")
             if abs(sum(self.budget.values()) - 1) > 1e-6:
-                raise ConfigError(f"budget: the shares must sum to 1, got {sum(self.budget.values())} from {self.budget}.")
+                raise ConfigError(
+                    f"budget: the shares must sum to 1, got {sum(self.budget.values())} from {self.budget}."
+                )
         elif self.budget not in ("uniform", "global"):
             raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {self.budget!r}.")
 
@@ -158,7 +174,8 @@ class SparseConfig(PeftConfig):
             _check_regex("exclude_modules", self.exclude_modules)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: it says where those indices are counted."
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "
+                "it says where those indices are counted."
             )
 
     @classmethod
@@ -185,8 +202,8 @@ class RandConfig(SparseConfig):
     Args:
         seed: the support is a function of this number and the parameters' names alone.
 
-    Source: the random baseline of Ansell et al. 2022, arXiv:2110.07560, section 4, and of the SC-SFT report, section 3. Draws exactly K
-    weights without replacement; the report writes Bernoulli(p), its code draws exactly K as well.
+    Source: the random baseline of Ansell et al. 2022, arXiv:2110.07560, section 4, and of the SC-SFT report, section 3.
+    Draws exactly K weights without replacement; the report writes Bernoulli(p), its code draws exactly K as well.
     """
 
     method: str = field(default="rand", metadata={"help": "How the weights to tune are chosen."})
@@ -203,16 +220,19 @@ class RandConfig(SparseConfig):
 class LotteryTicketConfig(SparseConfig):
     """LT-SFT: train densely, keep the K weights that moved most, rewind, train those.
 
-    Train with `SparseTrainer` (or `sparse_trainer(YourTrainer)`), or call `start_dense_phase` in a loop of your own: until the dense phase
-    has chosen the support, the adapter holds no weight. The default budget is the paper's: one joint selection over all targets.
+    Train with `SparseTrainer` (or `sparse_trainer(YourTrainer)`), or call `start_dense_phase` in a loop of your own:
+    until the dense phase has chosen the support, the adapter holds no weight. The default budget is the paper's: one
+    joint selection over all targets.
 
-    Source: Ansell et al. 2022, arXiv:2110.07560, section 3; thesis chapter 4. Differs from the authors' code in: exactly K weights (ties
-    go to the lowest index), each phase has its own learning rate and length, and fewer than K moved weights are an error.
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3; thesis chapter 4. Differs from the authors' code in:
+    exactly K weights (ties go to the lowest index), each phase has its own learning rate and length, and fewer than K
+    moved weights are an error.
     """
 
     method: str = field(default="lottery_ticket", metadata={"help": "How the weights to tune are chosen."})
     budget: str | dict[str, float] = field(
-        default="global", metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."}
+        default="global",
+        metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
     )
 
 

@@ -13,13 +13,13 @@ from .layer import SparseLayer
 class Embedding(SparseLayer):
     """An embedding with a sparse delta on its matrix.
 
-    An output matrix tied to it keeps the base weights: the delta acts on the input embedding alone, as in LT-SFT, whose authors untie the
-    two by cloning (Ansell et al. 2022, arXiv:2110.07560, section 4).
+    An output matrix tied to it keeps the base weights: the delta acts on the input embedding alone, as in LT-SFT, whose
+    authors untie the two by cloning (Ansell et al. 2022, arXiv:2110.07560, section 4).
 
     Args:
         base_layer: the embedding to tune.
-        leader: another embedding of the model that looks up in the same matrix (the encoder's and the decoder's of T5 and BART): this one
-            then applies the leader's deltas and has none of its own.
+        leader: another embedding of the model that looks up in the same matrix (the encoder's and the decoder's of T5
+            and BART): this one then applies the leader's deltas and has none of its own.
     """
 
     def __init__(self, base_layer: nn.Embedding, *, leader: Embedding | None = None) -> None:

@@ -32,7 +32,9 @@ def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
             yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
-def iter_deltas(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, SparseLayer, str, AdapterDelta]]:
+def iter_deltas(
+    model: nn.Module, adapter_name: str = "default"
+) -> Iterator[tuple[str, SparseLayer, str, AdapterDelta]]:
     """Every tensor that an adapter tunes.
 
     Args:

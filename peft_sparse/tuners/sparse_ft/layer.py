@@ -1,4 +1,6 @@
-"""What every tuned layer shares: its adapters' deltas, and writing them into the base parameters and out again, bit for bit."""
+"""What every tuned layer shares: its adapters' deltas, and writing them into the base parameters and out again, bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Written:
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
-    """Base class of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own parameters.
+    """Base class of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own
+    parameters.
 
     A subclass says in `_delta_forward` how the layer computes with deltas in it.
     """
@@ -64,13 +67,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.in_features, self.out_features = _get_in_out_features(base)
         self.num_embeddings = getattr(base, "num_embeddings", None)
 
-    # ---- adapters -------------------------------------------------------------------------------------------------------------------
+    # ---- adapters --------------------------------------------------------------------------------
 
     def deltas_of(self, parameter: str) -> nn.ModuleDict:
         """{adapter name: AdapterDelta} of one tensor, "weight" or "bias"."""
         return getattr(self, f"sparse_ft_{parameter}")
 
-    def update_layer(self, adapter_name: str, counts: dict[str, int], *, dtype: torch.dtype, inference_mode: bool) -> None:
+    def update_layer(
+        self, adapter_name: str, counts: dict[str, int], *, dtype: torch.dtype, inference_mode: bool
+    ) -> None:
         """Give this layer a new adapter.
 
         Args:
@@ -110,7 +115,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 if not delta.values.is_meta:
                     delta.to(target)
 
-    # ---- forward --------------------------------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
@@ -134,12 +139,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """One adapter per example of the batch; "__base__" stands for none."""
         if len(adapter_names) != len(x):
             raise ValueError(
-                f"adapter_names must name one adapter per example ({len(x)}), got {len(adapter_names)} names: {adapter_names}"
+                f"adapter_names must name one adapter per example ({len(x)}), "
+                f"got {len(adapter_names)} names: {adapter_names}"
             )
         if self.merged:
             raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
         if self.disable_adapters:
-            raise ValueError("adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first.")
+            raise ValueError(
+                "adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first."
+            )
         self.restore()
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
@@ -150,12 +158,14 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return result
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
-        """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if it has none)."""
+        """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if
+        it has none).
+        """
         base = getattr(self.get_base_layer(), parameter)
         deltas = self.active_deltas(parameter, adapters)
         return add_deltas(base, [(d.values, d.indices) for d in deltas]) if deltas else base
 
-    # ---- writing into the base parameters -------------------------------------------------------------------------------------------
+    # ---- writing into the base parameters --------------------------------------------------------
 
     def overlay(self, parameter: str, adapters: Sequence[str]) -> tuple[tuple[Any, ...], Overlay]:
         """The union of the adapters' supports on one tensor, and a key that changes when any support does."""
@@ -182,10 +192,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         if written is None or written.key != key:
             self.restore(parameter)
             written = self._begin_write(parameter, key, overlay)
-        if written.parameter is not None:
-            originals = flat(written.parameter)[overlay.indices]
-        else:
-            originals = written.originals
+        own = written.parameter
+        originals = written.originals if own is None else flat(own)[overlay.indices]
         flat(getattr(base, parameter))[overlay.indices] = overlay.entries(originals, values)
 
     def _begin_write(self, parameter: str, key: tuple[Any, ...], overlay: Overlay) -> Written:
@@ -211,7 +219,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 base = flat(getattr(self.get_base_layer(), name))
                 base[written.overlay.indices] = written.originals.to(base.device)
 
-    # ---- merging --------------------------------------------------------------------------------------------------------------------
+    # ---- merging ---------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base parameters until `unmerge`.
@@ -234,13 +242,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.write(parameter, self.merged_adapters)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
-        """Raise a ValueError if merging `adapters` would put a NaN or an infinity into a finite weight; changes nothing."""
+        """Raise a ValueError if merging `adapters` would put a NaN or an infinity into a finite weight; changes
+        nothing.
+        """
         for parameter in PARAMETERS:
             for delta in self.active_deltas(parameter, adapters):
                 if not bool(torch.isfinite(delta.values).all()):
                     raise ValueError(
-                        f"NaNs detected in the merged weights. The adapters {list(adapters)} hold NaN or infinite values; the base "
-                        "model is unchanged."
+                        f"NaNs detected in the merged weights. The adapters {list(adapters)} hold NaN or infinite "
+                        "values; the base model is unchanged."
                     )
 
     def unmerge(self) -> None:
@@ -268,9 +278,8 @@ def flat(parameter: Tensor) -> Tensor:
     data = parameter.data
     if not data.is_contiguous():
         raise ValueError(
-            f"a delta can only be written into a contiguous tensor, got shape {tuple(data.shape)} with strides {data.stride()}. "
+            "a delta can only be written into a contiguous tensor, "
+            f"got shape {tuple(data.shape)} with strides {data.stride()}. "
             "Make it contiguous first: module.weight.data = module.weight.data.contiguous()"
         )
     return data.view(-1)
-
-

@@ -32,14 +32,19 @@ class Linear(SparseLayer):
         bias = self.effective("bias", adapters)
         deltas = self.active_deltas("weight", adapters)
         if not deltas or weight.requires_grad or torch.compiler.is_compiling():
-            # A trainable base weight (the dense phase under a frozen adapter) needs its own dense gradient; a compiler fuses this itself.
+            # A trainable base weight (the dense phase under a frozen adapter) needs its own dense gradient; a compiler
+            # fuses this itself.
             dense = self.effective("weight", adapters)
             return F.linear(x, dense.t() if self.fan_in_fan_out else dense, bias)
         make_weight = partial(self.make_weight, tuple(adapters))
-        return ops.linear(x, make_weight, bias, [(d.values, d.indices) for d in deltas], fan_in_fan_out=self.fan_in_fan_out)
+        return ops.linear(
+            x, make_weight, bias, [(d.values, d.indices) for d in deltas], fan_in_fan_out=self.fan_in_fan_out
+        )
 
     def make_weight(self, adapters: Sequence[str]) -> Tensor:
-        """The weight with the adapters' deltas in it: a copy, or in resident mode the base weight itself, brought up to date."""
+        """The weight with the adapters' deltas in it: a copy, or in resident mode the base weight itself, brought up to
+        date.
+        """
         if self.is_resident and "weight" not in self.tied_parameters:
             self.write("weight", adapters)
             return self.get_base_layer().weight.data

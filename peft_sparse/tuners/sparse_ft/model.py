@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -19,7 +19,7 @@ from .config import SparseConfig
 from .embedding import Embedding
 from .iteration import iter_deltas, iter_layers
 from .layer import SparseLayer
-from .support import plan_counts, select_random
+from .support import model_numel, plan_counts, select_random
 from .targets import Targets, find_targets, is_excluded, named_targets
 from .wrap import wrapper_for
 
@@ -37,9 +37,9 @@ class SparseModel(BaseTuner):
 
     prefix = "sparse_ft_"
     tuner_layer_cls = SparseLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    # ---- injection ------------------------------------------------------------------------------------------------------------------
+    # ---- injection -------------------------------------------------------------------------------
 
     def inject_adapter(
         self,
@@ -57,7 +57,8 @@ class SparseModel(BaseTuner):
             ConfigError: the request cannot be met on this model.
         """
         requested: SparseConfig = self.peft_config[adapter_name]
-        # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values alone.
+        # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
+        # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
         config = copy.deepcopy(requested)
         try:
@@ -66,7 +67,9 @@ class SparseModel(BaseTuner):
             for name, parameters in targets.items():
                 wrapper_for(modules[name], name)
                 if not parameters:
-                    raise ConfigError(f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules.")
+                    raise ConfigError(
+                        f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
+                    )
             selected = plan_counts(config, targets, model)
         except ConfigError:
             # PEFT has entered the name already; without an adapter behind it the model would be unusable.
@@ -91,6 +94,9 @@ class SparseModel(BaseTuner):
         elif selected is not None:
             config.counts = selected
             self._fill(model, config, adapter_name)
+        if config.l1:
+            for _, _, _, delta in iter_deltas(model, adapter_name):
+                delta.penalise(config.l1 / model_numel(model))
 
     def _fill(self, model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
         """Choose the random supports, and the random values if the adapter is not to start from the identity."""
@@ -145,7 +151,9 @@ class SparseModel(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _mark_tied(self, model: nn.Module, adapter_name: str) -> None:
-        """Find targeted parameters that other modules share; embeddings that look up in the same matrix follow the tuned one."""
+        """Find targeted parameters that other modules share; embeddings that look up in the same matrix follow the
+        tuned one.
+        """
         holders: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in named_targets(model):
             for parameter in module._parameters.values():
@@ -158,13 +166,17 @@ class SparseModel(BaseTuner):
             layer.tied_parameters.add(part)
             for name, module in sharing:
                 wrapped = model.get_submodule(name)
-                if isinstance(layer, Embedding) and isinstance(module, nn.Embedding) and not isinstance(wrapped, SparseLayer):
+                if (
+                    isinstance(layer, Embedding)
+                    and isinstance(module, nn.Embedding)
+                    and not isinstance(wrapped, SparseLayer)
+                ):
                     follower = Embedding(wrapped, leader=layer)
                     follower.set_adapter(self.active_adapters)
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, follower)
 
-    # ---- PEFT's hooks ---------------------------------------------------------------------------------------------------------------
+    # ---- PEFT's hooks ----------------------------------------------------------------------------
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SparseConfig) -> None:
         # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
@@ -216,7 +228,7 @@ class SparseModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` (one adapter per example) to every layer for the length of one forward or generate call."""
+        """Hand `adapter_names`, one per example, to every layer for the length of one forward or generate call."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -233,7 +245,9 @@ class SparseModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, (SparseLayer, AuxiliaryTrainingWrapper)):
                 # Beam search repeats every example inside the decoder, not in the encoder.
-                names = list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
+                names = (
+                    list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
+                )
                 handles.append(module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True))
         try:
             yield
@@ -260,7 +274,7 @@ class SparseModel(BaseTuner):
         state_dict = state.for_loading(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-    # ---- composition ----------------------------------------------------------------------------------------------------------------
+    # ---- composition -----------------------------------------------------------------------------
 
     def add_weighted_adapter(
         self,
@@ -292,7 +306,8 @@ def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
 def _without_embedding_names(requested: Any, targets: Targets) -> Any:
     """The user's `target_modules`, with bare embedding names spelled out as full paths.
 
-    PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that name or by a regex.
+    PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that
+    name or by a regex.
     """
     hits = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
     if not hits or requested in (None, "all", "all-linear"):

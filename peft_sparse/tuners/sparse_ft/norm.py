@@ -23,8 +23,9 @@ class LayerNorm(SparseLayer):
 class RMSNorm(SparseLayer):
     """Any root-mean-square norm of transformers with a sparse delta on its weight.
 
-    The variants differ in where they round and in whether they scale by w or by 1 + w, so the base layer's own forward computes, seeing
-    the tuned weight under its own name. (`torch.func.functional_call` would lose the delta under FSDP, which swaps the parameters.)
+    The variants differ in where they round and in whether they scale by w or by 1 + w, so the base layer's own forward
+    computes, seeing the tuned weight under its own name. (`torch.func.functional_call` would lose the delta under FSDP,
+    which swaps the parameters.)
     """
 
     def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
@@ -34,7 +35,9 @@ class RMSNorm(SparseLayer):
 
 @contextmanager
 def shadowed(module: nn.Module, name: str, tensor: Tensor) -> Iterator[None]:
-    """Let `module.name` be `tensor` for the length of the block; the parameter of that name stays registered and untouched."""
+    """Let `module.name` be `tensor` for the length of the block; the parameter of that name stays registered and
+    untouched.
+    """
     # An entry of the instance's own dictionary comes before nn.Module.__getattr__, which would look the parameter up.
     module.__dict__[name] = tensor
     try:

@@ -1,4 +1,6 @@
-"""L1: lambda/N * sum |delta|, pulling tuned weights back to their pretrained values, in any loop and under any optimizer."""
+"""L1: lambda/N * sum |delta|, pulling tuned weights back to their pretrained values, in any loop and under any
+optimizer.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,9 @@ def _remove_idle_hook() -> None:
 def _add_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Add lambda/N * sign(difference) to the gradients that `optimizer` is about to step on.
 
-    The step, not the backward, is where this belongs: it happens once under gradient accumulation, and on every rank alike after the
-    gradients were averaged. Parameters without a gradient are not stepped on, so they get none here either.
+    The step, not the backward, is where this belongs: it happens once under gradient accumulation, and on every rank
+    alike after the gradients were averaged. Parameters without a gradient are not stepped on, so they get none here
+    either.
     """
     _remove_idle_hook()
     pulls = {id(pull.parameter): pull for pulled in tuple(_watched) for pull in pulled.pulls()}

@@ -14,10 +14,10 @@ from .iteration import iter_layers
 def resident(model: nn.Module) -> Iterator[nn.Module]:
     """Keep the active deltas written into the weights of linear layers for the length of the block.
 
-    Every forward brings the k written entries up to date first, so training works as ever, with any optimizer. Leaving the block, also by
-    an exception, restores the base weights bit for bit. Inside it, saving an adapter is right as ever, but the base weights
-    (`model.state_dict()`, a merged copy made by hand) hold the delta. Tied weights, embeddings, norms, biases and convolutions keep the
-    way they always work.
+    Every forward brings the k written entries up to date first, so training works as ever, with any optimizer. Leaving
+    the block, also by an exception, restores the base weights bit for bit. Inside it, saving an adapter is right as
+    ever, but the base weights (`model.state_dict()`, a merged copy made by hand) hold the delta. Tied weights,
+    embeddings, norms, biases and convolutions keep the way they always work.
 
     Args:
         model: a PeftModel, a tuner or a model with sparse layers in it.

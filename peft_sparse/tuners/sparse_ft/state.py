@@ -46,10 +46,12 @@ def for_loading(
     """Check a loaded file as a whole, then size the adapter after it; returns what is left to load.
 
     Raises:
-        FormatError: the file is damaged or does not belong to this model. An adapter that was added for it is taken out again.
+        FormatError: the file is damaged or does not belong to this model. An adapter that was added for it is taken out
+            again.
     """
     deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
-    # Until something set the support, the adapter was made from the file's own config; later it may have grown out of it (a resume).
+    # Until something set the support, the adapter was made from the file's own config; later it may have grown out of
+    # it (a resume).
     is_new = all(delta.support_version == 0 for delta in deltas.values())
     try:
         loaded = native.verify(

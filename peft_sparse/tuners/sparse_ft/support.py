@@ -23,7 +23,9 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
         ConfigError: the request is larger than the targets, or the budget's groups do not fit them.
     """
     modules = dict(named_targets(model))
-    tensors = {f"{name}.{p}": (modules[name], getattr(modules[name], p)) for name, parts in targets.items() for p in parts}
+    tensors = {
+        f"{name}.{p}": (modules[name], getattr(modules[name], p)) for name, parts in targets.items() for p in parts
+    }
     total = total_from_request(
         density=config.density,
         num_weights=config.num_weights,
@@ -45,7 +47,9 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     if config.counts is not None:
         return dict(config.counts)
     if config.method == "fixed":
-        raise ConfigError('method="fixed" has no way to select weights: it is what composed and imported adapters carry. Try "rand".')
+        raise ConfigError(
+            'method="fixed" has no way to select weights: it is what composed and imported adapters carry. Try "rand".'
+        )
     groups = plan_groups(config, targets, model)
     if config.method != "rand" and config.init_weights:
         return None
@@ -69,6 +73,7 @@ def select_random(config: SparseConfig, deltas: Mapping[str, AdapterDelta]) -> N
 
 
 def model_numel(model: nn.Module) -> int:
-    """Number of parameters of the base model, adapters not counted and tied tensors counted once."""
-    own = {id(p): p.numel() for _, module in named_targets(model) for p in module._parameters.values() if p is not None}
+    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and their heads' copies not."""
+    inside = ("sparse_ft_weight", "sparse_ft_bias", "modules_to_save")
+    own = {id(p): p.numel() for name, p in model.named_parameters() if not set(name.split(".")) & set(inside)}
     return sum(own.values())

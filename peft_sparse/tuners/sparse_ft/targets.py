@@ -43,7 +43,9 @@ def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
 
 
 def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not count."""
+    """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not
+    count.
+    """
     inside: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(prefix) for prefix in inside):
@@ -111,8 +113,8 @@ def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targe
         name, _, part = parameter.rpartition(".")
         if part not in PARAMETERS or name not in modules or not _has_parameter(modules[name], part):
             raise ConfigError(
-                f"the adapter tunes {parameter!r}, which this model does not have. Load it into the architecture it was trained on (its "
-                "config names it in base_model_name_or_path)."
+                f"the adapter tunes {parameter!r}, which this model does not have. Load it into the architecture it "
+                "was trained on (its config names it in base_model_name_or_path)."
             )
         targets[name] = (*targets.get(name, ()), part)
     return {name: targets[name] for name in modules if name in targets}

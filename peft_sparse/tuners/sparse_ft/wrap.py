@@ -18,7 +18,9 @@ from .layer import SparseLayer
 from .linear import Linear
 from .norm import LayerNorm, RMSNorm
 
-SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Embedding, nn.LayerNorm, transformers' RMSNorms, nn.Conv1d and nn.Conv2d"
+SUPPORTED = (
+    "nn.Linear, transformers' Conv1D, nn.Embedding, nn.LayerNorm, transformers' RMSNorms, nn.Conv1d and nn.Conv2d"
+)
 
 
 def wrapper_for(module: nn.Module, name: str) -> Callable[[nn.Module], SparseLayer]:
@@ -38,15 +40,21 @@ def wrapper_for(module: nn.Module, name: str) -> Callable[[nn.Module], SparseLay
     kind = type(base)
     if resolve_quantization_backend(base) is not None:
         raise ConfigError(
-            f"{name} is quantised ({kind.__name__}), which this version cannot tune. Load the base model unquantised, or leave the module "
-            f"out with exclude_modules=[{name!r}]."
+            f"{name} is quantised ({kind.__name__}), which this version cannot tune. Load the base model unquantised, "
+            f"or leave the module out with exclude_modules=[{name!r}]."
         )
-    if isinstance(base, nn.Linear) and kind.forward is nn.Linear.forward and kind is not NonDynamicallyQuantizableLinear:
+    if (
+        isinstance(base, nn.Linear)
+        and kind.forward is nn.Linear.forward
+        and kind is not NonDynamicallyQuantizableLinear
+    ):
         return Linear
     if isinstance(base, Conv1D):
         return partial(Linear, fan_in_fan_out=True)
-    if isinstance(base, nn.Embedding) and base.max_norm is None and (
-        kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale")
+    if (
+        isinstance(base, nn.Embedding)
+        and base.max_norm is None
+        and (kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale"))
     ):
         return Embedding
     if isinstance(base, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
@@ -56,8 +64,8 @@ def wrapper_for(module: nn.Module, name: str) -> Callable[[nn.Module], SparseLay
     if isinstance(base, (nn.Conv1d, nn.Conv2d)) and kind.forward in (nn.Conv1d.forward, nn.Conv2d.forward):
         return Conv
     raise ConfigError(
-        f"target module {name} of type {kind.__name__} is not supported: sparse fine-tuning knows {SUPPORTED}. Leave it out with "
-        f"exclude_modules=[{name!r}], or train it whole with modules_to_save=[{name!r}]."
+        f"target module {name} of type {kind.__name__} is not supported: sparse fine-tuning knows {SUPPORTED}. "
+        f"Leave it out with exclude_modules=[{name!r}], or train it whole with modules_to_save=[{name!r}]."
     )
 
 
@@ -70,7 +78,11 @@ def is_rms_norm(module: nn.Module) -> bool:
     """Whether a module is a root-mean-square norm: by class name, with one vector `weight` and no other parameter."""
     kind = type(module).__name__
     parameters = dict(module.named_parameters())
-    return ("RMSNorm" in kind or kind == "T5LayerNorm") and list(parameters) == ["weight"] and parameters["weight"].dim() == 1
+    return (
+        ("RMSNorm" in kind or kind == "T5LayerNorm")
+        and list(parameters) == ["weight"]
+        and parameters["weight"].dim() == 1
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
