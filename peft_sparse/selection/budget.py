@@ -47,10 +47,49 @@ def round_density(density: float, numel: int) -> int:
     Raises:
         ConfigError: `density` outside (0, 1].
     """
-    if isinstance(density, bool) or not 0 < density <= 1:
-        way_out = "To give an absolute number of weights use num_weights=..."
-        raise ConfigError(f"density must be in (0, 1], got {density}. {way_out}")
+    _check_density(density)
     return min(numel, max(1, floor(_decimal(density) * numel + Fraction(1, 2))))
+
+
+def check_request(
+    *, density: float | None, num_weights: int | None, equivalent_rank: int | None, density_of: str
+) -> None:
+    """Check a request by itself, before any model is known.
+
+    Raises:
+        ConfigError: not exactly one of the three is given, or a value is out of range.
+    """
+    requests = {"density": density, "num_weights": num_weights, "equivalent_rank": equivalent_rank}
+    given = {name: value for name, value in requests.items() if value is not None}
+    if len(given) != 1:
+        found = " and ".join(f"{name}={value}" for name, value in given.items()) or "none"
+        raise ConfigError(f"give exactly one of density, num_weights and equivalent_rank, got {found}")
+    if density is not None:
+        _check_density(density)
+    for name in given.keys() - {"density"}:
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            way_out = "To give a share of the weights use density=..."
+            raise ConfigError(f"{name} must be an int >= 1, got {value!r}. {way_out}")
+    if density_of not in ("targets", "model"):
+        raise ConfigError(f"density_of must be 'targets' or 'model', got {density_of!r}")
+
+
+def check_budget(budget: Budget) -> None:
+    """Check a budget by itself, before any model is known.
+
+    Raises:
+        ConfigError: an unknown name, an invalid regex, a share outside (0, 1], or shares that do not sum to 1.
+    """
+    if not isinstance(budget, Mapping):
+        if budget not in ("uniform", "global"):
+            raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {budget!r}")
+        return
+    for pattern in budget:
+        _compiled(pattern)
+    whole = sum((_checked_share(pattern, share) for pattern, share in budget.items()), Fraction(0))
+    if abs(whole - 1) > SHARE_TOLERANCE:
+        raise ConfigError(f"the shares of the budget must sum to 1, got {float(whole):.6g} from {dict(budget)}")
 
 
 def total_from_request(
@@ -80,13 +119,7 @@ def total_from_request(
     Raises:
         ConfigError: not exactly one request, a value out of range, or more weights asked than targeted.
     """
-    requests = {"density": density, "num_weights": num_weights, "equivalent_rank": equivalent_rank}
-    given = {name: value for name, value in requests.items() if value is not None}
-    if len(given) != 1:
-        found = " and ".join(f"{name}={value}" for name, value in given.items()) or "none"
-        raise ConfigError(f"give exactly one of density, num_weights and equivalent_rank, got {found}")
-    if density_of not in ("targets", "model"):
-        raise ConfigError(f"density_of must be 'targets' or 'model', got {density_of!r}")
+    check_request(density=density, num_weights=num_weights, equivalent_rank=equivalent_rank, density_of=density_of)
     targeted = sum(prod(shape) for shape in shapes.values())
     if targeted == 0:
         raise ConfigError("no weight is targeted, so none can be selected. Check target_modules")
@@ -97,10 +130,11 @@ def total_from_request(
         total = round_density(density, targeted if density_of == "targets" else int(model_numel or 0))
     elif num_weights is not None:
         request = f"num_weights={num_weights}"
-        total = _positive(num_weights, "num_weights")
+        total = num_weights
     else:
+        assert equivalent_rank is not None  # `check_request` saw one of the three
         request = f"equivalent_rank={equivalent_rank}"
-        total = _positive(equivalent_rank, "equivalent_rank") * _rank_one_count(shapes, linear_names)
+        total = equivalent_rank * _rank_one_count(shapes, linear_names)
     if total > targeted:
         raise ConfigError(
             f"{request} asks for {total} weights, but the targeted tensors hold {targeted}. "
@@ -131,14 +165,13 @@ def groups_of(budget: Budget, total: int, sizes: Mapping[str, int]) -> list[Grou
     targeted = sum(sizes.values())
     if not 0 <= total <= targeted:
         raise ConfigError(f"total must be between 0 and the {targeted} targeted weights, got {total}")
+    check_budget(budget)
     if isinstance(budget, Mapping):
         return _share_groups(budget, total, sizes)
     if budget == "global":
         return [Group("global", tuple(sizes), total)]
-    if budget == "uniform":
-        counts = _apportion(total, list(sizes.values()))
-        return [Group(name, (name,), count) for name, count in zip(sizes, counts, strict=True)]
-    raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {budget!r}")
+    counts = _apportion(total, list(sizes.values()))
+    return [Group(name, (name,), count) for name, count in zip(sizes, counts, strict=True)]
 
 
 def allocate(budget: Budget, total: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
@@ -180,8 +213,6 @@ def draw_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int)
 def _share_groups(shares: Mapping[str, float], total: int, sizes: Mapping[str, int]) -> list[Group]:
     """One group for each regex."""
     exact = [_checked_share(pattern, share) for pattern, share in shares.items()]
-    if abs(sum(exact, Fraction(0)) - 1) > SHARE_TOLERANCE:
-        raise ConfigError(f"the shares of the budget must sum to 1, got {float(sum(exact)):.6g} from {dict(shares)}")
     members = _members_by_pattern(list(shares), sizes)
     groups = []
     scale = lcm(*(share.denominator for share in exact))
@@ -240,8 +271,14 @@ def _decimal(number: float) -> Fraction:
     return Fraction(repr(float(number)))
 
 
+def _check_density(density: float) -> None:
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        way_out = "To give an absolute number of weights use num_weights=..."
+        raise ConfigError(f"density must be in (0, 1], got {density!r}. {way_out}")
+
+
 def _checked_share(pattern: str, share: float) -> Fraction:
-    if isinstance(share, bool) or not 0 < share <= 1:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"the share of budget group {pattern!r} must be in (0, 1], got {share}")
     return _decimal(share)
 
@@ -251,12 +288,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"budget group {pattern!r} is not a valid regular expression: {error}") from error
-
-
-def _positive(value: int | None, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{field} must be an int >= 1, got {value!r}. To give a share of the weights use density=...")
-    return value
 
 
 def _rank_one_count(shapes: Mapping[str, tuple[int, ...]], linear_names: Collection[str]) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
 from ..._peft_bridge import add_peft_type
+from ...checkpoints.card import update_card
+from ...checkpoints.files import verify_before_loading
 from ...errors import ConfigError
+from ...selection.budget import check_budget, check_request
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
 ALL_PARAMETERS = "all"
@@ -102,6 +104,8 @@ class SparseConfig(PeftConfig):
 
     # Budget and method that a subclass's users get when they say nothing.
     default_method: ClassVar[str] = "rand"
+    # The name of the adapter that is being saved. PEFT tells `save_pretrained` only a folder; the state-dict hook sets this. No field.
+    saved_as = "default"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         if cls is SparseConfig:
@@ -124,48 +128,19 @@ class SparseConfig(PeftConfig):
                 f"method must be {own!r} for a {type(self).__name__}, got {self.method!r}. "
                 "SparseConfig(method=...) picks the class."
             )
-        self._check_request()
-        self._check_budget()
+        check_request(
+            density=self.density,
+            num_weights=self.num_weights,
+            equivalent_rank=self.equivalent_rank,
+            density_of=self.density_of,
+        )
+        check_budget(self.budget)
         self._check_targets()
         if self.values_dtype not in VALUE_DTYPES:
             raise ConfigError(f"values_dtype must be one of {list(VALUE_DTYPES)}, got {self.values_dtype!r}.")
         if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 < math.inf):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
-
-    def _check_request(self) -> None:
-        requests = {name: getattr(self, name) for name in ("density", "num_weights", "equivalent_rank")}
-        given = {name: value for name, value in requests.items() if value is not None}
-        if len(given) != 1:
-            raise ConfigError(
-                f"give exactly one of density, num_weights and equivalent_rank, got {given or 'none of them'}."
-            )
-        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
-            raise ConfigError(
-                f"density must be in (0, 1], got {self.density!r}. "
-                "To give an absolute number of weights use num_weights=..."
-            )
-        for name in ("num_weights", "equivalent_rank"):
-            value = requests[name]
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(
-                    f"{name} must be an int >= 1, got {value!r}. To give a share of the weights use density=..."
-                )
-        if self.density_of not in ("targets", "model"):
-            raise ConfigError(f"density_of must be 'targets' or 'model', got {self.density_of!r}.")
-
-    def _check_budget(self) -> None:
-        if isinstance(self.budget, Mapping):
-            for pattern, share in self.budget.items():
-                _check_regex("budget", pattern)
-                if not (_is_number(share) and 0 < share <= 1):
-                    raise ConfigError(f"budget: the share of {pattern!r} must be in (0, 1], got {share!r}.")
-            if abs(sum(self.budget.values()) - 1) > 1e-6:
-                raise ConfigError(
-                    f"budget: the shares must sum to 1, got {sum(self.budget.values())} from {self.budget}."
-                )
-        elif self.budget not in ("uniform", "global"):
-            raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {self.budget!r}.")
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ALL_PARAMETERS):
@@ -189,9 +164,24 @@ class SparseConfig(PeftConfig):
             )
         return super().check_kwargs(**kwargs)
 
-    def field_names(self) -> list[str]:
-        """Names of all fields, in order."""
-        return [f.name for f in fields(self)]
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SparseConfig:
+        """Load a config (PEFT's method), and check the weights beside it while the model is still untouched.
+
+        Raises:
+            FormatError: the weights are damaged or do not fit the config.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download_kwargs, _, _ = cls._split_kwargs(kwargs)
+        verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config (PEFT's method), and this library's part of the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
 
 @method_name("rand")
@@ -234,10 +224,6 @@ class LotteryTicketConfig(SparseConfig):
         default="global",
         metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_regex(name: str, pattern: str) -> None:
