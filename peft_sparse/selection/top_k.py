@@ -20,6 +20,8 @@ from ..errors import SelectionError
 _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 _BINS = 2**16
+# The largest int32: the image of a NaN, which no admitted score has.
+_ABOVE_ALL = 2**31 - 1
 
 
 def top_k(scores: Tensor, k: int, *, name: str, min_score: float | None = None) -> Tensor:
@@ -61,12 +63,9 @@ def joint_top_k(scores: Mapping[str, Tensor], k: int, *, min_score: float | None
 
     Cost: three passes over the scores, and memory for a chunk of them besides the result.
     """
-    total = sum(_checked(scores[name], name).numel() for name in scores)
-    if not 0 <= k <= total:
-        raise SelectionError(f"{k} weights are asked from {_label(scores)}: ask for 0 to {total}, the number of scores")
     threshold = _find_threshold(scores, k)
     if min_score is not None and k > 0 and threshold.key <= _key_of(min_score):
-        raise _too_few(scores, k, total, min_score)
+        raise _too_few(scores, k, min_score)
     selected: dict[str, Tensor] = {}
     num_left, ties_left = k, threshold.num_ties
     for name in scores:
@@ -88,8 +87,11 @@ def _find_threshold(scores: Mapping[str, Tensor], k: int) -> _Threshold:
     upper_counts = torch.zeros(_BINS, dtype=torch.int64)
     for name in scores:
         upper_counts += _count_upper(scores[name], name)
+    total = int(upper_counts.sum())
+    if not 0 <= k <= total:
+        raise SelectionError(f"{k} weights are asked from {_label(scores)}: ask for 0 to {total}, the number of scores")
     if k == 0:
-        return _Threshold(key=2**31, num_ties=0)
+        return _Threshold(key=_ABOVE_ALL, num_ties=0)
     upper, wanted = _bin_of_kth(upper_counts, k)
     lower_counts = torch.zeros(_BINS, dtype=torch.int64)
     for name in scores:
@@ -107,7 +109,9 @@ def _bin_of_kth(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 def _count_upper(scores: Tensor, name: str) -> Tensor:
-    """[65536] how many scores have each upper half of the key. The one pass that looks for NaN."""
+    """[65536] how many scores have each upper half of the key. The one pass that checks them."""
+    if not scores.is_floating_point():
+        raise SelectionError(f"scores of {name} must be floating point, got {scores.dtype}")
     counts = torch.zeros(_BINS, dtype=torch.int64, device=scores.device)
     for _, chunk in _chunks(scores):
         if bool(chunk.isnan().any()):
@@ -167,17 +171,14 @@ def _key_of(score: float) -> int:
     return int(_keys(torch.tensor([score], dtype=torch.float32))[0])
 
 
-def _checked(scores: Tensor, name: str) -> Tensor:
-    """The tensor, if it can hold scores."""
-    if not scores.is_floating_point():
-        raise SelectionError(f"scores of {name} must be floating point, got {scores.dtype}")
-    return scores
-
-
-def _too_few(scores: Mapping[str, Tensor], k: int, total: int, min_score: float) -> SelectionError:
+def _too_few(scores: Mapping[str, Tensor], k: int, min_score: float) -> SelectionError:
     """The error that says how many scores are eligible."""
     limit = _key_of(min_score)
-    eligible = sum(int((_keys(chunk) > limit).sum()) for name in scores for _, chunk in _chunks(scores[name]))
+    eligible = total = 0
+    for name in scores:
+        for _, chunk in _chunks(scores[name]):
+            eligible += int((_keys(chunk) > limit).sum())
+            total += chunk.numel()
     moved = "moved" if min_score == 0.0 else f"scored above {min_score}"
     return SelectionError(
         f"{k} weights are asked from {_label(scores)}, but only {eligible} of {total} {moved}. Train longer, "

@@ -1,0 +1,172 @@
+"""Exactly k, whatever the scores: compared with a stable sort."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from peft_sparse.errors import SelectionError
+from peft_sparse.selection import top_k as module
+from peft_sparse.selection.top_k import joint_top_k, top_k
+
+
+def by_sorting(scores: Tensor, k: int) -> list[int]:
+    """The slow twin: a stable sort of the negated scores keeps ties in order."""
+    order = np.argsort(-scores.detach().float().reshape(-1).numpy(), kind="stable")
+    return sorted(order[:k].tolist())
+
+
+@pytest.fixture(params=[2**18, 7])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Once with everything in one chunk, once with many and a partial last one."""
+    monkeypatch.setitem(module._CHUNK, "cpu", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("k", [0, 1, 2, 37, 199, 200])
+def test_equals_sorting(dtype: torch.dtype, k: int) -> None:
+    scores = torch.randn(10, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    result = top_k(scores, k, name="w")
+    assert result.dtype == torch.int32
+    assert result.tolist() == by_sorting(scores, k)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("k", range(11))
+def test_ties_go_to_the_lowest_index(k: int) -> None:
+    scores = torch.tensor([1.0, 3.0, 1.0, -0.0, 3.0, 0.0, 1.0, -2.0, -0.0, 0.0, 1.0])
+    assert top_k(scores, k, name="w").tolist() == by_sorting(scores, k)
+
+
+def test_all_tied_in_bfloat16() -> None:
+    # What `scores >= threshold` gets wrong: coarse scores tie by the thousand.
+    scores = torch.full((1000,), 0.5, dtype=torch.bfloat16)
+    assert top_k(scores, 100, name="w").tolist() == list(range(100))
+
+
+@pytest.mark.usefixtures("chunk")
+def test_infinities_and_the_smallest_numbers_have_their_order() -> None:
+    inf, tiny = float("inf"), 1e-45
+    scores = torch.tensor([-tiny, inf, 0.0, -inf, tiny, 3e38, -3e38])
+    order = [1, 5, 4, 2, 0, 6, 3]
+    for k in range(8):
+        assert top_k(scores, k, name="w").tolist() == sorted(order[:k])
+
+
+def test_scores_that_differ_in_one_low_bit() -> None:
+    base = torch.tensor([1.0]).view(torch.int32)
+    scores = (base + torch.randperm(70_000, generator=torch.Generator().manual_seed(1)).int()).view(torch.float32)
+    assert top_k(scores, 12_345, name="w").tolist() == by_sorting(scores, 12_345)
+
+
+def test_not_contiguous_and_requires_grad() -> None:
+    scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(2)).requires_grad_().t()
+    assert top_k(scores, 4, name="w").tolist() == by_sorting(scores.detach().clone().contiguous(), 4)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("position", [0, 6, 7, 19])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_is_refused(position: int, sign: float) -> None:
+    scores = torch.zeros(20)
+    scores[position] = torch.tensor(sign * float("nan"))
+    with pytest.raises(SelectionError, match=r"scores of layer\.w contain NaN.*lower the learning rate"):
+        top_k(scores, 0, name="layer.w")
+
+
+@pytest.mark.parametrize("k", [-1, 5])
+def test_k_out_of_range(k: int) -> None:
+    with pytest.raises(SelectionError, match=rf"{k} weights are asked from layer\.w: ask for 0 to 4"):
+        top_k(torch.zeros(4), k, name="layer.w")
+
+
+def test_integer_scores_are_refused() -> None:
+    with pytest.raises(SelectionError, match=r"scores of w must be floating point, got torch\.int64"):
+        top_k(torch.zeros(4, dtype=torch.int64), 1, name="w")
+
+
+def test_min_score_counts_only_what_exceeds_it() -> None:
+    scores = torch.tensor([0.0, 0.2, -0.0, 0.1, 0.0])
+    assert top_k(scores, 2, name="w", min_score=0.0).tolist() == [1, 3]
+    assert top_k(scores, 0, name="w", min_score=0.0).tolist() == []
+    with pytest.raises(
+        SelectionError, match=r"3 weights are asked from w, but only 2 of 5 moved\. Train longer, use a larger"
+    ):
+        top_k(scores, 3, name="w", min_score=0.0)
+    with pytest.raises(SelectionError, match=r"2 weights are asked from w, but only 1 of 5 scored above 0\.1"):
+        top_k(scores, 2, name="w", min_score=0.1)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("k", [0, 1, 9, 40, 61, 62])
+def test_joint_equals_the_top_k_of_all_in_a_row(k: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # Rounded, so that there are ties within and between the tensors.
+    scores = {
+        n: (torch.randn(s, generator=generator) * 3).round() for n, s in {"b": 20, "a": 31, "empty": 0, "c": 11}.items()
+    }
+    chosen = by_sorting(torch.cat(list(scores.values())), k)
+    result = joint_top_k(scores, k)
+    assert list(result) == ["b", "a", "empty", "c"]
+    offset = 0
+    for name, own in scores.items():
+        assert result[name].tolist() == [i - offset for i in chosen if offset <= i < offset + own.numel()]
+        offset += own.numel()
+
+
+def test_joint_ties_go_to_the_first_tensor() -> None:
+    result = joint_top_k({"z": torch.ones(3), "a": torch.tensor([1.0, 2.0])}, 3)
+    assert {name: indices.tolist() for name, indices in result.items()} == {"z": [0, 1], "a": [1]}
+
+
+def test_joint_errors_name_the_tensors() -> None:
+    with pytest.raises(SelectionError, match="scores of second contain NaN"):
+        joint_top_k({"first": torch.zeros(2), "second": torch.tensor([float("nan")])}, 1)
+    with pytest.raises(SelectionError, match=r"9 weights are asked from first and 1 more: ask for 0 to 3"):
+        joint_top_k({"first": torch.zeros(2), "second": torch.zeros(1)}, 9)
+    with pytest.raises(SelectionError, match=r"2 weights are asked from first and 1 more, but only 1 of 3 moved"):
+        joint_top_k({"first": torch.zeros(2), "second": torch.ones(1)}, 2, min_score=0.0)
+    with pytest.raises(SelectionError, match=r"1 weights are asked from no tensor"):
+        joint_top_k({}, 1)
+
+
+def test_lazy_scores_are_computed_three_times_and_never_kept() -> None:
+    asked: list[str] = []
+
+    class Lazy(Mapping[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            asked.append(name)
+            return torch.arange(4.0) + (10 if name == "b" else 0)
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a", "b"])
+
+        def __len__(self) -> int:
+            return 2
+
+    assert {n: i.tolist() for n, i in joint_top_k(Lazy(), 5).items()} == {"a": [3], "b": [0, 1, 2, 3]}
+    assert asked == ["a", "b"] * 3
+
+
+def test_twenty_million_scores_in_little_time_and_memory() -> None:
+    scores = torch.empty(20_000_000).exponential_(generator=torch.Generator().manual_seed(4))
+    top_k(scores[:1_000_000], 10, name="w")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    result = top_k(scores, 200_000, name="w", min_score=0.0)
+    elapsed = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert result.numel() == 200_000
+    mask = torch.ones(scores.numel(), dtype=torch.bool)
+    mask[result.long()] = False
+    assert float(scores[result.long()].min()) >= float(scores[mask].max())
+    assert elapsed < 10, f"{elapsed:.1f} s; about 0.2 s on a quiet core"
+    assert grown < 40e6, f"{grown / 1e6:.0f} MB beside 80 MB of scores"
