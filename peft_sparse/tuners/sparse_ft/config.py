@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ...selection.budget import check_budget, check_request
 SPARSE_FT = add_peft_type("SPARSE_FT")
 ALL_PARAMETERS = "all"
 ALL_LINEAR = "all-linear"
+BASE_METHOD = "fixed"
 VALUE_DTYPES = ("float32", "bfloat16", "float16")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
@@ -28,12 +30,16 @@ def method_name(name: str):
 
     def add(cls: type[SparseConfig]) -> type[SparseConfig]:
         METHODS[name] = cls
+        # PEFT drops the fields of a newer file that `SparseConfig.__init__` does not take, so it says that it takes all.
+        base = SparseConfig if name != BASE_METHOD else cls
+        known = {**inspect.signature(base.__init__).parameters, **inspect.signature(cls.__init__).parameters}
+        base.__init__.__signature__ = inspect.Signature(known.values())
         return cls
 
     return add
 
 
-@method_name("fixed")
+@method_name(BASE_METHOD)
 @dataclass
 class SparseConfig(PeftConfig):
     """A sparse delta on a model's own weights: how many (budget), which (method), on what (targets).
@@ -104,14 +110,18 @@ class SparseConfig(PeftConfig):
 
     # Budget and method that a subclass's users get when they say nothing.
     default_method: ClassVar[str] = "rand"
-    # The name of the adapter that is being saved. PEFT tells `save_pretrained` only a folder; the state-dict hook sets this. No field.
+    # Not a field: the name of the adapter that is being saved. PEFT tells `save_pretrained` only a folder; the hook that
+    # collects the tensors sets this.
     saved_as = "default"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         if cls is SparseConfig:
             method = kwargs.get("method", cls.default_method)
             if method not in METHODS:
-                raise ConfigError(f"method must be one of {sorted(METHODS)}, got {method!r}.")
+                raise ConfigError(
+                    f"method must be one of {sorted(METHODS)}, got {method!r}. A file that says so was written by a "
+                    "newer peft-sparse: pip install -U peft-sparse"
+                )
             cls = METHODS[method]
         return super().__new__(cls)
 
@@ -152,36 +162,6 @@ class SparseConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "
                 "it says where those indices are counted."
             )
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse a file whose method this version does not know (called by PEFT before a file becomes a config)."""
-        method = kwargs.get("method", cls.default_method)
-        if method not in METHODS:
-            raise ConfigError(
-                f"the file's method {method!r} is not one of {sorted(METHODS)}: it was written by a newer peft-sparse. "
-                "pip install -U peft-sparse"
-            )
-        return super().check_kwargs(**kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> SparseConfig:
-        """Load a config (PEFT's method), and check the weights beside it while the model is still untouched.
-
-        Raises:
-            FormatError: the weights are damaged or do not fit the config.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        download_kwargs, _, _ = cls._split_kwargs(kwargs)
-        verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
-        return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
 
 @method_name("rand")
