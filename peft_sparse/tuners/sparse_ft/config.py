@@ -110,8 +110,8 @@ class SparseConfig(PeftConfig):
 
     # Budget and method that a subclass's users get when they say nothing.
     default_method: ClassVar[str] = "rand"
-    # Not a field: the name of the adapter that is being saved. PEFT tells `save_pretrained` only a folder; the hook that
-    # collects the tensors sets this.
+    # Not a field: the name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
+    # tells `save_pretrained` only a folder.
     saved_as = "default"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:

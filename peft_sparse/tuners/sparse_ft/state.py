@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from peft import PeftModel
@@ -31,6 +32,7 @@ def for_saving(
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
+    config.saved_as = adapter_name
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -59,6 +61,7 @@ def for_loading(
             counts=config.counts if is_new else None,
             shapes={name: delta.shape for name, delta in deltas.items()},
             heads=_head_names(model, adapter_name),
+            passengers=_embedding_names(model, adapter_name),
             adapter_name=adapter_name,
         )
     except FormatError:
@@ -96,3 +99,14 @@ def _head_names(model: nn.Module, adapter_name: str) -> set[str]:
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(adapter_name)
     }
+
+
+def _embedding_names(model: nn.Module, adapter_name: str) -> set[str]:
+    """The base model's own embeddings, which PEFT's `save_embedding_layers` puts into a file beside the adapter."""
+    own: set[nn.Module] = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            embedding = getattr(model, getter)()
+            own.update(m for m in (embedding, getattr(embedding, "base_layer", None)) if m is not None)
+    keys = [f"{name}.{key}" for name, m in model.named_modules() if m in own for key, _ in m.named_parameters()]
+    return {native.canonical_name(key.replace(f".{adapter_name}.", ".")) for key in keys}

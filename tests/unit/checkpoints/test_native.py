@@ -205,7 +205,7 @@ def test_finish_casts_values_only(tensors):
 
 
 def changed(tensors, key, tensor, *, seal=True):
-    """The file with one tensor exchanged (dropped if None), by default with a fitting digest: other checks must find it."""
+    """The file with one tensor exchanged (dropped if None); under a new digest, other checks must find it."""
     edited = {name: t for name, t in tensors.items() if name != key}
     if tensor is not None:
         edited[key] = tensor
