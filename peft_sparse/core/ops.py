@@ -69,14 +69,13 @@ def linear(
             # Zeros in the forward (W' holds the values already), the identity in the backward.
             weight = weight + scatter(values - values.detach(), indices, weight.shape, dtype=weight.dtype)
         return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
-    values = [value for value, _ in deltas]
-    indices = tuple(index for _, index in deltas)
-    wanted = any(value.requires_grad for value in values)
+    tensors = [values for values, _ in deltas]
+    wanted = any(values.requires_grad for values in tensors)
     if not torch.is_grad_enabled() or not (wanted or x.requires_grad or (bias is not None and bias.requires_grad)):
         weight = make_weight()
         return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
     shared = sddmm.share_input(x) if wanted else None
-    return _Linear.apply(x, bias, make_weight, indices, fan_in_fan_out, shared, *values)
+    return _Linear.apply(x, bias, make_weight, tuple(i for _, i in deltas), fan_in_fan_out, shared, *tensors)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
