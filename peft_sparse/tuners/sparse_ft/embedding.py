@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import ops
@@ -33,7 +34,11 @@ class Embedding(SparseLayer):
 
     def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
-        deltas = [(d.values, d.indices) for d in self.active_deltas("weight", adapters)]
-        result = ops.embedding(x, base.weight, deltas, padding_idx=base.padding_idx)
+        if base.weight.requires_grad:
+            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient.
+            result = F.embedding(x, self.effective("weight", adapters), base.padding_idx)
+        else:
+            deltas = [(d.values, d.indices) for d in self.active_deltas("weight", adapters)]
+            result = ops.embedding(x, base.weight, deltas, padding_idx=base.padding_idx)
         scale = self._get_embed_scale()
         return result if scale is None else result * scale.to(result.dtype)
