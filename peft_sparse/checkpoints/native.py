@@ -209,7 +209,7 @@ def verify(
     *,
     counts: Mapping[str, int] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
-    heads: Collection[str] | None = None,
+    heads: Mapping[str, Sequence[int]] | None = None,
     passengers: Collection[str] | None = None,
     adapter_name: str | None = None,
     source: str = SOURCE,
@@ -220,7 +220,7 @@ def verify(
         tensors: everything that the file holds, under checkpoint keys, or under model keys if `adapter_name` is given.
         counts: tuned weights by parameter, as adapter_config.json says; None takes the file's own.
         shapes: shape of every parameter that the adapter tunes in this model; None accepts any shape.
-        heads: canonical names of the tensors of `modules_to_save` in this model; None accepts any.
+        heads: shapes of the tensors of `modules_to_save` in this model, by canonical name; None accepts any.
         passengers: canonical names of tensors that may travel along outside the digest, which PEFT's
             `save_embedding_layers` adds after the digest was made; None accepts any.
         adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
@@ -244,9 +244,8 @@ def verify(
     _check_names(deltas, shapes, "the model", source)
     _check_counts(deltas, counts or {}, source)
     _check_shapes(deltas, shapes or {}, source)
-    for name in sorted(set(heads or ()) - others):
-        raise FormatError(f"{source}: the head tensor '{name}' of this model is missing. {_REMEDY}")
-    _check_surplus(others - set(heads) if heads is not None else (), (), source)
+    if heads is not None:
+        _check_heads({name: named[name] for name in others}, heads, source)
     if bytes(digest(covered).tolist()) != expected_digest:
         raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {_REMEDY} {_RESEAL}")
     return deltas
@@ -316,6 +315,19 @@ def _check_surplus(names: Iterable[str], allowed: Collection[str] | None, source
     for name in sorted(names):
         if allowed is not None and name not in allowed:
             raise FormatError(f"{source}: tensor '{name}' has no place in this model. {_REMEDY}")
+
+
+def _check_heads(found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], source: str) -> None:
+    _check_surplus(found, expected, source)
+    for name, shape in expected.items():
+        if name not in found:
+            raise FormatError(f"{source}: the head tensor '{name}' of this model is missing. {_REMEDY}")
+        if found[name].shape != tuple(shape):
+            sizes = f"has shape {tuple(found[name].shape)} in the file and {tuple(shape)} in this model"
+            raise FormatError(
+                f"{source}: the head tensor '{name}' {sizes}. Nothing was loaded. Build the base model as in training "
+                "(for a classifier, with the same num_labels)."
+            )
 
 
 def _check_names(found: Mapping[str, object], expected: Mapping[str, object] | None, owner: str, source: str) -> None:

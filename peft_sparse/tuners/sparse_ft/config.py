@@ -163,6 +163,25 @@ class SparseConfig(PeftConfig):
                 "it says where those indices are counted."
             )
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SparseConfig:
+        """Load a config (PEFT's method), and check the weights beside it while the model is still untouched.
+
+        Raises:
+            FormatError: the weights are damaged or do not fit the config.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download_kwargs, _, _ = cls._split_kwargs(kwargs)
+        verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config (PEFT's method), and this library's part of the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+
 
 @method_name("rand")
 @dataclass

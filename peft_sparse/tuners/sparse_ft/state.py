@@ -60,7 +60,7 @@ def for_loading(
             state_dict,
             counts=config.counts if is_new else None,
             shapes={name: delta.shape for name, delta in deltas.items()},
-            heads=_head_names(model, adapter_name),
+            heads=_head_shapes(model, adapter_name),
             passengers=_embedding_names(model, adapter_name),
             adapter_name=adapter_name,
         )
@@ -92,13 +92,14 @@ def count_weights(model: nn.Module, adapter_name: str) -> dict[str, int]:
     return {name: delta.count for name, _, _, delta in iter_deltas(model, adapter_name)}
 
 
-def _head_names(model: nn.Module, adapter_name: str) -> set[str]:
-    return {
-        native.canonical_name(f"{name}.{key}")
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter_name)
-    }
+def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            state = module.state_dict()
+            for key, model_key in module.adapter_state_dict_load_map(adapter_name).items():
+                shapes[native.canonical_name(f"{name}.{key}")] = tuple(state[model_key].shape)
+    return shapes
 
 
 def _embedding_names(model: nn.Module, adapter_name: str) -> set[str]:

@@ -39,7 +39,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def verify(tensors, **kwargs):
-    everything = {"counts": COUNTS, "shapes": SHAPES, "heads": [HEAD], "passengers": ()}
+    everything = {"counts": COUNTS, "shapes": SHAPES, "heads": {HEAD: (2, 3)}, "passengers": ()}
     return native.verify(tensors, **{**everything, **kwargs})
 
 
@@ -147,14 +147,14 @@ def test_digest_refuses_what_has_no_bytes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_build_and_verify_are_inverse(dtype):
-    tensors = native.build(deltas(), {HEAD: torch.ones(2)}, values_dtype=dtype)
+    tensors = native.build(deltas(), {HEAD: torch.ones(2, 3)}, values_dtype=dtype)
     rounded = {name: SparseDelta(d.indices, d.values.to(dtype), d.shape) for name, d in deltas().items()}
     assert_same(verify(tensors), rounded)
 
 
 def test_an_adapter_without_weights_is_valid():
     empty = {QUERY: SparseDelta.empty((4, 8))}
-    assert_same(native.verify(native.build(empty), counts={QUERY: 0}, shapes={QUERY: (4, 8)}, heads=()), empty)
+    assert_same(native.verify(native.build(empty), counts={QUERY: 0}, shapes={QUERY: (4, 8)}, heads={}), empty)
 
 
 def test_the_digest_is_the_same_from_a_model_and_for_the_file(tensors):
@@ -223,6 +223,10 @@ def test_missing_and_surplus_tensors(tensors):
         verify(changed(tensors, native.PREFIX + HEAD, None, seal=False))
     with pytest.raises(FormatError, match=r"the head tensor 'classifier.weight' of this model is missing"):
         verify(changed(tensors, native.PREFIX + HEAD, None))
+    with pytest.raises(
+        FormatError, match=r"'classifier.weight' has shape .2, 3. in the file and .4, 3. in this.*num_labels"
+    ):
+        verify(tensors, heads={HEAD: (4, 3)})
     with pytest.raises(FormatError, match=r"tensor 'other.weight' has no place in this model"):
         verify({**tensors, "base_model.model.other.weight": torch.ones(1)})
     with pytest.raises(FormatError, match=r"tensor 'other.weight' has no place in this model"):
