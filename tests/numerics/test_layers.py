@@ -57,9 +57,7 @@ class Net(nn.Module):
         return self.layer(x)
 
 
-def make(
-    kind: str, *, dtype: torch.dtype = torch.float32, adapters: tuple[str, ...] = ("default",), density: float = 0.4
-):
+def make(kind: str, *, dtype=torch.float32, adapters=("default",), density=0.4):
     """(base, tuned, input); the tuned model's adapters are random and all active."""
     torch.manual_seed(0)
     build, shape = LAYERS[kind]
@@ -99,7 +97,7 @@ def assert_matches(base, model, x, adapters=("default",), *, dtype=torch.float32
     y, x_grad = mode(model, x)
 
     def check(actual, exact_part, dense_part, what):
-        # An error of a few ulps can be zero by luck in the dense path; a float32 gradient of float64 weights is rounded.
+        # A few ulps can be zero by luck in the dense path; a float32 gradient of float64 weights is rounded.
         floor = 4 * max(torch.finfo(dtype).eps, torch.finfo(actual.dtype).eps)
         allowed = max(2 * relative_error(dense_part, exact_part), floor)
         assert relative_error(actual, exact_part) <= allowed, what

@@ -60,39 +60,32 @@ class SparseModel(BaseTuner):
         # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
-        config = copy.deepcopy(requested)
+        config = self.peft_config[adapter_name] = copy.deepcopy(requested)
+        if len(self.peft_config) == 1:
+            # What a refused file gives back: PEFT freezes the base model before it opens the file.
+            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            targets = find_targets(config, model)
-            modules = dict(named_targets(model))
-            for name, parameters in targets.items():
-                wrapper_for(modules[name], name)
-                if not parameters:
-                    raise ConfigError(
-                        f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
-                    )
-            selected = plan_counts(config, targets, model)
-        except ConfigError:
+            self._targets, counts = _plan(config, model)
+            self._counts = counts or {}
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except ValueError:
             # PEFT has entered the name already; without an adapter behind it the model would be unusable.
             if len(self.peft_config) > 1:
                 del self.peft_config[adapter_name]
             raise
-        self.peft_config[adapter_name] = config
-        self._targets: Targets = targets
-        self._counts = selected or {}
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        config.target_modules = _without_embedding_names(requested.target_modules, targets)
+        config.target_modules = _without_embedding_names(requested.target_modules, self._targets)
         self._mark_tied(model, adapter_name)
         if source is not None:
             for name, _, _, delta in iter_deltas(model, adapter_name):
                 delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
-        elif selected is not None:
-            config.counts = selected
+        elif counts is not None:
+            config.counts = counts
             self._fill(model, config, adapter_name)
         if config.l1:
             for _, _, _, delta in iter_deltas(model, adapter_name):
@@ -297,6 +290,20 @@ class SparseModel(BaseTuner):
             majority_sign_method=majority_sign_method,
             head_from=head_from,
         )
+
+
+def _plan(config: SparseConfig, model: nn.Module) -> tuple[Targets, dict[str, int] | None]:
+    """The targets and, where they are known before training, the counts; raises whatever can be refused beforehand."""
+    targets = find_targets(config, model)
+    modules = dict(named_targets(model))
+    for name, parameters in targets.items():
+        wrapper_for(modules[name], name)
+        if not parameters:
+            raise ConfigError(
+                f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
+            )
+    # PEFT has a good error for an empty match, and gives it before it touches the model.
+    return targets, plan_counts(config, targets, model) if targets else None
 
 
 def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -68,7 +68,7 @@ def test_an_unknown_method_in_a_file_says_what_to_do(tmp_path):
     RandConfig(density=0.5).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "method": "quantum"}))
-    with pytest.raises(ConfigError, match="method must be one of .*got 'quantum'.*pip install -U peft-sparse"):
+    with pytest.raises(ConfigError, match=r"method must be one of .*got 'quantum'.*pip install -U peft-sparse"):
         PeftConfig.from_pretrained(tmp_path)
 
 
