@@ -84,7 +84,9 @@ def discard(model: nn.Module, adapter_name: str) -> None:
     elif len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
     else:
-        model.base_model.unload()
+        trainable = model.base_model.trainable_before
+        for name, parameter in model.base_model.unload().named_parameters():
+            parameter.requires_grad_(name in trainable)
 
 
 def count_weights(model: nn.Module, adapter_name: str) -> dict[str, int]:
