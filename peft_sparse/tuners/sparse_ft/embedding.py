@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Embedding(SparseLayer):
     def deltas_of(self, parameter: str) -> nn.ModuleDict:
         return self._leader[0].deltas_of(parameter) if self._leader else super().deltas_of(parameter)
 
-    def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         if base.weight.requires_grad:
             # The dense phase under a frozen adapter: the base matrix needs its own dense gradient.

@@ -130,9 +130,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
             self.restore()
             return self.base_layer(x, *args, **kwargs)
-        return self._delta_forward(x, self.active_adapters)
+        return self._delta_forward(self.active_adapters, x, *args, **kwargs)
 
-    def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
         raise TypeError(f"{type(self).__name__} does not say how it computes with a delta")
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -150,11 +151,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             )
         self.restore()
         result = self.base_layer(x, *args, **kwargs)
+        if len(result) != len(x):
+            raise ValueError(
+                f"adapter_names cannot be given: {type(self.get_base_layer()).__name__} mixes the examples."
+            )
         for name in dict.fromkeys(adapter_names):
             if not any(self.active_deltas(parameter, [name]) for parameter in PARAMETERS):
                 continue
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_copy(0, rows, self._delta_forward(x[rows], [name]).to(result.dtype))
+            result = result.index_copy(0, rows, self._delta_forward([name], x[rows], *args, **kwargs).to(result.dtype))
         return result
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:

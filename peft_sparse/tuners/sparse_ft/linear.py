@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Linear(SparseLayer):
         super().__init__(base_layer)
         self.fan_in_fan_out = fan_in_fan_out
 
-    def _delta_forward(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.get_base_layer().weight
         bias = self.effective("bias", adapters)
         deltas = self.active_deltas("weight", adapters)

@@ -16,7 +16,8 @@ from .conv import Conv
 from .embedding import Embedding
 from .layer import SparseLayer
 from .linear import Linear
-from .norm import LayerNorm, RMSNorm
+from .norm import LayerNorm
+from .own_forward import OwnForward
 
 SUPPORTED = (
     "nn.Linear, transformers' Conv1D, nn.Embedding, nn.LayerNorm, transformers' RMSNorms, nn.Conv1d and nn.Conv2d"
@@ -51,16 +52,13 @@ def wrapper_for(module: nn.Module, name: str) -> Callable[[nn.Module], SparseLay
         return Linear
     if isinstance(base, Conv1D):
         return partial(Linear, fan_in_fan_out=True)
-    if (
-        isinstance(base, nn.Embedding)
-        and base.max_norm is None
-        and (kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale"))
-    ):
-        return Embedding
+    if isinstance(base, nn.Embedding) and base.max_norm is None:
+        is_lookup = kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale")
+        return Embedding if is_lookup else OwnForward
     if isinstance(base, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
         return LayerNorm
     if is_rms_norm(base):
-        return RMSNorm
+        return OwnForward
     if isinstance(base, (nn.Conv1d, nn.Conv2d)) and kind.forward in (nn.Conv1d.forward, nn.Conv2d.forward):
         return Conv
     raise ConfigError(
