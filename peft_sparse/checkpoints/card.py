@@ -247,7 +247,7 @@ def place_block(text: str, block: str, *, subfolder: str | None = None) -> str:
     block = f"{begin}\n{block}\n{end}".replace("\n", line_break)
     start, stop = text.find(begin), text.find(end)
     if 0 <= start < stop:
-        return text[:start] + block + text[stop + len(end) :]
+        return (text[:start] + block + text[stop + len(end) :]).rstrip("\r\n") + line_break
     root_end = "<!-- peft-sparse:end -->"
     split = text.find(root_end) + len(root_end) if subfolder and root_end in text else 0
     before, after = text[:split].rstrip(), text[split:].strip("\r\n")
