@@ -30,7 +30,7 @@ def method_name(name: str):
 
     def add(cls: type[SparseConfig]) -> type[SparseConfig]:
         METHODS[name] = cls
-        # PEFT drops the fields of a newer file that `SparseConfig.__init__` does not take, so it says that it takes all.
+        # PEFT drops fields of a newer file that `SparseConfig.__init__` does not take, so it says that it takes all.
         base = SparseConfig if name != BASE_METHOD else cls
         known = {**inspect.signature(base.__init__).parameters, **inspect.signature(cls.__init__).parameters}
         base.__init__.__signature__ = inspect.Signature(known.values())
@@ -108,8 +108,9 @@ class SparseConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
 
-    # Budget and method that a subclass's users get when they say nothing.
     default_method: ClassVar[str] = "rand"
+    # Whether an adapter of this method starts on a random support.
+    starts_random: ClassVar[bool] = False
     # Not a field: the name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
     # tells `save_pretrained` only a folder.
     saved_as = "default"
@@ -198,6 +199,8 @@ class RandConfig(SparseConfig):
     method: str = field(default="rand", metadata={"help": "How the weights to tune are chosen."})
     seed: int = field(default=0, metadata={"help": "Seed of the random support."})
 
+    starts_random: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -223,6 +226,88 @@ class LotteryTicketConfig(SparseConfig):
         default="global",
         metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
     )
+
+
+@dataclass
+class SpielConfig(SparseConfig):
+    """What SpIEL-AG and SpIEL-MA share: starting from a random support, weights are dropped and regrown while training.
+
+    Every `reselection_steps` optimizer updates the weights that changed least are reset and frozen, and as many others
+    unfrozen in their place. It happens by itself in any training loop; memory is linear in the number of tuned weights.
+
+    Args:
+        seed: of the random support to start from.
+        reselection_steps: S, updates from one reselection to the next.
+        estimation_steps: gamma, updates over which gradients are estimated before a reselection, 1 <= gamma <= S. The
+            first reselection comes after update gamma, the others every S updates from there.
+        initial_reselection_rate: xi in (0, 1], the share of weights to replace at the beginning; it falls to 0.
+        reselection_schedule: how it falls: "linear" xi (1 - t/T) or "cosine" xi/2 (1 + cos(pi t/T)).
+        drop_by: "delta" drops the weights that differ least from their pretrained values (the authors' code, and the
+            thesis's text), "change_since_reselection" those that moved least since the last one (its Algorithm 2).
+        replace_all_first: replace every weight at the first reselection, for the support to start from is random.
+        reselection_until: share of training after which the support stays as it is, in (0, 1].
+        total_steps: T, updates in all of training; None takes the trainer's.
+
+    Source: Ansell et al. 2024, arXiv:2401.16405; thesis sections 7.3.1 and 7.3.2, appendix E.2. Differs from the
+    authors' code in: windows of exactly gamma updates, no reselection after the last update, replacement of the first
+    support under the cosine schedule too, and `density` counts the targets (theirs the model: `density_of="model"`).
+    """
+
+    seed: int = field(default=0, metadata={"help": "Seed of the random support to start from."})
+    reselection_steps: int = field(default=20, metadata={"help": "Updates from one reselection to the next."})
+    estimation_steps: int = field(default=5, metadata={"help": "Updates over which gradients are estimated."})
+    initial_reselection_rate: float = field(default=0.2, metadata={"help": "Share of weights to replace at first."})
+    reselection_schedule: str = field(default="linear", metadata={"help": "How the share falls: 'linear' or 'cosine'."})
+    drop_by: str = field(default="delta", metadata={"help": "'delta' or 'change_since_reselection'."})
+    replace_all_first: bool = field(default=True, metadata={"help": "Replace the whole random support at first."})
+    reselection_until: float = field(default=1.0, metadata={"help": "Share of training with reselection."})
+    total_steps: int | None = field(default=None, metadata={"help": "Updates in all of training."})
+
+    starts_random: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+        if self.drop_by not in ("delta", "change_since_reselection"):
+            raise ConfigError(f"drop_by must be 'delta' or 'change_since_reselection', got {self.drop_by!r}.")
+
+
+@method_name("spiel_ag")
+@dataclass
+class SpielAGConfig(SpielConfig):
+    """SpIEL-AG: grow the weights with the largest gradients, averaged over the estimation window.
+
+    Args:
+        candidates_per_weight: how many growth candidates are watched over a window, per weight that may be replaced
+            then; they are the largest gradients of its first micro-batch. With 1.0 (the authors' choice) the first,
+            full replacement takes all of them.
+
+    Source: thesis section 7.3.1, Algorithm 2.
+    """
+
+    method: str = field(default="spiel_ag", metadata={"help": "How the weights to tune are chosen."})
+    candidates_per_weight: float = field(default=1.0, metadata={"help": "Growth candidates per tuned weight."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.candidates_per_weight < math.inf:
+            raise ConfigError(
+                f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
+            )
+
+
+@method_name("spiel_ma")
+@dataclass
+class SpielMAConfig(SpielConfig):
+    """SpIEL-MA: grow the weights whose row and column had the largest gradients, by the accumulators of SM3.
+
+    The accumulators are those of the optimizer if it is `peft_sparse.SM3`, and kept on the side under any other.
+
+    Source: thesis section 7.3.2, equation 7.7.
+    """
+
+    method: str = field(default="spiel_ma", metadata={"help": "How the weights to tune are chosen."})
 
 
 def _check_regex(name: str, pattern: str) -> None:

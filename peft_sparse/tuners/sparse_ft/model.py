@@ -93,7 +93,7 @@ class SparseModel(BaseTuner):
 
     def _fill(self, model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
         """Choose the random supports, and the random values if the adapter is not to start from the identity."""
-        if not config.inference_mode and (config.method == "rand" or not config.init_weights):
+        if not config.inference_mode and (config.starts_random or not config.init_weights):
             select_random(config, {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)})
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:

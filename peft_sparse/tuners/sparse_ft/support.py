@@ -51,7 +51,7 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
             'method="fixed" has no way to select weights: it is what composed and imported adapters carry. Try "rand".'
         )
     groups = plan_groups(config, targets, model)
-    if config.method != "rand" and config.init_weights:
+    if not config.starts_random and config.init_weights:
         return None
     modules = dict(named_targets(model))
     sizes = {f"{name}.{p}": getattr(modules[name], p).numel() for name, parts in targets.items() for p in parts}
