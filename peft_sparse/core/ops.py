@@ -8,6 +8,7 @@ instead, so that the compiler sees one graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
@@ -78,12 +79,21 @@ def linear(
     return _Linear.apply(x, bias, make_weight, tuple(i for _, i in deltas), fan_in_fan_out, shared, *tensors)
 
 
+def _is_autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast `x` to, None if it would leave it alone (it leaves float64 alone)."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not _is_autocast_enabled(device_type):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """For a backward that was called inside autocast, which would cast its products again."""
+    return torch.autocast(device_type, enabled=False) if _is_autocast_enabled(device_type) else nullcontext()
 
 
 class _Linear(torch.autograd.Function):
@@ -105,10 +115,13 @@ class _Linear(torch.autograd.Function):
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         ctx.autocast_dtype = dtype = _autocast_dtype(x)
         if dtype is not None:
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            x = x.to(dtype) if shared is None else shared.cast(x, dtype)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         ctx.make_weight, ctx.fan_in_fan_out = make_weight, fan_in_fan_out
         ctx.shared = shared
-        if shared is not None:
+        count = sum(v.numel() for v, needed in zip(values, ctx.needs_input_grad[6:], strict=True) if needed)
+        ctx.sampled = sddmm.prefer_sampled(count, ctx.shape, dtype=x.dtype, device=x.device)
+        if shared is not None and ctx.sampled:
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.
         ctx.save_for_backward(x if shared is not None else None, *indices, *values)
@@ -119,8 +132,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         indices, values = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        # Whoever calls backward inside autocast would otherwise have these products cast again.
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             grad_x = _grad_input(ctx, grad) if ctx.needs_input_grad[0] else None
             flat = grad.reshape(-1, grad.shape[-1])
             grad_bias = flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
@@ -134,6 +146,7 @@ class _Linear(torch.autograd.Function):
                     ctx.shape,
                     transposed=ctx.fan_in_fan_out,
                     shared=ctx.shared,
+                    sampled=ctx.sampled,
                 )
                 for i, gradient in zip(wanted, found, strict=True):
                     grad_values[i] = gradient.to(values[i].dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,8 +36,7 @@ def linear(
     """Twin of `ops.linear`; `make_weight` has to be differentiable with respect to the values here."""
     del deltas
     weight = make_weight()
-    product = x @ (weight if fan_in_fan_out else weight.t())
-    return product if bias is None else product + bias
+    return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
 
 
 def embedding(
@@ -47,7 +47,7 @@ def embedding(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Twin of `ops.embedding`: a lookup in the dense tuned weight."""
-    return torch.nn.functional.embedding(ids, tuned_weight(weight, deltas), padding_idx=padding_idx)
+    return F.embedding(ids, tuned_weight(weight, deltas), padding_idx=padding_idx)
 
 
 def sampled_product(

@@ -79,27 +79,24 @@ def weight_gradients(
     supports: Sequence[Tensor],
     shape: tuple[int, int],
     *,
+    sampled: bool,
     transposed: bool = False,
     shared: SharedInput | None = None,
-    sampled: bool | None = None,
 ) -> list[Tensor]:
-    """The weight's gradient on each of several supports: `sampled_product` for all, by whichever product is cheaper.
+    """The weight's gradient on each of several supports, by either product.
 
     Args:
         grad: [N, O] gradient of the output.
         x: [N, I] input.
         supports: each [k_i] flat row-major positions, sorted and unique; they may overlap.
         shape: of the weight: [O, I], or [I, O] if `transposed`.
+        sampled: which product: see `prefer_sampled`.
         transposed: the weight is stored as [I, O].
         shared: where to find the transpose of `x`, if other layers read it too.
-        sampled: force one of the two products; None lets `prefer_sampled` choose.
 
     Returns:
         one [k_i] tensor per support, float32 or wider.
     """
-    if sampled is None:
-        count = sum(support.numel() for support in supports)
-        sampled = prefer_sampled(count, shape, dtype=grad.dtype, device=grad.device)
     if not sampled:
         if grad.dtype == torch.float16 and grad.device.type == "cpu":
             grad, x = grad.float(), x.float()
@@ -150,24 +147,34 @@ def _silence_warnings() -> None:
 
 
 class SharedInput:
-    """The transpose of one input, made once for all layers that read it (q, k and v; gate and up) in one backward pass.
+    """What the layers that read one input (q, k and v; gate and up) make of it once for all: its transpose in a
+    backward pass, its copy in the dtype of autocast.
 
     Only the autograd contexts of those layers own it, so it dies with the graph; it drops the transpose after its last
     reader. The transpose is handed out only for the very memory and version that it was made from.
     """
 
-    __slots__ = ("__weakref__", "_blocks", "_pending", "_readers", "_source")
+    __slots__ = ("__weakref__", "_blocks", "_narrow", "_pending", "_readers", "_source")
 
     def __init__(self) -> None:
         self._readers = 0
         self._pending = 0
         self._source: tuple[object, ...] | None = None
         self._blocks: list[Tensor] | None = None
+        self._narrow: weakref.ref[Tensor] | None = None
 
     def join(self) -> None:
         """Announce one more layer that will ask."""
         self._readers += 1
         self._pending += 1
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` in the dtype of autocast: the very copy that an earlier reader saved for its backward, if one did."""
+        kept = self._narrow() if self._narrow is not None else None
+        if kept is None or kept.dtype != dtype:
+            kept = x.to(dtype)
+            self._narrow = weakref.ref(kept)
+        return kept
 
     def transposed(self, x: Tensor) -> list[Tensor]:
         """The transposed blocks of `x`, from the reader before if there was one."""
