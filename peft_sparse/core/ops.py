@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import sddmm
 from .indices import positions
+from .observer import GradientObserver
 from .overlay import Overlay
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
@@ -44,6 +45,7 @@ def linear(
     deltas: Deltas,
     *,
     fan_in_fan_out: bool = False,
+    observers: Sequence[GradientObserver] = (),
 ) -> Tensor:
     """A linear layer whose weight holds sparse deltas: `x @ W'.T + bias`.
 
@@ -57,6 +59,7 @@ def linear(
         deltas: for each delta values [k_i] and indices [k_i] (flat row-major positions in W', sorted and unique).
             Values that do not require a gradient cost nothing here.
         fan_in_fan_out: the weight is stored as [I, O] (transformers' Conv1D).
+        observers: who else sees the weight's gradient; they see nothing under `torch.compile`.
 
     Returns:
         [..., O], in the dtype that `torch.nn.functional.linear` would give, also under autocast.
@@ -76,7 +79,7 @@ def linear(
         weight = make_weight()
         return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
     shared = sddmm.share_input(x) if wanted else None
-    return _Linear.apply(x, bias, make_weight, tuple(i for _, i in deltas), fan_in_fan_out, shared, *tensors)
+    return _Linear.apply(x, bias, make_weight, tuple(i for _, i in deltas), fan_in_fan_out, shared, tuple(observers), *tensors)
 
 
 def _is_autocast_enabled(device_type: str) -> bool:
@@ -108,6 +111,7 @@ class _Linear(torch.autograd.Function):
         indices: tuple[Tensor, ...],
         fan_in_fan_out: bool,
         shared: sddmm.SharedInput | None,
+        observers: tuple[GradientObserver, ...],
         *values: Tensor,
     ) -> Tensor:
         weight = make_weight()
@@ -118,8 +122,8 @@ class _Linear(torch.autograd.Function):
             x = x.to(dtype) if shared is None else shared.cast(x, dtype)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         ctx.make_weight, ctx.fan_in_fan_out = make_weight, fan_in_fan_out
-        ctx.shared = shared
-        count = sum(v.numel() for v, needed in zip(values, ctx.needs_input_grad[6:], strict=True) if needed)
+        ctx.shared, ctx.observers = shared, observers
+        count = sum(v.numel() for v, needed in zip(values, ctx.needs_input_grad[7:], strict=True) if needed)
         ctx.sampled = sddmm.prefer_sampled(count, ctx.shape, dtype=x.dtype, device=x.device)
         if shared is not None and ctx.sampled:
             shared.join()
@@ -137,20 +141,22 @@ class _Linear(torch.autograd.Function):
             flat = grad.reshape(-1, grad.shape[-1])
             grad_bias = flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
             grad_values: list[Tensor | None] = [None] * len(values)
-            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[7:]) if needed]
             if wanted:
                 found = sddmm.weight_gradients(
                     flat,
                     x.reshape(-1, x.shape[-1]),
-                    [indices[i] for i in wanted],
+                    [*(indices[i] for i in wanted), *(observer.wanted() for observer in ctx.observers)],
                     ctx.shape,
                     transposed=ctx.fan_in_fan_out,
                     shared=ctx.shared,
                     sampled=ctx.sampled,
                 )
-                for i, gradient in zip(wanted, found, strict=True):
+                for i, gradient in zip(wanted, found, strict=False):
                     grad_values[i] = gradient.to(values[i].dtype)
-        return grad_x, grad_bias, None, None, None, None, *grad_values
+                for observer, gradient in zip(ctx.observers, found[len(wanted) :], strict=True):
+                    observer.receive(gradient)
+        return grad_x, grad_bias, None, None, None, None, None, *grad_values
 
 
 def _grad_input(ctx: Any, grad: Tensor) -> Tensor:
@@ -160,7 +166,14 @@ def _grad_input(ctx: Any, grad: Tensor) -> Tensor:
     return (grad @ (weight.t() if ctx.fan_in_fan_out else weight)).to(ctx.x_dtype)
 
 
-def embedding(ids: Tensor, weight: Tensor, deltas: Deltas, *, padding_idx: int | None = None) -> Tensor:
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    deltas: Deltas,
+    *,
+    padding_idx: int | None = None,
+    observers: Sequence[GradientObserver] = (),
+) -> Tensor:
     """Look up rows of an embedding matrix with sparse deltas, touching no other row.
 
     Args:
@@ -168,6 +181,7 @@ def embedding(ids: Tensor, weight: Tensor, deltas: Deltas, *, padding_idx: int |
         weight: [V, D], without the deltas; gets no gradient.
         deltas: for each delta values [k_i] and indices [k_i] (flat row-major positions in `weight`, sorted and unique).
         padding_idx: row that gets no gradient (as in `torch.nn.Embedding`; it is looked up like any other).
+        observers: who else sees the weight's gradient; they see nothing under `torch.compile`.
 
     Returns:
         [..., D] in the weight's dtype: bit for bit the rows of the merged weight.
@@ -179,9 +193,8 @@ def embedding(ids: Tensor, weight: Tensor, deltas: Deltas, *, padding_idx: int |
         return F.embedding(ids, weight)
     if torch.compiler.is_compiling():
         return _embedding_static(ids, weight, deltas, padding_idx)
-    return _Embedding.apply(
-        ids, weight, padding_idx, tuple(index for _, index in deltas), *[value for value, _ in deltas]
-    )
+    supports = tuple(index for _, index in deltas)
+    return _Embedding.apply(ids, weight, padding_idx, supports, tuple(observers), *[value for value, _ in deltas])
 
 
 def _embedding_static(ids: Tensor, weight: Tensor, deltas: Deltas, padding_idx: int | None) -> Tensor:
@@ -228,7 +241,13 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, indices: tuple[Tensor, ...], *values: Tensor
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        indices: tuple[Tensor, ...],
+        observers: tuple[GradientObserver, ...],
+        *values: Tensor,
     ) -> Tensor:
         width = weight.shape[1]
         rows, inverse = torch.unique(ids, return_inverse=True)
@@ -238,7 +257,7 @@ class _Embedding(torch.autograd.Function):
             entries.append(found)
             compact.append(place)
         tuned = Overlay(compact).add(weight[rows], [value[e] for value, e in zip(values, entries, strict=True)])
-        ctx.padding_idx, ctx.width = padding_idx, width
+        ctx.padding_idx, ctx.width, ctx.numel, ctx.observers = padding_idx, width, weight.numel(), observers
         ctx.values = [(value.shape, value.dtype) for value in values]
         ctx.save_for_backward(rows, inverse, *entries, *compact)
         return F.embedding(inverse, tuned)
@@ -256,10 +275,32 @@ class _Embedding(torch.autograd.Function):
         flat = grad_rows.view(-1)
         grad_values: list[Tensor | None] = []
         for i, (shape, values_dtype) in enumerate(ctx.values):
-            if not ctx.needs_input_grad[4 + i]:
+            if not ctx.needs_input_grad[5 + i]:
                 grad_values.append(None)
                 continue
             gradient = torch.zeros(shape, dtype=values_dtype, device=grad.device)
             gradient[entries[i]] = flat[compact[i]].to(values_dtype)
             grad_values.append(gradient)
-        return None, None, None, None, *grad_values
+        for observer in ctx.observers:
+            observer.receive(_rows_at(flat, rows, observer.wanted(), ctx.width, ctx.numel))
+        return None, None, None, None, None, *grad_values
+
+
+def _rows_at(flat: Tensor, rows: Tensor, wanted: Tensor | None, width: int, numel: int) -> Tensor:
+    """Entries of a gradient of which only some rows are not zero.
+
+    Args:
+        flat: [u * width] those rows.
+        rows: [u] their sorted numbers.
+        wanted: [c] sorted flat positions in the whole gradient; None for all of it.
+        width: length of a row.
+        numel: size of the whole gradient.
+    """
+    if wanted is None:
+        whole = torch.zeros(numel, dtype=flat.dtype, device=flat.device)
+        whole.view(-1, width)[rows] = flat.view(-1, width)
+        return whole
+    entries, compact = _entries_of_rows(wanted, rows, width)
+    result = torch.zeros(wanted.numel(), dtype=flat.dtype, device=flat.device)
+    result[entries] = flat[compact]
+    return result

@@ -76,7 +76,7 @@ def sampled_product(
 def weight_gradients(
     grad: Tensor,
     x: Tensor,
-    supports: Sequence[Tensor],
+    supports: Sequence[Tensor | None],
     shape: tuple[int, int],
     *,
     sampled: bool,
@@ -88,7 +88,8 @@ def weight_gradients(
     Args:
         grad: [N, O] gradient of the output.
         x: [N, I] input.
-        supports: each [k_i] flat row-major positions, sorted and unique; they may overlap.
+        supports: each [k_i] flat row-major positions, sorted and unique; they may overlap. None stands for all of the
+            weight, and takes the dense product.
         shape: of the weight: [O, I], or [I, O] if `transposed`.
         sampled: which product: see `prefer_sampled`.
         transposed: the weight is stored as [I, O].
@@ -97,11 +98,13 @@ def weight_gradients(
     Returns:
         one [k_i] tensor per support, float32 or wider.
     """
-    if not sampled:
+    if not sampled or any(support is None for support in supports):
+        if shared is not None and sampled:
+            shared.leave()
         if grad.dtype == torch.float16 and grad.device.type == "cpu":
             grad, x = grad.float(), x.float()
         dense = (x.t() @ grad if transposed else grad.t() @ x).reshape(-1)
-        return [_wide(dense[support]) for support in supports]
+        return [_wide(dense if support is None else dense[support]) for support in supports]
     columns = shared.transposed(x) if shared is not None else _transposed_blocks(x)
     patterns = [_pattern(support, shape, _wide(grad[:0]).dtype) for support in supports]
     for block, x_columns in zip(grad.split(_BLOCK_ROWS), columns, strict=True):
@@ -182,12 +185,15 @@ class SharedInput:
         kept, blocks = self._source, self._blocks
         if blocks is None or kept != source:
             blocks = _transposed_blocks(x)
-        self._pending -= 1
-        if self._pending > 0:
-            self._source, self._blocks = source, blocks
-        else:
-            self._source, self._blocks, self._pending = None, None, self._readers
+        self._source, self._blocks = source, blocks
+        self.leave()
         return blocks
+
+    def leave(self) -> None:
+        """One reader fewer to come; the last one takes the transpose along."""
+        self._pending -= 1
+        if self._pending <= 0:
+            self._source, self._blocks, self._pending = None, None, self._readers
 
 
 class _Last(local):
