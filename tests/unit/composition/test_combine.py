@@ -137,6 +137,15 @@ def test_order_of_the_adapters_changes_no_bit(kind: str) -> None:
         assert bits(permuted) == expected
 
 
+@pytest.mark.parametrize("kind", ["linear", "ties"])
+def test_order_changes_no_bit_where_even_float64_rounds(kind: str) -> None:
+    deltas = [SparseDelta(torch.tensor([0], dtype=torch.int32), torch.tensor([v]), (1,)) for v in (1e16, 1.0, -1e16)]
+    orders = [[0, 1, 2], [0, 2, 1], [1, 2, 0]]
+    density = None if kind == "linear" else 1.0
+    found = {combine([deltas[i] for i in order], [1.0] * 3, kind, density=density).values.item() for order in orders}
+    assert len(found) == 1
+
+
 def test_linear_keeps_the_union_even_where_values_cancel() -> None:
     first = SparseDelta(torch.tensor([1, 4], dtype=torch.int32), torch.tensor([0.5, 2.0]), SHAPE)
     second = SparseDelta(torch.tensor([4, 9], dtype=torch.int32), torch.tensor([1.0, 3.0]), SHAPE)

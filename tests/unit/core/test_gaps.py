@@ -127,7 +127,7 @@ def test_ten_million_indices_take_seconds() -> None:
         (coded((4, 8), 3, parameter=1, payload=b"\x86\x00\x05"), r"layer\.w: .*longer than its 3 indices need"),
         (coded((4, 8), 3, parameter=1, payload=b"\x86\x0d"), r"layer\.w: .*padding bits"),
         (coded((4, 8), 3, parameter=1, payload=b"\x06\x05"), r"layer\.w: .*codes 2 indices, but its header claims 3"),
-        (coded((13,), 3, parameter=1, payload=b"\x86\x05"), r"layer\.w: .*outside \[0, 13\)"),
+        (coded((14,), 3, parameter=1, payload=b"\x86\x05"), r"layer\.w: .*outside \[0, 14\): 14"),
         (coded((9,), 3, parameter=1, payload=b"\x86\x05"), r"layer\.w: .*outside \[0, 9\)"),
         # The same support with p = 0 and with p = 2: 16 bits and 11 bits against 11 (p = 1 is the smaller of the best).
         (coded((4, 8), 3, payload=b"\x18\x40"), r"layer\.w: Rice parameter 0"),
@@ -140,6 +140,16 @@ def test_ten_million_indices_take_seconds() -> None:
 def test_lies_are_refused_by_name(broken: torch.Tensor, match: str) -> None:
     with pytest.raises(FormatError, match=match):
         decode_gaps(broken, name="layer.w")
+
+
+def test_an_index_that_wraps_around_int64_is_refused() -> None:
+    # Quotient 65 at p = 58: 65 * 2**58 is 2**58 modulo 2**64, and with the low part 2**57 it would pass as an index.
+    unary, low = bytes([0] * 8 + [0b10]), (2**57).to_bytes(8, "little")
+    with pytest.raises(FormatError, match=r"w: an index lies outside \[0, 576460752303423488\)"):
+        decode_gaps(coded((2**59,), 1, parameter=58, payload=unary + low), name="w")
+    # With quotient 1 instead it is one.
+    indices, _ = decode_gaps(coded((2**59,), 1, parameter=58, payload=bytes([0b10]) + low), name="w")
+    assert indices.tolist() == [2**58 + 2**57]
 
 
 def test_shape_and_count_must_match() -> None:

@@ -137,7 +137,7 @@ def test_change_sees_the_smallest_step() -> None:
     assert change(torch.tensor([258.0]).bfloat16(), torch.tensor([257.0])).tolist() == [1.0]
     # float64 steps that float32 cannot tell apart at 1.0 still count.
     assert change(torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0])).item() == pytest.approx(
-        1e-12, rel=1e-3
+        1e-12, rel=1e-3, abs=0
     )
 
 

@@ -61,10 +61,11 @@ def test_infinities_and_the_smallest_numbers_have_their_order() -> None:
         assert top_k(scores, k, name="w").tolist() == sorted(order[:k])
 
 
-def test_scores_that_differ_in_one_low_bit() -> None:
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scores_that_differ_in_one_low_bit(sign: float) -> None:
     base = torch.tensor([1.0]).view(torch.int32)
     scores = (base + torch.randperm(70_000, generator=torch.Generator().manual_seed(1)).int()).view(torch.float32)
-    assert top_k(scores, 12_345, name="w").tolist() == by_sorting(scores, 12_345)
+    assert top_k(sign * scores, 12_345, name="w").tolist() == by_sorting(sign * scores, 12_345)
 
 
 def test_not_contiguous_and_requires_grad() -> None:
