@@ -228,7 +228,7 @@ def _write_block(
     base = config.get("base_model_name_or_path")
     if card.data.base_model is None and _is_hub_id(base):
         card.data.base_model = base
-    card.data.library_name = card.data.library_name or "peft"
+    card.data.library_name = "peft"  # as PEFT does; a card that transformers made says "transformers"
     card.text = place_block(card.text, card_text(config, sizes=sizes, subfolder=subfolder), subfolder=subfolder)
     write_atomically(path, str(card).encode())
 

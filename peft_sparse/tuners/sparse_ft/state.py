@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checkpoints import native
+from ...checkpoints.push import keep_card_when_pushing
 from ...errors import FormatError
 from .config import SparseConfig
 from .iteration import iter_deltas
@@ -33,6 +34,7 @@ def for_saving(
     if any(counts.values()):
         config.counts = counts
     config.saved_as = adapter_name
+    keep_card_when_pushing(model)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
