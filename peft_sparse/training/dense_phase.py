@@ -1,0 +1,260 @@
+"""The dense phase of LT-SFT: targeted base parameters train, are compared with where they started, and are rewound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from ..core.indices import index_dtype
+from ..errors import SelectionError
+from ..selection.criteria import change
+from ..selection.top_k import joint_top_k
+from ..tuners.sparse_ft import regularization
+from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.iteration import base_model_of
+from ..tuners.sparse_ft.layer import SparseLayer
+from ..tuners.sparse_ft.support import model_numel, plan_groups
+from .distributed import from_first_rank
+from .ties import Ties
+
+logger = logging.getLogger(__name__)
+
+# Where a base model remembers its dense phase: an attribute and not a global, so that both die together.
+PHASE_ATTRIBUTE = "_sparse_ft_dense_phase"
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One parameter that an adapter may tune.
+
+    Attributes:
+        name: its name in the base model.
+        layer: the layer around it.
+        which: "weight" or "bias".
+        delta: the adapter's delta on it.
+    """
+
+    name: str
+    layer: SparseLayer
+    which: str
+    delta: AdapterDelta
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The base parameter as it stands now."""
+        return getattr(self.layer.get_base_layer(), self.which)
+
+
+class DensePhase:
+    """The first phase of LT-SFT, in which how far each targeted base parameter moves decides what to tune.
+
+    Made by `start_dense_phase`. As a context manager it never leaves a moved weight behind: leaving the block starts
+    the sparse phase if `select` was called in it, and takes everything back otherwise, so also after an exception.
+
+        with start_dense_phase(model) as phase:
+            train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0))
+            phase.select()
+        train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+
+    During the phase the targeted parameters and whatever was trainable before it (heads in `modules_to_save`) are
+    trainable, the adapter's own values are not. Other active adapters stay applied as they are: scores are the change
+    of the base parameter under them.
+
+    Attributes:
+        model: the model it was started on.
+        adapter_name: the adapter that it chooses weights for.
+        targets: the parameters that train.
+        originals: {parameter name: where it started}.
+        others: {name: tensor} of everything else that training may change: heads, and buffers.
+        start_of_others: {name: where it started}.
+        l1_coefficient: lambda/N of the penalty lambda/N * sum |theta - theta0|; 0 for none.
+        is_open: False once the phase was left.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig, targets: list[Target]) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.targets = targets
+        self.is_open = True
+        self._config = config
+        self._root = base_model_of(model)
+        self._selection: dict[str, Tensor] | None = None
+        self.l1_coefficient = config.l1 / model_numel(self._root) if config.l1 else 0.0
+        self._ties = Ties.untie(self._root, [(t.layer.get_base_layer(), t.which) for t in targets])
+        own = {id(parameter) for t in targets for parameter in (t.parameter, t.delta.values)}
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+        buffers = {n: b for n, b in model.named_buffers() if "sparse_ft_" not in n}
+        self.others: dict[str, Tensor] = {**trainable, **buffers}
+        # The penalty needs the originals at every step; otherwise they are better kept out of an accelerator's memory.
+        self.originals = {t.name: _copy(t.parameter, stay=bool(self.l1_coefficient)) for t in targets}
+        self.start_of_others = {name: _copy(tensor) for name, tensor in self.others.items()}
+        self._flags = [(p, p.requires_grad) for t in targets for p in (t.parameter, t.delta.values)]
+        for target in targets:
+            target.parameter.requires_grad_(True)
+            target.delta.values.requires_grad_(False)
+        if self.l1_coefficient:
+            regularization.watch(self)
+        self._root.__dict__[PHASE_ATTRIBUTE] = self
+
+    # ---- selection ---------------------------------------------------------------------------------
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """|theta - theta0| of every target, float32, in the parameter's shape.
+
+        Computed when asked for, one tensor at a time, and not kept.
+
+        Raises:
+            SelectionError: (when a tensor is asked for) the training diverged to an infinite weight.
+        """
+        self._check_open("score")
+        return _Scores(self.targets, self.originals)
+
+    def select(self) -> dict[str, Tensor]:
+        """Choose the weights that moved most: exactly as many as the adapter's config asks for.
+
+        Nothing is rewound yet; several calls may be made, and the last one counts. Every process must call it.
+
+        Returns:
+            {parameter name: [k_i] sorted flat indices}; also what the sparse phase will tune.
+
+        Raises:
+            SelectionError: fewer weights moved than are asked for, or the training diverged. The phase stays open:
+                train on, or leave it.
+
+        Cost: four passes over the change of all targets; one tensor's scores in memory at a time.
+        """
+        self._check_open("select")
+        scores = self.scores()
+        parts: dict[str, tuple[str, ...]] = {}
+        for target in self.targets:
+            path = target.name.rpartition(".")[0]
+            parts[path] = (*parts.get(path, ()), target.which)
+        indices: dict[str, Tensor] = {}
+        for group in plan_groups(self._config, parts, self._root):
+            indices.update(joint_top_k(_Subset(scores, group.members), group.count, min_score=0.0))
+        self._selection = from_first_rank({target.name: indices[target.name] for target in self.targets})
+        logger.info(
+            "dense phase of adapter %r: selected %d of %d weights",
+            self.adapter_name,
+            sum(chosen.numel() for chosen in self._selection.values()),
+            sum(target.delta.numel for target in self.targets),
+        )
+        return self._selection
+
+    # ---- leaving -----------------------------------------------------------------------------------
+
+    def start_sparse_phase(self) -> dict[str, int]:
+        """Rewind and go on with the selected weights alone (selecting them now if `select` was not called).
+
+        Targeted parameters are restored bit for bit, heads and buffers to where the dense phase found them. Make a new
+        optimizer: what the old one holds is frozen now.
+
+        Returns:
+            {parameter name: number of tuned weights}, also stored as `counts` in the model's copy of the config.
+
+        Raises:
+            SelectionError: as `select`.
+        """
+        self._check_open("start the sparse phase")
+        selection = self._selection if self._selection is not None else self.select()
+        self.abort()
+        for target in self.targets:
+            target.delta.set_support(selection[target.name].to(index_dtype(target.delta.numel)))
+        counts = {target.name: target.delta.count for target in self.targets}
+        self._config.counts = counts
+        return counts
+
+    def abort(self) -> None:
+        """Leave the phase as if it had never been: weights, heads, ties, and what is trainable."""
+        self._check_open("abort")
+        self.is_open = False
+        regularization.unwatch(self)
+        for target in self.targets:
+            target.parameter.data.copy_(self.originals[target.name])
+            target.parameter.grad = None
+        for name, tensor in self.others.items():
+            tensor.data.copy_(self.start_of_others[name])
+            tensor.grad = None
+        for parameter, was_trainable in self._flags:
+            parameter.requires_grad_(was_trainable)
+        self._ties.retie()
+        self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
+        self.originals, self.start_of_others = {}, {}
+
+    def __enter__(self) -> DensePhase:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.is_open:
+            return
+        if kind is None and self._selection is not None:
+            self.start_sparse_phase()
+        else:
+            self.abort()
+
+    def _check_open(self, what: str) -> None:
+        if not self.is_open:
+            raise SelectionError(
+                f"cannot {what}: the dense phase of adapter {self.adapter_name!r} is over. start_dense_phase(model) "
+                "starts one."
+            )
+
+    # ---- L1 ----------------------------------------------------------------------------------------
+
+    def pulls(self) -> Iterator[regularization.Pull]:
+        """The L1 penalty of the config on the targets: lambda/N * |theta - theta0|."""
+        for target in self.targets:
+            yield regularization.Pull(target.parameter, self.l1_coefficient, self.originals[target.name])
+
+
+class _Scores(Mapping[str, Tensor]):
+    """Scores that are computed when they are asked for."""
+
+    def __init__(self, targets: list[Target], originals: dict[str, Tensor]) -> None:
+        self._targets = {t.name: t for t in targets}
+        self._originals = originals
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self._targets[name].parameter.detach()
+        scores = change(parameter, self._originals[name].to(parameter.device))
+        if scores.numel() and bool(scores.max() == torch.inf):
+            raise SelectionError(
+                f"the dense phase diverged: {name} holds an infinite weight. Lower its learning rate, or clip "
+                "gradients."
+            )
+        return scores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+class _Subset(Mapping[str, Tensor]):
+    """Some of the tensors of another mapping, still computed when they are asked for."""
+
+    def __init__(self, scores: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self._scores = scores
+        self._names = tuple(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _copy(tensor: Tensor, *, stay: bool = False) -> Tensor:
+    return tensor.detach().to(tensor.device if stay else "cpu", copy=True)

@@ -1,0 +1,156 @@
+"""LT-SFT in a training loop of one's own: start the dense phase, select, start the sparse phase."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, SelectionError
+from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas, iter_layers
+from .dense_phase import PHASE_ATTRIBUTE, DensePhase, Target
+from .distributed import refuse_sharded
+
+logger = logging.getLogger(__name__)
+
+TWO_PHASE_METHODS = ("lottery_ticket",)
+
+
+def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DensePhase:
+    """Unfreeze exactly the targeted base parameters and remember where they start.
+
+    Use weight decay 0 in this phase, as the authors do: decay moves every weight, and would be taken for learning. A
+    base model in bfloat16 or float16 gets a warning, because it loses most small updates.
+
+    Args:
+        model: a PeftModel (or a tuner, or DDP around them) whose adapter has the method "lottery_ticket" and no weights
+            yet.
+        adapter_name: that adapter; it must be active.
+
+    Returns:
+        DensePhase: its `select()` and `start_sparse_phase()` end it, as do the functions of the same names; also a
+        context manager.
+
+    Raises:
+        ConfigError: the adapter is of another method, has its weights already, is not active, or is merged; the base is
+            quantised, sharded or on the meta device; another dense phase is open.
+
+    Cost: a copy of the targeted parameters on the CPU (on their own device with `l1`), and one of a tied output matrix
+    beside it.
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3.1. Differs from the authors' code in: K is exact, fewer than
+    K moved weights are an error, weights are restored from copies and never by subtraction, and only what is targeted
+    is unfrozen.
+    """
+    config = adapter_config(model, adapter_name)
+    targets = [Target(*found) for found in iter_deltas(model, adapter_name)]
+    _check_adapter(model, adapter_name, config)
+    for target in targets:
+        _check_target(adapter_name, target)
+    for _, layer in iter_layers(model):
+        layer.restore()
+    _warn_of_low_precision(targets)
+    return DensePhase(model, adapter_name, config, targets)
+
+
+def select(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Choose the weights that moved most in the open dense phase. See `DensePhase.select`."""
+    return _open_phase(model, adapter_name).select()
+
+
+def start_sparse_phase(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+    """Rewind the model and go on with the selected weights alone. See `DensePhase.start_sparse_phase`."""
+    return _open_phase(model, adapter_name).start_sparse_phase()
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
+    """The model's own copy of an adapter's config.
+
+    Raises:
+        ConfigError: the model has no such adapter, or it is none of ours.
+    """
+    configs = _peft_configs(model)
+    if adapter_name not in configs:
+        raise ConfigError(f"adapter_name must be one of {sorted(configs)}, got {adapter_name!r}.")
+    config = configs[adapter_name]
+    if not isinstance(config, SparseConfig):
+        raise ConfigError(
+            f"adapter {adapter_name!r} has a {type(config).__name__}; a dense phase needs a LotteryTicketConfig."
+        )
+    return config
+
+
+def is_unselected(config: Any) -> bool:
+    """Whether a config belongs to an adapter that a dense phase has yet to choose the weights of."""
+    return isinstance(config, SparseConfig) and config.method in TWO_PHASE_METHODS and config.counts is None
+
+
+def _peft_configs(model: nn.Module) -> dict[str, Any]:
+    wrapped: Any = model
+    while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
+        wrapped = getattr(wrapped, "module", None)
+    if wrapped is None:
+        raise ConfigError(
+            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, "
+            "LotteryTicketConfig(...))"
+        )
+    return wrapped.peft_config
+
+
+def _open_phase(model: nn.Module, adapter_name: str) -> DensePhase:
+    phase = base_model_of(model).__dict__.get(PHASE_ATTRIBUTE)
+    if phase is None or phase.adapter_name != adapter_name:
+        raise SelectionError(
+            f"adapter {adapter_name!r} is in no dense phase. Call start_dense_phase(model, {adapter_name!r}) and train "
+            "first."
+        )
+    return phase
+
+
+def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
+    if config.method not in TWO_PHASE_METHODS:
+        raise ConfigError(
+            f"adapter {adapter_name!r} has the method {config.method!r}, whose weights need no dense phase: train it "
+            "in any loop. For LT-SFT use LotteryTicketConfig(...)"
+        )
+    if not is_unselected(config):
+        raise ConfigError(
+            f"adapter {adapter_name!r} has its {sum((config.counts or {}).values())} weights already. Train them, or "
+            "select anew in a new adapter: model.add_adapter(name, LotteryTicketConfig(...))"
+        )
+    open_phase = base_model_of(model).__dict__.get(PHASE_ATTRIBUTE)
+    if open_phase is not None:
+        raise ConfigError(
+            f"a dense phase of adapter {open_phase.adapter_name!r} is open on this model. Select and rewind first, or "
+            "abort() it."
+        )
+
+
+def _check_target(adapter_name: str, target: Target) -> None:
+    if adapter_name not in target.layer.active_adapters or target.layer.disable_adapters:
+        raise ConfigError(
+            f"adapter {adapter_name!r} must be active for its dense phase: model.set_adapter({adapter_name!r})"
+        )
+    if target.layer.merged:
+        raise ConfigError(
+            f"adapters {target.layer.merged_adapters} are merged into {target.name}: model.unmerge_adapter() first."
+        )
+    if target.layer.quantization_backend is not None or not target.parameter.is_floating_point():
+        raise ConfigError(
+            f"{target.name} is quantised, and a dense phase trains the base weights themselves. Load the base "
+            "unquantised, or use a method without a dense phase: SpIEL, or Rand-SFT (RandConfig)."
+        )
+    refuse_sharded(target.name, target.parameter)
+
+
+def _warn_of_low_precision(targets: list[Target]) -> None:
+    low = sorted({str(t.parameter.dtype) for t in targets if t.parameter.dtype in (torch.bfloat16, torch.float16)})
+    if low:
+        logger.warning(
+            "The dense phase trains base weights in %s, which rounds small updates away: at a learning rate of 5e-5, "
+            "bfloat16 weights above 0.016 do not move at all, so the selection would prefer small weights. Load the "
+            "base in float32 and train under autocast.",
+            " and ".join(low),
+        )

@@ -1,0 +1,359 @@
+"""Trainers for sparse fine-tuning: any Hugging Face trainer, with LT-SFT's two phases in its `train`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from ..errors import ConfigError
+from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.iteration import iter_deltas
+from ..tuners.sparse_ft.resident import resident
+from .dense_checkpoint import load_dense_phase, save_dense_phase
+from .dense_phase import DensePhase
+from .lottery import is_unselected, start_dense_phase
+from .phase_args import make_dense_args
+from .resume import DENSE_FOLDER, SELECTION_FILE, SELECTION_FOLDER, ResumePoint, find_resume_point, is_finished
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class TwoPhaseTraining(_Base):
+    """What `sparse_trainer` adds to a trainer class.
+
+    `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
+    the rewind and the sparse phase run one after the other; any other model trains as ever, only in `resident` mode.
+
+    Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
+    sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
+    "phase") and progress bar. Checkpoints of the dense phase lie in `_dense/checkpoint-N` in the output folder, the
+    selection in `_dense/selection`, and those of the sparse phase in `checkpoint-N` as ever; `resume_from_checkpoint`
+    finds the phase. `load_best_model_at_end` works in each phase: the best dense weights are what the selection looks
+    at. The dense folder may be deleted once the sparse phase has a checkpoint.
+
+    Args:
+        args, kwargs: of the trainer class.
+        dense_args: {field: value}, where the training arguments of the dense phase differ from `args`: learning_rate,
+            max_steps, num_train_epochs, lr_scheduler_type, ... Weight decay is 0 in the dense phase unless it stands
+            here.
+
+    Attributes:
+        dense_state: TrainerState at the end of the dense phase (its `log_history`, ...); None before it, or if it was
+            not run here.
+        dense_output: what the dense phase's training returned; likewise.
+
+    Raises:
+        ConfigError: `dense_args` names an unknown field, or one that holds for both phases.
+    """
+
+    def __init__(self, *args: Any, dense_args: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self._phase: DensePhase | None = None
+        self._phase_name: str | None = None
+        self.dense_state: TrainerState | None = None
+        self.dense_output: TrainOutput | None = None
+        self.dense_args: Mapping[str, Any] | None = dense_args
+        super().__init__(*args, **kwargs)
+        make_dense_args(self.args, dense_args)
+        self.add_callback(_NamePhase(self))
+
+    # ---- the run -------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; in two phases if the active adapter is a lottery ticket without weights.
+
+        Args:
+            resume_from_checkpoint: a checkpoint of either phase; True for the last one that is complete.
+            trial: of a hyperparameter search.
+            ignore_keys_for_eval: outputs of the model that evaluation leaves out.
+
+        Returns:
+            What the trainer class returns, for the sparse phase.
+
+        Raises:
+            ConfigError: the two phases cannot run under this trainer's settings; see `start_dense_phase` for those of
+                the model.
+            SelectionError: fewer weights moved in the dense phase than the adapter asks for.
+        """
+        with self._model_made_once(trial):
+            adapter = self._unselected_adapter()
+            if adapter is None:
+                with resident(self.model):
+                    return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._check_two_phases()
+            point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint)
+            if point is None or point.phase == "dense":
+                self._train_dense(adapter, point, trial, ignore_keys_for_eval)
+            elif point.phase == "selection":
+                self._load_adapters(point.path, [adapter])
+            checkpoint = point.path if point is not None and point.phase == "sparse" else None
+            return self._train_sparse(checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_dense(
+        self, adapter: str, point: ResumePoint | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> None:
+        """Dense phase, selection, rewind. Whatever leaves this method, the base weights are where they were."""
+        with start_dense_phase(self.model, adapter) as phase, self._named("dense"), self._with_args_of(phase):
+            logger.info("dense phase: %d targeted weights train", sum(t.delta.numel for t in phase.targets))
+            checkpoint = point.path if point is not None else None
+            self.dense_output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            self.dense_state = self.state
+            # Its moments are two copies of the model; the selection should not have to fit beside them.
+            self._drop_optimizer()
+            self.accelerator.free_memory()
+            phase.select()
+        self._save_selection(adapter, trial)
+
+    def _train_sparse(self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        self._drop_optimizer()
+        with self._named("sparse"), resident(self.model):
+            self._seed()
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    @contextmanager
+    def _with_args_of(self, phase: DensePhase) -> Iterator[None]:
+        """The trainer with the dense phase's arguments and checkpoints."""
+        args, batch_size = self.args, self._train_batch_size
+        self.args = make_dense_args(args, self.dense_args)
+        self._train_batch_size = self.args.train_batch_size
+        self._phase = phase
+        self._drop_optimizer()
+        self._seed()
+        try:
+            yield
+        finally:
+            self._phase = None
+            self.args, self._train_batch_size = args, batch_size
+            self._drop_optimizer()
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        self._phase_name = name
+        logger.info("%s phase begins", name)
+        try:
+            yield
+        finally:
+            self._phase_name = None
+
+    @contextmanager
+    def _model_made_once(self, trial: Any) -> Iterator[None]:
+        """Call `model_init` here and not in each of the two phases, where it would throw the first one's selection
+        away."""
+        model_init = self.model_init
+        if model_init is not None:
+            self._seed()
+            self.model = self.call_model_init(trial)
+            if self.place_model_on_device:
+                self._move_model_to_device(self.model, self.args.device)
+            self._drop_optimizer()
+            self.model_init = None
+        try:
+            yield
+        finally:
+            self.model_init = model_init
+
+    def _seed(self) -> None:
+        if self.args.full_determinism:
+            enable_full_determinism(self.args.seed)
+        else:
+            set_seed(self.args.seed)
+
+    def _drop_optimizer(self) -> None:
+        """Forget optimizer, scheduler and wrappers: they belong to the parameters that were trainable until now."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.model_wrapped = self.model
+
+    # ---- what can run --------------------------------------------------------------------------------
+
+    def _unselected_adapter(self) -> str | None:
+        """The active lottery ticket that has no weights yet."""
+        if not isinstance(self.model, PeftModel):
+            return None
+        found = [name for name in self.model.active_adapters if is_unselected(self.model.peft_config[name])]
+        if len(found) > 1:
+            raise ConfigError(f"one adapter at a time can go through its dense phase, got the active adapters {found}.")
+        return found[0] if found else None
+
+    def _check_two_phases(self) -> None:
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise ConfigError(
+                "optimizers= gives one optimizer, and each phase trains other parameters with an optimizer of its own. "
+                "Give optimizer_cls_and_kwargs=(class, {...}), or override create_optimizer."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "fsdp and deepspeed shard the weights that the dense phase compares. Run LT-SFT under DDP, or in one "
+                "process."
+            )
+        if getattr(self, "ref_model", self) is None and getattr(self, "beta", 1.0) != 0:
+            raise ConfigError(
+                f"{type(self).__name__} takes the model without its adapter as its reference, which in the dense phase "
+                "is what trains. Select with SparseSFTTrainer or the verbs in peft_sparse.training.lottery first; an "
+                "adapter that has its weights trains here."
+            )
+
+    # ---- checkpoints ---------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return folder if self._phase is None else os.path.join(folder, DENSE_FOLDER)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._phase is not None and self.args.should_save:
+            save_dense_phase(self._phase, output_dir if output_dir is not None else self.args.output_dir)
+
+    def _save_selection(self, adapter: str, trial: Any) -> None:
+        """Keep support and heads at the boundary, for a run that stops before its first sparse checkpoint."""
+        if not self.args.should_save or self.args.save_strategy == "no":
+            return
+        folder = os.path.join(self._get_output_dir(trial), DENSE_FOLDER, SELECTION_FOLDER)
+        temporary = f"{folder}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary, selected_adapters=[adapter])
+        with open(os.path.join(temporary, SELECTION_FILE), "w", encoding="utf-8") as file:
+            json.dump({"adapter": adapter}, file)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._phase is not None:
+            load_dense_phase(self._phase, resume_from_checkpoint)
+        elif model is None and (adapters := self._trained_adapters()):
+            self._load_adapters(resume_from_checkpoint, adapters)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self._phase is not None and best is not None:
+            logger.info("Loading the best dense weights from %s (score: %s).", best, self.state.best_metric)
+            load_dense_phase(self._phase, best)
+        elif (
+            best is not None
+            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            and (adapters := self._trained_adapters())
+        ):
+            logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)
+            self._load_adapters(best, adapters)
+        else:
+            super()._load_best_model()
+
+    def _trained_adapters(self) -> list[str]:
+        """The sparse adapters that are active and trainable.
+
+        The trainer's own loading takes the first active adapter for the only one, and so a frozen language adapter for
+        the task's.
+        """
+        if not isinstance(self.model, PeftModel):
+            return []
+        return [
+            name
+            for name in self.model.active_adapters
+            if isinstance(self.model.peft_config.get(name), SparseConfig)
+            and any(delta.values.requires_grad for _, _, _, delta in iter_deltas(self.model, name))
+        ]
+
+    def _load_adapters(self, folder: str, adapters: list[str]) -> None:
+        for name in adapters:
+            path = folder if name == "default" else os.path.join(folder, name)
+            set_peft_model_state_dict(self.model, load_peft_weights(path, device="cpu"), adapter_name=name)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        # Resumed where a phase ended in the middle of an epoch, the trainer would take one step more before it noticed.
+        if is_finished(self.state):
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    # ---- names and numbers ---------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the name of the phase ("phase") and the L1 penalty ("l1_loss") where there are such."""
+        shown: dict[str, Any] = dict(logs)
+        if self._phase_name is not None:
+            shown["phase"] = self._phase_name
+        if "loss" in logs and (penalty := self._l1_loss()) is not None:
+            shown["l1_loss"] = penalty
+        super().log(shown, start_time)
+        # The caller's dictionary gets what the trainer adds to it (evaluation returns it), but for the name, which is
+        # no number.
+        logs.update({key: value for key, value in shown.items() if key != "phase"})
+
+    def _l1_loss(self) -> float | None:
+        if self._phase is not None:
+            pulls = list(self._phase.pulls()) if self._phase.l1_coefficient else []
+        else:
+            deltas = [d for name in self._trained_adapters() for _, _, _, d in iter_deltas(self.model, name)]
+            pulls = [pull for delta in deltas if delta.l1_coefficient for pull in delta.pulls()]
+        return sum(pull.penalty() for pull in pulls) if pulls else None
+
+
+class _NamePhase(TrainerCallback):
+    """Writes the phase's name at the progress bar."""
+
+    def __init__(self, trainer: TwoPhaseTraining) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        name = self._trainer._phase_name
+        if name is None:
+            return
+        for callback in self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if hasattr(bar, "set_description"):
+                bar.set_description(f"{name} phase")
+
+
+@functools.cache
+def sparse_trainer(trainer_class: type[Trainer]) -> type[Any]:
+    """A trainer class with LT-SFT's two phases in its `train`; see `TwoPhaseTraining` for what that adds.
+
+    Args:
+        trainer_class: `transformers.Trainer` or a class derived from it: TRL's, or your own.
+
+    Returns:
+        A class derived from both, called "Sparse" and the class's name; the same one for the same argument.
+
+    Raises:
+        ConfigError: not a trainer class.
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise ConfigError(f"trainer_class must be a class derived from transformers.Trainer, got {trainer_class!r}.")
+    if issubclass(trainer_class, TwoPhaseTraining):
+        return trainer_class
+    name = f"Sparse{trainer_class.__name__}"
+    return type(name, (TwoPhaseTraining, trainer_class), {"__module__": __name__, "__doc__": TwoPhaseTraining.__doc__})
+
+
+SparseTrainer = sparse_trainer(Trainer)
+
+
+def __getattr__(name: str) -> Any:
+    # TRL is optional and slow to import.
+    if name == "SparseSFTTrainer":
+        from trl import SFTTrainer
+
+        return sparse_trainer(SFTTrainer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tiny_training import assert_same_tensors, base_weights, deltas
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from peft_sparse import LotteryTicketConfig, RandConfig
+
+trl = pytest.importorskip("trl")
+
+TEXTS = [
+    "the old cat sees a red bird",
+    "a young dog hears the blue cat",
+    "the bird likes a dog",
+    "a cat likes the old dog",
+]
+WORDS = ["<pad>", "<eos>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
+
+
+def make_tokenizer():
+    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def make_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_data():
+    return Dataset.from_dict({"text": TEXTS * 3})
+
+
+def make_trainer(folder, model, *, peft_config=None, dense_args=None, callbacks=None, **changes):
+    from peft_sparse.training.trainer import SparseSFTTrainer
+
+    settings = {
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": 16,
+        **changes,
+    }
+    args = trl.SFTConfig(output_dir=str(folder), **settings)
+    return SparseSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=make_data(),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+        dense_args=dense_args or {"max_steps": 3},
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("wrapped_by", ["trainer", "user"])
+def test_two_phases(tmp_path, wrapped_by):
+    config = LotteryTicketConfig(num_weights=60, target_modules="all-linear", exclude_modules=["lm_head"])
+    model = make_llama() if wrapped_by == "trainer" else get_peft_model(make_llama(), config)
+    trainer = make_trainer(tmp_path, model, peft_config=config if wrapped_by == "trainer" else None)
+    before = base_weights(trainer.model)
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    assert (trainer.dense_state.global_step, trainer.state.global_step) == (3, 4)
+    assert sum(values.numel() for _, values in deltas(trainer.model).values()) == 60
+    assert sum(trainer.model.peft_config["default"].counts.values()) == 60
+    assert_same_tensors(base_weights(trainer.model), before)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["phase"] == "sparse" and "mean_token_accuracy" in entry for entry in logged)
+    assert all((values != 0).all() for _, values in deltas(trainer.model).values())
+
+
+def test_embeddings_tied_to_the_output(tmp_path):
+    """TRL reads the output matrix itself; it stays pristine in the dense phase and is tied again after it."""
+    config = LotteryTicketConfig(num_weights=30, target_modules=["embed_tokens", "q_proj"])
+    seen = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.base_model.model.lm_head.weight.detach().clone())
+
+    trainer = make_trainer(tmp_path, make_llama(), peft_config=config, callbacks=[Spy()], dense_args={"max_steps": 2})
+    base = trainer.model.base_model.model
+    start = base.lm_head.weight.detach().clone()
+    trainer.train()
+    assert len(seen) == 6
+    assert all(torch.equal(matrix, start) for matrix in seen)
+    assert base.lm_head.weight is base.model.embed_tokens.base_layer.weight
+    assert trainer.model.peft_config["default"].counts["model.embed_tokens.weight"] > 0
+
+
+def test_gradient_checkpointing_resume_and_best_model(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    class KillAt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3 and kill.phase == trainer._phase_name:
+                raise Killed
+
+    def run(folder, *, callbacks=None):
+        config = LotteryTicketConfig(num_weights=60, target_modules="all-linear", exclude_modules=["lm_head"])
+        return make_trainer(
+            folder,
+            make_llama(),
+            peft_config=config,
+            dense_args={"max_steps": 4},
+            save_strategy="steps",
+            save_steps=2,
+            gradient_checkpointing=True,
+            callbacks=callbacks,
+        )
+
+    uninterrupted = run(tmp_path / "whole")
+    uninterrupted.train()
+    kill = KillAt()
+    for phase in ("dense", "sparse"):
+        kill.phase = phase
+        trainer = run(tmp_path / phase, callbacks=[kill])
+        with pytest.raises(Killed):
+            trainer.train()
+        resumed = run(tmp_path / phase)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_tensors(deltas(resumed.model), deltas(uninterrupted.model))
+
+
+def test_rand_sft_trains_in_one_phase(tmp_path):
+    trainer = make_trainer(tmp_path, make_llama(), peft_config=RandConfig(density=0.05))
+    trainer.train()
+    assert trainer.dense_state is None
+    assert all("phase" not in entry for entry in trainer.state.log_history)
+
+
+def test_the_class_is_found_by_name():
+    from peft_sparse.training import trainer
+
+    made = trainer.SparseSFTTrainer
+    assert made is trainer.sparse_trainer(trl.SFTTrainer)
+    assert made.__name__ == "SparseSFTTrainer"
+    assert pickle.loads(pickle.dumps(made)) is made

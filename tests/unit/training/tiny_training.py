@@ -1,0 +1,116 @@
+"""A model, a data set and a trainer small enough to train many times in a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+from peft_sparse import LotteryTicketConfig, iter_deltas
+from peft_sparse.training.trainer import SparseTrainer
+
+VOCAB = 40
+
+
+def make_bert(
+    *, seed: int = 0, dropout: float = 0.1, dtype: torch.dtype = torch.float32
+) -> BertForSequenceClassification:
+    """A classifier of about 8,000 weights, with dropout on so that the state of the random generators matters."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config).to(dtype)
+
+
+def make_adapted(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.1, **config: Any
+) -> PeftModel:
+    """The classifier with an unselected lottery ticket of 200 weights and a trainable head."""
+    settings: dict[str, Any] = {"num_weights": 200, "modules_to_save": ["classifier"], **config}
+    return get_peft_model(make_bert(seed=seed, dtype=dtype, dropout=dropout), LotteryTicketConfig(**settings))
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Token ids whose first token says the class, more or less."""
+
+    def __init__(self, size: int = 24, *, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, VOCAB, (size, 6), generator=generator)
+        self.labels = self.ids[:, 0] % 3
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[i], "attention_mask": torch.ones(6, dtype=torch.long), "labels": self.labels[i]}
+
+
+def make_args(folder: Any, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 7,
+        **changes,
+    }
+    return TrainingArguments(output_dir=str(folder), **settings)
+
+
+def make_trainer(folder: Any, *, model: PeftModel | None = None, dense_args: Any = None, **changes: Any) -> Any:
+    callbacks = changes.pop("callbacks", None)
+    optimizers = changes.pop("optimizers", (None, None))
+    return SparseTrainer(
+        model=model if model is not None else make_adapted(),
+        args=make_args(folder, **changes),
+        train_dataset=Labelled(),
+        eval_dataset=Labelled(8, seed=2),
+        dense_args=dense_args,
+        callbacks=callbacks,
+        optimizers=optimizers,
+    )
+
+
+def base_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of all parameters but the adapters' values."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "sparse_ft_" not in n}
+
+
+def deltas(model: PeftModel, adapter_name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:
+    """{parameter: (indices, values)} of an adapter."""
+    found = iter_deltas(model, adapter_name)
+    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in found}
+
+
+def head(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of the trained head's parameters."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_save.default" in n}
+
+
+def assert_same_tensors(found: Any, expected: Any) -> None:
+    """Equal bit for bit, key by key."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for a, b in zip(as_tuple(found[name]), as_tuple(expected[name]), strict=True):
+            assert a.dtype == b.dtype, name
+            assert torch.equal(a, b), name
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
