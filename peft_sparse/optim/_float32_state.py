@@ -1,0 +1,54 @@
+"""Optimizer state that keeps its own dtype when it is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    _Base = Optimizer
+else:
+    _Base = object
+
+
+class Float32StateMixin(_Base):
+    """For optimizers whose state is float32 whatever the dtype of the parameters.
+
+    `torch.optim.Optimizer.load_state_dict` casts floating-point state to the dtype of the parameter. For bfloat16
+    values that rounds moments and ages: 257 is no bfloat16 number.
+
+    Attributes:
+        host_state: names of state that stays on the CPU while it is one number.
+    """
+
+    host_state: tuple[str, ...] = ()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, tensors in the dtype in which they were saved (floating point: at least float32)."""
+        loaded: dict[str, Any] = {}
+
+        def remember(_: Any, final: dict[str, Any]) -> None:
+            loaded.update(final)
+
+        # Registered last, so that it sees what the hooks of others made of the state.
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, p in zip(ids, parameters, strict=True):
+            saved = loaded["state"].get(saved_id, {})
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    on_host = key in self.host_state and value.dim() == 0
+                    self.state[p][key] = value.detach().to(
+                        device="cpu" if on_host else p.device,
+                        dtype=torch.promote_types(value.dtype, torch.float32),
+                        copy=True,
+                    )

@@ -1,0 +1,180 @@
+"""SM3: an adaptive optimizer whose second moments take one number per row and one per column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._float32_state import Float32StateMixin
+
+
+class Supported(Protocol):
+    """What the optimizer needs to know of a delta; `AdapterDelta` is one."""
+
+    values: Any
+    indices: Tensor
+    shape: tuple[int, ...]
+
+
+class SM3(Float32StateMixin, Optimizer):
+    """SM3-II for sparse deltas and dense parameters.
+
+    Every entry of a tensor is covered by one accumulator for each of its coordinates. The estimate of an entry's summed
+    squared gradients is the smallest of its accumulators plus the new square, and an accumulator is the largest
+    estimate among its entries. For a delta on a weight [O, I] only tuned entries take part; the accumulators outlive
+    them, and SpIEL-MA ranks untuned entries by them.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate >= 0.
+        deltas: the deltas whose `values` are among the parameters, `[d for *_, d in iter_deltas(model, name)]`. They
+            are asked for indices and shape at every step, so they may change their support (carry the state with
+            `optim.reindex`). Parameters that are no delta's values are treated as dense.
+        momentum: in [0, 1): decay of an average of the preconditioned gradients; 0 keeps none.
+        weight_decay: lambda >= 0, decoupled. On the values of a delta it pulls to the pretrained weights.
+        eps: added to the estimate, in units of squared gradients, > 0.
+
+    Attributes:
+        state: per parameter "accumulator_0", "accumulator_1", ...: float32, one number per row, column, ... of a matrix
+            (a delta on a tensor with more dimensions counts as a matrix of shape[0] rows), or one per entry of a
+            vector; "momentum_buffer" where there is momentum. float32 also after `load_state_dict`.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+
+    Source: Anil et al. 2019, arXiv:1901.11150, SM3-II; thesis 7.3.2 and algorithm 3. Differs from the authors' code in:
+    arguments of other optimizers are refused, and momentum is carried to a new support.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        deltas: Iterable[Supported] = (),
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr must be >= 0, got {lr}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+        if not eps > 0:
+            raise ValueError(f"eps must be > 0, got {eps}")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps})
+        self.deltas = list(deltas)
+
+    def row_accumulator(self, values: Tensor) -> Tensor:
+        """[O] float32, the accumulators of the rows of the weight that these values stand in.
+
+        Raises:
+            ValueError: `values` are no delta's on a tensor of two dimensions or more, or have not been updated yet.
+        """
+        return self._accumulators(values)[0]
+
+    def column_accumulator(self, values: Tensor) -> Tensor:
+        """[I] float32, the accumulators of the columns; for more than two dimensions, of the flattened rest."""
+        return self._accumulators(values)[1]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        deltas = {id(delta.values): delta for delta in self.deltas}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group, deltas.get(id(p)))
+        return loss
+
+    def _accumulators(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        delta = next((delta for delta in self.deltas if delta.values is values), None)
+        if delta is None or len(delta.shape) < 2:
+            raise ValueError(
+                "rows and columns exist only for the values of a delta on a tensor of two dimensions or more, got "
+                f"{'an unknown parameter' if delta is None else f'a delta on shape {delta.shape}'}. "
+                "Name the deltas when the optimizer is made: SM3(params, deltas=...)"
+            )
+        if "accumulator_0" not in self.state[values]:
+            raise ValueError("these values have no accumulators yet: they exist from their first update on")
+        return self.state[values]["accumulator_0"], self.state[values]["accumulator_1"]
+
+    def _update(self, p: Tensor, group: dict[str, Any], delta: Supported | None) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        sparse = delta is not None and len(delta.shape) >= 2
+        if "accumulator_0" not in state:
+            shape = _matrix(delta.shape) if sparse else _cover(p.shape)
+            for d, size in enumerate(shape):
+                state[f"accumulator_{d}"] = torch.zeros(size, dtype=dtype, device=p.device)
+            if group["momentum"]:
+                state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+        grad = p.grad.to(dtype)
+        estimate = _sparse_estimate(grad, state, delta.indices) if sparse else _dense_estimate(grad, state)
+        direction = grad / estimate.add_(group["eps"]).sqrt_()
+        if "momentum_buffer" in state:
+            direction = state["momentum_buffer"].lerp_(direction, 1 - group["momentum"])
+        master = p if p.dtype == dtype else p.to(dtype)
+        lr = float(group["lr"])
+        if group["weight_decay"]:
+            master.mul_(1 - lr * group["weight_decay"])
+        master.add_(direction, alpha=-lr)
+        if master is not p:
+            p.copy_(master)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])
+
+
+def _cover(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """One accumulator per coordinate; per entry for vectors and numbers, where that is as little."""
+    return tuple(shape) if len(shape) >= 2 else (tuple(shape),)
+
+
+def _sparse_estimate(grad: Tensor, state: dict[str, Tensor], indices: Tensor) -> Tensor:
+    """[k] the estimates of the tuned entries, with this gradient in them; the accumulators are brought up to date."""
+    rows, columns = state["accumulator_0"], state["accumulator_1"]
+    flat = indices.long()
+    row = flat.div(columns.numel(), rounding_mode="floor")
+    column = flat - row * columns.numel()
+    estimate = torch.minimum(rows[row], columns[column]).addcmul_(grad, grad)
+    # The largest so far, not of this step alone: for a fixed support both are the same, and after a reselection the
+    # accumulators must not forget the entries that left.
+    rows.scatter_reduce_(0, row, estimate, "amax")
+    columns.scatter_reduce_(0, column, estimate, "amax")
+    return estimate
+
+
+def _dense_estimate(grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The estimates of all entries of a dense parameter, or of a delta on a vector."""
+    if grad.dim() < 2:
+        return state["accumulator_0"].addcmul_(grad, grad).clone()
+    estimate = None
+    for d in range(grad.dim()):
+        shape = [1] * grad.dim()
+        shape[d] = -1
+        accumulator = state[f"accumulator_{d}"].view(shape)
+        estimate = accumulator.expand_as(grad) if estimate is None else torch.minimum(estimate, accumulator)
+    assert estimate is not None
+    estimate = estimate.addcmul(grad, grad)
+    for d in range(grad.dim()):
+        others = [other for other in range(grad.dim()) if other != d]
+        torch.maximum(state[f"accumulator_{d}"], estimate.amax(others), out=state[f"accumulator_{d}"])
+    return estimate

@@ -1,0 +1,185 @@
+"""AdamW that knows how old each weight is, so that weights which are grown during training get the right correction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._float32_state import Float32StateMixin
+
+# Elements that are updated together: on a CPU few enough that a group's tensors stay in its cache over all operations,
+# elsewhere enough that few kernels are started.
+_GROUP = {"cpu": 2**15}
+_GROUP_ELSEWHERE = 2**24
+
+
+class SparseAdamW(Float32StateMixin, Optimizer):
+    """AdamW with an age per weight: the number of gradients in its moments, by which their bias is corrected.
+
+    While all weights of a tensor have the same age, as those of a head always have, `state[p]["age"]` is one number and
+    a step is that of `torch.optim.AdamW`. `optim.reindex` makes it a tensor like the values when weights are grown. So
+    there is nothing to mark: sparse values and dense parameters may share a group.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate >= 0.
+        betas: decay of the mean gradient and of the mean squared gradient, each in [0, 1).
+        eps: added to the root of the corrected second moment, >= 0.
+        weight_decay: lambda >= 0, decoupled. On the values of a delta it pulls the weights to their pretrained values,
+            not to zero.
+        maximize: ascend instead of descend.
+
+    Attributes:
+        state: per parameter "age" (float32, one number on the CPU, or [k] where the values are), "exp_avg" and
+            "exp_avg_sq" [k]: float32 for any dtype of the values but float64, also after `load_state_dict`.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+
+    Source: thesis 7.3.1. Differs from the authors' code in: eps is added after the bias correction as torch does (they
+    add it before, which makes it larger for young weights), and the age counts correctly for bfloat16 values.
+    """
+
+    host_state = ("age",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr must be >= 0, got {lr}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        if not eps >= 0:
+            raise ValueError(f"eps must be >= 0, got {eps}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                self._init_state(p)
+            shared = [p for p in parameters if self.state[p]["age"].dim() == 0]
+            single = [p for p in parameters if self.state[p]["age"].dim() != 0]
+            for part in _parts(shared):
+                self._update(part, group, self._divide_by_shared_age)
+            for part in _parts(single):
+                self._update(part, group, self._divide_by_own_age)
+        return loss
+
+    def _init_state(self, p: Tensor) -> None:
+        if self.state[p]:
+            return
+        if p.grad is not None and p.grad.is_sparse:
+            raise ValueError("SparseAdamW needs gradients with one entry per weight, got a torch.sparse gradient")
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        self.state[p] = {
+            "age": torch.zeros(()),
+            "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        }
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], divide: Callable[..., None]) -> None:
+        states = [self.state[p] for p in parameters]
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        grads = [_to(p.grad, m.dtype) for p, m in zip(parameters, exp_avgs, strict=True)]
+        if group["maximize"]:
+            grads = list(torch._foreach_neg(grads))
+        lr = float(group["lr"])
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        # Values in a low precision are updated in the moments' precision and rounded once.
+        masters = [_to(p, m.dtype) for p, m in zip(parameters, exp_avgs, strict=True)]
+        if group["weight_decay"]:
+            torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
+        divide(masters, exp_avgs, exp_avg_sqs, [state["age"] for state in states], group)
+        for p, master in zip(parameters, masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+
+    @staticmethod
+    def _divide_by_shared_age(
+        values: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ages: list[Tensor], group: dict
+    ) -> None:
+        """The operations of torch.optim.AdamW, in its order."""
+        beta1, beta2 = group["betas"]
+        for age in ages:
+            age.add_(1)
+        steps = [float(age) for age in ages]
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(
+            values, exp_avgs, denominators, [-float(group["lr"]) / (1 - beta1**step) for step in steps]
+        )
+
+    @staticmethod
+    def _divide_by_own_age(
+        values: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ages: list[Tensor], group: dict
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(ages, 1)
+        # expm1 keeps the digits that 1 - beta2**age loses for young weights. The signs cancel in the second moment.
+        denominators = _minus_correction(ages, beta2)
+        denominators = torch._foreach_div(exp_avg_sqs, denominators)
+        torch._foreach_neg_(denominators)
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(denominators, _minus_correction(ages, beta1))
+        torch._foreach_addcdiv_(values, exp_avgs, denominators, float(group["lr"]))
+
+
+def _minus_correction(ages: list[Tensor], beta: float) -> list[Tensor]:
+    """beta**age - 1 for each weight."""
+    exponents = list(torch._foreach_mul(ages, log(beta) if beta else -1e30))
+    torch._foreach_expm1_(exponents)
+    return exponents
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _parts(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters on one device and of one dtype, in lists of bounded size."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in parameters:
+        by_kind.setdefault((p.device, p.dtype), []).append(p)
+    for (device, _), members in by_kind.items():
+        limit = _GROUP.get(device.type, _GROUP_ELSEWHERE)
+        part: list[Tensor] = []
+        size = 0
+        for p in members:
+            if part and size + p.numel() > limit:
+                yield part
+                part, size = [], 0
+            part.append(p)
+            size += p.numel()
+        yield part
