@@ -90,6 +90,7 @@ def test_equals_the_dense_oracle(kind: str, density: float, method: str, weights
     torch.testing.assert_close(result.to_dense(), expected.float(), rtol=1.2e-7, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The density 1.0")
 @pytest.mark.parametrize("kind", ["ties", "dare_ties", "magnitude_prune", "dare_linear"])
 @pytest.mark.parametrize("method", ["total", "frequency"])
 def test_equals_peft_where_nothing_is_zero_or_tied(kind: str, method: str) -> None:
