@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class GradientObserver(Protocol):
-    """Sees the gradient of one tuned tensor, at the positions that it names, in every backward pass that it is given to."""
+    """Sees the gradient of one tuned tensor, at positions of its choice, in every backward pass that it is given to."""
 
     def wanted(self) -> Tensor | None:
         """[c] flat positions, sorted and unique, at which the gradient is wanted; None for all of them."""

@@ -26,6 +26,18 @@ def from_first_rank(indices: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: chosen.to(indices[name].device) for name, chosen in shared[0].items()}
 
 
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, on every process; the tensor itself in a single one.
+
+    Every process must call it, with tensors of one shape, in one order.
+    """
+    if not is_distributed():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def refuse_sharded(name: str, parameter: Tensor) -> None:
     """Raise a ConfigError if this process holds only a part of a parameter, or none of it.
 

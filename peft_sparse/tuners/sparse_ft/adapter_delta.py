@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...core.delta import SparseDelta
 from ...core.gaps import decode_gaps, encode_gaps
 from ...core.indices import check_indices, index_dtype
+from ...core.observer import GradientObserver
 from ...errors import FormatError
 from . import regularization
 
@@ -33,6 +34,7 @@ class AdapterDelta(nn.Module):
         indices: [k] buffer, flat row-major, sorted and unique; int32, or int64 for tensors of 2**31 elements and more.
         support_version: grows whenever the indices change.
         l1_coefficient: lambda/N, what `penalise` set.
+        observer: who else sees the tensor's gradient while this delta is active, if anyone.
     """
 
     indices: Tensor
@@ -45,6 +47,7 @@ class AdapterDelta(nn.Module):
         self.register_buffer("indices", indices, persistent=False)
         self.support_version = 0
         self.l1_coefficient = 0.0
+        self.observer: GradientObserver | None = None
 
     @property
     def numel(self) -> int:

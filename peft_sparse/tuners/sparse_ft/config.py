@@ -279,8 +279,8 @@ class SpielAGConfig(SpielConfig):
     """SpIEL-AG: grow the weights with the largest gradients, averaged over the estimation window.
 
     Args:
-        candidates_per_weight: how many growth candidates are watched over a window, per weight that may be replaced
-            then; they are the largest gradients of its first micro-batch. With 1.0 (the authors' choice) the first,
+        candidates_per_weight: how many growth candidates are watched over a window, per tuned weight of the tensor;
+            they are the largest gradients of its first micro-batch. With 1.0 (the choice of the authors) the first,
             full replacement takes all of them.
 
     Source: thesis section 7.3.1, Algorithm 2.

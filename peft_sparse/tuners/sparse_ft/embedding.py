@@ -39,7 +39,13 @@ class Embedding(SparseLayer):
             # The dense phase under a frozen adapter: the base matrix needs its own dense gradient.
             result = F.embedding(x, self.effective("weight", adapters), base.padding_idx)
         else:
-            deltas = [(d.values, d.indices) for d in self.active_deltas("weight", adapters)]
-            result = ops.embedding(x, base.weight, deltas, padding_idx=base.padding_idx)
+            deltas = self.active_deltas("weight", adapters)
+            result = ops.embedding(
+                x,
+                base.weight,
+                [(d.values, d.indices) for d in deltas],
+                padding_idx=base.padding_idx,
+                observers=[d.observer for d in deltas if d.observer is not None],
+            )
         scale = self._get_embed_scale()
         return result if scale is None else result * scale.to(result.dtype)

@@ -7,12 +7,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...core.observer import GradientObserver
 from ...core.overlay import Overlay, add_deltas
 from .adapter_delta import AdapterDelta
 
@@ -168,7 +170,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """
         base = getattr(self.get_base_layer(), parameter)
         deltas = self.active_deltas(parameter, adapters)
-        return add_deltas(base, [(d.values, d.indices) for d in deltas]) if deltas else base
+        if not deltas:
+            return base
+        result = add_deltas(base, [(d.values, d.indices) for d in deltas])
+        for delta in deltas:
+            if delta.observer is not None and result.requires_grad:
+                result.register_hook(partial(_show_gradient, delta.observer))
+        return result
 
     # ---- writing into the base parameters --------------------------------------------------------
 
@@ -276,6 +284,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""
         return False
+
+
+def _show_gradient(observer: GradientObserver, gradient: Tensor) -> None:
+    """Hand a dense gradient, or what is wanted of it, to an observer."""
+    wanted = observer.wanted()
+    whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
+    observer.receive(whole if wanted is None else whole[wanted.long()])
 
 
 def flat(parameter: Tensor) -> Tensor:

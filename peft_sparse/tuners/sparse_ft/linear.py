@@ -39,7 +39,12 @@ class Linear(SparseLayer):
             return F.linear(x, dense.t() if self.fan_in_fan_out else dense, bias)
         make_weight = partial(self.make_weight, tuple(adapters))
         return ops.linear(
-            x, make_weight, bias, [(d.values, d.indices) for d in deltas], fan_in_fan_out=self.fan_in_fan_out
+            x,
+            make_weight,
+            bias,
+            [(d.values, d.indices) for d in deltas],
+            fan_in_fan_out=self.fan_in_fan_out,
+            observers=[d.observer for d in deltas if d.observer is not None],
         )
 
     def make_weight(self, adapters: Sequence[str]) -> Tensor:

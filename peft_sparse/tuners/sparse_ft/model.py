@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from . import compose, state
+from . import compose, drivers, state
 from .config import SparseConfig
 from .embedding import Embedding
 from .iteration import iter_deltas, iter_layers
@@ -88,8 +88,10 @@ class SparseModel(BaseTuner):
             config.counts = counts
             self._fill(model, config, adapter_name)
         if config.l1:
+            coefficient = config.l1 / model_numel(model)
             for _, _, _, delta in iter_deltas(model, adapter_name):
-                delta.penalise(config.l1 / model_numel(model))
+                delta.penalise(coefficient)
+        drivers.start(model, adapter_name, config)
 
     def _fill(self, model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
         """Choose the random supports, and the random values if the adapter is not to start from the identity."""
@@ -184,6 +186,11 @@ class SparseModel(BaseTuner):
         for _, _, _, delta in iter_deltas(self.model, adapter_name):
             delta.values.data = delta.values.data.to(dtype)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and whatever drives it."""
+        drivers.stop(self.model, adapter_name)
+        super().delete_adapter(adapter_name)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
 
@@ -204,6 +211,7 @@ class SparseModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_finite(adapter_names)
+        drivers.stop(self.model)
         if not merge:
             for _, layer in iter_layers(self.model):
                 layer.merged_adapters.clear()

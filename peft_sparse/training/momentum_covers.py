@@ -1,0 +1,69 @@
+"""SpIEL-MA's estimate of gradients: what SM3's accumulators say about the weights that are not tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ..optim.sm3 import SM3, accumulate
+from ..selection.momentum import grow_candidates
+from ..selection.replacement import Candidates
+from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+
+
+class MomentumCovers:
+    """Row and column accumulators of every tuned matrix: SM3's own under SM3, kept on the side under any other optimizer.
+
+    Vectors (biases, norms) have no rows and columns to guess from; their supports stay as they are.
+
+    Args:
+        deltas: {parameter name: delta}.
+    """
+
+    def __init__(self, deltas: Mapping[str, AdapterDelta]) -> None:
+        self._deltas = {name: delta for name, delta in deltas.items() if len(delta.shape) >= 2}
+        self._covers: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Take one update's gradients into account."""
+        for name, delta in self._deltas.items():
+            if delta.values.grad is None:
+                continue
+            if isinstance(optimizer, SM3):
+                self._covers[name] = optimizer.row_accumulator(delta.values), optimizer.column_accumulator(delta.values)
+                continue
+            if name not in self._covers:
+                rows, columns = delta.shape[0], delta.numel // delta.shape[0]
+                zeros = torch.zeros(rows + columns, dtype=torch.float32, device=delta.values.device)
+                self._covers[name] = zeros[:rows], zeros[rows:].clone()
+            accumulate(delta.values.grad.float(), *self._covers[name], delta.indices)
+
+    def candidates(self, wanted: Mapping[str, int]) -> dict[str, Candidates]:
+        """The untuned weights with the largest estimates.
+
+        Args:
+            wanted: {parameter name: how many}.
+        """
+        return {
+            name: grow_candidates(row, column, self._deltas[name].indices, wanted[name])
+            for name, (row, column) in self._covers.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The accumulators, by parameter name."""
+        return {
+            f"{part}.{name}": c.clone()
+            for name, pair in self._covers.items()
+            for part, c in zip("rc", pair, strict=True)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._covers = {}
+        for name, delta in self._deltas.items():
+            if f"r.{name}" in state:
+                row, column = (state[f"{part}.{name}"].to(delta.values.device, copy=True) for part in "rc")
+                self._covers[name] = row, column

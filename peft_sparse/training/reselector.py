@@ -1,0 +1,369 @@
+"""SpIEL in any training loop: counts optimizer updates, watches gradients in windows, drops and regrows weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from ..errors import FormatError
+from ..optim.reindex import Seeds, reindex
+from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
+from ..selection.schedule import Schedule
+from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
+from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
+from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
+from .gradient_tap import Estimate, GradientTap
+from .momentum_covers import MomentumCovers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reselection:
+    """What one reselection did.
+
+    Attributes:
+        update: after which optimizer update, counted from 1.
+        share_replaced: of all tuned weights.
+        mean_age: updates since a weight was last grown, mean over all tuned weights after the reselection.
+        mean_abs_delta: mean |value| before it.
+    """
+
+    update: int
+    share_replaced: float
+    mean_age: float
+    mean_abs_delta: float
+
+
+class Reselector:
+    """Drives one SpIEL adapter. Made by itself when the adapter is added; an optimizer-step hook calls it.
+
+    Args:
+        model: the base model, with its sparse layers.
+        adapter_name: the adapter.
+        config: the model's copy of its config.
+
+    Attributes:
+        update: optimizer updates so far.
+        total_steps: T, all updates of the training; None while it is unknown.
+        history: what every reselection did, oldest first.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
+        self.adapter_name = adapter_name
+        self._config = config
+        self._deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+        self.update = 0
+        self.total_steps = config.total_steps
+        self.history: list[Reselection] = []
+        self._warned = False
+        # The support to start from is random, unless somebody else sets another one: a load.
+        self._random_versions = {name: delta.support_version for name, delta in self._deltas.items()}
+        self._continues = False
+        self._grown_at = {name: torch.zeros(d.count, dtype=torch.int32) for name, d in self._deltas.items()}
+        self._last_values: dict[str, Tensor] = {}
+        self._taps: dict[str, GradientTap] = {}
+        self._covers = MomentumCovers(self._deltas) if isinstance(config, SpielMAConfig) else None
+        self._open_window()
+        _watch(self)
+        # Here and not above: transformers' trainer is slow to import, and only this method wants it.
+        from .callback import install
+
+        install()
+
+    # ---- the clock -----------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to reselect and how much, with the total number of updates as far as it is known."""
+        return Schedule(
+            reselection_steps=self._config.reselection_steps,
+            estimation_steps=self._config.estimation_steps,
+            initial_rate=self._config.initial_reselection_rate,
+            kind=self._config.reselection_schedule,
+            replace_all_first=self._config.replace_all_first and not self._continues and not self._was_loaded(),
+            reselection_until=self._config.reselection_until,
+            total_steps=self.total_steps,
+        )
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Say how many updates the whole training has; `total_steps` of the config goes before it."""
+        if self._config.total_steps is None and total_steps > 0:
+            self.total_steps = total_steps
+            if self._taps and not self.schedule.in_window(self.update + 1):
+                self._close_window()
+
+    def _was_loaded(self) -> bool:
+        return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self._deltas.items())
+
+    def begin_training(self, total_steps: int) -> None:
+        """A trainer begins a run of so many updates. A second run goes on from the support of the first."""
+        if self.update:
+            self._continues = True
+            self.skip_to(0)
+        self.set_total_steps(total_steps)
+
+    def skip_to(self, update: int) -> None:
+        """Count as if `update` updates had been made, without the window that may be open then."""
+        self._close_window()
+        self.update = update
+        self._open_window()
+
+    def is_stepped_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds the adapter's values, and has a gradient for them."""
+        own = {id(delta.values) for delta in self._deltas.values() if delta.values.grad is not None}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """One optimizer update was made: the gradients it saw are still there."""
+        self.update += 1
+        if self._covers is not None:
+            self._covers.after_step(optimizer)
+        if self._taps:
+            self._end_update()
+        schedule = self.schedule
+        if schedule.selects_after(self.update):
+            self._warn_without_total()
+            self._reselect(optimizer, schedule)
+            self._close_window()
+        if schedule.is_first_of_window(self.update + 1):
+            self._open_window()
+
+    def stop(self) -> None:
+        """Leave the adapter as it stands and never touch it again."""
+        self._close_window()
+        _unwatch(self)
+
+    # ---- the window ----------------------------------------------------------------------------
+
+    def _open_window(self, estimates: dict[str, Estimate] | None = None) -> None:
+        if not isinstance(self._config, SpielAGConfig):
+            return
+        if estimates is None and not self.schedule.is_first_of_window(self.update + 1):
+            return
+        for name, delta in self._deltas.items():
+            num_candidates = ceil(self._config.candidates_per_weight * delta.count)
+            self._taps[name] = GradientTap(delta, num_candidates, (estimates or {}).get(name))
+            delta.observer = self._taps[name]
+
+    def _close_window(self) -> None:
+        for name in self._taps:
+            self._deltas[name].observer = None
+        self._taps = {}
+
+    def _end_update(self) -> None:
+        terms = [tap.scale_terms() for tap in self._taps.values()]
+        given = sum(squared for _, squared in terms)
+        # What clipping and unscaling made of the gradients; 1 where no watched weight had any.
+        scale = sum(product for product, _ in terms) / given if given else 1.0
+        for tap in self._taps.values():
+            tap.end_update(scale)
+
+    def _warn_without_total(self) -> None:
+        if self.total_steps is None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "The reselection rate of adapter %r stays at %s, for the length of the training is not known. Give "
+                "total_steps=... in its config (a Hugging Face trainer says it by itself).",
+                self.adapter_name,
+                self._config.initial_reselection_rate,
+            )
+
+    # ---- the reselection -----------------------------------------------------------------------
+
+    def _reselect(self, optimizer: Optimizer, schedule: Schedule) -> None:
+        candidates = self._candidates(schedule)
+        if not candidates:
+            logger.warning(
+                "No gradient of adapter %r was seen in the window before update %d (torch.compile hides them): no weight "
+                "was replaced.",
+                self.adapter_name,
+                self.update,
+            )
+            return
+        replacements = self._replacements(schedule, candidates)
+        total = sum(delta.count for delta in self._deltas.values())
+        mean_abs = sum(float(d.values.abs().sum(dtype=torch.float64)) for d in self._deltas.values()) / total
+        for name, replacement in replacements.items():
+            self._apply(name, replacement, optimizer)
+        ages = sum(float((self.update - grown).sum()) for grown in self._grown_at.values())
+        replaced = sum(r.num_grown for r in replacements.values())
+        self.history.append(Reselection(self.update, replaced / total, ages / total, mean_abs))
+        logger.info(
+            "reselection of %r after update %d: %.2f%% of %d weights replaced, mean age %.1f updates, mean |delta| %.3g",
+            self.adapter_name,
+            self.update,
+            100 * replaced / total,
+            total,
+            ages / total,
+            mean_abs,
+        )
+
+    def _candidates(self, schedule: Schedule) -> dict[str, Candidates]:
+        if self._covers is not None:
+            wanted = {name: schedule.num_replaced(self.update, d.count) for name, d in self._deltas.items()}
+            if self._config.budget == "global":
+                # Any tensor might win all of them.
+                wanted = dict.fromkeys(wanted, sum(wanted.values()))
+            return self._covers.candidates(wanted)
+        estimates = {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
+        return {name: Candidates(e.indices, e.mean.abs()) for name, e in estimates.items()}
+
+    def _replacements(self, schedule: Schedule, candidates: dict[str, Candidates]) -> dict[str, Replacement]:
+        deltas = {name: self._deltas[name] for name in candidates}
+        scores = {name: self._drop_scores(name) for name in deltas}
+        if self._config.budget == "global":
+            total = sum(delta.count for delta in deltas.values())
+            indices = {name: delta.indices for name, delta in deltas.items()}
+            return redistribute(indices, scores, candidates, num_replaced=schedule.num_replaced(self.update, total))
+        return {
+            name: drop_and_grow(
+                delta.indices,
+                scores[name],
+                candidates[name],
+                num_replaced=schedule.num_replaced(self.update, delta.count),
+            )
+            for name, delta in deltas.items()
+        }
+
+    def _drop_scores(self, name: str) -> Tensor:
+        values = self._deltas[name].values.detach()
+        if self._config.drop_by == "change_since_reselection" and name in self._last_values:
+            values = values - self._last_values[name].to(values.device)
+        return values.abs()
+
+    def _apply(self, name: str, replacement: Replacement, optimizer: Optimizer) -> None:
+        delta = self._deltas[name]
+        estimate = self._taps[name].estimate if name in self._taps else None
+        seeds = None
+        if estimate is not None:
+            grown = replacement.candidates
+            seeds = Seeds(estimate.mean[grown], estimate.mean_squared[grown], max(1, estimate.updates))
+        values = replacement.carry(delta.values.detach())
+        reindex(optimizer, delta.values, replacement, seeds)
+        delta.set_support(replacement.indices, values)
+        self._random_versions[name] = delta.support_version
+        self._grown_at[name] = replacement.carry(self._ages(name), self.update)
+        if self._config.drop_by == "change_since_reselection":
+            self._last_values[name] = values.clone()
+        if self._config.counts is not None:
+            self._config.counts[name] = delta.count
+
+    def _ages(self, name: str) -> Tensor:
+        """`_grown_at` of one tensor, begun anew if a load gave it another number of weights."""
+        count = self._deltas[name].count
+        if self._grown_at[name].numel() != count:
+            self._grown_at[name] = torch.zeros(count, dtype=torch.int32)
+        return self._grown_at[name]
+
+    # ---- resuming ------------------------------------------------------------------------------
+
+    def grown_at(self) -> dict[str, Tensor]:
+        """{parameter: [k] the update after which each weight was last grown; 0 for those of the first support}."""
+        return {name: self._ages(name).clone() for name in self._grown_at}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a training needs to go on exactly as if it had not stopped, beside adapter and optimizer.
+
+        Taken between two updates, as checkpoints are. Tensors only, by names that `load_state_dict` knows.
+        """
+        continues = self._continues or self._was_loaded()
+        state = {"update": torch.tensor(self.update), "continues": torch.tensor(continues)}
+        for name in self._deltas:
+            state[f"grown_at.{name}"] = self._ages(name).clone()
+            if name in self._last_values:
+                state[f"last_values.{name}"] = self._last_values[name].clone()
+            estimate = self._taps[name].estimate if name in self._taps else None
+            if estimate is not None:
+                state[f"window.indices.{name}"] = estimate.indices.clone()
+                state[f"window.total.{name}"] = estimate.total.clone()
+                state[f"window.total_squared.{name}"] = estimate.total_squared.clone()
+                state[f"window.updates.{name}"] = torch.tensor(estimate.updates)
+        if self._covers is not None:
+            state.update({f"covers.{key}": tensor for key, tensor in self._covers.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken; the adapter itself has to be loaded before.
+
+        Raises:
+            FormatError: the state is of another adapter; nothing is changed then.
+        """
+        for name, delta in self._deltas.items():
+            grown = state.get(f"grown_at.{name}")
+            if grown is None or grown.numel() != delta.count:
+                found = "is missing" if grown is None else f"holds {grown.numel()} weights, the adapter {delta.count}"
+                raise FormatError(
+                    f"training state: tensor 'grown_at.{name}' {found}. Load the adapter of the same checkpoint first."
+                )
+        self._close_window()
+        self.update = int(state["update"])
+        self._continues = bool(state["continues"])
+        self._random_versions = {name: delta.support_version for name, delta in self._deltas.items()}
+        estimates: dict[str, Estimate] = {}
+        for name, delta in self._deltas.items():
+            device = delta.values.device
+            self._grown_at[name] = state[f"grown_at.{name}"].clone()
+            self._last_values.pop(name, None)
+            if f"last_values.{name}" in state:
+                self._last_values[name] = state[f"last_values.{name}"].to(device, copy=True)
+            if f"window.indices.{name}" in state:
+                parts = (
+                    state[f"window.{part}.{name}"].to(device, copy=True)
+                    for part in ("indices", "total", "total_squared")
+                )
+                estimates[name] = Estimate(*parts, updates=int(state[f"window.updates.{name}"]))
+        if self._covers is not None:
+            self._covers.load_state_dict(
+                {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
+            )
+        self._open_window(estimates or None)
+
+
+# ---- the hook ------------------------------------------------------------------------------------
+
+# Weak: the tuner holds its reselectors, so a model that is dropped takes them along.
+_watched: WeakSet[Reselector] = WeakSet()
+_hook: Any = None
+
+
+def _watch(reselector: Reselector) -> None:
+    global _hook
+    _watched.add(reselector)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+
+
+def _unwatch(reselector: Reselector) -> None:
+    global _hook
+    _watched.discard(reselector)
+    if _hook is not None and not len(_watched):
+        _hook.remove()
+        _hook = None
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for reselector in tuple(_watched):
+        if reselector.is_stepped_by(optimizer):
+            reselector.after_step(optimizer)
+
+
+def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:
+    """The reselectors that drive adapters of a model."""
+    for driver in drivers_of(base_model_of(model)).values():
+        if isinstance(driver, Reselector):
+            yield driver
+
+
+DRIVERS["spiel_ag"] = Reselector
+DRIVERS["spiel_ma"] = Reselector
