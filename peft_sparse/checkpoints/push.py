@@ -32,7 +32,7 @@ def keep_card_when_pushing(model: nn.Module) -> None:
 def upload_with_card(model_class: type[PushToHubMixin], working_dir: str, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the mixin's method, which uses nothing of its instance but the name of the class."""
     update_cards(working_dir)
-    stand_in = model_class.__new__(model_class)
+    stand_in = object.__new__(model_class)
     return model_class._upload_modified_files(stand_in, working_dir, *args, **kwargs)
 
 
@@ -45,4 +45,4 @@ def update_cards(directory: str | os.PathLike[str]) -> None:
             continue
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("peft_type") == _PEFT_TYPE:
-            update_card(folder, config, **({} if folder == root else {"adapter_name": folder.name}))
+            update_card(folder, config, adapter_name="default" if folder == root else folder.name)

@@ -122,6 +122,21 @@ def test_loading_into_an_adapter_of_other_sizes(tmp_path):
     assert grown.peft_config["default"].counts == model.peft_config["default"].counts
 
 
+def test_saving_over_the_file_that_a_model_was_loaded_from(tmp_path):
+    """Loading may map the file into memory; writing over it must not change what was loaded."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    mapped = load_file(tmp_path / WEIGHTS)
+    loaded = PeftModel.from_pretrained(fresh_base(), tmp_path, low_cpu_mem_usage=True)
+    loaded.save_pretrained(tmp_path)
+    assert_same_adapter(loaded, model)
+    assert_same_adapter(PeftModel.from_pretrained(fresh_base(), tmp_path), model)
+    adapted(seed=5).save_pretrained(tmp_path)
+    assert_same_adapter(loaded, model)
+    assert native.verify(mapped).keys() == model.peft_config["default"].counts.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter_config.json", WEIGHTS]
+
+
 @pytest.mark.parametrize("as_second", [False, True])
 def test_another_base_model_is_refused_and_left_alone(tmp_path, as_second):
     adapted().save_pretrained(tmp_path)
