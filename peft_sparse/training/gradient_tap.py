@@ -96,7 +96,7 @@ class GradientTap:
         self.estimate = Estimate(indices, zeros, zeros.clone())
 
     def _begins_update(self) -> bool:
-        # A skipped update ends in zero_grad without a step. Within an update, earlier micro-batches have left a gradient.
+        # A skipped update ends in zero_grad without a step; within one, earlier micro-batches have left a gradient.
         left = self._delta.values.grad
         return left is None or not bool(left.any())
 

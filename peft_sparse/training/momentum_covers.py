@@ -15,7 +15,7 @@ from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 
 
 class MomentumCovers:
-    """Row and column accumulators of every tuned matrix: SM3's own under SM3, kept on the side under any other optimizer.
+    """Row and column accumulators of every tuned matrix: those of SM3, or kept on the side under other optimizers.
 
     Vectors (biases, norms) have no rows and columns to guess from; their supports stay as they are.
 

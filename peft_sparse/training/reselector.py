@@ -17,7 +17,6 @@ from ..errors import FormatError
 from ..optim.reindex import Seeds, reindex
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
-from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
@@ -185,8 +184,8 @@ class Reselector:
         candidates = self._candidates(schedule)
         if not candidates:
             logger.warning(
-                "No gradient of adapter %r was seen in the window before update %d (torch.compile hides them): no weight "
-                "was replaced.",
+                "No gradient of adapter %r was seen in the window before update %d (torch.compile hides them): "
+                "no weight was replaced.",
                 self.adapter_name,
                 self.update,
             )
@@ -200,7 +199,7 @@ class Reselector:
         replaced = sum(r.num_grown for r in replacements.values())
         self.history.append(Reselection(self.update, replaced / total, ages / total, mean_abs))
         logger.info(
-            "reselection of %r after update %d: %.2f%% of %d weights replaced, mean age %.1f updates, mean |delta| %.3g",
+            "reselection of %r after update %d: %.2f%% of %d weights replaced, mean age %.1f, mean |delta| %.3g",
             self.adapter_name,
             self.update,
             100 * replaced / total,

@@ -51,7 +51,7 @@ _hook: Any = None
 
 
 def watch(pulled: Pulled) -> None:
-    """Add the penalty of `pulled` to every later optimizer step over its parameters, until it dies or is `unwatch`ed."""
+    """Add the penalty of `pulled` to every later optimizer step over its parameters, until it dies or `unwatch`."""
     global _hook
     _watched.add(pulled)
     if _hook is None:

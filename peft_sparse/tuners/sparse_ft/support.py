@@ -73,7 +73,7 @@ def select_random(config: SparseConfig, deltas: Mapping[str, AdapterDelta]) -> N
 
 
 def model_numel(model: nn.Module) -> int:
-    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and their heads' copies not."""
+    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and copied heads not."""
     inside = ("sparse_ft_weight", "sparse_ft_bias", "modules_to_save")
     own = {id(p): p.numel() for name, p in model.named_parameters() if not set(name.split(".")) & set(inside)}
     return sum(own.values())
