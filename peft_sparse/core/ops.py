@@ -79,7 +79,9 @@ def linear(
         weight = make_weight()
         return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
     shared = sddmm.share_input(x) if wanted else None
-    return _Linear.apply(x, bias, make_weight, tuple(i for _, i in deltas), fan_in_fan_out, shared, tuple(observers), *tensors)
+    supports = tuple(indices for _, indices in deltas)
+    flat = _Linear.apply(x, bias, make_weight, supports, fan_in_fan_out, shared, tuple(observers), *tensors)
+    return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
 def _is_autocast_enabled(device_type: str) -> bool:
@@ -100,7 +102,9 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 class _Linear(torch.autograd.Function):
-    """The body of `linear` outside of compilation."""
+    """The body of `linear` outside of compilation, giving [N, O]: models write into the output of their layers in place
+    (DeBERTa), which torch forbids for a view that a Function made.
+    """
 
     @staticmethod
     def forward(
@@ -129,7 +133,8 @@ class _Linear(torch.autograd.Function):
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.
         ctx.save_for_backward(x if shared is not None else None, *indices, *values)
-        return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+        ctx.x_shape = x.shape
+        return F.linear(x.reshape(-1, x.shape[-1]), weight.t() if fan_in_fan_out else weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -137,7 +142,7 @@ class _Linear(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         indices, values = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         with _without_autocast(grad.device.type):
-            grad_x = _grad_input(ctx, grad) if ctx.needs_input_grad[0] else None
+            grad_x = _grad_input(ctx, grad).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
             flat = grad.reshape(-1, grad.shape[-1])
             grad_bias = flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
             grad_values: list[Tensor | None] = [None] * len(values)
@@ -194,7 +199,8 @@ def embedding(
     if torch.compiler.is_compiling():
         return _embedding_static(ids, weight, deltas, padding_idx)
     supports = tuple(index for _, index in deltas)
-    return _Embedding.apply(ids, weight, padding_idx, supports, tuple(observers), *[value for value, _ in deltas])
+    flat = _Embedding.apply(ids, weight, padding_idx, supports, tuple(observers), *[value for value, _ in deltas])
+    return flat.view(*ids.shape, weight.shape[1])
 
 
 def _embedding_static(ids: Tensor, weight: Tensor, deltas: Deltas, padding_idx: int | None) -> Tensor:
@@ -237,7 +243,7 @@ def _entries_of_rows(indices: Tensor, rows: Tensor, width: int) -> tuple[Tensor,
 
 
 class _Embedding(torch.autograd.Function):
-    """The body of `embedding` outside of compilation."""
+    """The body of `embedding` outside of compilation, giving [N, D] (see `_Linear`)."""
 
     @staticmethod
     def forward(
@@ -260,7 +266,7 @@ class _Embedding(torch.autograd.Function):
         ctx.padding_idx, ctx.width, ctx.numel, ctx.observers = padding_idx, width, weight.numel(), observers
         ctx.values = [(value.shape, value.dtype) for value in values]
         ctx.save_for_backward(rows, inverse, *entries, *compact)
-        return F.embedding(inverse, tuned)
+        return F.embedding(inverse.reshape(-1), tuned)
 
     @staticmethod
     @once_differentiable

@@ -261,7 +261,7 @@ class TestSharedInput:
         monkeypatch.setattr(sddmm, "prefer_sampled", lambda count, shape, **_: shape[0] != wide)
         x = torch.randn(3, 11, 20)
         outputs = [sparse_linear(replace(case, x=x)) for case in cases]
-        shared = outputs[0].grad_fn.shared
+        shared = outputs[0].grad_fn.next_functions[0][0].shared
         assert all(output.grad_fn.shared is shared for output in outputs)
         for output, case in zip(outputs, cases, strict=True):
             output.backward(case.output_grad)
