@@ -2,28 +2,83 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._peft_bridge import register
 from .core.delta import SparseDelta
 from .errors import ConfigError, FormatError, SelectionError, SparseError
-from .tuners.sparse_ft.config import LotteryTicketConfig, RandConfig, SparseConfig
+from .optim.sm3 import SM3
+from .optim.sparse_adamw import SparseAdamW
+from .training.reselector import Reselection, Reselector, iter_reselectors
+from .tuners.sparse_ft.config import (
+    LotteryTicketConfig,
+    RandConfig,
+    SparseConfig,
+    SpielAGConfig,
+    SpielMAConfig,
+)
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.model import SparseModel
 from .tuners.sparse_ft.resident import resident
+
+if TYPE_CHECKING:
+    from .training.callback import load_state as load_training_state
+    from .training.callback import save_state as save_training_state
+    from .training.dense_phase import DensePhase
+    from .training.lottery import select, start_dense_phase, start_sparse_phase
+    from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
+    from .training.trainer import SparseTrainer, sparse_trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "DensePhase",
     "FormatError",
     "LotteryTicketConfig",
     "RandConfig",
+    "Reselection",
+    "Reselector",
+    "SM3",
     "SelectionError",
+    "SparseAdamW",
     "SparseConfig",
     "SparseDelta",
     "SparseError",
     "SparseModel",
+    "SparseTrainer",
+    "SpielAGConfig",
+    "SpielMAConfig",
     "iter_deltas",
+    "iter_reselectors",
+    "load_training_state",
     "resident",
+    "save_training_state",
+    "select",
+    "sparse_trainer",
+    "start_dense_phase",
+    "start_sparse_phase",
 ]
 
+# Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
+_LAZY = {
+    "DensePhase": "training.dense_phase.DensePhase",
+    "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
+    "SparseTrainer": "training.trainer.SparseTrainer",
+    "load_training_state": "training.callback.load_state",
+    "save_training_state": "training.callback.save_state",
+    "select": "training.lottery.select",
+    "sparse_trainer": "training.trainer.sparse_trainer",
+    "start_dense_phase": "training.lottery.start_dense_phase",
+    "start_sparse_phase": "training.lottery.start_sparse_phase",
+}
+
 register("SPARSE_FT", SparseConfig, SparseModel)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        module, _, attribute = _LAZY[name].rpartition(".")
+        return getattr(import_module(f"{__name__}.{module}"), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -353,7 +353,9 @@ SparseTrainer = sparse_trainer(Trainer)
 def __getattr__(name: str) -> Any:
     # TRL is optional and slow to import.
     if name == "SparseSFTTrainer":
-        from trl import SFTTrainer
-
+        try:
+            from trl import SFTTrainer
+        except ModuleNotFoundError as error:
+            raise ImportError(f"SparseSFTTrainer needs TRL ({error}): pip install 'peft-sparse[trl]'") from error
         return sparse_trainer(SFTTrainer)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

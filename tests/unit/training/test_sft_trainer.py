@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -164,3 +165,24 @@ def test_the_class_is_found_by_name():
     assert made is trainer.sparse_trainer(trl.SFTTrainer)
     assert made.__name__ == "SparseSFTTrainer"
     assert pickle.loads(pickle.dumps(made)) is made
+
+
+def test_without_trl_the_error_says_what_to_install(monkeypatch):
+    from peft_sparse.training import trainer
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"SparseSFTTrainer needs TRL .*: pip install 'peft-sparse\[trl\]'"):
+        _ = trainer.SparseSFTTrainer
+
+
+def test_the_package_offers_the_names():
+    import peft_sparse
+    from peft_sparse.training import lottery, trainer
+
+    for name in ("start_dense_phase", "select", "start_sparse_phase"):
+        assert getattr(peft_sparse, name) is getattr(lottery, name)
+    for name in ("SparseTrainer", "SparseSFTTrainer", "sparse_trainer"):
+        assert getattr(peft_sparse, name) is getattr(trainer, name)
+    assert {"SparseTrainer", "sparse_trainer", "select"} <= set(peft_sparse.__all__)
+    with pytest.raises(AttributeError, match="module 'peft_sparse' has no attribute 'SparseDPOTrainer'"):
+        _ = peft_sparse.SparseDPOTrainer
