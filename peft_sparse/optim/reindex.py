@@ -1,13 +1,25 @@
-"""Carrying an optimizer's state to a new support: the only file that knows what optimizers call their state."""
+"""Carrying an optimizer's state to a new support: the only file that knows what optimizers call their state.
+
+Whatever has one entry per tuned weight moves with its weight. What a grown weight starts from depends on what the
+optimizer does with the state, so every known optimizer is a row of a table: state name -> initial value.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, optim
 
 from ..selection.replacement import Replacement
+from .quantized_state import dequantize, quantize
+from .sm3 import SM3
+from .sparse_adamw import SparseAdamW
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +37,237 @@ class Seeds:
     samples: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What an initial value may depend on."""
+
+    seeds: Seeds
+    group: Mapping[str, Any]
+    step: float
+
+    def beta(self, i: int) -> float:
+        return float(self.group["betas"][i])
+
+
+_Initial = Callable[[_Known], Tensor | float]
+
+
 def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: Seeds | None = None) -> None:
-    """Carry the state of `values` to a new support.
+    """Carry the state of a delta's values to a new support.
+
+    Weights that stay keep their state bit for bit (blockwise-quantised state: up to a new quantisation). Grown weights
+    start from the seeds, in the way that makes the optimizer's own bias correction right for them, or from zero. State
+    that does not exist yet is none to carry. The gradient and the values themselves are the caller's business, before
+    or after.
 
     Args:
-        optimizer: a torch optimizer, or a wrapper that holds one in `.optimizer`.
-        values: the parameter [k] as the optimizer holds it; only its identity matters.
-        replacement: from the old support to the new one.
-        seeds: estimates to start grown weights from; None starts them from zero.
+        optimizer: a torch optimizer, or a wrapper that holds one in `.optimizer` (accelerate's). Known are SparseAdamW,
+            SM3, those of torch.optim with one entry per weight, transformers' Adafactor, and bitsandbytes' in 32 and
+            8 bits. Of any other, state with one entry per weight is carried and starts at zero, and the rest is left
+            alone; a warning says so once.
+        values: the parameter [k] that the optimizer holds; only its identity and device matter.
+        replacement: from the old support to the new one, of whatever size.
+        seeds: estimates for the grown weights; None starts them from zero, with age 0 where there is an age.
+
+    Cost: O(k), one gather per state tensor.
+    Source: thesis 7.3.1 ("bias counter-correction"). Differs from the authors' code in: the correction of a seeded
+    weight's next update counts that update's own gradient, and shared step counts are honoured.
     """
+    optimizer = _unwrap(optimizer)
+    group = next((g for g in optimizer.param_groups if any(p is values for p in g["params"])), None)
+    if group is None:
+        _warn_once(
+            f"absent from {type(optimizer).__name__}",
+            "%s does not hold the values of a delta whose support changes, so replaced weights inherit the state of "
+            "others. Build the optimizer from the model's own parameters, after wrapping",
+            type(optimizer).__name__,
+        )
+        return
+    state = optimizer.state.get(values)
+    if not state or not replacement.num_grown + replacement.num_dropped:
+        return
+    known = _Known(seeds or _no_seeds(replacement, values), group, float(state.get("step", 0)))
+    if isinstance(optimizer, SparseAdamW) and state["age"].dim() == 0:
+        state["age"] = state["age"].to(values.device).expand(replacement.old_count)
+    with torch.no_grad():
+        for key, initial in _initial_values(optimizer, state, replacement.old_count):
+            fill: Tensor | float = 0.0
+            if seeds is not None or key in _NEEDED_WITHOUT_SEEDS:
+                fill = initial(known)
+            _carry(state, key, replacement, fill, values.device)
+
+
+def _no_seeds(replacement: Replacement, values: Tensor) -> Seeds:
+    zero = torch.zeros(replacement.num_grown, device=values.device)
+    return Seeds(zero, zero, 0)
+
+
+def _unwrap(optimizer: Any) -> Any:
+    while not isinstance(optimizer, optim.Optimizer) or type(optimizer).__module__.startswith("accelerate"):
+        if not hasattr(optimizer, "optimizer"):
+            break
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+# ---- what grown weights start from -----------------------------------------------------------------------------------
+
+
+def _zero(_: _Known) -> float:
+    return 0.0
+
+
+def _mean(known: _Known) -> Tensor:
+    return known.seeds.mean
+
+
+def _mean_square(known: _Known) -> Tensor:
+    return known.seeds.mean_square
+
+
+def _root_mean_square(known: _Known) -> Tensor:
+    return known.seeds.mean_square.sqrt()
+
+
+def _sum_of_squares(known: _Known) -> Tensor:
+    return known.seeds.mean_square * known.seeds.samples + known.group.get("initial_accumulator_value", 0.0)
+
+
+# The correction of Adam divides an average after n gradients by 1 - beta**n, so a mean times that comes out of it as
+# the mean. With a gradient g in the next update, beta * mean * (1 - beta**n) + (1 - beta) * g is divided by
+# 1 - beta**(n + 1): for equal gradients that is g again, exactly what a weight gets that has seen n + 1 of them. So n
+# is the number of gradients before the next update: gamma where each weight has its age, t where all share a count.
+def _aged_mean(known: _Known) -> Tensor:
+    return known.seeds.mean * (1 - known.beta(0) ** known.seeds.samples)
+
+
+def _aged_mean_square(known: _Known) -> Tensor:
+    return known.seeds.mean_square * (1 - known.beta(1) ** known.seeds.samples)
+
+
+def _age(known: _Known) -> float:
+    return float(known.seeds.samples)
+
+
+def _shared_mean(known: _Known) -> Tensor:
+    return known.seeds.mean * (1 - known.beta(0) ** known.step)
+
+
+def _shared_mean_square(known: _Known) -> Tensor:
+    return known.seeds.mean_square * (1 - known.beta(1) ** known.step)
+
+
+def _learning_rate(known: _Known) -> float:
+    return float(known.group["lr"])
+
+
+# Zero is no neutral value for these: a step size of zero would never move its weight.
+_NEEDED_WITHOUT_SEEDS = {"step_size"}
+
+_ADAM: dict[str, _Initial] = {
+    "exp_avg": _shared_mean,
+    "exp_avg_sq": _shared_mean_square,
+    "max_exp_avg_sq": _shared_mean_square,
+}
+_TABLE: dict[type, dict[str, _Initial]] = {
+    SparseAdamW: {"age": _age, "exp_avg": _aged_mean, "exp_avg_sq": _aged_mean_square},
+    optim.Adam: _ADAM,
+    optim.AdamW: _ADAM,
+    optim.RAdam: _ADAM,
+    # NAdam corrects its first moment by a product of its own, which tends to 0 within the first updates.
+    optim.NAdam: {"exp_avg": _mean, "exp_avg_sq": _shared_mean_square},
+    optim.Adamax: {"exp_avg": _shared_mean, "exp_inf": _root_mean_square},
+    optim.RMSprop: {"square_avg": _mean_square, "grad_avg": _mean, "momentum_buffer": _zero},
+    optim.Adadelta: {"square_avg": _mean_square, "acc_delta": _zero},
+    optim.Adagrad: {"sum": _sum_of_squares},
+    optim.Adafactor: {"variance": _mean_square},
+    optim.Rprop: {"prev": _zero, "step_size": _learning_rate},
+    optim.SGD: {"momentum_buffer": _zero},
+    optim.ASGD: {"ax": _zero},
+}
+# Optimizers that are not imported to be recognised: module and name of the class -> as above.
+_TABLE_BY_NAME: dict[str, dict[str, _Initial]] = {
+    "transformers.optimization.Adafactor": {"exp_avg_sq": _mean_square, "exp_avg": _zero},
+}
+# bitsandbytes runs several optimizers through two classes and tells them apart by a name.
+_BITSANDBYTES: dict[str, dict[str, _Initial]] = {
+    "adam": {"state1": _shared_mean, "state2": _shared_mean_square},
+    "lamb": {"state1": _shared_mean, "state2": _shared_mean_square},
+    "lion": {"state1": _mean},
+    "momentum": {"state1": _zero},
+    "lars": {"state1": _zero},
+    "rmsprop": {"state1": _mean_square},
+    "adagrad": {"state1": _sum_of_squares},
+}
+
+
+def _initial_values(optimizer: optim.Optimizer, state: dict[str, Any], count: int) -> Iterable[tuple[str, _Initial]]:
+    """The state tensors with one entry per weight, and what grown weights start from."""
+    table = _table_of(optimizer)
+    if table is not None:
+        return [(key, initial) for key, initial in table.items() if isinstance(state.get(key), Tensor)]
+    if isinstance(optimizer, SM3):
+        # With rows and columns the accumulators belong to the weight, whatever their number.
+        per_weight: dict[str, _Initial] = {"momentum_buffer": _zero}
+        if "accumulator_1" not in state:
+            per_weight["accumulator_0"] = _sum_of_squares
+        return [(key, initial) for key, initial in per_weight.items() if key in state]
+    carried = [key for key, t in state.items() if isinstance(t, Tensor) and key != "step" and t.shape == (count,)]
+    left = sorted(str(key) for key, t in state.items() if isinstance(t, Tensor) and key not in (*carried, "step"))
+    _warn_once(
+        type(optimizer).__name__,
+        "%s is an optimizer whose state is unknown here. When weights are replaced, its %s start at zero for the new "
+        "ones, which may make their first updates too large or too small%s. SparseAdamW, SM3, torch.optim's and "
+        "bitsandbytes' optimizers are known",
+        type(optimizer).__name__,
+        " and ".join(carried) or "tensors (there are none with one entry per weight)",
+        f"; its {' and '.join(left)} are left as they are" if left else "",
+    )
+    return [(key, _zero) for key in carried]
+
+
+def _table_of(optimizer: optim.Optimizer) -> dict[str, _Initial] | None:
+    for cls in type(optimizer).__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if cls in _TABLE or name in _TABLE_BY_NAME:
+            return _TABLE.get(cls) or _TABLE_BY_NAME[name]
+        if cls.__module__.startswith("bitsandbytes.optim"):
+            return _BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""))
+    return None
+
+
+# ---- carrying --------------------------------------------------------------------------------------------------------
+
+
+def _carry(
+    state: dict[str, Any], key: str, replacement: Replacement, fill: Tensor | float, device: torch.device
+) -> None:
+    old = state[key]
+    if old.dtype == torch.uint8:
+        # bitsandbytes: state1 is written in the code book qmap1, block by block in units of absmax1.
+        number = key.removeprefix("state")
+        absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+        new = replacement.carry(dequantize(old, absmax, code), fill)
+        new, new_absmax = quantize(new, code)
+        _write(state, f"absmax{number}", new_absmax, device)
+    else:
+        new = replacement.carry(old, fill)
+    _write(state, key, new, device)
+
+
+def _write(state: dict[str, Any], key: str, new: Tensor, device: torch.device) -> None:
+    """In place where the size allows: paged and captured memory must stay where it is."""
+    old = state[key]
+    if old.shape == new.shape and old.is_contiguous():
+        old.copy_(new)
+    else:
+        state[key] = new.to(device)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(key: str, message: str, *args: object) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning(message, *args)

@@ -118,15 +118,20 @@ class SM3(Float32StateMixin, Optimizer):
         assert p.grad is not None
         state = self.state[p]
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        sparse = delta is not None and len(delta.shape) >= 2
+        if delta is not None and len(delta.shape) < 2:
+            # On a vector, a delta has an accumulator per entry, as a vector of its own.
+            delta = None
         if "accumulator_0" not in state:
-            shape = _matrix(delta.shape) if sparse else _cover(p.shape)
+            shape = _matrix(delta.shape) if delta is not None else _cover(p.shape)
             for d, size in enumerate(shape):
                 state[f"accumulator_{d}"] = torch.zeros(size, dtype=dtype, device=p.device)
             if group["momentum"]:
                 state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
         grad = p.grad.to(dtype)
-        estimate = _sparse_estimate(grad, state, delta.indices) if sparse else _dense_estimate(grad, state)
+        if delta is not None:
+            estimate = accumulate(grad, state["accumulator_0"], state["accumulator_1"], delta.indices)
+        else:
+            estimate = _dense_estimate(grad, state)
         direction = grad / estimate.add_(group["eps"]).sqrt_()
         if "momentum_buffer" in state:
             direction = state["momentum_buffer"].lerp_(direction, 1 - group["momentum"])
@@ -148,9 +153,18 @@ def _cover(shape: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(shape) if len(shape) >= 2 else (tuple(shape),)
 
 
-def _sparse_estimate(grad: Tensor, state: dict[str, Tensor], indices: Tensor) -> Tensor:
-    """[k] the estimates of the tuned entries, with this gradient in them; the accumulators are brought up to date."""
-    rows, columns = state["accumulator_0"], state["accumulator_1"]
+def accumulate(grad: Tensor, rows: Tensor, columns: Tensor, indices: Tensor) -> Tensor:
+    """Bring the accumulators of a matrix up to date with the gradients of its tuned entries.
+
+    Args:
+        grad: [k] in the dtype of the accumulators.
+        rows: [O] accumulators, changed in place.
+        columns: [I] likewise.
+        indices: [k] flat row-major positions of the tuned entries.
+
+    Returns:
+        [k] their estimates of the summed squared gradients, with this gradient in them.
+    """
     flat = indices.long()
     row = flat.div(columns.numel(), rounding_mode="floor")
     column = flat - row * columns.numel()

@@ -107,7 +107,7 @@ class SparseAdamW(Float32StateMixin, Optimizer):
         states = [self.state[p] for p in parameters]
         exp_avgs = [state["exp_avg"] for state in states]
         exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        grads = [_to(p.grad, m.dtype) for p, m in zip(parameters, exp_avgs, strict=True)]
+        grads = [_to(p.grad, m.dtype) for p, m in zip(parameters, exp_avgs, strict=True) if p.grad is not None]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         lr = float(group["lr"])
@@ -147,8 +147,7 @@ class SparseAdamW(Float32StateMixin, Optimizer):
         beta1, beta2 = group["betas"]
         torch._foreach_add_(ages, 1)
         # expm1 keeps the digits that 1 - beta2**age loses for young weights. The signs cancel in the second moment.
-        denominators = _minus_correction(ages, beta2)
-        denominators = torch._foreach_div(exp_avg_sqs, denominators)
+        denominators = torch._foreach_div(exp_avg_sqs, _minus_correction(ages, beta2))
         torch._foreach_neg_(denominators)
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
