@@ -39,11 +39,13 @@ def start(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
 
 def stop(model: nn.Module, adapter_name: str | None = None) -> None:
     """Stop what drives one adapter of a base model, or all of them."""
-    own = drivers_of(model)
+    own = model.__dict__.get(_ATTRIBUTE, {})
     for name in list(own) if adapter_name is None else [adapter_name]:
         driver = own.pop(name, None)
         if driver is not None:
             driver.stop()
+    if not own:
+        model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def drivers_of(model: nn.Module) -> dict[str, Driver]:
