@@ -97,6 +97,21 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
             _carry(state, key, replacement, fill, values.device)
 
 
+def exchange(optimizer: Any, old: Tensor, new: Tensor) -> None:
+    """Let an optimizer hold another parameter in the place of one, with the same state.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper that holds one in `.optimizer`.
+        old: the parameter that it holds.
+        new: the one to hold from now on.
+    """
+    optimizer = _unwrap(optimizer)
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
+
+
 def _no_seeds(replacement: Replacement, values: Tensor) -> Seeds:
     zero = torch.zeros(replacement.num_grown, device=values.device)
     return Seeds(zero, zero, 0)

@@ -90,7 +90,7 @@ def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:
             return
     logger.warning(
         "%s was not found in %s: reselection goes on from update %d without the open window and the ages of the "
-        "weights. Call peft_sparse.load_training_state(model, checkpoint) from a callback, or train with SparseTrainer.",
+        "weights. Call peft_sparse.load_training_state(model, checkpoint) in a callback, or use SparseTrainer.",
         STATE_FILE,
         " or ".join(map(str, folders)),
         global_step,

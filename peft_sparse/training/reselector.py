@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..errors import FormatError
-from ..optim.reindex import Seeds, reindex
+from ..optim.reindex import Seeds, exchange, reindex
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
 from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
@@ -150,8 +150,11 @@ class Reselector:
             return
         if estimates is None and not self.schedule.is_first_of_window(self.update + 1):
             return
+        total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in self._deltas.values()), strict=True))
         for name, delta in self._deltas.items():
-            num_candidates = ceil(self._config.candidates_per_weight * delta.count)
+            # Where weights move between tensors, a tensor that has lost all of its own may still win others.
+            count = total * delta.numel / numel if self._config.budget == "global" else delta.count
+            num_candidates = ceil(self._config.candidates_per_weight * count)
             self._taps[name] = GradientTap(delta, num_candidates, (estimates or {}).get(name))
             delta.observer = self._taps[name]
 
@@ -248,11 +251,16 @@ class Reselector:
         if estimate is not None:
             grown = replacement.candidates
             seeds = Seeds(estimate.mean[grown], estimate.mean_squared[grown], max(1, estimate.updates))
-        values = replacement.carry(delta.values.detach())
+        values, ages = replacement.carry(delta.values.detach()), replacement.carry(self._ages(name), self.update)
         reindex(optimizer, delta.values, replacement, seeds)
+        if replacement.count != delta.count:
+            # A graph that is still alive remembers the shape of its leaves, so another size takes another parameter.
+            old = delta.values
+            delta.values = nn.Parameter(torch.empty_like(values), requires_grad=old.requires_grad)
+            exchange(optimizer, old, delta.values)
         delta.set_support(replacement.indices, values)
         self._random_versions[name] = delta.support_version
-        self._grown_at[name] = replacement.carry(self._ages(name), self.update)
+        self._grown_at[name] = ages
         if self._config.drop_by == "change_since_reselection":
             self._last_values[name] = values.clone()
         if self._config.counts is not None:

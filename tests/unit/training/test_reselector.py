@@ -1,0 +1,374 @@
+"""SpIEL in every loop: it drives itself, keeps its invariants, resumes bit for bit, and leaves when told."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from tiny_training import Labelled, make_args, make_bert
+from transformers import Trainer
+
+from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas, resident
+from peft_sparse.optim.sparse_adamw import SparseAdamW
+from peft_sparse.training import callback, reselector
+from peft_sparse.training.gradient_tap import GradientTap
+from peft_sparse.training.reselector import iter_reselectors
+
+METHODS = [SpielAGConfig, SpielMAConfig]
+QUICK = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}
+
+
+def make(cls=SpielAGConfig, **fields):
+    model = make_bert(dropout=0.0)
+    return get_peft_model(model, cls(**{**QUICK, **fields}))
+
+
+def driver(model):
+    (found,) = iter_reselectors(model)
+    return found
+
+
+def batch(step: int, size: int = 4):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 40, (size, 6), generator=generator)
+    return {"input_ids": ids, "labels": ids[:, 0] % 3}
+
+
+def train(model, optimizer, steps, *, accumulate=1, clip=None):
+    losses = []
+    for step in steps:
+        for micro in range(accumulate):
+            loss = model(**batch(100 * step + micro)).loss / accumulate
+            loss.backward()
+            losses.append(float(loss.detach()))
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def optimizer_of(model, cls=torch.optim.AdamW, lr=1e-2):
+    return cls([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def adapter(model):
+    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in iter_deltas(model)}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
+
+
+@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, SparseAdamW, torch.optim.SGD])
+def test_a_plain_loop_reselects_on_the_thesis_calendar(cls, optimizer):
+    model = make(cls)
+    start = adapter(model)
+    train(model, optimizer_of(model, optimizer), range(20))
+    history = driver(model).history
+    assert [r.update for r in history] == [2, 6, 10, 14, 18]
+    assert history[0].share_replaced > 0.7
+    shares = [r.share_replaced for r in history[1:]]
+    assert shares[0] > 0
+    assert all(share <= 0.2 * (1 - r.update / 20) for share, r in zip(shares, history[1:], strict=True))
+    for name, (indices, values) in adapter(model).items():
+        assert indices.numel() == start[name][0].numel() == values.numel()
+        assert (indices[1:] > indices[:-1]).all()
+    assert sum(model.peft_config["default"].counts.values()) == sum(i.numel() for i, _ in start.values())
+
+
+def test_only_the_first_micro_batch_of_a_window_forms_a_dense_gradient(monkeypatch):
+    model = make()
+    asked = []
+    wanted = GradientTap.wanted
+
+    def record(self):
+        result = wanted(self)
+        asked.append((driver(model).update + 1, result is None))
+        return result
+
+    monkeypatch.setattr(GradientTap, "wanted", record)
+    train(model, optimizer_of(model), range(11), accumulate=3)
+    tensors = len(list(iter_deltas(model)))
+    dense = [update for update, is_dense in asked if is_dense]
+    # Asked once more right after nominating, for the positions to gather.
+    assert {update: dense.count(update) // tensors for update in set(dense)} == {1: 1, 5: 1, 9: 1}
+    assert {update for update, _ in asked} == {1, 2, 5, 6, 9, 10}
+
+
+def test_windows_have_exactly_gamma_updates_and_count_updates_not_micro_batches():
+    model = make()
+    seen = []
+    close = reselector.Reselector._close_window
+
+    def record(self):
+        seen.extend({tap.estimate.updates for tap in self._taps.values()})
+        close(self)
+
+    reselector.Reselector._close_window = record
+    try:
+        train(model, optimizer_of(model), range(11), accumulate=3)
+    finally:
+        reselector.Reselector._close_window = close
+    assert seen == [2, 2, 2]
+
+
+def test_seeds_are_what_the_optimizer_sees_under_accumulation_and_clipping():
+    """The mean gradient of a window, against the dense gradients of the same updates, clipped as the optimizer's."""
+    model = make(reselection_steps=10, estimation_steps=3)
+    watched = next(d for name, _, _, d in iter_deltas(model) if "query" in name)
+    layer = next(layer for name, layer, _, d in iter_deltas(model) if d is watched)
+    dense = torch.zeros(watched.shape)
+    optimizer = optimizer_of(model)
+    for step in range(2):
+        layer_dense = torch.zeros(watched.shape)
+        for micro in range(2):
+
+            def watch(_, args, out):
+                x = args[0].detach().reshape(-1, args[0].shape[-1])
+
+                def add(gradient, total=layer_dense):
+                    total.add_(gradient.reshape(-1, gradient.shape[-1]).t() @ x)
+
+                out.register_hook(add)
+
+            handle = layer.register_forward_hook(watch)
+            (model(**batch(10 * step + micro)).loss / 2).backward()
+            handle.remove()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        dense += layer_dense * min(1.0, 0.05 / (float(norm) + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+    estimate = watched.observer.estimate
+    assert estimate.updates == 2
+    torch.testing.assert_close(estimate.mean, dense.view(-1)[estimate.indices.long()] / 2, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_skipped_update_leaves_no_trace(set_to_none):
+    plain, skipping = make(), make()
+    for model in (plain, skipping):
+        optimizer = optimizer_of(model)
+        for step in range(7):
+            if model is skipping and step in (1, 5):
+                # What a loss scaler does on an overflow: gradients are there, the step is not taken.
+                model(**batch(999)).loss.mul(3.0).backward()
+                optimizer.zero_grad(set_to_none=set_to_none)
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+    # Only the nominating micro-batch may differ, and here none was skipped.
+    assert_equal(adapter(plain), adapter(skipping))
+    assert driver(skipping).update == 7
+
+
+def test_an_overflow_in_the_nominating_micro_batch_is_not_nominated_from():
+    model = make()
+    optimizer = optimizer_of(model)
+    (model(**batch(0)).loss * float("inf")).backward()
+    optimizer.zero_grad()
+    assert all(d.observer.estimate is None for _, _, _, d in iter_deltas(model))
+    train(model, optimizer, range(3))
+    assert [r.update for r in driver(model).history] == [2]
+
+
+@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 9])
+def test_a_hand_written_loop_resumes_bit_for_bit(cls, stop):
+    whole = make(cls)
+    losses = train(whole, optimizer_of(whole), range(12))
+
+    first = make(cls)
+    optimizer = optimizer_of(first)
+    head = train(first, optimizer, range(stop))
+    saved = copy.deepcopy((get_peft_model_state_dict(first), optimizer.state_dict(), driver(first).state_dict()))
+
+    second = make(cls, seed=5)
+    set_peft_model_state_dict(second, saved[0])
+    optimizer = optimizer_of(second)
+    optimizer.load_state_dict(saved[1])
+    driver(second).load_state_dict(saved[2])
+    tail = train(second, optimizer, range(stop, 12))
+    assert head + tail == losses
+    assert_equal(adapter(second), adapter(whole))
+
+
+@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("save_at", [1, 3, 5, 6])
+def test_a_plain_trainer_resumes_bit_for_bit(cls, save_at, tmp_path):
+    def trainer(folder):
+        model = make(cls, total_steps=None)
+        args = make_args(folder, max_steps=10, save_strategy="steps", save_steps=save_at, gradient_accumulation_steps=2)
+        return Trainer(model=model, args=args, train_dataset=Labelled())
+
+    whole = trainer(tmp_path)
+    whole.train()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{save_at}"))
+    assert driver(whole.model).total_steps == driver(resumed.model).total_steps == 10
+    assert_equal(adapter(whole.model), adapter(resumed.model))
+    assert [r.update for r in driver(whole.model).history] == [2, 6]
+    state = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    for key, entry in state[0].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(state[1][key][k])) for k, v in entry.items())
+    assert (tmp_path / f"checkpoint-{save_at}" / callback.STATE_FILE).is_file()
+
+
+def test_what_only_training_needs_stays_out_of_the_adapter_file(tmp_path):
+    from safetensors import safe_open
+
+    model = make()
+    train(model, optimizer_of(model), range(1))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        kinds = {key.rpartition(".")[2] for key in file.keys()}  # noqa: SIM118
+    assert kinds == {"values", "_extra_state", "sparse_ft_digest"}
+
+
+def test_resuming_without_the_state_file_says_so_and_replaces_no_second_time(tmp_path, caplog):
+    args = make_args(tmp_path, max_steps=8, save_strategy="steps", save_steps=4)
+    Trainer(model=make(total_steps=None), args=args, train_dataset=Labelled()).train()
+    (tmp_path / "checkpoint-4" / callback.STATE_FILE).unlink()
+    trainer = Trainer(model=make(total_steps=None), args=args, train_dataset=Labelled())
+    with caplog.at_level("WARNING", logger="peft_sparse"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "was not found in" in caplog.text
+    assert all(r.share_replaced < 0.2 for r in driver(trainer.model).history)
+
+
+def test_training_a_loaded_adapter_further_does_not_throw_its_weights_away(tmp_path):
+    model = make()
+    train(model, optimizer_of(model), range(20))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_bert(dropout=0.0), tmp_path, is_trainable=True)
+    train(again, optimizer_of(again), range(4))
+    (first,) = driver(again).history
+    assert first.share_replaced <= 0.2
+
+
+def test_a_second_run_of_a_trainer_goes_on_from_the_first(tmp_path):
+    trainer = Trainer(model=make(total_steps=None), args=make_args(tmp_path, max_steps=8), train_dataset=Labelled())
+    trainer.train()
+    trainer.train()
+    history = driver(trainer.model).history
+    assert [r.update for r in history] == [2, 6, 2, 6]
+    assert [r.share_replaced > 0.5 for r in history] == [True, False, False, False]
+
+
+def test_an_adapter_for_inference_is_not_driven(tmp_path):
+    make().save_pretrained(tmp_path)
+    assert list(iter_reselectors(PeftModel.from_pretrained(make_bert(), tmp_path))) == []
+
+
+def test_unknown_length_warns_once_and_keeps_the_rate(caplog):
+    model = make(total_steps=None)
+    with caplog.at_level("WARNING", logger="peft_sparse"):
+        train(model, optimizer_of(model), range(12))
+    assert caplog.text.count("the length of the training is not known") == 1
+    counts = [r.share_replaced for r in driver(model).history]
+    assert len(counts) == 3
+
+
+def test_the_last_update_is_not_followed_by_a_reselection():
+    model = make(total_steps=6)
+    train(model, optimizer_of(model), range(6))
+    assert [r.update for r in driver(model).history] == [2]
+
+
+def test_other_optimizers_and_evaluation_do_not_count():
+    model = make()
+    other = torch.nn.Linear(2, 2)
+    stranger = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(1, 2)).sum().backward()
+    stranger.step()
+    with torch.no_grad():
+        model(**batch(0))
+    assert driver(model).update == 0
+
+
+@pytest.mark.parametrize("leave", ["unload", "delete", "merge_and_unload"])
+def test_leaving_removes_hooks_and_observers(leave):
+    gc.collect()
+    before = len(reselector._watched)
+    model = make()
+    deltas = [d for _, _, _, d in iter_deltas(model)]
+    assert len(reselector._watched) == before + 1
+    assert all(d.observer is not None for d in deltas)
+    if leave == "delete":
+        model.add_adapter("other", SpielAGConfig(**QUICK))
+        model.delete_adapter("default")
+        assert [r.adapter_name for r in iter_reselectors(model)] == ["other"]
+        model.delete_adapter("other")
+    else:
+        getattr(model, leave)()
+    assert len(reselector._watched) == before
+    assert all(d.observer is None for d in deltas)
+
+
+def test_a_dropped_model_takes_its_reselector_along():
+    gc.collect()
+    before = len(reselector._watched)
+    model = make()
+    del model
+    gc.collect()
+    assert len(reselector._watched) == before
+
+
+def test_copies_do_not_share_a_window():
+    model = make()
+    train(model, optimizer_of(model), range(1))
+    twin = copy.deepcopy(model)
+    assert all(d.observer is None for _, _, _, d in iter_deltas(twin))
+    twin(**batch(0)).loss.backward()
+
+
+def test_global_budget_moves_weights_between_tensors():
+    model = make(budget="global", total_steps=40)
+    before = {name: d.count for name, _, _, d in iter_deltas(model)}
+    train(model, optimizer_of(model), range(12))
+    after = {name: d.count for name, _, _, d in iter_deltas(model)}
+    assert sum(after.values()) == sum(before.values())
+    assert after != before
+    assert model.peft_config["default"].counts == after
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_resident_mode_and_checkpointing_change_nothing(cls):
+    results = []
+    for mode in ("plain", "resident", "checkpointing"):
+        model = make(cls)
+        if mode == "checkpointing":
+            model.gradient_checkpointing_enable()
+        optimizer = optimizer_of(model)
+        if mode == "resident":
+            with resident(model):
+                train(model, optimizer, range(9))
+        else:
+            train(model, optimizer, range(9))
+        results.append(adapter(model))
+    assert_equal(results[0], results[1])
+    assert_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("target", ["all", ["word_embeddings", "LayerNorm", "query"]])
+@pytest.mark.parametrize("cls", METHODS)
+def test_embeddings_norms_and_biases_can_be_targets(cls, target):
+    model = make(cls, target_modules=target)
+    train(model, optimizer_of(model), range(7))
+    grown = driver(model).grown_at()
+    assert (grown["bert.embeddings.word_embeddings.weight"] > 0).any()
+
+
+def test_drop_by_change_since_reselection_differs():
+    results = []
+    for drop_by in ("delta", "change_since_reselection"):
+        model = make(drop_by=drop_by)
+        train(model, optimizer_of(model), range(16))
+        results.append(adapter(model))
+    assert any(not torch.equal(results[0][name][0], results[1][name][0]) for name in results[0])
