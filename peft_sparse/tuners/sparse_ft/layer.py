@@ -96,10 +96,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
-        """The deltas on one tensor that hold weights, of `adapters` (the active ones if None), in that order."""
+        """The deltas on one tensor that hold weights or are watched, of `adapters` (None: the active ones), in order."""
         held = self.deltas_of(parameter)
         names = self.active_adapters if adapters is None else adapters
-        return [held[name] for name in names if name in held and held[name].count]
+        return [held[name] for name in names if name in held and (held[name].count or held[name].observer)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, out of the base parameters first if it stands there."""
@@ -190,8 +190,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         return key, self._overlays[key]
 
     def pristine(self, parameter: str, overlay: Overlay) -> Tensor:
-        """[u] the parameter's own entries at the overlay's indices; only valid while nothing is written into it."""
-        return flat(getattr(self.get_base_layer(), parameter))[overlay.indices]
+        """[u] the parameter's own entries at the overlay's indices, whatever is written into it now."""
+        own = getattr(self.get_base_layer(), parameter)
+        written = self._written.get(parameter)
+        if written is None:
+            return flat(own)[overlay.indices]
+        if written.parameter is not None:
+            return flat(written.parameter)[overlay.indices]
+        copy = flat(own).clone()
+        copy[written.overlay.indices] = written.originals.to(device=copy.device, dtype=copy.dtype)
+        return copy[overlay.indices]
 
     def write(self, parameter: str, adapters: Sequence[str]) -> None:
         """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
@@ -230,7 +238,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 setattr(self.get_base_layer(), name, written.parameter)
             else:
                 base = flat(getattr(self.get_base_layer(), name))
-                base[written.overlay.indices] = written.originals.to(base.device)
+                base[written.overlay.indices] = written.originals.to(device=base.device, dtype=base.dtype)
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -255,16 +263,21 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             self.write(parameter, self.merged_adapters)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
-        """Raise a ValueError if merging `adapters` would put a NaN or an infinity into a finite weight; changes
-        nothing.
-        """
+        """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
         for parameter in PARAMETERS:
-            for delta in self.active_deltas(parameter, adapters):
-                if not bool(torch.isfinite(delta.values).all()):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapters {list(adapters)} hold NaN or infinite "
-                        "values; the base model is unchanged."
-                    )
+            values = [delta.values for delta in self.active_deltas(parameter, adapters)]
+            if not values:
+                continue
+            _, overlay = self.overlay(parameter, adapters)
+            merged = overlay.entries(self.pristine(parameter, overlay), values)
+            if not bool(torch.isfinite(merged).all()):
+                overflows = all(bool(torch.isfinite(v).all()) for v in values)
+                why = f"its sum with the weight overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
+                # The first sentences are PEFT's: its tests match them for every tuner.
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. "
+                    "The base model is unchanged."
+                )
 
     def unmerge(self) -> None:
         """Restore the base parameters bit for bit."""
