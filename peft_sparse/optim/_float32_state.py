@@ -18,8 +18,8 @@ else:
 class Float32StateMixin(_Base):
     """For optimizers whose state is float32 whatever the dtype of the parameters.
 
-    `torch.optim.Optimizer.load_state_dict` casts floating-point state to the dtype of the parameter. For bfloat16
-    values that rounds moments and ages: 257 is no bfloat16 number.
+    `torch.optim.Optimizer.load_state_dict` casts state to the dtype of the parameter. For bfloat16 values that rounds
+    moments and ages: 257 is no bfloat16 number.
 
     Attributes:
         host_state: names of state that stays on the CPU while it is one number.
@@ -28,7 +28,7 @@ class Float32StateMixin(_Base):
     host_state: tuple[str, ...] = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, tensors in the dtype in which they were saved (floating point: at least float32)."""
+        """Load a state, tensors in the dtype in which they were saved, but floating point at least in float32."""
         loaded: dict[str, Any] = {}
 
         def remember(_: Any, final: dict[str, Any]) -> None:
@@ -45,10 +45,10 @@ class Float32StateMixin(_Base):
         for saved_id, p in zip(ids, parameters, strict=True):
             saved = loaded["state"].get(saved_id, {})
             for key, value in saved.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if isinstance(value, Tensor):
                     on_host = key in self.host_state and value.dim() == 0
                     self.state[p][key] = value.detach().to(
                         device="cpu" if on_host else p.device,
-                        dtype=torch.promote_types(value.dtype, torch.float32),
+                        dtype=torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else None,
                         copy=True,
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from math import log
 from typing import Any
 
@@ -14,8 +15,10 @@ from ._float32_state import Float32StateMixin
 
 # Elements that are updated together: on a CPU few enough that a group's tensors stay in its cache over all operations,
 # elsewhere enough that few kernels are started.
-_GROUP = {"cpu": 2**15}
+_GROUP = {"cpu": 2**16}
 _GROUP_ELSEWHERE = 2**24
+# Ages that a table of bias corrections may cover. It is reached by beta > 0.99998 only.
+_LONGEST_TABLE = 2**20
 
 
 class SparseAdamW(Float32StateMixin, Optimizer):
@@ -35,7 +38,7 @@ class SparseAdamW(Float32StateMixin, Optimizer):
         maximize: ascend instead of descend.
 
     Attributes:
-        state: per parameter "age" (float32, one number on the CPU, or [k] where the values are), "exp_avg" and
+        state: per parameter "age" (int32, one number on the CPU, or [k] where the values are), "exp_avg" and
             "exp_avg_sq" [k]: float32 for any dtype of the values but float64, also after `load_state_dict`.
 
     Raises:
@@ -98,7 +101,7 @@ class SparseAdamW(Float32StateMixin, Optimizer):
             raise ValueError("SparseAdamW needs gradients with one entry per weight, got a torch.sparse gradient")
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         self.state[p] = {
-            "age": torch.zeros(()),
+            "age": torch.zeros((), dtype=torch.int32),
             "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
         }
@@ -144,22 +147,40 @@ class SparseAdamW(Float32StateMixin, Optimizer):
     def _divide_by_own_age(
         values: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ages: list[Tensor], group: dict
     ) -> None:
-        beta1, beta2 = group["betas"]
         torch._foreach_add_(ages, 1)
-        # expm1 keeps the digits that 1 - beta2**age loses for young weights. The signs cancel in the second moment.
-        denominators = torch._foreach_div(exp_avg_sqs, _minus_correction(ages, beta2))
-        torch._foreach_neg_(denominators)
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(denominators, _minus_correction(ages, beta1))
-        torch._foreach_addcdiv_(values, exp_avgs, denominators, float(group["lr"]))
+        together = ages[0] if len(ages) == 1 else torch.cat(ages)
+        sizes = [age.numel() for age in ages]
+        # lr * (m / c1) / (sqrt(v / c2) + eps), with both corrections brought below the line.
+        factors, summands = _denominator(together, tuple(group["betas"]), group["eps"], exp_avgs[0].dtype)
+        denominators = list(summands.split(sizes))
+        torch._foreach_addcmul_(denominators, torch._foreach_sqrt(exp_avg_sqs), list(factors.split(sizes)))
+        torch._foreach_addcdiv_(values, exp_avgs, denominators, -float(group["lr"]))
 
 
-def _minus_correction(ages: list[Tensor], beta: float) -> list[Tensor]:
-    """beta**age - 1 for each weight."""
-    exponents = list(torch._foreach_mul(ages, log(beta) if beta else -1e30))
-    torch._foreach_expm1_(exponents)
-    return exponents
+def _denominator(ages: Tensor, betas: tuple[float, float], eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[n] c1 / sqrt(c2) and [n] c1 * eps, with c = 1 - beta**age: looked up, since powers take much longer."""
+    # From here on beta**age is lost in the rounding of 1.
+    last = max(int(log(torch.finfo(dtype).eps / 4) / log(beta)) + 1 if beta else 1 for beta in betas)
+    if last >= _LONGEST_TABLE:
+        return _compute_denominator(ages, betas, eps, dtype)
+    factors, summands = _tables(betas, eps, dtype, ages.device, last)
+    ages = ages.clamp(max=last)
+    return factors.index_select(0, ages), summands.index_select(0, ages)
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    betas: tuple[float, float], eps: float, dtype: torch.dtype, device: torch.device, last: int
+) -> tuple[Tensor, Tensor]:
+    factors, summands = _compute_denominator(torch.arange(last + 1), betas, eps, dtype)
+    return factors.to(device), summands.to(device)
+
+
+def _compute_denominator(
+    ages: Tensor, betas: tuple[float, float], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    first, second = (1 - torch.full_like(ages, beta, dtype=torch.float64) ** ages for beta in betas)
+    return (first / second.sqrt()).to(dtype), (first * eps).to(dtype)
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
