@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -19,6 +20,7 @@ from .config import SparseConfig
 from .embedding import Embedding
 from .iteration import iter_deltas, iter_layers
 from .layer import SparseLayer
+from .packed import own_parameters
 from .support import model_numel, plan_counts, select_random
 from .targets import Targets, find_targets, is_excluded, named_targets
 from .wrap import wrapper_for
@@ -83,7 +85,8 @@ class SparseModel(BaseTuner):
         self._mark_tied(model, adapter_name)
         if source is not None:
             for name, _, _, delta in iter_deltas(model, adapter_name):
-                delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
+                if not delta.values.is_meta:
+                    delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
         elif counts is not None:
             config.counts = counts
             self._fill(model, config, adapter_name)
@@ -126,7 +129,11 @@ class SparseModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         counts = {p: self._counts.get(f"{current_key}.{p}", 0) for p in self._targets[current_key]}
-        layer = target if isinstance(target, SparseLayer) else wrapper_for(target, current_key)(target)
+        if isinstance(target, SparseLayer):
+            layer = target
+        else:
+            settings = get_quantization_kwargs(self.model)
+            layer = wrapper_for(target, current_key, quantization=settings)(target)
         layer.update_layer(
             adapter_name,
             counts,
@@ -155,7 +162,7 @@ class SparseModel(BaseTuner):
                 if parameter is not None:
                     holders.setdefault(id(parameter), []).append((name, module))
         for _, layer, part, _ in list(iter_deltas(model, adapter_name)):
-            sharing = holders.get(id(getattr(layer.get_base_layer(), part)), [])
+            sharing = holders.get(id(own_parameters(layer.get_base_layer())[part]), [])
             if len(sharing) < 2:
                 continue
             layer.tied_parameters.add(part)
@@ -187,9 +194,15 @@ class SparseModel(BaseTuner):
             delta.values.data = delta.values.data.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and whatever drives it."""
+        """Remove an adapter and whatever drives it; if it alone was active, the first that is left takes over."""
         drivers.stop(self.model, adapter_name)
+        left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
+        left = left or list(self.peft_config)[:1]
+        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
+        # and the model on none if its first layer has none.
+        if any(layer.active_adapters != left for _, layer in iter_layers(self.model)):
+            self.set_adapter(left)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.

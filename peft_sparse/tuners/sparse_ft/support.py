@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from ...selection.budget import Group, draw_counts, groups_of, total_from_reques
 from ...selection.criteria import random_indices
 from .adapter_delta import AdapterDelta
 from .config import SparseConfig
+from .packed import own_parameters, parameter_numel, parameter_shape
 from .targets import Targets, named_targets
 from .wrap import is_linear
 
@@ -23,19 +25,18 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
         ConfigError: the request is larger than the targets, or the budget's groups do not fit them.
     """
     modules = dict(named_targets(model))
-    tensors = {
-        f"{name}.{p}": (modules[name], getattr(modules[name], p)) for name, parts in targets.items() for p in parts
-    }
+    owners = {f"{name}.{p}": modules[name] for name, parts in targets.items() for p in parts}
+    shapes = {name: parameter_shape(module, name.rpartition(".")[2]) for name, module in owners.items()}
     total = total_from_request(
         density=config.density,
         num_weights=config.num_weights,
         equivalent_rank=config.equivalent_rank,
-        shapes={name: tuple(tensor.shape) for name, (_, tensor) in tensors.items()},
-        linear_names={name for name, (module, tensor) in tensors.items() if is_linear(module) and tensor.dim() == 2},
+        shapes=shapes,
+        linear_names={name for name, module in owners.items() if len(shapes[name]) == 2 and is_linear(module)},
         density_of=config.density_of,
         model_numel=model_numel(model),
     )
-    return groups_of(config.budget, total, {name: tensor.numel() for name, (_, tensor) in tensors.items()})
+    return groups_of(config.budget, total, {name: prod(shape) for name, shape in shapes.items()})
 
 
 def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dict[str, int] | None:
@@ -54,26 +55,32 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     if not config.starts_random and config.init_weights:
         return None
     modules = dict(named_targets(model))
-    sizes = {f"{name}.{p}": getattr(modules[name], p).numel() for name, parts in targets.items() for p in parts}
+    sizes = {f"{name}.{p}": parameter_numel(modules[name], p) for name, parts in targets.items() for p in parts}
     return draw_counts(groups, sizes, seed=getattr(config, "seed", 0))
 
 
 def select_random(config: SparseConfig, deltas: Mapping[str, AdapterDelta]) -> None:
     """Give every delta a random support of its own size, and random values unless the adapter starts from the identity.
 
-    The support of a parameter depends on the seed, its name and its count alone.
+    The support of a parameter depends on the seed, its name and its count alone; the values come from torch's global
+    generator, as those of PEFT's other tuners do.
     """
     seed = getattr(config, "seed", 0)
-    generator = torch.Generator().manual_seed(seed)
     for name, delta in deltas.items():
-        if delta.indices.is_meta:
+        # PEFT's low_cpu_mem_usage puts parameters on the meta device and leaves buffers where they are.
+        if delta.values.is_meta:
             continue
-        values = None if config.init_weights else torch.randn(delta.count, generator=generator)
+        values = None if config.init_weights else torch.randn(delta.count)
         delta.set_support(random_indices(delta.numel, delta.count, seed=seed, name=name), values)
 
 
 def model_numel(model: nn.Module) -> int:
-    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and copied heads not."""
-    inside = ("sparse_ft_weight", "sparse_ft_bias", "modules_to_save")
-    own = {id(p): p.numel() for name, p in model.named_parameters() if not set(name.split(".")) & set(inside)}
+    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and copied heads not; a
+    packed weight counts what it unpacks to.
+    """
+    inside = {"sparse_ft_weight", "sparse_ft_bias", "modules_to_save"}
+    own: dict[int, int] = {}
+    for path, module in model.named_modules():
+        if not inside & set(path.split(".")):
+            own.update((id(p), parameter_numel(module, name)) for name, p in own_parameters(module).items())
     return sum(own.values())
