@@ -1,0 +1,137 @@
+"""What the verbs are tried on: two tiny models in float64, one request per kind of config, the dense model as oracle.
+
+In float64 the sum of weight and delta is exact to 1e-16 whatever the order, so outputs are compared to 1e-10.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from peft_sparse import SparseConfig, iter_deltas
+from peft_sparse.tuners.sparse_ft.config import METHODS
+
+_TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22], [1, 6, 2, 8]])
+
+
+@lru_cache
+def _original(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "llama":
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+        model = LlamaForCausalLM(LlamaConfig(**_TOKENS, **sizes, num_hidden_layers=2, initializer_range=0.3))
+    else:
+        sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "initializer_range": 0.3}
+        dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(**_TOKENS, **sizes, **dropout))
+    # Trained models have norms and biases that are neither ones nor zeros.
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.double().eval()
+
+
+# What each config asks for. The methods themselves stand at density 0.1; the rest says where and how much.
+REQUESTS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method, "density": 0.1} for method in METHODS if method != "fixed"},
+    "global budget, norms and biases": {
+        "density": 0.3,
+        "budget": "global",
+        "target_norms": True,
+        "target_biases": True,
+    },
+    "share per layer": {"density": 0.1, "budget": {r"\.0\.": 0.25, r"\.1\.": 0.75}},
+    "every parameter": {"density": 0.3, "target_modules": "all"},
+    "one layer, rank for rank": {"equivalent_rank": 1, "layers_to_transform": [1]},
+    "embedding by name": {"num_weights": 50, "target_modules": r".*(embed_tokens|wte)"},
+    "bfloat16 values": {"density": 0.1, "values_dtype": "bfloat16"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a request."""
+
+    kind: str
+    request: str
+
+    def base(self) -> nn.Module:
+        """A fresh copy of the base model."""
+        return copy.deepcopy(_original(self.kind))
+
+    def config(self, **changes: Any) -> SparseConfig:
+        return SparseConfig(**{"init_weights": False, "task_type": "CAUSAL_LM", **REQUESTS[self.request], **changes})
+
+    def model(self, *adapters: str) -> PeftModel:
+        """A model with adapters of different values (and, where chance chooses, different supports)."""
+        names = adapters or ("default",)
+        model = get_peft_model(self.base(), self.config(), adapter_name=names[0])
+        fill(model, names[0], 0)
+        for number, name in enumerate(names[1:], 1):
+            model.add_adapter(name, self.config())
+            fill(model, name, number)
+        return model.eval()
+
+    def dense(self, *parts: dict[str, Tensor]) -> nn.Module:
+        """The base model with dense deltas added to its parameters."""
+        model = self.base()
+        for part in parts:
+            for name, delta in part.items():
+                model.get_parameter(name).data += delta
+        return model
+
+    def expected(self, *parts: dict[str, Tensor]) -> Tensor:
+        """The logits of that dense model."""
+        return logits(self.dense(*parts))
+
+
+def fill(model: nn.Module, adapter: str, number: int) -> None:
+    """Give an adapter other values and another support than any other number does."""
+    generator = torch.Generator().manual_seed(100 + number)
+    for _, _, _, delta in iter_deltas(model, adapter):
+        support = torch.randperm(delta.numel, generator=generator)[: delta.count].sort().values
+        delta.set_support(support.to(delta.indices.dtype), 0.3 * torch.randn(delta.count, generator=generator))
+
+
+def dense_deltas(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """{parameter: dense delta} of an adapter: copies, in float64."""
+    found = {}
+    for name, _, _, delta in iter_deltas(model, adapter):
+        dense = torch.zeros(delta.numel, dtype=torch.float64)
+        dense[delta.indices.long()] = delta.values.detach().double()
+        found[name] = dense.view(delta.shape)
+    assert sum(int(d.count_nonzero()) for d in found.values()) > 0, "an adapter without weights would prove nothing"
+    return found
+
+
+def logits(model: nn.Module, **arguments: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, **arguments).logits
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters of the base model under the names they had before PEFT came."""
+    return {
+        name.removeprefix("base_model.model.").replace("base_layer.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if "sparse_ft_" not in name
+    }
+
+
+def untouched(model: nn.Module, base: nn.Module) -> None:
+    """Check that the base parameters are the ones of `base`, bit for bit."""
+    found, expected = base_parameters(model), dict(base.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.int64), tensor.view(torch.int64)), name
