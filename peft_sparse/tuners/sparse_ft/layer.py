@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...core.observer import GradientObserver
 from ...core.overlay import Overlay, add_deltas
 from .adapter_delta import AdapterDelta
+from .packed import parameter_device, parameter_shape
 
 # The tensors of a layer that can carry a delta, and the attribute that holds their adapters.
 PARAMETERS = ("weight", "bias")
@@ -88,10 +89,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """
         base = self.get_base_layer()
         for parameter, count in counts.items():
-            tensor = getattr(base, parameter)
-            self.deltas_of(parameter)[adapter_name] = AdapterDelta(
-                tuple(tensor.shape), count, dtype=dtype, device=tensor.device
-            )
+            shape, device = parameter_shape(base, parameter), parameter_device(base, parameter)
+            self.deltas_of(parameter)[adapter_name] = AdapterDelta(shape, count, dtype=dtype, device=device)
         self._overlays.clear()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -112,7 +111,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         # PEFT's version also casts to the weight's dtype, which would round float32 values over a bfloat16 weight.
         for parameter in PARAMETERS:
             if adapter_name in self.deltas_of(parameter):
-                target = device if device is not None else getattr(self.get_base_layer(), parameter).device
+                target = device if device is not None else parameter_device(self.get_base_layer(), parameter)
                 delta = self.deltas_of(parameter)[adapter_name]
                 if not delta.values.is_meta:
                     delta.to(target)
@@ -168,7 +167,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if
         it has none).
         """
-        base = getattr(self.get_base_layer(), parameter)
+        base = self.base_tensor(parameter)
         deltas = self.active_deltas(parameter, adapters)
         if not deltas:
             return base
@@ -177,6 +176,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if delta.observer is not None and result.requires_grad:
                 result.register_hook(partial(_show_gradient, delta.observer))
         return result
+
+    def base_tensor(self, parameter: str) -> Tensor | None:
+        """The base layer's own tensor, dequantised if need be; None if it has none."""
+        return getattr(self.get_base_layer(), parameter)
 
     # ---- writing into the base parameters --------------------------------------------------------
 
@@ -191,7 +194,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def pristine(self, parameter: str, overlay: Overlay) -> Tensor:
         """[u] the parameter's own entries at the overlay's indices, whatever is written into it now."""
-        own = getattr(self.get_base_layer(), parameter)
+        own = self.base_tensor(parameter)
         written = self._written.get(parameter)
         if written is None:
             return flat(own)[overlay.indices]
@@ -289,10 +292,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's delta on the weight as a dense tensor, zeros where this layer has none of it."""
-        base = self.get_base_layer().weight
+        base = self.get_base_layer()
         for delta in self.active_deltas("weight", [adapter_name]):
             return delta.delta.to_dense()
-        return torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+        shape, device = parameter_shape(base, "weight"), parameter_device(base, "weight")
+        return torch.zeros(shape, dtype=torch.float32, device=device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""

@@ -162,7 +162,7 @@ class SparseModel(BaseTuner):
                 if parameter is not None:
                     holders.setdefault(id(parameter), []).append((name, module))
         for _, layer, part, _ in list(iter_deltas(model, adapter_name)):
-            sharing = holders.get(id(own_parameters(layer.get_base_layer())[part]), [])
+            sharing = holders.get(id(own_parameters(layer.get_base_layer()).get(part)), [])
             if len(sharing) < 2:
                 continue
             layer.tied_parameters.add(part)

@@ -13,6 +13,7 @@ from torch import nn
 from ...errors import ConfigError
 from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
 from .layer import PARAMETERS
+from .packed import own_parameters
 from .wrap import is_norm
 
 # {module path: names of its targeted parameters}, in the order of the model.
@@ -76,7 +77,7 @@ def _module_rule(config: SparseConfig, model: nn.Module):
         seen: set[int] = set()
 
         def every(name: str, module: nn.Module) -> tuple[str, ...]:
-            own = {p: t for p, t in module.named_parameters(recurse=False) if id(t) not in seen}
+            own = {p: t for p, t in own_parameters(module).items() if id(t) not in seen}
             if not own or not name.startswith(root):
                 return ()
             seen.update(map(id, own.values()))
@@ -102,9 +103,9 @@ def _norm_rule(config: SparseConfig):
 def _parameter_rule(config: SparseConfig, modules: dict[str, nn.Module]):
     wanted = config.target_parameters or []
     for target in wanted:
-        if not any(_ends_with_any(f"{name}.{p}", [target]) for name, m in modules.items() for p in m._parameters):
+        if not any(_ends_with_any(f"{name}.{p}", [target]) for name, m in modules.items() for p in own_parameters(m)):
             raise ConfigError(f"target_parameters: no parameter of the model ends with {target!r}.")
-    return lambda name, module: tuple(p for p in module._parameters if _ends_with_any(f"{name}.{p}", wanted))
+    return lambda name, module: tuple(p for p in own_parameters(module) if _ends_with_any(f"{name}.{p}", wanted))
 
 
 def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targets:
@@ -144,7 +145,7 @@ def _base_prefix(model: nn.Module) -> str:
 
 
 def _has_parameter(module: nn.Module, parameter: str) -> bool:
-    return module._parameters.get(parameter) is not None
+    return parameter in own_parameters(module)
 
 
 def _ends_with_any(name: str, endings) -> bool:

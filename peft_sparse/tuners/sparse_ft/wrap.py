@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -18,32 +18,36 @@ from .layer import SparseLayer
 from .linear import Linear
 from .norm import LayerNorm
 from .own_forward import OwnForward
+from .packed import check_tunable, find_backend, is_packed
+from .quantized import QuantizedLinear
 
 SUPPORTED = (
     "nn.Linear, transformers' Conv1D, nn.Embedding, nn.LayerNorm, transformers' RMSNorms, nn.Conv1d and nn.Conv2d"
 )
 
 
-def wrapper_for(module: nn.Module, name: str) -> Callable[[nn.Module], SparseLayer]:
+def wrapper_for(
+    module: nn.Module, name: str, *, quantization: Mapping[str, Any] | None = None
+) -> Callable[[nn.Module], SparseLayer]:
     """What puts the right `SparseLayer` around a module.
 
     Args:
         module: the module to tune, or a tuner layer of PEFT's that stands around it.
         name: its path in the model, for the error.
+        quantization: what PEFT's `get_quantization_kwargs` finds in the model.
 
     Returns:
         a function that takes the module and returns the layer.
 
     Raises:
-        ConfigError: the module's way to use its parameters is not known.
+        ConfigError: the module's way to use its parameters is not known, or its weight is packed and cannot be had.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base)
-    if resolve_quantization_backend(base) is not None:
-        raise ConfigError(
-            f"{name} is quantised ({kind.__name__}), which this version cannot tune. Load the base model unquantised, "
-            f"or leave the module out with exclude_modules=[{name!r}]."
-        )
+    backend = find_backend(base, quantization)
+    if backend is not None:
+        check_tunable(base, backend, name)
+        return partial(QuantizedLinear, backend=backend)
     if (
         isinstance(base, nn.Linear)
         and kind.forward is nn.Linear.forward
@@ -52,7 +56,7 @@ def wrapper_for(module: nn.Module, name: str) -> Callable[[nn.Module], SparseLay
         return Linear
     if isinstance(base, Conv1D):
         return partial(Linear, fan_in_fan_out=True)
-    if isinstance(base, nn.Embedding) and base.max_norm is None:
+    if isinstance(base, nn.Embedding) and base.max_norm is None and not is_packed(base.weight):
         is_lookup = kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale")
         return Embedding if is_lookup else OwnForward
     if isinstance(base, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
@@ -85,4 +89,4 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is one that LoRA would adapt as a linear layer."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D)) or find_backend(module) is not None
