@@ -99,7 +99,9 @@ class Replacement:
         return torch.cat([values.detach(), filled])[self.order.to(values.device)]
 
 
-def drop_and_grow(indices: Tensor, drop_scores: Tensor, candidates: Candidates, *, num_replaced: int) -> Replacement:
+def drop_and_grow(
+    indices: Tensor, drop_scores: Tensor, candidates: Candidates, *, num_replaced: int, name: str = "the tensor"
+) -> Replacement:
     """Replace the weakest weights of a tensor by the strongest candidates.
 
     One reselection step. Pure: nothing is modified. A weight that is both among the weakest and among the strongest
@@ -110,6 +112,7 @@ def drop_and_grow(indices: Tensor, drop_scores: Tensor, candidates: Candidates, 
         drop_scores: [k] floating point; the smallest are dropped first (|value|, or its change since the last time).
         candidates: what may be grown; those that are tuned already, and stay, do not count.
         num_replaced: how many weights to drop, 0 <= num_replaced <= k (a count, not a rate).
+        name: what errors call the tensor.
 
     Returns:
         Replacement with num_dropped == num_grown <= num_replaced. Of equal scores the lowest index is dropped first,
@@ -122,7 +125,6 @@ def drop_and_grow(indices: Tensor, drop_scores: Tensor, candidates: Candidates, 
     Source: Ansell et al. 2024, arXiv:2401.16405; thesis 7.3.1, algorithm 2. The authors' code does not sort the new
     support.
     """
-    name = "the tensor"
     return redistribute({name: indices}, {name: drop_scores}, {name: candidates}, num_replaced=num_replaced)[name]
 
 
@@ -156,12 +158,16 @@ def redistribute(
         raise SelectionError("indices, drop_scores and candidates must have the same names")
     for name in indices:
         _check_shapes(name, indices[name], drop_scores[name], candidates[name])
+    total = sum(support.numel() for support in indices.values())
+    if not 0 <= num_replaced <= total:
+        raise SelectionError(f"num_replaced must be between 0 and the {total} tuned weights, got {num_replaced}")
     weakness = {name: -drop_scores[name] for name in indices}
-    drop = {name: d.long() for name, d in joint_top_k(weakness, num_replaced).items()}
+    drop = _joint_top_k(weakness, num_replaced, " (drop scores)")
     eligible = {name: _eligible(indices[name], drop[name], candidates[name].indices) for name in indices}
     scores = {name: candidates[name].scores[eligible[name]] for name in indices}
     num_grown = min(num_replaced, sum(e.numel() for e in eligible.values()))
-    chosen = {name: eligible[name][best.long()] for name, best in joint_top_k(scores, num_grown).items()}
+    best = _joint_top_k(scores, num_grown, " (candidates)")
+    chosen = {name: eligible[name][best[name]] for name in indices}
 
     leaving: dict[str, Tensor] = {}
     entering: dict[str, Tensor] = {}
@@ -174,9 +180,15 @@ def redistribute(
         leaving[name] = drop[name][~stays[drop[name]]]
     num_entering = sum(e.numel() for e in entering.values())
     if num_entering < sum(d.numel() for d in leaving.values()):
-        weakest = joint_top_k({name: weakness[name][leaving[name]] for name in indices}, num_entering)
-        leaving = {name: leaving[name][weakest[name].long()] for name in indices}
+        weakest = _joint_top_k({name: weakness[name][leaving[name]] for name in indices}, num_entering, "")
+        leaving = {name: leaving[name][weakest[name]] for name in indices}
     return {name: _assemble(indices[name], leaving[name], candidates[name], entering[name]) for name in indices}
+
+
+def _joint_top_k(scores: Mapping[str, Tensor], k: int, what: str) -> dict[str, Tensor]:
+    """`joint_top_k` as int64 positions; `what` follows the tensor's name in errors."""
+    selected = joint_top_k({name + what: score for name, score in scores.items()}, k)
+    return {name: selected[name + what].long() for name in scores}
 
 
 def _check_shapes(name: str, indices: Tensor, drop_scores: Tensor, candidates: Candidates) -> None:
