@@ -72,6 +72,10 @@ class SM3(Float32StateMixin, Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps})
         self.deltas = list(deltas)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made along with the model knows the copied deltas.
+        return {**super().__getstate__(), "deltas": self.deltas}
+
     def row_accumulator(self, values: Tensor) -> Tensor:
         """[O] float32, the accumulators of the rows of the weight that these values stand in.
 
