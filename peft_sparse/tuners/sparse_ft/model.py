@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from . import compose, drivers, state
 from .config import SparseConfig
+from .dense import Dequantization
 from .embedding import Embedding
 from .iteration import iter_deltas, iter_layers
 from .layer import SparseLayer
-from .packed import own_parameters
+from .packed import hold_layouts, own_parameters, release_layouts
+from .quantized import warn_of_loss
 from .support import model_numel, plan_counts, select_random
 from .targets import Targets, find_targets, is_excluded, named_targets
 from .wrap import wrapper_for
@@ -83,6 +85,7 @@ class SparseModel(BaseTuner):
             raise
         config.target_modules = _without_embedding_names(requested.target_modules, self._targets)
         self._mark_tied(model, adapter_name)
+        hold_layouts(model)
         if source is not None:
             for name, _, _, delta in iter_deltas(model, adapter_name):
                 if not delta.values.is_meta:
@@ -193,6 +196,11 @@ class SparseModel(BaseTuner):
         for _, _, _, delta in iter_deltas(self.model, adapter_name):
             delta.values.data = delta.values.data.to(dtype)
 
+    def train(self, mode: bool = True) -> SparseModel:
+        """torch's method; in training no quantised weight stays in a layout that only evaluates."""
+        hold_layouts(self.model, undo=mode)
+        return super().train(mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and whatever drives it; if it alone was active, the first that is left takes over."""
         drivers.stop(self.model, adapter_name)
@@ -207,6 +215,8 @@ class SparseModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
 
+        Quantised weights are quantised again, which loses much of a small delta: a warning says how much.
+
         Args:
             adapter_names: the adapters to merge; the active ones if None.
             safe_merge: refuse values that are not finite, before any layer is touched.
@@ -214,6 +224,34 @@ class SparseModel(BaseTuner):
         if safe_merge:
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        warn_of_loss(iter_layers(self.model), way_back="unmerge_adapter() gives the old ones back bit for bit; ")
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge adapters into the base weights for good (PEFT's method, with one more argument).
+
+        Args:
+            progressbar, safe_merge, adapter_names: as PEFT's.
+            dequantize: give an unquantised model, which takes the delta without loss, see `Dequantization`; otherwise a
+                quantised one takes it with a loss that a warning puts in numbers.
+
+        Returns:
+            the base model without tuner layers.
+        """
+        if not dequantize:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if safe_merge:
+            self._check_finite(adapter_names)
+        dequantization = Dequantization(self.model)
+        drivers.stop(self.model)
+        dequantization.merge(adapter_names)
+        return dequantization.finish(super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
     def _unload_and_optionally_merge(
         self,
@@ -225,15 +263,18 @@ class SparseModel(BaseTuner):
         if merge and safe_merge:
             self._check_finite(adapter_names)
         drivers.stop(self.model)
+        layers = list(iter_layers(self.model))
         if not merge:
-            for _, layer in iter_layers(self.model):
+            for _, layer in layers:
                 layer.merged_adapters.clear()
                 layer.restore()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if merge:
+            warn_of_loss(layers, way_back="")
             _forget_broken_ties(model)
+        release_layouts(model)
         return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:

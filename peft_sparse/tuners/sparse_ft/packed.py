@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
 
@@ -81,7 +82,8 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor]:
 def parameter_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """Shape of a module's own parameter, that of the unpacked weight if the module is quantised."""
     if name == "weight" and find_backend(module) is not None and hasattr(module, "out_features"):
-        return (module.out_features, module.in_features)
+        shape = (module.out_features, module.in_features)
+        return shape[::-1] if is_transposed(module) else shape
     return tuple(getattr(module, name).shape)
 
 
@@ -96,26 +98,43 @@ def parameter_numel(module: nn.Module, name: str) -> int:
     return prod(parameter_shape(module, name))
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a quantised module stands for a `Conv1D`, whose weight is [I, O]: its transpose was quantised."""
+    return issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
+
+
 def dequantize(module: nn.Module, backend: QuantizationBackend) -> Tensor:
-    """The weight of a quantised linear layer: [O, I] in the dtype that it was quantised from, in memory of its own.
+    """The weight of a quantised linear layer as the unquantised model has it, in memory of its own.
+
+    Returns:
+        [O, I], or [I, O] in the place of a `Conv1D`, so that an adapter fits the model quantised or not; in the dtype
+        that it was quantised from.
 
     Raises:
         ConfigError: the weight was never quantised, or the backend cannot give it.
     """
-    weight = getattr(module, "weight", None)
-    undo_cpu_layout(module)
-    if getattr(weight, _QUANT_STATE, None) is None and getattr(module, _QUANT_STATE, None) is not None:
+    if is_packed_for_cpu(module):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(*unpack_from_cpu(module))
+    else:
+        weight = _base_weight(module, backend)
+    return (weight.t() if is_transposed(module) else weight).contiguous()
+
+
+def _base_weight(module: nn.Module, backend: QuantizationBackend) -> Tensor:
+    if getattr(module, _QUANT_STATE, None) is not None and not hasattr(module.weight, _QUANT_STATE):
         # FSDP makes plain tensors of the parameters; bitsandbytes' own forward begins like this.
         from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
         fix_4bit_weight_quant_state_from_module(module)
-    elif backend.backend_name.startswith("bnb") and not _is_quantized(module):
+    if backend.backend_name.startswith("bnb") and not _is_quantized(module):
         raise ConfigError(
             f"the weight of a {type(module).__name__} is not quantised yet: bitsandbytes does that when the model is "
             'moved to its device. Call model.to("cuda"), or to("cpu"), first.'
         )
     try:
-        return backend.get_base_weight(module).detach().contiguous()
+        return backend.get_base_weight(module).detach()
     except (NotImplementedError, TypeError) as error:
         raise ConfigError(
             f"the weight of a {type(module).__name__} cannot be dequantised by {backend.backend_name}: {error}"
@@ -175,36 +194,53 @@ class Packed:
             module.to(device)
 
 
-def keep_layout(module: nn.Module) -> None:
-    """Keep bitsandbytes from packing a 4-bit weight anew for processors with AVX512-BF16.
+def hold_layouts(model: nn.Module, *, undo: bool = False) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for processors with AVX512-BF16.
 
-    It does so in place, in the first forward without gradients, and rounds the block scales to bfloat16 for good. Its
-    own `dequantize_4bit` gives noise from then on, its training forward loses the gradient, and `state_dict`, which
-    packs back, leaves the scales of weights without double quantisation in the wrong order (all seen with 0.50.2).
+    It does so in place, in the first forward without gradients in evaluation, and rounds the block scales to bfloat16
+    for good. From then on a training forward of its layers fails, its own `dequantize_4bit` gives noise, and
+    `state_dict`, which packs back, leaves the scales of weights without double quantisation in the wrong order (all
+    seen with 0.50.2).
+
+    Args:
+        model: whose layers to hold as they are.
+        undo: pack those back that were packed anew already, for training; otherwise they stay, so that disabling the
+            adapters gives what the model gave in evaluation before.
     """
-    undo_cpu_layout(module)
-    if hasattr(module, _CPU_LAYOUT):
+    for module in model.modules():
+        if not hasattr(module, _CPU_LAYOUT):
+            continue
+        if is_packed_for_cpu(module):
+            if not undo:
+                continue
+            module.weight.data, module.weight.quant_state = unpack_from_cpu(module)
         setattr(module, _CPU_LAYOUT, False)
 
 
-def allow_layout(module: nn.Module) -> None:
-    """Undo `keep_layout`."""
-    if hasattr(module, _CPU_LAYOUT):
+def release_layouts(model: nn.Module) -> None:
+    """Undo `hold_layouts`."""
+    held = [module for module in model.modules() if hasattr(module, _CPU_LAYOUT)]
+    if held:
         from bitsandbytes.functional import has_avx512bf16
 
-        setattr(module, _CPU_LAYOUT, has_avx512bf16())
+        for module in held:
+            setattr(module, _CPU_LAYOUT, has_avx512bf16())
 
 
-def undo_cpu_layout(module: nn.Module) -> None:
-    """Pack a 4-bit weight back as it was before bitsandbytes packed it for the processor; the scales stay rounded."""
+def is_packed_for_cpu(module: nn.Module) -> bool:
+    """Whether bitsandbytes packed a 4-bit weight anew for this processor."""
     state = getattr(getattr(module, "weight", None), _QUANT_STATE, None)
-    if not getattr(state, "packing_format_for_cpu", False):
-        return
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def unpack_from_cpu(module: nn.Module) -> tuple[Tensor, Any]:
+    """A 4-bit weight as it was packed before, and its quantisation state; the scales stay rounded, and single."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+    state = copy.copy(module.weight.quant_state)
     # Quantising the scales again would round them a second time.
     state.original_nested = False
     scales = state.absmax.t().reshape(-1).float()
-    module.weight.data, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    packed, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
     state.absmax = scales
-    module.weight.quant_state = state
+    return packed, state

@@ -19,7 +19,7 @@ from ...core import ops
 from ...core.overlay import Overlay
 from .layer import flat
 from .linear import Linear
-from .packed import Packed, allow_layout, dequantize, keep_layout
+from .packed import Packed, dequantize, is_transposed
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,10 @@ class QuantizedLinear(Linear):
 
     def __init__(self, base_layer: nn.Module, *, backend: QuantizationBackend) -> None:
         super().__init__(base_layer)
+        self.fan_in_fan_out = is_transposed(self.get_base_layer())
         self.quantization_backend = backend
         self.merge_error: MergeError | None = None
         self._packed: Packed | None = None
-        keep_layout(self.get_base_layer())
-
-    def release(self) -> None:
-        """Give the base layer back as this layer found it, before it is unloaded."""
-        allow_layout(self.get_base_layer())
 
     # ---- forward ---------------------------------------------------------------------------------
 
@@ -99,13 +95,15 @@ class QuantizedLinear(Linear):
         with _cast_shared(x, dtype):
             given = x if _is_cast_shared(x, dtype) else x.to(dtype)
             if torch.compiler.is_compiling():
-                result = F.linear(given, self.effective("weight", adapters).to(dtype), bias)
+                weight = self.effective("weight", adapters).to(dtype)
+                result = F.linear(given, weight.t() if self.fan_in_fan_out else weight, bias)
             else:
                 result = ops.linear(
                     given,
                     partial(self.make_weight, tuple(adapters), dtype=dtype),
                     bias,
                     [(d.values, d.indices) for d in deltas],
+                    fan_in_fan_out=self.fan_in_fan_out,
                     observers=[d.observer for d in deltas if d.observer is not None],
                 )
         # A base layer with a compute dtype gives back what it was given, also under autocast.
@@ -118,7 +116,7 @@ class QuantizedLinear(Linear):
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def dequantized(self) -> Tensor:
-        """The base layer's weight without any delta, [O, I] in the dtype that it was quantised from: a new tensor."""
+        """The base layer's weight without any delta, in the dtype that it was quantised from: a new tensor."""
         module = self.get_base_layer() if self._packed is None else self._packed.stand_in()
         return dequantize(module, self.quantization_backend)
 
@@ -172,7 +170,7 @@ class QuantizedLinear(Linear):
             owner = owner.base_layer
         self._packed = Packed(owner)
         old = owner.base_layer
-        self.quantization_backend.set_base_weight(owner, weight)
+        self.quantization_backend.set_base_weight(owner, weight.t() if self.fan_in_fan_out else weight)
         if owner.base_layer is not old:
             # PEFT makes a new HQQ layer without a bias.
             owner.base_layer.bias = old.bias
