@@ -91,10 +91,7 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
         state["age"] = state["age"].to(values.device).expand(replacement.old_count)
     with torch.no_grad():
         for key, initial in _initial_values(optimizer, state, replacement.old_count):
-            fill: Tensor | float = 0.0
-            if seeds is not None or key in _NEEDED_WITHOUT_SEEDS:
-                fill = initial(known)
-            _carry(state, key, replacement, fill, values.device)
+            _carry(state, key, replacement, initial(known), values.device)
 
 
 def exchange(optimizer: Any, old: Tensor, new: Tensor) -> None:
@@ -113,6 +110,7 @@ def exchange(optimizer: Any, old: Tensor, new: Tensor) -> None:
 
 
 def _no_seeds(replacement: Replacement, values: Tensor) -> Seeds:
+    """No gradient seen: every rule below makes of it what the optimizer itself starts from."""
     zero = torch.zeros(replacement.num_grown, device=values.device)
     return Seeds(zero, zero, 0)
 
@@ -175,9 +173,6 @@ def _shared_mean_square(known: _Known) -> Tensor:
 def _learning_rate(known: _Known) -> float:
     return float(known.group["lr"])
 
-
-# Zero is no neutral value for these: a step size of zero would never move its weight.
-_NEEDED_WITHOUT_SEEDS = {"step_size"}
 
 _ADAM: dict[str, _Initial] = {
     "exp_avg": _shared_mean,
