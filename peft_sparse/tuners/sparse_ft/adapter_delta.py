@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -16,6 +19,8 @@ from ...core.observer import GradientObserver
 from ...errors import FormatError
 from . import regularization
 
+logger = logging.getLogger(__name__)
+
 
 class AdapterDelta(nn.Module):
     """One adapter's delta on one tensor of a layer.
@@ -26,11 +31,13 @@ class AdapterDelta(nn.Module):
     Args:
         shape: shape of the tuned tensor.
         count: number of tuned weights; their indices are unset (0, 1, 2, ...) until `set_support` or a load.
-        dtype: dtype of the values.
+        dtype: dtype of the values. `Module.to(dtype)`, `half()` and their like change it; an assignment to
+            `values.data` does not, see `keep_dtype`.
         device: where values and indices live.
 
     Attributes:
         values: [k] trainable.
+        values_dtype: what dtype they are meant to have.
         indices: [k] buffer, flat row-major, sorted and unique; int32, or int64 for tensors of 2**31 elements and more.
         support_version: grows whenever the indices change.
         l1_coefficient: lambda/N, what `penalise` set.
@@ -43,6 +50,8 @@ class AdapterDelta(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.values = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
+        self.values_dtype = dtype
+        self._own_values = weakref.ref(self.values)
         indices = torch.arange(count, dtype=index_dtype(self.numel), device=device)
         self.register_buffer("indices", indices, persistent=False)
         self.support_version = 0
@@ -83,12 +92,49 @@ class AdapterDelta(nn.Module):
         if values is None:
             values = torch.zeros(indices.numel())
         self.values.grad = None
-        self.values.data = values.detach().to(device=device, dtype=self.values.dtype, copy=True)
+        self.values.data = values.detach().to(device=device, dtype=self.values_dtype, copy=True)
         self._set_indices(indices.to(device, copy=True))
 
     def _set_indices(self, indices: Tensor) -> None:
         self.indices = indices
         self.support_version += 1
+        self._own_values = weakref.ref(self.values)
+
+    @torch.compiler.disable
+    def keep_dtype(self, *, in_forward: bool = False) -> None:
+        """Give the values their dtype back if they were cast by an assignment to `values.data`; says so once.
+
+        TRL's trainers do that to all that is trainable over a quantised base, and in bfloat16 most updates are lost.
+        Tensors that FSDP puts in the place of the parameter are left alone.
+
+        Args:
+            in_forward: several processes may have built on the parameter as it is (DDP would lose its hooks), so that
+                then a warning must do.
+        """
+        values, narrow = self.values, self.values.dtype
+        if narrow == self.values_dtype or self._own_values() is not values or hasattr(values, "ds_id"):
+            return
+        if in_forward and _in_several_processes():
+            _warn_once(
+                f"The values of a sparse adapter train in {narrow} instead of {self.values_dtype}: the trainer cast "
+                "them before it distributed the model. Use SparseSFTTrainer, or sparse_trainer(...) of your trainer."
+            )
+            return
+        gradient, values.grad = values.grad, None
+        values.data = values.data.to(self.values_dtype)
+        values.grad = None if gradient is None else gradient.to(self.values_dtype)
+        _warn_once(
+            f"The values of a sparse adapter had been cast to {narrow} (TRL's trainers do that over a quantised base) "
+            f"and are {self.values_dtype} again. Those that were not zero were rounded: to go on with a trained "
+            "adapter, load it after the trainer is made."
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterDelta:
+        before = self.values.dtype
+        super()._apply(fn, recurse)
+        if self.values.dtype != before:
+            self.values_dtype = self.values.dtype
+        return self
 
     def penalise(self, l1_coefficient: float) -> None:
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
@@ -102,9 +148,13 @@ class AdapterDelta(nn.Module):
         """The L1 penalty on the values."""
         yield regularization.Pull(self.values, self.l1_coefficient)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_own_values"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy, or an unpickled model, is penalised like what it was made from.
         super().__setstate__(state)
+        self._own_values = weakref.ref(self.values)
         if self.l1_coefficient:
             regularization.watch(self)
 
@@ -127,12 +177,27 @@ class AdapterDelta(nn.Module):
         incoming = state_dict.get(prefix + "values")
         if incoming is not None and incoming.dim() != 1:
             raise FormatError(f"{prefix}values must be one-dimensional, got shape {tuple(incoming.shape)}")
-        if incoming is not None and incoming.shape != self.values.shape:
+        own = self._own_values() is self.values
+        dtype = self.values_dtype if own else self.values.dtype
+        if incoming is not None and (incoming.shape != self.values.shape or dtype != self.values.dtype):
             # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for
             # optimizers.
             self.values.grad = None
-            self.values.data = self.values.new_empty(incoming.shape)
+            self.values.data = self.values.new_empty(incoming.shape, dtype=dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, count={self.count}, dtype={self.values.dtype}"
+
+
+def _in_several_processes() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

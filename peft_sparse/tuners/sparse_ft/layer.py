@@ -131,7 +131,16 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
             self.restore()
             return self.base_layer(x, *args, **kwargs)
+        if torch.is_grad_enabled():
+            self.keep_dtypes(in_forward=True)
         return self._delta_forward(self.active_adapters, x, *args, **kwargs)
+
+    def keep_dtypes(self, *, in_forward: bool = False) -> None:
+        """Undo casts of the active adapters' values that nobody asked for: see `AdapterDelta.keep_dtype`."""
+        for parameter in PARAMETERS:
+            for delta in self.active_deltas(parameter):
+                if delta.values.dtype != delta.values_dtype:
+                    delta.keep_dtype(in_forward=in_forward)
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
