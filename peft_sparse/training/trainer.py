@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..errors import ConfigError
 from ..tuners.sparse_ft.config import SparseConfig
-from ..tuners.sparse_ft.iteration import iter_deltas
+from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
 from .dense_checkpoint import load_dense_phase, save_dense_phase
 from .dense_phase import DensePhase
@@ -97,6 +97,9 @@ class TwoPhaseTraining(_Base):
             SelectionError: fewer weights moved in the dense phase than the adapter asks for.
         """
         with self._model_made_once(trial):
+            # TRL has cast them if the base is quantised; DDP has to find them as they train.
+            for _, layer in iter_layers(self.model):
+                layer.keep_dtypes()
             adapter = self._unselected_adapter()
             if adapter is None:
                 with resident(self.model):
