@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "SM3",
     "ConfigError",
     "DensePhase",
     "FormatError",
@@ -40,7 +41,6 @@ __all__ = [
     "RandConfig",
     "Reselection",
     "Reselector",
-    "SM3",
     "SelectionError",
     "SparseAdamW",
     "SparseConfig",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...core.delta import SparseDelta
 from ...core.gaps import decode_gaps, encode_gaps
 from ...core.indices import check_indices, index_dtype
 from ...core.observer import GradientObserver
-from ...errors import FormatError
+from ...core.sharded import is_sharded, overwrite, sharded_like, whole
+from ...errors import ConfigError, FormatError
 from . import regularization
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class AdapterDelta(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], count: int, *, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
+        self._shards: list[nn.Parameter] = []
         self.shape = tuple(shape)
         self.values = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
         self.values_dtype = dtype
@@ -57,6 +60,17 @@ class AdapterDelta(nn.Module):
         self.support_version = 0
         self.l1_coefficient = 0.0
         self.observer: GradientObserver | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 exchanges the parameter: in a forward or backward pass it is all there, between them in shards.
+        if name == "values" and is_sharded(value):
+            self._shards = [value]
+        super().__setattr__(name, value)
+
+    @property
+    def held_values(self) -> nn.Parameter:
+        """The parameter that optimizers hold: `values`, or what stands in its place outside of FSDP2's passes."""
+        return self._shards[0] if self._shards else self.values
 
     @property
     def numel(self) -> int:
@@ -69,9 +83,18 @@ class AdapterDelta(nn.Module):
         return self.values.numel()
 
     @property
+    def takes_part(self) -> bool:
+        """Whether a forward has to know of this delta: it holds weights, is watched, or DDP waits for its gradient."""
+        if self.count or self.observer is not None:
+            return True
+        return (
+            bool(self.support_version) and self.values.requires_grad and dist.is_available() and dist.is_initialized()
+        )
+
+    @property
     def delta(self) -> SparseDelta:
-        """The delta as plain tensors, sharing memory with this module."""
-        return SparseDelta(self.indices, self.values.detach(), self.shape)
+        """The delta as plain tensors, sharing memory with this module; gathered by every process if it is sharded."""
+        return SparseDelta(self.indices, whole(self.values), self.shape)
 
     def set_support(self, indices: Tensor, values: Tensor | None = None) -> None:
         """Put the adapter on other weights, keeping the identity of the parameter `values`.
@@ -82,18 +105,35 @@ class AdapterDelta(nn.Module):
 
         Raises:
             ValueError: the indices do not fit the tensor, or the values do not fit the indices.
+            ConfigError: another number of weights than before, and FSDP2 has sharded the values.
         """
         check_indices(indices, self.numel, name=f"a tensor of shape {self.shape}")
         if values is not None and values.shape != indices.shape:
             raise ValueError(
                 f"values must have one entry per index, got {tuple(values.shape)} for {tuple(indices.shape)} indices"
             )
-        device = self.indices.device if self.values.is_meta else self.values.device
         if values is None:
             values = torch.zeros(indices.numel())
+        if self._shards:
+            self._overwrite_shards(values)
+            self._set_indices(indices.to(self.indices.device, copy=True))
+            return
+        device = self.indices.device if self.values.is_meta else self.values.device
         self.values.grad = None
         self.values.data = values.detach().to(device=device, dtype=self.values_dtype, copy=True)
         self._set_indices(indices.to(device, copy=True))
+
+    def _overwrite_shards(self, values: Tensor) -> None:
+        if values.numel() != self.count:
+            raise ConfigError(
+                f"the values must keep their number, {self.count}, while FSDP2 shards them; got {values.numel()}. Select "
+                "or load the weights first, and call fully_shard after that."
+            )
+        values = values.detach().to(self.values.dtype)
+        self.held_values.grad = None
+        overwrite(self.held_values, values)
+        if not is_sharded(self.values):
+            overwrite(self.values, values.to(self.values.device))
 
     def _set_indices(self, indices: Tensor) -> None:
         self.indices = indices
@@ -173,18 +213,35 @@ class AdapterDelta(nn.Module):
         )
         self._set_indices(indices.to(self.indices.device))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        incoming = state_dict.get(prefix + "values")
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.indices.is_meta:
+            # Nothing to encode. accelerate puts a model there for a moment before it shards it.
+            del destination[f"{prefix}_extra_state"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        incoming = state_dict.get(f"{prefix}values")
         if incoming is not None and incoming.dim() != 1:
             raise FormatError(f"{prefix}values must be one-dimensional, got shape {tuple(incoming.shape)}")
-        own = self._own_values() is self.values
-        dtype = self.values_dtype if own else self.values.dtype
-        if incoming is not None and (incoming.shape != self.values.shape or dtype != self.values.dtype):
+        if incoming is not None and self._shards and not is_sharded(incoming):
+            self._overwrite_shards(incoming)
+            state_dict = {**state_dict, f"{prefix}values": sharded_like(incoming, self.held_values)}
+        elif incoming is not None and incoming.shape != self.values.shape:
             # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for
             # optimizers.
             self.values.grad = None
-            self.values.data = self.values.new_empty(incoming.shape, dtype=dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            self.values.data = self.values.new_empty(incoming.shape)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        if self.indices.is_meta and f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, count={self.count}, dtype={self.values.dtype}"

@@ -178,6 +178,10 @@ class SparseConfig(PeftConfig):
         verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; sets as sorted lists, so that equal configs give equal files."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config (PEFT's method), and this library's part of the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)

@@ -95,10 +95,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
-        """The deltas on one tensor that hold weights or are watched, of `adapters` (None: the active ones), in order."""
+        """The deltas on one tensor that take part in a forward, of `adapters` (None: the active ones), in that order."""
         held = self.deltas_of(parameter)
         names = self.active_adapters if adapters is None else adapters
-        return [held[name] for name in names if name in held and (held[name].count or held[name].observer)]
+        return [held[name] for name in names if name in held and held[name].takes_part]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, out of the base parameters first if it stands there."""
@@ -284,11 +284,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             merged = overlay.entries(self.pristine(parameter, overlay), values)
             if not bool(torch.isfinite(merged).all()):
                 overflows = all(bool(torch.isfinite(v).all()) for v in values)
-                why = f"its sum with the weight overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
+                why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
                 # The first sentences are PEFT's: its tests match them for every tuner.
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. "
-                    "The base model is unchanged."
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}."
+                    " The base model is unchanged."
                 )
 
     def unmerge(self) -> None:

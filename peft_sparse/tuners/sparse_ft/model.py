@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from . import compose, drivers, state
-from .config import SparseConfig
+from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
 from .dense import Dequantization
 from .embedding import Embedding
 from .iteration import iter_deltas, iter_layers
@@ -83,7 +83,7 @@ class SparseModel(BaseTuner):
             if len(self.peft_config) > 1:
                 del self.peft_config[adapter_name]
             raise
-        config.target_modules = _without_embedding_names(requested.target_modules, self._targets)
+        config.target_modules = _stored_target_modules(requested, self._targets)
         self._mark_tied(model, adapter_name)
         hold_layouts(model)
         if source is not None:
@@ -359,7 +359,7 @@ def _plan(config: SparseConfig, model: nn.Module) -> tuple[Targets, dict[str, in
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
     for name, parameters in targets.items():
-        wrapper_for(modules[name], name)
+        wrapper_for(modules[name], name, parent=model.get_submodule(name.rpartition(".")[0]))
         if not parameters:
             raise ConfigError(
                 f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
@@ -372,18 +372,19 @@ def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
     return args, {**kwargs, "adapter_names": names}
 
 
-def _without_embedding_names(requested: Any, targets: Targets) -> Any:
-    """The user's `target_modules`, with bare embedding names spelled out as full paths.
+def _stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
+    """The user's `target_modules` in the forms that PEFT can do with: a set or a string, and no bare embedding names.
 
     PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that
     name or by a regex.
     """
-    hits = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
-    if not hits or requested in (None, "all", "all-linear"):
-        return requested
+    requested = config.target_modules
+    if requested is None:
+        return set() if config.target_parameters or config.target_norms else ALL_LINEAR
+    embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
     if isinstance(requested, str):
-        return sorted(targets)
-    return sorted({*(t for t in requested if t not in ("embed_tokens", "lm_head")), *hits})
+        return set(targets) if embeddings and requested not in (ALL_LINEAR, ALL_PARAMETERS) else requested
+    return {name for name in requested if name not in ("embed_tokens", "lm_head")} | embeddings
 
 
 def _forget_broken_ties(model: nn.Module) -> None:

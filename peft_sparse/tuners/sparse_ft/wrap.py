@@ -21,19 +21,24 @@ from .own_forward import OwnForward
 from .packed import check_tunable, find_backend, is_packed
 from .quantized import QuantizedLinear
 
-SUPPORTED = (
-    "nn.Linear, transformers' Conv1D, nn.Embedding, nn.LayerNorm, transformers' RMSNorms, nn.Conv1d and nn.Conv2d"
-)
+SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Embedding, norms, nn.Conv1d and nn.Conv2d"
+# Modules that their parent does not call but reads the weight of, so that a delta in their forward would not act.
+READ_BY_PARENT = {("DebertaEncoder", "rel_embeddings"), ("DebertaV2Encoder", "rel_embeddings")}
 
 
 def wrapper_for(
-    module: nn.Module, name: str, *, quantization: Mapping[str, Any] | None = None
+    module: nn.Module,
+    name: str,
+    *,
+    parent: nn.Module | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[nn.Module], SparseLayer]:
     """What puts the right `SparseLayer` around a module.
 
     Args:
         module: the module to tune, or a tuner layer of PEFT's that stands around it.
         name: its path in the model, for the error.
+        parent: the module that holds it, if that is to be checked.
         quantization: what PEFT's `get_quantization_kwargs` finds in the model.
 
     Returns:
@@ -44,6 +49,11 @@ def wrapper_for(
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base)
+    if parent is not None and (type(parent).__name__, name.rpartition(".")[2]) in READ_BY_PARENT:
+        raise ConfigError(
+            f"{name} is never called: {type(parent).__name__} reads its weight, and would not see the delta on it. "
+            f"Leave it out with exclude_modules=[{name!r}]."
+        )
     backend = find_backend(base, quantization)
     if backend is not None:
         check_tunable(base, backend, name)
@@ -61,7 +71,7 @@ def wrapper_for(
         return Embedding if is_lookup else OwnForward
     if isinstance(base, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
         return LayerNorm
-    if is_rms_norm(base):
+    if is_norm(base):
         return OwnForward
     if isinstance(base, (nn.Conv1d, nn.Conv2d)) and kind.forward in (nn.Conv1d.forward, nn.Conv2d.forward):
         return Conv
@@ -72,19 +82,13 @@ def wrapper_for(
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer that can carry a delta."""
-    return (isinstance(module, nn.LayerNorm) and module.elementwise_affine) or is_rms_norm(module)
+    """Whether a module is a normalisation layer that can carry a delta.
 
-
-def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is a root-mean-square norm: by class name, with one vector `weight` and no other parameter."""
-    kind = type(module).__name__
-    parameters = dict(module.named_parameters())
-    return (
-        ("RMSNorm" in kind or kind == "T5LayerNorm")
-        and list(parameters) == ["weight"]
-        and parameters["weight"].dim() == 1
-    )
+    By class name; its parameters are `weight`, which a layer norm may have in more than one dimension, and perhaps
+    `bias`.
+    """
+    names = {name for name, _ in module.named_parameters()}
+    return "Norm" in type(module).__name__ and "weight" in names and names <= {"weight", "bias"}
 
 
 def is_linear(module: nn.Module) -> bool:

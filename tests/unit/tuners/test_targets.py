@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -135,6 +137,14 @@ def test_a_refused_second_adapter_leaves_the_first_alone():
         model.add_adapter("second", RandConfig(density=0.1, target_parameters=["absent"]))
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model(x).logits, before)
+
+
+def test_an_embedding_that_is_read_and_never_called_is_refused():
+    fields = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
+    base = DebertaV2Model(DebertaV2Config(**SMALL, **fields))
+    with pytest.raises(ConfigError, match="encoder.rel_embeddings is never called: DebertaV2Encoder reads its weight"):
+        get_peft_model(base, RandConfig(density=0.5, target_modules="all"))
+    assert "encoder.LayerNorm.bias" in counts(base, target_modules="all", exclude_modules=["rel_embeddings"])
 
 
 def test_a_module_whose_parent_reads_its_weight_is_refused():
