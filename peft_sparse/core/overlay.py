@@ -55,7 +55,11 @@ class Overlay:
         """A copy of `weight` with the deltas in it; `weight` itself is left alone and no gradient is recorded."""
         weight = weight.detach()
         result = weight.clone(memory_format=torch.contiguous_format)
-        flat, indices = result.view(-1), self.indices
+        flat = result.view(-1)
+        if self._slots is None and values[0].dtype == flat.dtype and flat.dtype in (torch.float32, torch.float64):
+            # The common case in one pass; nothing is rounded twice here, so the numbers are those of `entries`.
+            return flat.index_add_(0, self._union, values[0].detach()).view(result.shape)
+        indices = self.indices
         flat[indices] = self.entries(flat[indices], values)
         return result
 
