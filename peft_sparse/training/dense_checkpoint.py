@@ -101,5 +101,5 @@ def _digest(tensor: Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(flat.numpy())
+    digest.update(flat.numpy().data)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,15 @@ class Target:
     delta: AdapterDelta
 
     @property
+    def module(self) -> nn.Module:
+        """The module of the base model that holds the parameter."""
+        layer: Any = self.layer
+        return layer.get_base_layer()
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The base parameter as it stands now."""
-        return getattr(self.layer.get_base_layer(), self.which)
+        return getattr(self.module, self.which)
 
 
 class DensePhase:
@@ -86,7 +93,7 @@ class DensePhase:
         self._root = base_model_of(model)
         self._selection: dict[str, Tensor] | None = None
         self.l1_coefficient = config.l1 / model_numel(self._root) if config.l1 else 0.0
-        self._ties = Ties.untie(self._root, [(t.layer.get_base_layer(), t.which) for t in targets])
+        self._ties = Ties.untie(self._root, [(t.module, t.which) for t in targets])
         own = {id(parameter) for t in targets for parameter in (t.parameter, t.delta.values)}
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
         buffers = {n: b for n, b in model.named_buffers() if "sparse_ft_" not in n}

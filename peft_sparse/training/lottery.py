@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, SelectionError
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas, iter_layers
+from ..tuners.sparse_ft.packed import find_backend, is_packed
 from .dense_phase import PHASE_ATTRIBUTE, DensePhase, Target
 from .distributed import refuse_sharded
 
@@ -129,15 +130,16 @@ def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) ->
 
 
 def _check_target(adapter_name: str, target: Target) -> None:
-    if adapter_name not in target.layer.active_adapters or target.layer.disable_adapters:
+    layer: Any = target.layer
+    if adapter_name not in layer.active_adapters or layer.disable_adapters:
         raise ConfigError(
             f"adapter {adapter_name!r} must be active for its dense phase: model.set_adapter({adapter_name!r})"
         )
-    if target.layer.merged:
+    if layer.merged:
         raise ConfigError(
-            f"adapters {target.layer.merged_adapters} are merged into {target.name}: model.unmerge_adapter() first."
+            f"adapters {layer.merged_adapters} are merged into {target.name}: model.unmerge_adapter() first."
         )
-    if target.layer.quantization_backend is not None or not target.parameter.is_floating_point():
+    if (target.which == "weight" and find_backend(target.module) is not None) or is_packed(target.parameter):
         raise ConfigError(
             f"{target.name} is quantised, and a dense phase trains the base weights themselves. Load the base "
             "unquantised, or use a method without a dense phase: SpIEL, or Rand-SFT (RandConfig)."

@@ -43,7 +43,7 @@ class Ties:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 owner = owners.get(id(parameter))
-                if owner is None:
+                if owner is None or parameter is None:
                     continue
                 both_look_up = isinstance(owner, nn.Embedding) and isinstance(module, nn.Embedding)
                 if module is not owner and not both_look_up:

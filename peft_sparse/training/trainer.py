@@ -30,7 +30,9 @@ from .resume import DENSE_FOLDER, SELECTION_FILE, SELECTION_FOLDER, ResumePoint,
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    _Base = Trainer
+
+    class _Base(Trainer): ...
+
 else:
     _Base = object
 
@@ -62,6 +64,11 @@ class TwoPhaseTraining(_Base):
     Raises:
         ConfigError: `dense_args` names an unknown field, or one that holds for both phases.
     """
+
+    # The trainer's own, which the phases exchange.
+    args: Any
+    model_init: Any
+    _train_batch_size: int
 
     def __init__(self, *args: Any, dense_args: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._phase: DensePhase | None = None
@@ -324,7 +331,7 @@ class _NamePhase(TrainerCallback):
         if name is None:
             return
         for callback in self._trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
+            bar: Any = getattr(callback, "training_bar", None)
             if hasattr(bar, "set_description"):
                 bar.set_description(f"{name} phase")
 
