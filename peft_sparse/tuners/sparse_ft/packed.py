@@ -113,26 +113,26 @@ def dequantize(module: nn.Module, backend: QuantizationBackend) -> Tensor:
     Raises:
         ConfigError: the weight was never quantised, or the backend cannot give it.
     """
-    if is_packed_for_cpu(module):
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(*unpack_from_cpu(module))
-    else:
-        weight = _base_weight(module, backend)
+    weight = _dequantize_4bit(module) if hasattr(module, _QUANT_STATE) else _base_weight(module, backend)
     return (weight.t() if is_transposed(module) else weight).contiguous()
 
 
-def _base_weight(module: nn.Module, backend: QuantizationBackend) -> Tensor:
-    if getattr(module, _QUANT_STATE, None) is not None and not hasattr(module.weight, _QUANT_STATE):
-        # FSDP makes plain tensors of the parameters; bitsandbytes' own forward begins like this.
-        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+def _dequantize_4bit(module: nn.Module) -> Tensor:
+    # What PEFT's backend does, in a way that torch.compile can follow.
+    from bitsandbytes.functional import dequantize_4bit
 
-        fix_4bit_weight_quant_state_from_module(module)
-    if backend.backend_name.startswith("bnb") and not _is_quantized(module):
-        raise ConfigError(
-            f"the weight of a {type(module).__name__} is not quantised yet: bitsandbytes does that when the model is "
-            'moved to its device. Call model.to("cuda"), or to("cpu"), first.'
-        )
+    if is_packed_for_cpu(module):
+        return dequantize_4bit(*unpack_from_cpu(module))
+    # FSDP makes plain tensors of parameters; the module keeps the state, too.
+    state = getattr(module.weight, _QUANT_STATE, None) or module.quant_state
+    if state is None:
+        raise _not_quantized(module)
+    return dequantize_4bit(module.weight.data, state)
+
+
+def _base_weight(module: nn.Module, backend: QuantizationBackend) -> Tensor:
+    if hasattr(module, _STATE) and module.weight.dtype != torch.int8:
+        raise _not_quantized(module)
     try:
         return backend.get_base_weight(module).detach()
     except (NotImplementedError, TypeError) as error:
@@ -141,10 +141,11 @@ def _base_weight(module: nn.Module, backend: QuantizationBackend) -> Tensor:
         ) from error
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    if hasattr(module, _QUANT_STATE):
-        return getattr(module.weight, _QUANT_STATE, None) is not None
-    return module.weight.dtype == torch.int8
+def _not_quantized(module: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"the weight of a {type(module).__name__} is not quantised yet: bitsandbytes does that when the model is moved "
+        'to its device. Call model.to("cuda"), or model.to("cpu"), first.'
+    )
 
 
 class Packed:
