@@ -1,0 +1,61 @@
+"""Tensors of which this process holds a part (the DTensors of FSDP2), seen as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Told by its interface: torch.distributed.tensor is slow to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def how_sharded(tensor: Tensor) -> str | None:
+    """In words, who holds a tensor in parts, if anyone does."""
+    if is_sharded(tensor):
+        return "a DTensor (FSDP2, tensor parallelism)"
+    if hasattr(tensor, "ds_id"):
+        return "sharded by DeepSpeed ZeRO-3"
+    if hasattr(tensor, "_is_flat_param") or hasattr(tensor, "_fsdp_flattened"):
+        return "part of an FSDP unit"
+    return None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, outside of autograd. If it is sharded this is a collective: every process must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory, outside of autograd; all of it if it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A tensor that every process holds whole, cut up as `pattern` is; the tensor itself if that is not sharded.
+
+    Args:
+        tensor: the same on every process; of the shape of `pattern`.
+        pattern: sharded or not.
+    """
+    if not is_sharded(pattern):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = pattern.device_mesh, pattern.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None).to(pattern.device)
+
+
+def overwrite(tensor: Tensor, whole_tensor: Tensor) -> None:
+    """Write what every process holds whole into a tensor that may be sharded, in place.
+
+    Raises:
+        ValueError: the shapes differ; a sharded tensor cannot be given another.
+    """
+    if tensor.shape != whole_tensor.shape:
+        raise ValueError(f"shape must be {tuple(tensor.shape)}, got {tuple(whole_tensor.shape)}")
+    with torch.no_grad():
+        own_part(tensor).copy_(own_part(sharded_like(whole_tensor, tensor)))
