@@ -34,7 +34,8 @@ class Linear(SparseLayer):
         deltas = self.active_deltas("weight", adapters)
         if not deltas or weight.requires_grad or torch.compiler.is_compiling():
             # A trainable base weight (the dense phase under a frozen adapter) needs its own dense gradient; a compiler
-            # fuses this itself.
+            # fuses this itself. Resident mode may have left deltas in the base weight.
+            self.restore("weight")
             dense = self.effective("weight", adapters)
             return F.linear(x, dense.t() if self.fan_in_fan_out else dense, bias)
         make_weight = partial(self.make_weight, tuple(adapters))

@@ -1,0 +1,40 @@
+"""Resident mode beside the paths that add the delta densely: it must not stand in the weight twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_sparse import RandConfig, resident
+
+
+@pytest.fixture
+def tuned() -> nn.Module:
+    torch.manual_seed(0)
+    config = RandConfig(density=0.1, target_modules=["0"], target_biases=True, init_weights=False)
+    return get_peft_model(nn.Sequential(nn.Linear(16, 12)), config)
+
+
+def compile_it(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
+def unfreeze_the_base(model: nn.Module) -> nn.Module:
+    model.base_model.model[0].get_base_layer().weight.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("change", [compile_it, unfreeze_the_base])
+def test_a_dense_path_after_a_resident_forward(tuned, change):
+    x = torch.randn(5, 16)
+    weight = tuned.base_model.model[0].get_base_layer().weight
+    pristine = weight.detach().clone()
+    expected = tuned(x).detach()
+    with resident(tuned):
+        torch.testing.assert_close(tuned(x), expected)
+        assert not torch.equal(weight, pristine)
+        torch.testing.assert_close(change(tuned)(x), expected)
+    assert torch.equal(weight, pristine)
