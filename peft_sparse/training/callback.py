@@ -28,9 +28,15 @@ class ReselectionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        for reselector in iter_reselectors(model):
-            reselector.begin_training(state.max_steps)
-        if state.global_step and any(True for _ in iter_reselectors(model)):
+        reselectors = list(iter_reselectors(model))
+        # A sparse trainer has loaded the state already, from wherever its checkpoint lies.
+        is_loaded = state.global_step > 0 and all(r.update == state.global_step for r in reselectors)
+        for reselector in reselectors:
+            if is_loaded:
+                reselector.set_total_steps(state.max_steps)
+            else:
+                reselector.begin_training(state.max_steps)
+        if reselectors and state.global_step and not is_loaded:
             resume(model, args, state.global_step)
 
     def on_save(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.indices import positions, union
+from ..core.sharded import is_sharded, whole
 from ..selection.top_k import top_k
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
-from .distributed import mean_over_ranks
+from .distributed import means_over_ranks
 
 # Active weights that are watched along with the candidates. The gradient that the optimizer sees is known for them, so
 # they tell by how much clipping and loss scaling changed it.
@@ -51,13 +53,21 @@ class GradientTap:
     one is sampled at the watched positions alone. What the micro-batches of one update add up to is kept apart until
     `end_update`, so that an update that is skipped (a loss scaler that met an overflow) leaves no trace.
 
+    Of several processes each sees the gradient of its own share of the batch. The whole gradient is averaged over them
+    while it exists, so that all nominate what one process would that had the joined batch; the sums at the watched
+    positions are averaged once an update.
+
     Args:
+        name: of the tuned tensor.
         delta: the adapter's delta on the tensor.
         num_candidates: c, how many positions to nominate.
         estimate: sums to go on with, of a window that was interrupted.
     """
 
-    def __init__(self, delta: AdapterDelta, num_candidates: int, estimate: Estimate | None = None) -> None:
+    def __init__(
+        self, name: str, delta: AdapterDelta, *, num_candidates: int, estimate: Estimate | None = None
+    ) -> None:
+        self._name = name
         self._delta = delta
         self._num_candidates = min(num_candidates, delta.numel)
         self.estimate = estimate
@@ -76,48 +86,87 @@ class GradientTap:
         return None if self.estimate is None else self.estimate.indices
 
     def receive(self, gradient: Tensor) -> None:
-        """Add one micro-batch's gradient, choosing the candidates if it is the first of the window."""
+        """Add one micro-batch's gradient, choosing the candidates if it is the first of the window.
+
+        Raises:
+            SelectionError: the processes are in different layers, or a different part of the training.
+        """
         if self.estimate is None:
-            gradient = mean_over_ranks(gradient)
-            if not bool(torch.isfinite(gradient).all()):
+            (mean,) = means_over_ranks([gradient], what=self._name)
+            if not bool(torch.isfinite(mean).all()):
                 return  # an overflow under a loss scaler, whose update will be skipped
-            self._nominate(gradient)
-            gradient = gradient[self.wanted().long()]
-        if self._current is None or self._begins_update():
+            self.estimate = self._nominate(mean)
+            gradient = gradient[self.estimate.indices.long()]
+        if self._current is None or self._begins_update(self._current):
             self._current = torch.zeros_like(self.estimate.total)
         self._current += gradient
 
-    def _nominate(self, gradient: Tensor) -> None:
+    def _nominate(self, gradient: Tensor) -> Estimate:
         size = gradient.abs()
         active = self._delta.indices
         probes = active[size[active.long()].topk(min(NUM_PROBES, active.numel())).indices].sort().values
         indices = union([top_k(size, self._num_candidates, name="the gradient"), probes])
         zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=gradient.device)
-        self.estimate = Estimate(indices, zeros, zeros.clone())
+        return Estimate(indices, zeros, zeros.clone())
 
-    def _begins_update(self) -> bool:
-        # A skipped update ends in zero_grad without a step; within one, earlier micro-batches have left a gradient.
-        left = self._delta.values.grad
-        return left is None or not bool(left.any())
+    def _begins_update(self, current: Tensor) -> bool:
+        """Whether the update that `current` belongs to was skipped: it ended in zero_grad without a step."""
+        held = self._delta.held_values
+        if is_sharded(held):
+            # FSDP2 keeps what it has accumulated where nobody sees it, so only an overflow tells.
+            return not bool(torch.isfinite(current).all())
+        if held.grad is None:
+            return True
+        # Gradients that were set to zero; those that are zero say nothing: a batch may miss every tuned row.
+        _, is_active = positions(self._delta.indices, self.estimate.indices)
+        return not bool(held.grad.any()) and bool(current[is_active].any())
 
-    def scale_terms(self) -> tuple[float, float]:
+    def take(self) -> Tensor | None:
+        """[c] what the backward passes of an update gave, if there were any; the next update begins."""
+        current, self._current = self._current, None
+        return current
+
+    def scale_terms(self, given: Tensor) -> tuple[float, float]:
         """<g, r> and <r, r> over the probes: the gradient g that the optimizer sees, and r that the backwards gave.
 
         The ratio of their sums over all tensors is the factor of clipping and unscaling.
+
+        Args:
+            given: [c] what the backward passes gave, over all processes.
         """
-        if self._current is None or self._delta.values.grad is None:
+        gradient = self._delta.held_values.grad
+        if gradient is None:
             return 0.0, 0.0
         where, is_active = positions(self._delta.indices, self.estimate.indices)
-        seen = self._delta.values.grad[where[is_active]].double()
-        given = mean_over_ranks(self._current)[is_active].double()
-        return float(seen @ given), float(given @ given)
+        seen = whole(gradient).to(given.device)[where[is_active]].double()
+        probes = given[is_active].double()
+        return float(seen @ probes), float(probes @ probes)
 
-    def end_update(self, scale: float) -> None:
-        """Count the update that the optimizer has just made, whose gradient it saw multiplied by `scale`."""
-        if self._current is None:
-            return
-        gradient = mean_over_ranks(self._current) * scale
-        self.estimate.total += gradient
-        self.estimate.total_squared += gradient.square()
-        self.estimate.updates += 1
-        self._current = None
+
+def end_update(taps: Iterable[GradientTap], *, what: str) -> None:
+    """Count the update that an optimizer has just made, in all watched tensors of an adapter.
+
+    Args:
+        taps: the same on every process, and in the same order.
+        what: the update's name, the same on every process.
+
+    Raises:
+        SelectionError: the processes did not make the same update.
+    """
+    taps = [tap for tap in taps if tap.estimate is not None]
+    if not taps:
+        return
+    taken = [tap.take() for tap in taps]
+    sums = [torch.zeros_like(tap.estimate.total) if t is None else t for tap, t in zip(taps, taken, strict=True)]
+    was_seen = torch.tensor([float(t is not None) for t in taken], device=sums[0].device)
+    *sums, was_seen = means_over_ranks([*sums, was_seen], what=what)
+    seen = [(tap, given) for tap, given, share in zip(taps, sums, was_seen.tolist(), strict=True) if share]
+    terms = [tap.scale_terms(given) for tap, given in seen]
+    norm = sum(squared for _, squared in terms)
+    # What clipping and unscaling made of the gradients; 1 where no watched weight had any.
+    scale = sum(product for product, _ in terms) / norm if norm else 1.0
+    for tap, given in seen:
+        gradient = given * scale
+        tap.estimate.total += gradient
+        tap.estimate.total_squared += gradient.square()
+        tap.estimate.updates += 1

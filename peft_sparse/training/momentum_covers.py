@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ..core.sharded import whole
 from ..optim.sm3 import SM3, accumulate
 from ..selection.momentum import grow_candidates
 from ..selection.replacement import Candidates
@@ -30,16 +31,18 @@ class MomentumCovers:
     def after_step(self, optimizer: Optimizer) -> None:
         """Take one update's gradients into account."""
         for name, delta in self._deltas.items():
-            if delta.values.grad is None:
+            gradient = delta.held_values.grad
+            if gradient is None:
                 continue
             if isinstance(optimizer, SM3):
-                self._covers[name] = optimizer.row_accumulator(delta.values), optimizer.column_accumulator(delta.values)
+                held = delta.held_values
+                self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
                 continue
             if name not in self._covers:
                 rows, columns = delta.shape[0], delta.numel // delta.shape[0]
-                zeros = torch.zeros(rows + columns, dtype=torch.float32, device=delta.values.device)
+                zeros = torch.zeros(rows + columns, dtype=torch.float32, device=delta.indices.device)
                 self._covers[name] = zeros[:rows], zeros[rows:].clone()
-            accumulate(delta.values.grad.float(), *self._covers[name], delta.indices)
+            accumulate(whole(gradient).float().to(delta.indices.device), *self._covers[name], delta.indices)
 
     def candidates(self, wanted: Mapping[str, int]) -> dict[str, Candidates]:
         """The untuned weights with the largest estimates.
@@ -65,5 +68,5 @@ class MomentumCovers:
         self._covers = {}
         for name, delta in self._deltas.items():
             if f"r.{name}" in state:
-                row, column = (state[f"{part}.{name}"].to(delta.values.device, copy=True) for part in "rc")
+                row, column = (state[f"{part}.{name}"].to(delta.indices.device, copy=True) for part in "rc")
                 self._covers[name] = row, column

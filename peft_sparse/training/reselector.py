@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..errors import FormatError
+from ..core.sharded import how_sharded, is_sharded, whole
+from ..errors import ConfigError, FormatError
 from ..optim.reindex import Seeds, exchange, reindex
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
 from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
-from .gradient_tap import Estimate, GradientTap
+from .distributed import check_same_supports, is_distributed
+from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Reselector:
         config: the model's copy of its config.
 
     Attributes:
+        adapter_name, config: as given.
+        deltas: {parameter name: delta} of the adapter.
         update: optimizer updates so far.
         total_steps: T, all updates of the training; None while it is unknown.
         history: what every reselection did, oldest first.
@@ -59,19 +63,19 @@ class Reselector:
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
         self.adapter_name = adapter_name
-        self._config = config
-        self._deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+        self.config = config
+        self.deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
         self.update = 0
         self.total_steps = config.total_steps
         self.history: list[Reselection] = []
         self._warned = False
         # The support to start from is random, unless somebody else sets another one: a load.
-        self._random_versions = {name: delta.support_version for name, delta in self._deltas.items()}
+        self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
         self._continues = False
-        self._grown_at = {name: torch.zeros(d.count, dtype=torch.int32) for name, d in self._deltas.items()}
+        self._grown_at = {name: torch.zeros(d.count, dtype=torch.int32) for name, d in self.deltas.items()}
         self._last_values: dict[str, Tensor] = {}
         self._taps: dict[str, GradientTap] = {}
-        self._covers = MomentumCovers(self._deltas) if isinstance(config, SpielMAConfig) else None
+        self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
         self._open_window()
         _watch(self)
         # Here and not above: transformers' trainer is slow to import, and only this method wants it.
@@ -85,24 +89,24 @@ class Reselector:
     def schedule(self) -> Schedule:
         """When to reselect and how much, with the total number of updates as far as it is known."""
         return Schedule(
-            reselection_steps=self._config.reselection_steps,
-            estimation_steps=self._config.estimation_steps,
-            initial_rate=self._config.initial_reselection_rate,
-            kind=self._config.reselection_schedule,
-            replace_all_first=self._config.replace_all_first and not self._continues and not self._was_loaded(),
-            reselection_until=self._config.reselection_until,
+            reselection_steps=self.config.reselection_steps,
+            estimation_steps=self.config.estimation_steps,
+            initial_rate=self.config.initial_reselection_rate,
+            kind=self.config.reselection_schedule,
+            replace_all_first=self.config.replace_all_first and not self._continues and not self._was_loaded(),
+            reselection_until=self.config.reselection_until,
             total_steps=self.total_steps,
         )
 
     def set_total_steps(self, total_steps: int) -> None:
         """Say how many updates the whole training has; `total_steps` of the config goes before it."""
-        if self._config.total_steps is None and total_steps > 0:
+        if self.config.total_steps is None and total_steps > 0:
             self.total_steps = total_steps
             if self._taps and not self.schedule.in_window(self.update + 1):
                 self._close_window()
 
     def _was_loaded(self) -> bool:
-        return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self._deltas.items())
+        return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
 
     def begin_training(self, total_steps: int) -> None:
         """A trainer begins a run of so many updates. A second run goes on from the support of the first."""
@@ -119,17 +123,22 @@ class Reselector:
 
     def is_stepped_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds the adapter's values, and has a gradient for them."""
-        own = {id(delta.values) for delta in self._deltas.values() if delta.values.grad is not None}
+        own = {id(d.held_values) for d in self.deltas.values() if d.held_values.grad is not None}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """One optimizer update was made: the gradients it saw are still there."""
+        """One optimizer update was made: the gradients it saw are still there.
+
+        Raises:
+            ConfigError: several processes train in a way in which the support cannot change.
+            SelectionError: the processes do not do the same.
+        """
+        self._check_processes()
         self.update += 1
         if self._covers is not None:
             self._covers.after_step(optimizer)
-        if self._taps:
-            self._end_update()
+        end_update(self._taps.values(), what=f"update {self.update} of adapter {self.adapter_name!r}")
         schedule = self.schedule
         if schedule.selects_after(self.update):
             self._warn_without_total()
@@ -143,33 +152,43 @@ class Reselector:
         self._close_window()
         _unwatch(self)
 
+    def _check_processes(self) -> None:
+        """Refuse what would silently train something else in several processes."""
+        if not is_distributed():
+            return
+        if self.config.budget == "global":
+            raise ConfigError(
+                f"budget='global' moves weights of adapter {self.adapter_name!r} between tensors while it trains, and "
+                "DDP and FSDP cannot let a parameter change its size. Use budget='uniform', or a single process."
+            )
+        for name, delta in self.deltas.items():
+            held = delta.held_values
+            if not is_sharded(held) and (how := how_sharded(held)) is not None:
+                raise ConfigError(
+                    f"the values of {name} are {how}, whose optimizer state cannot follow a weight to another place. "
+                    "SpIEL trains under DDP and FSDP2 (fsdp_config={'version': 2}); Rand-SFT (RandConfig) trains here."
+                )
+
     # ---- the window ----------------------------------------------------------------------------
 
     def _open_window(self, estimates: dict[str, Estimate] | None = None) -> None:
-        if not isinstance(self._config, SpielAGConfig):
+        if not isinstance(self.config, SpielAGConfig):
             return
         if estimates is None and not self.schedule.is_first_of_window(self.update + 1):
             return
-        total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in self._deltas.values()), strict=True))
-        for name, delta in self._deltas.items():
+        total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in self.deltas.values()), strict=True))
+        for name, delta in self.deltas.items():
             # Where weights move between tensors, a tensor that has lost all of its own may still win others.
-            count = total * delta.numel / numel if self._config.budget == "global" else delta.count
-            num_candidates = ceil(self._config.candidates_per_weight * count)
-            self._taps[name] = GradientTap(delta, num_candidates, (estimates or {}).get(name))
+            count = total * delta.numel / numel if self.config.budget == "global" else delta.count
+            num_candidates = ceil(self.config.candidates_per_weight * count)
+            estimate = (estimates or {}).get(name)
+            self._taps[name] = GradientTap(name, delta, num_candidates=num_candidates, estimate=estimate)
             delta.observer = self._taps[name]
 
     def _close_window(self) -> None:
         for name in self._taps:
-            self._deltas[name].observer = None
+            self.deltas[name].observer = None
         self._taps = {}
-
-    def _end_update(self) -> None:
-        terms = [tap.scale_terms() for tap in self._taps.values()]
-        given = sum(squared for _, squared in terms)
-        # What clipping and unscaling made of the gradients; 1 where no watched weight had any.
-        scale = sum(product for product, _ in terms) / given if given else 1.0
-        for tap in self._taps.values():
-            tap.end_update(scale)
 
     def _warn_without_total(self) -> None:
         if self.total_steps is None and not self._warned:
@@ -178,7 +197,7 @@ class Reselector:
                 "The reselection rate of adapter %r stays at %s, for the length of the training is not known. Give "
                 "total_steps=... in its config (a Hugging Face trainer says it by itself).",
                 self.adapter_name,
-                self._config.initial_reselection_rate,
+                self.config.initial_reselection_rate,
             )
 
     # ---- the reselection -----------------------------------------------------------------------
@@ -193,11 +212,14 @@ class Reselector:
                 self.update,
             )
             return
-        replacements = self._replacements(schedule, candidates)
-        total = sum(delta.count for delta in self._deltas.values())
-        mean_abs = sum(float(d.values.abs().sum(dtype=torch.float64)) for d in self._deltas.values()) / total
+        values = {name: whole(d.held_values).to(d.indices.device) for name, d in self.deltas.items()}
+        replacements = self._replacements(schedule, candidates, values)
+        total = sum(delta.count for delta in self.deltas.values())
+        mean_abs = sum(float(v.abs().sum(dtype=torch.float64)) for v in values.values()) / total
         for name, replacement in replacements.items():
-            self._apply(name, replacement, optimizer)
+            self._apply(name, replacement, optimizer, values[name])
+        supports = {name: delta.indices for name, delta in self.deltas.items()}
+        check_same_supports(supports, when=f"after update {self.update} of adapter {self.adapter_name!r}")
         ages = sum(float((self.update - grown).sum()) for grown in self._grown_at.values())
         replaced = sum(r.num_grown for r in replacements.values())
         self.history.append(Reselection(self.update, replaced / total, ages / total, mean_abs))
@@ -213,18 +235,20 @@ class Reselector:
 
     def _candidates(self, schedule: Schedule) -> dict[str, Candidates]:
         if self._covers is not None:
-            wanted = {name: schedule.num_replaced(self.update, d.count) for name, d in self._deltas.items()}
-            if self._config.budget == "global":
+            wanted = {name: schedule.num_replaced(self.update, d.count) for name, d in self.deltas.items()}
+            if self.config.budget == "global":
                 # Any tensor might win all of them.
                 wanted = dict.fromkeys(wanted, sum(wanted.values()))
             return self._covers.candidates(wanted)
         estimates = {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
         return {name: Candidates(e.indices, e.mean.abs()) for name, e in estimates.items()}
 
-    def _replacements(self, schedule: Schedule, candidates: dict[str, Candidates]) -> dict[str, Replacement]:
-        deltas = {name: self._deltas[name] for name in candidates}
-        scores = {name: self._drop_scores(name) for name in deltas}
-        if self._config.budget == "global":
+    def _replacements(
+        self, schedule: Schedule, candidates: dict[str, Candidates], values: dict[str, Tensor]
+    ) -> dict[str, Replacement]:
+        deltas = {name: self.deltas[name] for name in candidates}
+        scores = {name: self._drop_scores(name, values[name]) for name in deltas}
+        if self.config.budget == "global":
             total = sum(delta.count for delta in deltas.values())
             indices = {name: delta.indices for name, delta in deltas.items()}
             return redistribute(indices, scores, candidates, num_replaced=schedule.num_replaced(self.update, total))
@@ -238,37 +262,36 @@ class Reselector:
             for name, delta in deltas.items()
         }
 
-    def _drop_scores(self, name: str) -> Tensor:
-        values = self._deltas[name].values.detach()
-        if self._config.drop_by == "change_since_reselection" and name in self._last_values:
+    def _drop_scores(self, name: str, values: Tensor) -> Tensor:
+        if self.config.drop_by == "change_since_reselection" and name in self._last_values:
             values = values - self._last_values[name].to(values.device)
         return values.abs()
 
-    def _apply(self, name: str, replacement: Replacement, optimizer: Optimizer) -> None:
-        delta = self._deltas[name]
+    def _apply(self, name: str, replacement: Replacement, optimizer: Optimizer, values: Tensor) -> None:
+        delta = self.deltas[name]
         estimate = self._taps[name].estimate if name in self._taps else None
         seeds = None
         if estimate is not None:
             grown = replacement.candidates
             seeds = Seeds(estimate.mean[grown], estimate.mean_squared[grown], max(1, estimate.updates))
-        values, ages = replacement.carry(delta.values.detach()), replacement.carry(self._ages(name), self.update)
-        reindex(optimizer, delta.values, replacement, seeds)
+        values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
+        reindex(optimizer, delta.held_values, replacement, seeds)
         if replacement.count != delta.count:
             # A graph that is still alive remembers the shape of its leaves, so another size takes another parameter.
             old = delta.values
-            delta.values = nn.Parameter(torch.empty_like(values), requires_grad=old.requires_grad)
+            delta.values = nn.Parameter(torch.empty_like(values))
             exchange(optimizer, old, delta.values)
         delta.set_support(replacement.indices, values)
         self._random_versions[name] = delta.support_version
         self._grown_at[name] = ages
-        if self._config.drop_by == "change_since_reselection":
+        if self.config.drop_by == "change_since_reselection":
             self._last_values[name] = values.clone()
-        if self._config.counts is not None:
-            self._config.counts[name] = delta.count
+        if self.config.counts is not None:
+            self.config.counts[name] = delta.count
 
     def _ages(self, name: str) -> Tensor:
         """`_grown_at` of one tensor, begun anew if a load gave it another number of weights."""
-        count = self._deltas[name].count
+        count = self.deltas[name].count
         if self._grown_at[name].numel() != count:
             self._grown_at[name] = torch.zeros(count, dtype=torch.int32)
         return self._grown_at[name]
@@ -286,7 +309,7 @@ class Reselector:
         """
         continues = self._continues or self._was_loaded()
         state = {"update": torch.tensor(self.update), "continues": torch.tensor(continues)}
-        for name in self._deltas:
+        for name in self.deltas:
             state[f"grown_at.{name}"] = self._ages(name).clone()
             if name in self._last_values:
                 state[f"last_values.{name}"] = self._last_values[name].clone()
@@ -306,7 +329,7 @@ class Reselector:
         Raises:
             FormatError: the state is of another adapter; nothing is changed then.
         """
-        for name, delta in self._deltas.items():
+        for name, delta in self.deltas.items():
             grown = state.get(f"grown_at.{name}")
             if grown is None or grown.numel() != delta.count:
                 found = "is missing" if grown is None else f"holds {grown.numel()} weights, the adapter {delta.count}"
@@ -316,9 +339,9 @@ class Reselector:
         self._close_window()
         self.update = int(state["update"])
         self._continues = bool(state["continues"])
-        self._random_versions = {name: delta.support_version for name, delta in self._deltas.items()}
+        self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
         estimates: dict[str, Estimate] = {}
-        for name, delta in self._deltas.items():
+        for name, delta in self.deltas.items():
             device = delta.values.device
             self._grown_at[name] = state[f"grown_at.{name}"].clone()
             self._last_values.pop(name, None)

@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from ..checkpoints.push import update_cards
 from ..errors import ConfigError
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
+from .callback import STATE_FILE, load_state
 from .dense_checkpoint import load_dense_phase, save_dense_phase
 from .dense_phase import DensePhase
 from .lottery import is_unselected, start_dense_phase
 from .phase_args import make_dense_args
 from .resume import DENSE_FOLDER, SELECTION_FILE, SELECTION_FOLDER, ResumePoint, find_resume_point, is_finished
+from .spiel_in_trainer import figures, optimizer_for
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ class TwoPhaseTraining(_Base):
         self._phase_name: str | None = None
         self.dense_state: TrainerState | None = None
         self.dense_output: TrainOutput | None = None
+        self._logged_update = 0
         self.dense_args: Mapping[str, Any] | None = dense_args
         super().__init__(*args, **kwargs)
         make_dense_args(self.args, dense_args)
@@ -253,6 +258,8 @@ class TwoPhaseTraining(_Base):
             load_dense_phase(self._phase, resume_from_checkpoint)
         elif model is None and (adapters := self._trained_adapters()):
             self._load_adapters(resume_from_checkpoint, adapters)
+            if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
+                load_state(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -297,15 +304,38 @@ class TwoPhaseTraining(_Base):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    # ---- adapters that reselect ----------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The trainer's optimizer; the one that SpIEL is made with where the arguments leave it open."""
+        chosen = self.optimizer_cls_and_kwargs
+        if self.optimizer is None and chosen is None:
+            self.optimizer_cls_and_kwargs = optimizer_for(self.model, self.args)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = chosen
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's model card, with this library's part in it."""
+        super().create_model_card(*args, **kwargs)
+        if self.args.should_save:
+            update_cards(self.args.output_dir)
+
     # ---- names and numbers ---------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the name of the phase ("phase") and the L1 penalty ("l1_loss") where there are such."""
+        """Log, with the name of the phase ("phase"), the L1 penalty ("l1_loss") and the figures of a reselection
+        ("mean_age" and others) where there are such.
+        """
         shown: dict[str, Any] = dict(logs)
         if self._phase_name is not None:
             shown["phase"] = self._phase_name
-        if "loss" in logs and (penalty := self._l1_loss()) is not None:
-            shown["l1_loss"] = penalty
+        if "loss" in logs:
+            if (penalty := self._l1_loss()) is not None:
+                shown["l1_loss"] = penalty
+            shown.update(figures(self.model, self._logged_update))
+            self._logged_update = self.state.global_step
         super().log(shown, start_time)
         # The caller's dictionary gets what the trainer adds to it (evaluation returns it), but for the name, which is
         # no number.

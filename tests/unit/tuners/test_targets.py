@@ -144,7 +144,7 @@ def test_an_embedding_that_is_read_and_never_called_is_refused():
     base = DebertaV2Model(DebertaV2Config(**SMALL, **fields))
     with pytest.raises(ConfigError, match="encoder.rel_embeddings is never called: DebertaV2Encoder reads its weight"):
         get_peft_model(base, RandConfig(density=0.5, target_modules="all"))
-    assert "encoder.LayerNorm.bias" in counts(base, target_modules="all", exclude_modules=["rel_embeddings"])
+    assert "embeddings.LayerNorm.bias" in counts(base, target_modules="all", exclude_modules=["rel_embeddings"])
 
 
 def test_a_module_whose_parent_reads_its_weight_is_refused():

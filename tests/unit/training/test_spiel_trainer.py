@@ -1,0 +1,75 @@
+"""SpIEL in sparse trainers and in TRL: the optimizer, the log, and checkpoints that were moved."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_training import Labelled, make_args, make_bert
+from transformers import Trainer
+
+from peft_sparse import SM3, SparseAdamW, SparseTrainer, SpielAGConfig, SpielMAConfig, iter_deltas, iter_reselectors
+
+FIELDS = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2}
+
+
+def trainer(folder, cls=SpielAGConfig, kind=SparseTrainer, **changes):
+    model = get_peft_model(make_bert(dropout=0.0), cls(**FIELDS, modules_to_save=["classifier"]))
+    args = make_args(folder, **{"max_steps": 10, **changes})
+    return kind(model=model, args=args, train_dataset=Labelled())
+
+
+def adapter(model):
+    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in iter_deltas(model)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "expected"),
+    [
+        (SpielAGConfig, {}, SparseAdamW),
+        (SpielMAConfig, {}, SM3),
+        (SpielAGConfig, {"optim": "sgd"}, torch.optim.SGD),
+        (SpielMAConfig, {"optim": "adafactor"}, None),
+    ],
+)
+def test_the_optimizer_is_the_methods_own_unless_the_user_chose_one(tmp_path, cls, changes, expected):
+    run = trainer(tmp_path, cls, **changes)
+    run.train()
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    assert type(optimizer) is expected if expected else type(optimizer).__name__ == "Adafactor"
+    (reselector,) = iter_reselectors(run.model)
+    assert [r.update for r in reselector.history] == [2, 6]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in run.model.parameters() if p.requires_grad} == held
+
+
+def test_a_plain_trainer_keeps_its_optimizer(tmp_path):
+    run = trainer(tmp_path, kind=Trainer)
+    run.train()
+    assert type(getattr(run.optimizer, "optimizer", run.optimizer)) is torch.optim.AdamW
+
+
+def test_reselections_are_logged_once(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    shown = {entry["step"]: entry for entry in run.state.log_history if "share_replaced" in entry}
+    assert set(shown) == {2, 6}
+    assert shown[2]["share_replaced"] > 0.5 > shown[6]["share_replaced"] > 0
+    assert shown[6]["mean_age"] > shown[2]["mean_age"]
+    assert shown[6]["mean_abs_delta"] > 0
+
+
+@pytest.mark.parametrize("cls", [SpielAGConfig, SpielMAConfig])
+def test_a_moved_checkpoint_resumes_bit_for_bit(tmp_path, cls, caplog):
+    whole = trainer(tmp_path / "a", cls, save_strategy="steps", save_steps=5)
+    whole.train()
+    shutil.move(tmp_path / "a" / "checkpoint-5", tmp_path / "elsewhere")
+    again = trainer(tmp_path / "b", cls)
+    with caplog.at_level("WARNING", logger="peft_sparse"):
+        again.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    assert "was not found" not in caplog.text
+    first, second = adapter(whole.model), adapter(again.model)
+    for name in first:
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
