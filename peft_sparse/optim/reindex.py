@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from ..core.sharded import is_sharded, overwrite, sharded_like, whole
 from ..selection.replacement import Replacement
 from .quantized_state import dequantize, quantize
 from .sm3 import SM3
@@ -65,7 +66,8 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
             SM3, those of torch.optim with one entry per weight, transformers' Adafactor, and bitsandbytes' in 32 and
             8 bits. Of any other, state with one entry per weight is carried and starts at zero, and the rest is left
             alone; a warning says so once.
-        values: the parameter [k] that the optimizer holds; only its identity and device matter.
+        values: the parameter [k] that the optimizer holds; only its identity and device matter. If FSDP2 has sharded
+            it, every process must call this.
         replacement: from the old support to the new one, of whatever size.
         seeds: estimates for the grown weights; None starts them from zero, with age 0 where there is an age.
 
@@ -88,7 +90,7 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
         return
     known = _Known(seeds or _no_seeds(replacement, values), group, float(state.get("step", 0)))
     if isinstance(optimizer, SparseAdamW) and state["age"].dim() == 0:
-        state["age"] = state["age"].to(values.device).expand(replacement.old_count)
+        state["age"] = sharded_like(state["age"].to(values.device).expand(replacement.old_count), values)
     with torch.no_grad():
         for key, initial in _initial_values(optimizer, state, replacement.old_count):
             _carry(state, key, replacement, initial(known), values.device)
@@ -253,6 +255,9 @@ def _carry(
     state: dict[str, Any], key: str, replacement: Replacement, fill: Tensor | float, device: torch.device
 ) -> None:
     old = state[key]
+    if is_sharded(old):
+        overwrite(old, replacement.carry(whole(old).to(replacement.indices.device), fill))
+        return
     if old.dtype == torch.uint8:
         # bitsandbytes: state1 is written in the code book qmap1, block by block in units of absmax1.
         number = key.removeprefix("state")

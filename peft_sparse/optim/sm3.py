@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..core.sharded import is_sharded, own_part, sharded_like, whole
 from ._float32_state import Float32StateMixin
 
 
@@ -99,7 +100,7 @@ class SM3(Float32StateMixin, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        deltas = {id(delta.values): delta for delta in self.deltas}
+        deltas = {id(_held_values(delta)): delta for delta in self.deltas}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -107,7 +108,7 @@ class SM3(Float32StateMixin, Optimizer):
         return loss
 
     def _accumulators(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        delta = next((delta for delta in self.deltas if delta.values is values), None)
+        delta = next((delta for delta in self.deltas if _held_values(delta) is values), None)
         if delta is None or len(delta.shape) < 2:
             raise ValueError(
                 "rows and columns exist only for the values of a delta on a tensor of two dimensions or more, got "
@@ -131,14 +132,17 @@ class SM3(Float32StateMixin, Optimizer):
                 state[f"accumulator_{d}"] = torch.zeros(size, dtype=dtype, device=p.device)
             if group["momentum"]:
                 state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-        grad = p.grad.to(dtype)
+        grad = whole(p.grad).to(dtype)
         if delta is not None:
             estimate = accumulate(grad, state["accumulator_0"], state["accumulator_1"], delta.indices)
         else:
             estimate = _dense_estimate(grad, state)
         direction = grad / estimate.add_(group["eps"]).sqrt_()
+        if is_sharded(p):
+            # Accumulators need the gradient of all processes' parts, and are the same on every one of them.
+            direction, p = own_part(sharded_like(direction, p)), own_part(p)
         if "momentum_buffer" in state:
-            direction = state["momentum_buffer"].lerp_(direction, 1 - group["momentum"])
+            direction = own_part(state["momentum_buffer"]).lerp_(direction, 1 - group["momentum"])
         master = p if p.dtype == dtype else p.to(dtype)
         lr = float(group["lr"])
         if group["weight_decay"]:
@@ -146,6 +150,11 @@ class SM3(Float32StateMixin, Optimizer):
         master.add_(direction, alpha=-lr)
         if master is not p:
             p.copy_(master)
+
+
+def _held_values(delta: Supported) -> Tensor:
+    """The parameter that stands for the delta's values in optimizers (another than `values` while FSDP2 gathers it)."""
+    return getattr(delta, "held_values", delta.values)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

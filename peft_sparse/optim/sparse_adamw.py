@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..core.sharded import is_sharded, own_part
 from ._float32_state import Float32StateMixin
 
 # Elements that are updated together: on a CPU few enough that a group's tensors stay in its cache over all operations,
@@ -108,9 +109,14 @@ class SparseAdamW(Float32StateMixin, Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any], divide: Callable[..., None]) -> None:
         states = [self.state[p] for p in parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if any(map(is_sharded, parameters)):
+            # Every operation is per weight, so each process updates the part that it holds.
+            states = [{key: own_part(tensor) for key, tensor in state.items()} for state in states]
+            grads, parameters = [own_part(grad) for grad in grads], [own_part(p) for p in parameters]
         exp_avgs = [state["exp_avg"] for state in states]
         exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        grads = [_to(p.grad, m.dtype) for p, m in zip(parameters, exp_avgs, strict=True) if p.grad is not None]
+        grads = [_to(grad, m.dtype) for grad, m in zip(grads, exp_avgs, strict=True)]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         lr = float(group["lr"])
@@ -129,7 +135,11 @@ class SparseAdamW(Float32StateMixin, Optimizer):
 
     @staticmethod
     def _divide_by_shared_age(
-        values: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ages: list[Tensor], group: dict
+        values: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        ages: list[Tensor],
+        group: dict[str, Any],
     ) -> None:
         """The operations of torch.optim.AdamW, in its order."""
         beta1, beta2 = group["betas"]
@@ -145,7 +155,11 @@ class SparseAdamW(Float32StateMixin, Optimizer):
 
     @staticmethod
     def _divide_by_own_age(
-        values: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ages: list[Tensor], group: dict
+        values: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        ages: list[Tensor],
+        group: dict[str, Any],
     ) -> None:
         torch._foreach_add_(ages, 1)
         together = ages[0] if len(ages) == 1 else torch.cat(ages)
