@@ -171,7 +171,8 @@ class Packed:
         """A module that has the packed weight, to be dequantised while the real one has another."""
         module = copy.copy(self._module)
         vars(module)["_parameters"] = {**self._module._parameters, **self._parameters}
-        vars(module)[_QUANT_STATE] = self._quant_state
+        if _QUANT_STATE in vars(module):
+            vars(module)[_QUANT_STATE] = self._quant_state
         if self._state is not None:
             module.state = copy.copy(self._module.state)
             vars(module.state).update(self._state)
@@ -182,7 +183,10 @@ class Packed:
         module = self._module
         device = parameter_device(self._owner.base_layer, "weight")
         self._owner.base_layer = module
-        module._parameters.update(self._parameters)
+        for name, parameter in self._parameters.items():
+            # A backend that gave up half-way may have left a plain tensor.
+            vars(module).pop(name, None)
+            module._parameters[name] = parameter
         for parameter, marks in self._marks:
             vars(parameter).clear()
             vars(parameter).update(marks)

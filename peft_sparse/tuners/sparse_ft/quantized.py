@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core import ops
 from ...core.overlay import Overlay
-from .layer import flat
+from .layer import PARAMETERS, flat
 from .linear import Linear
 from .packed import Packed, dequantize, is_transposed
 
@@ -184,18 +185,21 @@ class QuantizedLinear(Linear):
             self.merge_error = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        before = list(self.merged_adapters)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if not safe_merge or self.merge_error is None or self.merge_error.missed[1] < float("inf"):
-            return
-        adapters, self.merged_adapters[:] = list(self.merged_adapters), before
-        self.restore()
-        for parameter in ("weight", "bias"):
-            self.write(parameter, before)
-        raise ValueError(
-            f"NaNs detected in the merged weights. With the adapters {adapters} the weight leaves the range that "
-            f"{self.quantization_backend.backend_name} can quantise; the layer is unchanged."
-        )
+        before, done = list(self.merged_adapters), False
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if safe_merge and self.merge_error is not None and not math.isfinite(self.merge_error.missed[1]):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. With the adapters {self.merged_adapters} the weight leaves "
+                    f"the range that {self.quantization_backend.backend_name} can quantise. The layer is unchanged."
+                )
+            done = True
+        finally:
+            if not done:
+                self.restore()
+                self.merged_adapters[:] = before
+                for parameter in PARAMETERS:
+                    self.write(parameter, before)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

@@ -140,29 +140,29 @@ def disable(kind, folder):
 
 
 def switch_and_add_up(kind, folder):
-    model = tuned(load(kind), "a", "b")
-    a, b = dense(model, "a"), dense(model, "b")
+    model = tuned(load(kind), "x", "b")
+    a, b = dense(model, "x"), dense(model, "b")
     close(logits(model), logits(twin(model, a)))
     model.set_adapter("b")
     close(logits(model), logits(twin(model, b)))
-    model.base_model.set_adapter(["b", "a"])
+    model.base_model.set_adapter(["b", "x"])
     close(logits(model), logits(twin(model, a, b)))
 
 
 def compose(kind, folder):
-    model = tuned(load(kind), "a", "b")
-    model.base_model.add_weighted_adapter(["a", "b"], [0.5, -1.0], "both")
+    model = tuned(load(kind), "x", "b")
+    model.base_model.add_weighted_adapter(["x", "b"], [0.5, -1.0], "both")
     model.set_adapter("both")
-    expected = {name: 0.5 * tensor - dense(model, "b")[name] for name, tensor in dense(model, "a").items()}
+    expected = {name: 0.5 * tensor - dense(model, "b")[name] for name, tensor in dense(model, "x").items()}
     close(logits(model), logits(twin(model, expected)))
 
 
 def delete(kind, folder):
-    model = tuned(load(kind), "a", "b")
-    a = dense(model, "a")
+    model = tuned(load(kind), "x", "b")
+    a = dense(model, "x")
     model.delete_adapter("b")
     close(logits(model), logits(twin(model, a)))
-    assert list(model.peft_config) == ["a"]
+    assert list(model.peft_config) == ["x"]
 
 
 def frozen_beside_training(kind, folder):
@@ -241,13 +241,13 @@ def test_verb(verb, kind, tmp_path):
 @pytest.mark.parametrize("safe", [False, True])
 def test_unmerging_restores_every_byte(kind, used, safe):
     """An 8-bit layer keeps its scales elsewhere once it was used."""
-    model = tuned(load(kind), "a", "b", target_modules=["q_proj", "down_proj"])
+    model = tuned(load(kind), "x", "b", target_modules=["q_proj", "down_proj"])
     if used:
         with model.disable_adapter():
             logits(model)
     before, outputs = packed_bytes(model), logits(model)
     bookkeeping = {n: dict(vars(p)) for n, p in model.named_parameters() if "base_layer.weight" in n}
-    for adapters in (["a"], ["a", "b"]):
+    for adapters in (["x"], ["x", "b"]):
         with pytest.warns(UserWarning, match="Merging into quantised weights"):
             model.merge_adapter(adapters, safe_merge=safe)
         merged = logits(model)
@@ -270,13 +270,13 @@ def _of_q(found):
 
 @kinds
 def test_merging_one_adapter_after_the_other_quantises_the_sum_once(kind):
-    one, other = (tuned(load(kind), "a", "b") for _ in range(2))
+    one, other = (tuned(load(kind), "x", "b") for _ in range(2))
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
-        one.merge_adapter(["a"])
+        one.merge_adapter(["x"])
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
         one.merge_adapter(["b"])
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
-        other.merge_adapter(["a", "b"])
+        other.merge_adapter(["x", "b"])
     assert_same_bytes(packed_bytes(one), packed_bytes(other))
 
 
@@ -386,10 +386,10 @@ def assert_ordinary(model):
 @kinds
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_dequantising_merges_bit_for_bit(kind, dtype, tmp_path):
-    model = tuned(load(kind, dtype=dtype, compute=dtype), "a", "b", target_biases=True)
-    model.base_model.set_adapter(["a", "b"])
+    model = tuned(load(kind, dtype=dtype, compute=dtype), "x", "b", target_biases=True)
+    model.base_model.set_adapter(["x", "b"])
     before = logits(model)
-    weight = q_proj(model).make_weight(["a", "b"], dtype=dtype)
+    weight = q_proj(model).make_weight(["x", "b"], dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merged = model.merge_and_unload(dequantize=True)
@@ -436,22 +436,22 @@ def test_dequantising_a_model_that_was_saved_quantised(kind, tmp_path):
 
 
 def test_dequantising_after_merging_starts_from_the_packed_weight():
-    model = tuned(load("nf4"), "a", "b")
-    model.base_model.set_adapter(["a", "b"])
+    model = tuned(load("nf4"), "x", "b")
+    model.base_model.set_adapter(["x", "b"])
     before = logits(model)
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
-        model.merge_adapter(["a"])
+        model.merge_adapter(["x"])
     assert not torch.equal(logits(model), before)
-    with pytest.warns(UserWarning, match="Already following adapters were merged a"):
+    with pytest.warns(UserWarning, match="Already following adapters were merged x"):
         merged = model.merge_and_unload(dequantize=True)
     assert torch.equal(logits(merged), before)
 
 
 def test_chosen_adapters_are_dequantised():
-    model = tuned(load("nf4"), "a", "b")
+    model = tuned(load("nf4"), "x", "b")
     model.set_adapter("b")
     before = logits(model)
-    model.set_adapter("a")
+    model.set_adapter("x")
     assert torch.equal(logits(model.merge_and_unload(adapter_names=["b"], dequantize=True)), before)
 
 
