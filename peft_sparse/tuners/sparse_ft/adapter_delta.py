@@ -151,9 +151,9 @@ class AdapterDelta(nn.Module):
             in_forward: several processes may have built on the parameter as it is (DDP would lose its hooks), so that
                 then a warning must do.
         """
-        values, narrow = self.values, self.values.dtype
-        if narrow == self.values_dtype or self._own_values() is not values or hasattr(values, "ds_id"):
+        if not self._was_cast():
             return
+        values, narrow = self.values, self.values.dtype
         if in_forward and _in_several_processes():
             _warn_once(
                 f"The values of a sparse adapter train in {narrow} instead of {self.values_dtype}: the trainer cast "
@@ -168,6 +168,10 @@ class AdapterDelta(nn.Module):
             f"and are {self.values_dtype} again. Those that were not zero were rounded: to go on with a trained "
             "adapter, load it after the trainer is made."
         )
+
+    def _was_cast(self) -> bool:
+        values = self.values
+        return values.dtype != self.values_dtype and self._own_values() is values and not hasattr(values, "ds_id")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterDelta:
         before = self.values.dtype
@@ -234,11 +238,12 @@ class AdapterDelta(nn.Module):
         if incoming is not None and self._shards and not is_sharded(incoming):
             self._overwrite_shards(incoming)
             state_dict = {**state_dict, f"{prefix}values": sharded_like(incoming, self.held_values)}
-        elif incoming is not None and incoming.shape != self.values.shape:
+        elif incoming is not None and (incoming.shape != self.values.shape or self._was_cast()):
             # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for
             # optimizers.
+            dtype = self.values_dtype if self._was_cast() else self.values.dtype
             self.values.grad = None
-            self.values.data = self.values.new_empty(incoming.shape)
+            self.values.data = self.values.new_empty(incoming.shape, dtype=dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         if self.indices.is_meta and f"{prefix}_extra_state" in missing_keys:
             missing_keys.remove(f"{prefix}_extra_state")
