@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ...core.observer import GradientObserver
 from ...core.overlay import Overlay, add_deltas
+from ...core.sharded import how_sharded, is_sharded
+from ...errors import ConfigError
 from .adapter_delta import AdapterDelta
 from .packed import parameter_device, parameter_shape
 
@@ -32,12 +34,14 @@ class Written:
         overlay: where it stands.
         originals: [u] the parameter's own entries there; None when the whole parameter was exchanged.
         parameter: the exchanged parameter; None when the entries were written in place.
+        shape: of what was written into.
     """
 
     key: tuple[Any, ...]
     overlay: Overlay
     originals: Tensor | None = None
     parameter: nn.Parameter | None = None
+    shape: tuple[int, ...] = ()
 
 
 class SparseLayer(nn.Module, BaseTunerLayer):
@@ -95,7 +99,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
-        """The deltas on one tensor that take part in a forward, of `adapters` (None: the active ones), in that order."""
+        """The deltas on one tensor that take part in a forward, of `adapters` (None: the active ones), in order."""
         held = self.deltas_of(parameter)
         names = self.active_adapters if adapters is None else adapters
         return [held[name] for name in names if name in held and held[name].takes_part]
@@ -236,7 +240,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             written = Written(key, overlay, parameter=own)
             setattr(base, parameter, nn.Parameter(own.detach().clone(), requires_grad=False))
         else:
-            written = Written(key, overlay, originals=self.pristine(parameter, overlay))
+            written = Written(key, overlay, originals=self.pristine(parameter, overlay), shape=tuple(own.shape))
         self._written[parameter] = written
         return written
 
@@ -248,8 +252,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 continue
             if written.parameter is not None:
                 setattr(self.get_base_layer(), name, written.parameter)
-            else:
-                base = flat(getattr(self.get_base_layer(), name))
+            elif _is_all_there(own := getattr(self.get_base_layer(), name), written.shape):
+                # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
+                base = flat(own)
                 base[written.overlay.indices] = written.originals.to(device=base.device, dtype=base.dtype)
 
     # ---- merging ---------------------------------------------------------------------------------
@@ -263,16 +268,31 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge` found a NaN or an infinity; the layer is as it was.
+            ConfigError: this process holds only a part of the weights.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
         if not adapter_names:
             return
         present = [name for name in adapter_names if any(name in self.deltas_of(p) for p in PARAMETERS)]
+        self.refuse_parts(present)
         if safe_merge:
             self.check_finite([*self.merged_adapters, *present])
         self.merged_adapters.extend(present)
         for parameter in PARAMETERS:
             self.write(parameter, self.merged_adapters)
+
+    def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
+        """Raise a ConfigError if a tensor that `adapters` tune is not whole in this process; changes nothing."""
+        for parameter in PARAMETERS:
+            own = getattr(self.get_base_layer(), parameter, None)
+            for delta in self.active_deltas(parameter, adapters):
+                how = how_sharded(own)
+                if is_sharded(own) or (how is not None and not _is_all_there(own, delta.shape)):
+                    raise ConfigError(
+                        f"the {parameter} of {name} is {how}, and merging needs all of it. Save the adapter "
+                        "(model.save_pretrained, on every process), load it onto the base model in a single process, "
+                        "and merge there."
+                    )
 
     def check_finite(self, adapters: Sequence[str]) -> None:
         """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
@@ -317,6 +337,11 @@ def _show_gradient(observer: GradientObserver, gradient: Tensor) -> None:
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])
+
+
+def _is_all_there(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is in this process's memory as a whole."""
+    return not is_sharded(parameter) and tuple(parameter.shape) == shape and parameter.untyped_storage().size() > 0
 
 
 def flat(parameter: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from .quantized import warn_of_loss
 from .support import model_numel, plan_counts, select_random
 from .targets import Targets, find_targets, is_excluded, named_targets
 from .wrap import wrapper_for
+from .wrapped import WrappedInTraining
 
 
-class SparseModel(BaseTuner):
+class SparseModel(WrappedInTraining, BaseTuner):
     """Sparse deltas on the targeted parameters of a model.
 
     Args:
@@ -187,10 +188,6 @@ class SparseModel(BaseTuner):
         # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
         return
 
-    def _check_merge_allowed(self) -> None:
-        # PEFT warns about tied embeddings; merging unties them here.
-        return
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         dtype = getattr(torch, self.peft_config[adapter_name].values_dtype)
         for _, _, _, delta in iter_deltas(self.model, adapter_name):
@@ -260,6 +257,8 @@ class SparseModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
         if merge and safe_merge:
             self._check_finite(adapter_names)
         drivers.stop(self.model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...checkpoints import native
 from ...checkpoints.push import keep_card_when_pushing
+from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
 from .config import SparseConfig
 from .iteration import iter_deltas
@@ -28,12 +29,14 @@ def for_saving(
         config: its config, about to be written next to the tensors.
         adapter_name: its name, which the keys hold.
         own: its deltas' tensors, by key of the model's state dict.
-        state_dict: the model's state dict, in which the heads are.
+        state_dict: the model's state dict, in which the heads are. Where FSDP2 has sharded them they are gathered, in
+            this very dictionary; every process must call it then.
     """
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
     config.saved_as = adapter_name
+    _gather(model, own, state_dict)
     keep_card_when_pushing(model)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -42,6 +45,15 @@ def for_saving(
             inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
             heads.update({f"{name}.{k}": v for k, v in module.adapter_state_dict(adapter_name, inside).items()})
     return native.finish(own, heads, adapter_name=adapter_name)
+
+
+def _gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
+    """Put whole tensors in the place of sharded ones that go into an adapter's file."""
+    heads = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    for tensors in (own, state_dict):
+        for key, tensor in tensors.items():
+            if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
+                tensors[key] = whole(tensor).cpu()
 
 
 def for_loading(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ...core.sharded import is_sharded
 from ...errors import ConfigError
 from .conv import Conv
 from .embedding import Embedding
@@ -45,7 +46,8 @@ def wrapper_for(
         a function that takes the module and returns the layer.
 
     Raises:
-        ConfigError: the module's way to use its parameters is not known, or its weight is packed and cannot be had.
+        ConfigError: the module's way to use its parameters is not known, its weight is packed and cannot be had, or it
+            is sharded.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base)
@@ -53,6 +55,11 @@ def wrapper_for(
         raise ConfigError(
             f"{name} is never called: {type(parent).__name__} reads its weight, and would not see the delta on it. "
             f"Leave it out with exclude_modules=[{name!r}]."
+        )
+    if any(is_sharded(parameter) for parameter in base.parameters(recurse=False)):
+        raise ConfigError(
+            f"{name} is sharded already, and an adapter added now would be left out of that: no process would see the "
+            "gradients of the others. Add the adapter to the whole model, then call fully_shard (trainers do so)."
         )
     backend = find_backend(base, quantization)
     if backend is not None:
