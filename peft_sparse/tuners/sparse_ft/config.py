@@ -64,8 +64,10 @@ class SparseConfig(PeftConfig):
             convolutions).
         exclude_modules: names or a regex of modules to leave out.
         target_biases: tune the biases of the targeted modules as well.
-        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`).
-        target_parameters: names of single parameters to tune (a parameter matches if its path ends with one).
+        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`); alone with
+            target_modules=[].
+        target_parameters: names of single parameters to tune (a parameter matches if its path ends with one); without
+            target_modules these alone.
         layers_to_transform: indices of the layers to tune; the others are left out.
         layers_pattern: name of the module list that `layers_to_transform` counts in, if it is not obvious.
         modules_to_save: modules (heads) to train densely and save whole.

@@ -85,7 +85,7 @@ def _module_rule(config: SparseConfig, model: nn.Module):
             return tuple(own)
 
         return every
-    if target is None and (config.target_parameters or config.target_norms):
+    if target is None and config.target_parameters:
         return lambda name, module: ()
     if target is None or target == ALL_LINEAR:
         linear = _all_linear(config, model)

@@ -66,10 +66,11 @@ def test_names_regex_biases_norms_and_parameters():
     assert set(counts(bert(), target_modules=r".*layer\.1\..*\.(key|value)")) == {
         f"bert.encoder.layer.1.attention.self.{name}.weight" for name in ("key", "value")
     }
-    norms = counts(bert(), target_norms=True)
+    norms = counts(bert(), target_modules=[], target_norms=True)
     assert len(norms) == 7
     assert all("LayerNorm.weight" in name for name in norms)
-    assert len(counts(bert(), target_norms=True, target_biases=True)) == 14
+    assert len(counts(bert(), target_modules=[], target_norms=True, target_biases=True)) == 14
+    assert set(counts(bert(), target_norms=True)) == norms.keys() | counts(bert()).keys()
     assert set(counts(bert(), target_parameters=["pooler.dense.bias", "word_embeddings.weight"])) == {
         "bert.embeddings.word_embeddings.weight",
         "bert.pooler.dense.bias",
