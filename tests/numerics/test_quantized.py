@@ -184,7 +184,7 @@ def test_gradient_checkpointing(kind, reentrant):
     assert_matches(model, x, compute, mode=lambda m, x: run(lambda t: checkpoint(m, t, use_reentrant=reentrant), x))
 
 
-@pytest.mark.parametrize("kind", ["nf4, double", "nf4, prepared", "8 bit"])
+@pytest.mark.parametrize("kind", ["nf4, prepared", "8 bit"])
 def test_compiled(kind):
     adapters = ("default", "b")
     model, x, compute = make(kind, adapters=adapters)
