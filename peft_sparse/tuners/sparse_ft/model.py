@@ -379,7 +379,7 @@ def _stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] |
     """
     requested = config.target_modules
     if requested is None:
-        return set() if config.target_parameters or config.target_norms else ALL_LINEAR
+        return set() if config.target_parameters else ALL_LINEAR
     embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
     if isinstance(requested, str):
         return set(targets) if embeddings and requested not in (ALL_LINEAR, ALL_PARAMETERS) else requested
