@@ -1,4 +1,4 @@
-"""Models write into the output of their layers in place; torch forbids that for views that an autograd Function made."""
+"""Models write into the output of layers in place; torch forbids that for views that an autograd Function made."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def test_gradients_through_an_in_place_product(kind, how):
     make, x = LAYERS[kind]
     torch.manual_seed(0)
     base = make()
-    model = get_peft_model(AddsInPlace(base, how), RandConfig(density=0.5, target_modules=["layer"], init_weights=False))
+    model = get_peft_model(
+        AddsInPlace(base, how), RandConfig(density=0.5, target_modules=["layer"], init_weights=False)
+    )
     delta = model.base_model.model.layer.sparse_ft_weight["default"]
     twin = AddsInPlace(make(), how)
     twin.layer.load_state_dict(base.state_dict())
