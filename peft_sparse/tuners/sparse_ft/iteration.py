@@ -25,11 +25,16 @@ def base_model_of(model: nn.Module) -> nn.Module:
             return model
 
 
+def path_in_base(name: str) -> str:
+    """A module's path without the names that FSDP and torch.compile put between."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """(path in the base model, layer) of every layer that carries deltas."""
     for name, module in base_model_of(model).named_modules():
         if isinstance(module, SparseLayer):
-            yield name.replace("_fsdp_wrapped_module.", ""), module
+            yield path_in_base(name), module
 
 
 def iter_deltas(

@@ -19,7 +19,7 @@ from . import compose, drivers, state
 from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
 from .dense import Dequantization
 from .embedding import Embedding
-from .iteration import iter_deltas, iter_layers
+from .iteration import iter_deltas, iter_layers, path_in_base
 from .layer import SparseLayer
 from .packed import hold_layouts, own_parameters, release_layouts
 from .quantized import warn_of_loss
@@ -66,6 +66,8 @@ class SparseModel(WrappedInTraining, BaseTuner):
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
         config = self.peft_config[adapter_name] = copy.deepcopy(requested)
+        if state_dict is not None:
+            config.counts = state.counts_of(state_dict)
         if len(self.peft_config) == 1:
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -112,7 +114,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
-        if key in self._targets:
+        if path_in_base(key) in self._targets:
             return True
         return _ExcludedModule() if peft_config.counts is None and is_excluded(peft_config, key) else False
 
@@ -132,6 +134,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = path_in_base(current_key)
         counts = {p: self._counts.get(f"{current_key}.{p}", 0) for p in self._targets[current_key]}
         if isinstance(target, SparseLayer):
             layer = target

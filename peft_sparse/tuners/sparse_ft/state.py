@@ -103,6 +103,14 @@ def discard(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad_(name in trainable)
 
 
+def counts_of(state_dict: dict[str, Tensor]) -> dict[str, int]:
+    """{parameter: number of tuned weights} of an adapter's tensors, as `get_peft_model_state_dict` gives them."""
+    named = {native.canonical_name(key): tensor for key, tensor in state_dict.items()}
+    values = {name: tensor for name, tensor in named.items() if name.endswith(f".{native.VALUES}")}
+    owned = {native.parameter_of(name): tensor.numel() for name, tensor in values.items()}
+    return {parameter: count for parameter, count in owned.items() if parameter is not None}
+
+
 def count_weights(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """{parameter: number of tuned weights} of an adapter."""
     return {name: delta.count for name, _, _, delta in iter_deltas(model, adapter_name)}

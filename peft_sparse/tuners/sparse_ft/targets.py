@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
+from .iteration import path_in_base
 from .layer import PARAMETERS
 from .packed import own_parameters
 from .wrap import is_norm
@@ -55,7 +56,7 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.append(name + ".")
         if isinstance(module, AuxiliaryTrainingWrapper):
             continue
-        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        yield path_in_base(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def is_excluded(config: SparseConfig, name: str) -> bool:
