@@ -20,6 +20,9 @@ from ..errors import SelectionError
 _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 _BINS = 2**16
+# Up to so many scores in all, sorting them is faster than counting them by their keys (measured on one busy core: 0.2 ms
+# for 1,000 and 1.1 ms for 8,000, where counting takes 0.9 ms whatever their number).
+_SORTED = 2**12
 # The largest int32: the image of a NaN, which no admitted score has.
 _ABOVE_ALL = 2**31 - 1
 
@@ -63,6 +66,8 @@ def joint_top_k(scores: Mapping[str, Tensor], k: int, *, min_score: float | None
 
     Cost: three passes over the scores, and memory for a chunk of them besides the result.
     """
+    if type(scores) is dict and sum(tensor.numel() for tensor in scores.values()) <= _SORTED:
+        return _sorted_top_k(scores, k, min_score)
     threshold = _find_threshold(scores, k)
     if min_score is not None and k > 0 and threshold.key <= _key_of(min_score):
         raise _too_few(scores, k, min_score)
@@ -72,6 +77,23 @@ def joint_top_k(scores: Mapping[str, Tensor], k: int, *, min_score: float | None
         selected[name], ties_left = _collect(scores[name], _Threshold(threshold.key, ties_left), num_left)
         num_left -= selected[name].numel()
     return selected
+
+
+def _sorted_top_k(scores: dict[str, Tensor], k: int, min_score: float | None) -> dict[str, Tensor]:
+    """`joint_top_k` of a few scores, by sorting them."""
+    sizes = [tensor.numel() for tensor in scores.values()]
+    keys = [chunk for name, tensor in scores.items() for chunk in _checked_keys(tensor, name)]
+    together = torch.cat(keys) if keys else torch.empty(0, dtype=torch.int32)
+    _check_count(scores, k, together.numel())
+    order = together.argsort(descending=True, stable=True)[:k]
+    if min_score is not None and k > 0 and int(together[order[-1]]) <= _key_of(min_score):
+        raise _too_few(scores, k, min_score)
+    chosen = torch.zeros_like(together, dtype=torch.bool)
+    chosen[order] = True
+    return {
+        name: part.nonzero().squeeze(1).to(index_dtype(part.numel()))
+        for name, part in zip(scores, chosen.split(sizes), strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -87,9 +109,7 @@ def _find_threshold(scores: Mapping[str, Tensor], k: int) -> _Threshold:
     upper_counts = torch.zeros(_BINS, dtype=torch.int64)
     for name in scores:
         upper_counts += _count_upper(scores[name], name)
-    total = int(upper_counts.sum())
-    if not 0 <= k <= total:
-        raise SelectionError(f"{k} weights are asked from {_label(scores)}: ask for 0 to {total}, the number of scores")
+    _check_count(scores, k, int(upper_counts.sum()))
     if k == 0:
         return _Threshold(key=_ABOVE_ALL, num_ties=0)
     upper, wanted = _bin_of_kth(upper_counts, k)
@@ -110,17 +130,28 @@ def _bin_of_kth(counts: Tensor, k: int) -> tuple[int, int]:
 
 def _count_upper(scores: Tensor, name: str) -> Tensor:
     """[65536] how many scores have each upper half of the key. The one pass that checks them."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=scores.device)
+    for keys in _checked_keys(scores, name):
+        counts += torch.bincount((keys >> 16) + _BINS // 2, minlength=_BINS)
+    return counts.cpu()
+
+
+def _checked_keys(scores: Tensor, name: str) -> Iterator[Tensor]:
+    """The keys, chunk by chunk, of scores that can be ordered."""
     if not scores.is_floating_point():
         raise SelectionError(f"scores of {name} must be floating point, got {scores.dtype}")
-    counts = torch.zeros(_BINS, dtype=torch.int64, device=scores.device)
     for _, chunk in _chunks(scores):
         if bool(chunk.isnan().any()):
             raise SelectionError(
                 f"scores of {name} contain NaN, so no order is defined; look for a training that diverged "
                 "(lower the learning rate, or clip gradients)"
             )
-        counts += torch.bincount((_keys(chunk) >> 16) + _BINS // 2, minlength=_BINS)
-    return counts.cpu()
+        yield _keys(chunk)
+
+
+def _check_count(scores: Mapping[str, Tensor], k: int, total: int) -> None:
+    if not 0 <= k <= total:
+        raise SelectionError(f"{k} weights are asked from {_label(scores)}: ask for 0 to {total}, the number of scores")
 
 
 def _count_lower(scores: Tensor, upper: int) -> Tensor:

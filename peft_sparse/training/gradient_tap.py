@@ -25,12 +25,14 @@ class Estimate:
 
     Attributes:
         indices: [c] watched positions, sorted and unique: candidates, and a few active weights.
+        nominated: [c] bool, which of them are candidates.
         total: [c] float32, sum of the updates' gradients.
         total_squared: [c] float32, sum of their squares.
         updates: how many updates are in the sums.
     """
 
     indices: Tensor
+    nominated: Tensor
     total: Tensor
     total_squared: Tensor
     updates: int = 0
@@ -105,9 +107,10 @@ class GradientTap:
         size = gradient.abs()
         active = self._delta.indices
         probes = active[size[active.long()].topk(min(NUM_PROBES, active.numel())).indices].sort().values
-        indices = union([top_k(size, self._num_candidates, name="the gradient"), probes])
+        nominees = top_k(size, self._num_candidates, name="the gradient")
+        indices = union([nominees, probes])
         zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=gradient.device)
-        return Estimate(indices, zeros, zeros.clone())
+        return Estimate(indices, positions(nominees, indices)[1], zeros, zeros.clone())
 
     def _begins_update(self, current: Tensor) -> bool:
         """Whether the update that `current` belongs to was skipped: it ended in zero_grad without a step."""

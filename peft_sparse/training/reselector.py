@@ -241,7 +241,7 @@ class Reselector:
                 wanted = dict.fromkeys(wanted, sum(wanted.values()))
             return self._covers.candidates(wanted)
         estimates = {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
-        return {name: Candidates(e.indices, e.mean.abs()) for name, e in estimates.items()}
+        return {name: Candidates(e.indices[e.nominated], e.mean[e.nominated].abs()) for name, e in estimates.items()}
 
     def _replacements(
         self, schedule: Schedule, candidates: dict[str, Candidates], values: dict[str, Tensor]
@@ -272,8 +272,9 @@ class Reselector:
         estimate = self._taps[name].estimate if name in self._taps else None
         seeds = None
         if estimate is not None:
+            mean, mean_squared = (part[estimate.nominated] for part in (estimate.mean, estimate.mean_squared))
             grown = replacement.candidates
-            seeds = Seeds(estimate.mean[grown], estimate.mean_squared[grown], max(1, estimate.updates))
+            seeds = Seeds(mean[grown], mean_squared[grown], max(1, estimate.updates))
         values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
         reindex(optimizer, delta.held_values, replacement, seeds)
         if replacement.count != delta.count:
@@ -316,6 +317,7 @@ class Reselector:
             estimate = self._taps[name].estimate if name in self._taps else None
             if estimate is not None:
                 state[f"window.indices.{name}"] = estimate.indices.clone()
+                state[f"window.nominated.{name}"] = estimate.nominated.clone()
                 state[f"window.total.{name}"] = estimate.total.clone()
                 state[f"window.total_squared.{name}"] = estimate.total_squared.clone()
                 state[f"window.updates.{name}"] = torch.tensor(estimate.updates)
@@ -350,7 +352,7 @@ class Reselector:
             if f"window.indices.{name}" in state:
                 parts = (
                     state[f"window.{part}.{name}"].to(device, copy=True)
-                    for part in ("indices", "total", "total_squared")
+                    for part in ("indices", "nominated", "total", "total_squared")
                 )
                 estimates[name] = Estimate(*parts, updates=int(state[f"window.updates.{name}"]))
         if self._covers is not None:

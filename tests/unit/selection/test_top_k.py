@@ -23,6 +23,12 @@ def by_sorting(scores: Tensor, k: int) -> list[int]:
     return sorted(order[:k].tolist())
 
 
+@pytest.fixture(autouse=True, params=["counted", "sorted"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test both ways: small inputs are sorted, large ones counted."""
+    monkeypatch.setattr(module, "_SORTED", 0 if request.param == "counted" else 2**16)
+
+
 @pytest.fixture(params=[2**18, 7])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Once with everything in one chunk, once with many and a partial last one."""
