@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,20 @@ def overwrite(tensor: Tensor, whole_tensor: Tensor) -> None:
         raise ValueError(f"shape must be {tuple(tensor.shape)}, got {tuple(whole_tensor.shape)}")
     with torch.no_grad():
         own_part(tensor).copy_(own_part(sharded_like(whole_tensor, tensor)))
+
+
+class ObjectTensor(Tensor):
+    """A tensor that torch.distributed.checkpoint stores as an object of whatever size, instead of in pieces.
+
+    A checkpoint is loaded into the tensors of the present state dict, which must have the same sizes: a coded support
+    has not. Copies and files hold a plain tensor.
+    """
+
+    def __create_write_items__(self, name: str, value: Any) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+        from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+        return [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)

@@ -17,7 +17,7 @@ from ...core.delta import SparseDelta
 from ...core.gaps import decode_gaps, encode_gaps
 from ...core.indices import check_indices, index_dtype
 from ...core.observer import GradientObserver
-from ...core.sharded import is_sharded, overwrite, sharded_like, whole
+from ...core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ...errors import ConfigError, FormatError
 from . import regularization
 
@@ -204,7 +204,11 @@ class AdapterDelta(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The indices, gap-coded: uint8 [n] with shape and count in its header."""
-        return encode_gaps(self.indices, self.shape)
+        if self.indices.is_meta:
+            # Nothing to code: accelerate puts a model there for a moment before it shards it.
+            return torch.empty(0, dtype=torch.uint8, device="meta")
+        coded = encode_gaps(self.indices, self.shape)
+        return coded.as_subclass(ObjectTensor) if self._shards else coded
 
     def set_extra_state(self, state: Tensor) -> None:
         """Decode what `get_extra_state` gave.
@@ -220,7 +224,6 @@ class AdapterDelta(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.indices.is_meta:
-            # Nothing to encode. accelerate puts a model there for a moment before it shards it.
             del destination[f"{prefix}_extra_state"]
 
     def _load_from_state_dict(
