@@ -106,7 +106,7 @@ def weight_gradients(
         dense = (x.t() @ grad if transposed else grad.t() @ x).reshape(-1)
         return [_wide(dense if support is None else dense[support]) for support in supports]
     columns = shared.transposed(x) if shared is not None else _transposed_blocks(x)
-    patterns = [_pattern(support, shape, _wide(grad[:0]).dtype) for support in supports]
+    patterns = [_pattern(support, shape, _wide(grad[:0]).dtype) for support in supports if support is not None]
     for block, x_columns in zip(grad.split(_BLOCK_ROWS), columns, strict=True):
         grad_columns = _transposed(block)
         left, right = (x_columns, grad_columns) if transposed else (grad_columns, x_columns)

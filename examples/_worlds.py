@@ -1,0 +1,119 @@
+"""Two languages and a task between them: real ones from a folder, or invented ones with a tiny model of their own."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForPreTraining, PreTrainedTokenizerFast
+
+Row = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class World:
+    """Raw text of a target language, a task labelled in a source language, and its test in the target language."""
+
+    source: str
+    target: str
+    labels: list[str]
+    text: list[str]
+    train: list[Row]
+    test: list[Row]
+
+
+def read_world(directory: Path, source: str, target: str) -> World:
+    """A world in a folder: `text/<language>.txt` (a sentence a line), `nusax_senti/<language>/{train,test}.jsonl`."""
+    texts = [directory / "text" / name for name in (f"{target}.txt", f"nusax_train_{target}.txt")]
+    text = next((path for path in texts if path.exists()), None)
+    if text is None:
+        raise SystemExit(f"no raw text of {target!r}: neither of {', '.join(map(str, texts))} exists")
+
+    def rows(language: str, split: str) -> list[dict]:
+        path = directory / "nusax_senti" / language / f"{split}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    train, test = rows(source, "train"), rows(target, "test")
+    labels = sorted({row["label"] for row in train})
+    pairs = [[(row["text"], labels.index(row["label"])) for row in part] for part in (train, test)]
+    return World(source, target, labels, text.read_text(encoding="utf-8").splitlines(), *pairs)
+
+
+# ---- invented languages --------------------------------------------------------------------------
+
+TOPICS, LABELS = 4, ["field", "harbour", "kitchen", "workshop"]
+WORDS_PER_TOPIC, COMMON_WORDS, TOPICAL, SHARED = 10, 10, 6, 0.3
+
+
+class Lexicon:
+    """Two languages with one grammar and one set of meanings. Three meanings in ten have one word for both."""
+
+    def __init__(self, seed: int) -> None:
+        chance = random.Random(seed)
+        meanings = [f"topic{topic}.{i}" for topic in range(TOPICS) for i in range(WORDS_PER_TOPIC)]
+        meanings += [f"common{i}" for i in range(COMMON_WORDS)]
+        forms = {"".join(chance.choice("ptkmnslr") + chance.choice("aeiou") for _ in range(3)) for _ in range(999)}
+        pool = sorted(forms)
+        chance.shuffle(pool)
+        pool = iter(pool)
+        self.near = {meaning: next(pool) for meaning in meanings}
+        self.far = {m: self.near[m] if chance.random() < SHARED else next(pool) for m in meanings}
+
+    def rows(self, words: dict[str, str], count: int, seed: int) -> list[Row]:
+        """Sentences and their topics. Six words in ten are the topic's, the others common to all."""
+        chance = random.Random(seed)
+        rows = []
+        for _ in range(count):
+            topic = chance.randrange(TOPICS)
+            meanings = [f"topic{topic}.{chance.randrange(WORDS_PER_TOPIC)}" for _ in range(TOPICAL)]
+            meanings += [f"common{chance.randrange(COMMON_WORDS)}" for _ in range(10 - TOPICAL)]
+            chance.shuffle(meanings)
+            rows.append((" ".join(words[meaning] for meaning in meanings), topic))
+        return rows
+
+
+def invented_world(seed: int = 0) -> World:
+    """Nearish has labelled sentences, Farish only raw ones."""
+    lexicon = Lexicon(seed)
+    text = [sentence for sentence, _ in lexicon.rows(lexicon.far, 2000, seed + 1)]
+    train, test = lexicon.rows(lexicon.near, 400, seed + 2), lexicon.rows(lexicon.far, 400, seed + 3)
+    return World("Nearish", "Farish", LABELS, text, train, test)
+
+
+def tiny_bert(directory: Path, *, seed: int = 0, steps: int = 600) -> Path:
+    """A BERT of two layers, pretrained on raw Nearish with a little Farish: a language that it has hardly seen."""
+    lexicon = Lexicon(seed)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + sorted({*lexicon.near.values(), *lexicon.far.values()})
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{token[1:-1].lower()}_token": token for token in special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=32, **names)
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+    )  # fmt: skip
+    model = BertForPreTraining(config)
+    seen = lexicon.rows(lexicon.near, 3000, seed + 4) + lexicon.rows(lexicon.far, 100, seed + 5)
+    sentences = [sentence for sentence, _ in seen]
+    ids = torch.tensor(tokenizer(sentences)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = ids[torch.randint(len(ids), (32,))]
+        masked = (torch.rand(batch.shape) < 0.25) & (batch >= len(special))
+        scores = model(input_ids=batch.masked_fill(masked, 4)).prediction_logits
+        torch.nn.functional.cross_entropy(scores[masked], batch[masked]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,156 @@
+"""Carry a task into a language without labels: a language adapter from raw text plus a task adapter from labelled rows.
+
+    python examples/language_and_task.py
+
+Both are LT-SFT: a dense phase finds the weights that matter, a sparse phase trains those from the pretrained model. The
+two deltas are then simply added up. Without arguments two invented languages and a tiny BERT stand in for real ones.
+
+    python examples/language_and_task.py --data DIR --model MODEL --source ind --target jav --density 0.08
+
+takes real ones: DIR/text/<language>.txt, a sentence a line, and DIR/nusax_senti/<language>/{train,test}.jsonl with the
+fields "text" and "label".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from _worlds import Row, World, invented_world, read_world, tiny_bert
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_sparse import LotteryTicketConfig, SparseTrainer
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length, batch and peak learning rates of the two phases of LT-SFT."""
+
+    steps: int
+    batch_size: int
+    dense: float
+    sparse: float
+
+
+def fit(model, rows: list[dict], collator, schedule: Schedule, output: Path, *, trainer_class=SparseTrainer) -> None:
+    args = TrainingArguments(
+        output_dir=str(output),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size,
+        learning_rate=schedule.sparse,
+        warmup_steps=schedule.steps // 10,
+        logging_steps=max(1, schedule.steps // 2),
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    dense = {"dense_args": {"learning_rate": schedule.dense}} if trainer_class is SparseTrainer else {}
+    trainer_class(model=model, args=args, train_dataset=rows, data_collator=collator, **dense).train()
+
+
+def language_adapter(base: Path, tokenizer, world: World, density: float, schedule: Schedule, output: Path) -> None:
+    """Masked-word prediction on raw text. The head that predicts words stays behind: it is in no file."""
+    model, loading = AutoModelForMaskedLM.from_pretrained(base, output_loading_info=True)
+    rows = [{"input_ids": ids} for ids in tokenizer(world.text, truncation=True, max_length=64)["input_ids"]]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25)
+    if loading["missing_keys"]:
+        console.print("the model comes without a head that predicts words: fitting one first, all else frozen")
+        model.base_model.requires_grad_(False)
+        fit(model, rows, collator, schedule, output, trainer_class=Trainer)
+    tuned = get_peft_model(model, LotteryTicketConfig(density=density, target_modules="all"))
+    fit(tuned, rows, collator, schedule, output)
+    tuned.save_pretrained(output)
+
+
+def encode(tokenizer, rows: list[Row]) -> list[dict]:
+    ids = tokenizer([text for text, _ in rows], truncation=True, max_length=64)["input_ids"]
+    return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
+
+
+def task_adapter(base: Path, tokenizer, world: World, density: float, schedule: Schedule, output: Path) -> None:
+    """Classification in the source language. What the checkpoint lacks, the head, is trained densely and saved too."""
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(world.labels), output_loading_info=True
+    )
+    head = sorted({name.rpartition(".")[0] for name in loading["missing_keys"]})
+    tuned = get_peft_model(model, LotteryTicketConfig(density=density, target_modules="all", modules_to_save=head))
+    fit(tuned, encode(tokenizer, world.train), DataCollatorWithPadding(tokenizer), schedule, output)
+    tuned.save_pretrained(output)
+
+
+@torch.no_grad()
+def accuracy(model, tokenizer, rows: list[Row]) -> float:
+    model.eval()
+    right = 0
+    for start in range(0, len(rows), 64):
+        batch = DataCollatorWithPadding(tokenizer)(encode(tokenizer, rows[start : start + 64])).to(model.device)
+        right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+    return right / len(rows)
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="Folder of real data. \\[default: invented languages]")] = None,
+    model: Annotated[str, typer.Option(help="Encoder for real data: a directory or hub id.")] = "",
+    source: Annotated[str, typer.Option(help="Language of the labelled rows, with --data.")] = "ind",
+    target: Annotated[str, typer.Option(help="Language of the raw text and of the test, with --data.")] = "jav",
+    density: Annotated[float, typer.Option(help="Share of the encoder's weights in each adapter.")] = 0.2,
+    language_steps: Annotated[int, typer.Option(help="Steps in each phase of the language adapter.")] = 500,
+    task_steps: Annotated[int, typer.Option(help="Steps in each phase of the task adapter.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the order of the rows, the heads and the invented languages.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the adapters are saved.")] = Path("outputs/language_and_task"),
+) -> None:
+    """Train a language adapter and a task adapter, add them up, and test neither, each and both in both languages."""
+    set_seed(seed)
+    if data is None:
+        base, world = tiny_bert(output / "tiny_bert", seed=seed), invented_world(seed)
+        languages = Schedule(language_steps, 32, dense=1.5e-3, sparse=1.5e-3)
+        tasks = Schedule(task_steps, 16, dense=2e-3, sparse=2e-3)
+    elif model:
+        base, world = Path(model), read_world(data, source, target)
+        languages = Schedule(language_steps, 16, dense=1e-4, sparse=5e-4)
+        tasks = Schedule(task_steps, 16, dense=2e-4, sparse=5e-4)
+    else:
+        raise typer.BadParameter(
+            "give an encoder for the languages in --data: a directory or hub id", param_hint="--model"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    language_adapter(base, tokenizer, world, density, languages, output / "language")
+    task_adapter(base, tokenizer, world, density, tasks, output / "task")
+
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(world.labels))
+    composed = PeftModel.from_pretrained(fresh, output / "language", adapter_name="language")
+    composed.load_adapter(output / "task", adapter_name="task")
+    table = Table("pretrained weights", f"{world.target} (test)", f"{world.source} (train)", title="accuracy")
+    for name, weights in {"alone": (0, 0), "+ language": (1, 0), "+ task": (0, 1), "+ language + task": (1, 1)}.items():
+        # Each with the task's head, so that only the encoders differ.
+        adapter = "sum_{}_{}".format(*weights)
+        composed.add_weighted_adapter(["language", "task"], weights, adapter, head_from="task")
+        composed.set_adapter(adapter)
+        table.add_row(name, *(f"{accuracy(composed, tokenizer, rows):.3f}" for rows in (world.test, world.train)))
+    console.print(table)
+    # The sum is an adapter like any other: one file, and it merges into an ordinary model.
+    composed.save_pretrained(output, selected_adapters=["sum_1_1"])
+    merged = composed.merge_and_unload()
+    merged.save_pretrained(output / "merged")
+    console.print(f"the sum as an adapter: {output / 'sum_1_1'}; merged: {output / 'merged'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

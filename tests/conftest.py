@@ -1,0 +1,25 @@
+"""Settings of all tests: no network, one thread a process, and the same examples from hypothesis in every CI run."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries are imported, so they stand before every other import.
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "agg",
+}.items():
+    os.environ.setdefault(name, value)
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("local", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# The models of the tests are small: threads would cost more than they give, and change sums from machine to machine.
+torch.set_num_threads(1)
