@@ -271,6 +271,7 @@ def _of_q(found):
 @kinds
 def test_merging_one_adapter_after_the_other_quantises_the_sum_once(kind):
     one, other = (tuned(load(kind), "x", "b") for _ in range(2))
+    before = packed_bytes(one)
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
         one.merge_adapter(["x"])
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
@@ -278,6 +279,21 @@ def test_merging_one_adapter_after_the_other_quantises_the_sum_once(kind):
     with pytest.warns(UserWarning, match="Merging into quantised weights"):
         other.merge_adapter(["x", "b"])
     assert_same_bytes(packed_bytes(one), packed_bytes(other))
+    one.unmerge_adapter()
+    assert_same_bytes(packed_bytes(one), before)
+
+
+def test_unmerging_restores_what_a_layer_of_bitsandbytes_own_making_holds_twice():
+    """Where the layer was not made by transformers, it keeps its quantisation state beside the weight, for FSDP."""
+    layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    state = layer.quant_state
+    assert state is layer.weight.quant_state
+    model = adapt(layer)
+    with pytest.warns(UserWarning, match="Merging into quantised weights"):
+        model.merge_adapter()
+    assert layer.quant_state is not state
+    model.unmerge_adapter()
+    assert layer.quant_state is layer.weight.quant_state is state
 
 
 def test_disabling_a_merged_adapter_unmerges_bit_for_bit():
