@@ -29,6 +29,10 @@ from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
 
+# What PEFT adds to `modules_to_save` of the config that it was given once the adapter is in: too late for our copy.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
 class SparseModel(WrappedInTraining, BaseTuner):
     """Sparse deltas on the targeted parameters of a model.
 
@@ -66,6 +70,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
         config = self.peft_config[adapter_name] = copy.deepcopy(requested)
+        config.modules_to_save = _with_heads(config)
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
         if len(self.peft_config) == 1:
@@ -398,3 +403,9 @@ def _forget_broken_ties(model: nn.Module) -> None:
     broken = [k for k, v in ties.items() if k in parameters and v in parameters and parameters[k] is not parameters[v]]
     for key in broken:
         del ties[key]
+
+
+def _with_heads(config: SparseConfig) -> list[str] | None:
+    own = list(config.modules_to_save or ())
+    heads = _HEADS.get(config.task_type or "", ())
+    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save
