@@ -101,8 +101,11 @@ class SparseAdamW(Float32StateMixin, Optimizer):
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("SparseAdamW needs gradients with one entry per weight, got a torch.sparse gradient")
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        # A distributed checkpoint is loaded into state of the same sizes, so where FSDP2 shards values their ages must
+        # not wait for the first weights to be grown.
+        has_own = is_sharded(p) and p.dim() == 1
         self.state[p] = {
-            "age": torch.zeros((), dtype=torch.int32),
+            "age": torch.zeros_like(p, dtype=torch.int32) if has_own else torch.zeros((), dtype=torch.int32),
             "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
         }

@@ -126,8 +126,8 @@ class AdapterDelta(nn.Module):
     def _overwrite_shards(self, values: Tensor) -> None:
         if values.numel() != self.count:
             raise ConfigError(
-                f"the values must keep their number, {self.count}, while FSDP2 shards them; got {values.numel()}. Select "
-                "or load the weights first, and call fully_shard after that."
+                f"the values must keep their number, {self.count}, while FSDP2 shards them; got {values.numel()}. "
+                "Select or load the weights first, and call fully_shard after that."
             )
         values = values.detach().to(self.values.dtype)
         self.held_values.grad = None
