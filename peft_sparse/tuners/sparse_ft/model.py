@@ -158,11 +158,9 @@ class SparseModel(WrappedInTraining, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have.
-        if isinstance(new_module, SparseLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
+        # an adapter on the meta device if its layer is one of bitsandbytes' 8-bit ones. Ours lie where they belong.
+        setattr(parent, child_name, new_module)
 
     def _mark_tied(self, model: nn.Module, adapter_name: str) -> None:
         """Find targeted parameters that other modules share; embeddings that look up in the same matrix follow the
