@@ -177,7 +177,9 @@ def peak_memories(found: list[Method]) -> dict[str, int]:
     peaks = {}
     for method in track(found, description="memory", transient=True):
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", method.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{method.name} failed:\n{done.stderr}")
         peaks[method.name] = int(done.stdout.split()[-1])
     return peaks
 
