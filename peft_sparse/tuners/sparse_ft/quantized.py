@@ -222,7 +222,7 @@ def warn_of_loss(layers: Iterable[tuple[str, Linear]], *, way_back: str) -> None
     worst = max(errors, key=lambda name: errors[name].tuned)
     warnings.warn(
         f"Merging into quantised weights rounds them again. In {len(errors)} layers the new weights miss what was "
-        f"asked for by {total.tuned:.2%} at the tuned entries ({total.of_delta:.2g} times the delta itself) and by "
+        f"asked for by {total.tuned:.2%} at the tuned entries ({total.of_delta:.0%} of the delta's own size) and by "
         f"{total.whole:.2%} over all entries (relative RMS; worst layer at the tuned entries: {worst}, "
         f"{errors[worst].tuned:.2%}). {way_back}merge_and_unload(dequantize=True) merges without loss.",
         stacklevel=3,
