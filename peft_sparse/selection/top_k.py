@@ -20,8 +20,8 @@ from ..errors import SelectionError
 _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 _BINS = 2**16
-# Up to so many scores in all, sorting them is faster than counting them by their keys (measured on one busy core: 0.2 ms
-# for 1,000 and 1.1 ms for 8,000, where counting takes 0.9 ms whatever their number).
+# Up to so many scores in all, sorting them is faster than counting them by their keys (measured on one busy core: 0.2
+# ms for 1,000 and 1.1 ms for 8,000, where counting takes 0.9 ms whatever their number).
 _SORTED = 2**12
 # The largest int32: the image of a NaN, which no admitted score has.
 _ABOVE_ALL = 2**31 - 1

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.sharded import how_sharded
+from ..core.sharded import how_sharded, is_sharded
 from ..errors import ConfigError, SelectionError
 
 
@@ -117,6 +117,30 @@ def _own_group() -> Any:
     if _group is None or _group[0] is not dist.group.WORLD:
         _group = (dist.group.WORLD, dist.new_group())
     return _group[1]
+
+
+def refuse_processes(adapter_name: str, budget: object, held: Mapping[str, Tensor]) -> None:
+    """Refuse what would silently train something else in several processes.
+
+    Args:
+        adapter_name: the adapter that reselects.
+        budget: of its config.
+        held: {parameter name: the values as optimizers hold them}.
+
+    Raises:
+        ConfigError: weights would have to move between tensors, or to another place in a flattened parameter.
+    """
+    if budget == "global":
+        raise ConfigError(
+            f"budget='global' moves weights of adapter {adapter_name!r} between tensors while it trains, and DDP and "
+            "FSDP cannot let a parameter change its size. Use budget='uniform', or a single process."
+        )
+    for name, values in held.items():
+        if not is_sharded(values) and (how := how_sharded(values)) is not None:
+            raise ConfigError(
+                f"the values of {name} are {how}, whose optimizer state cannot follow a weight to another place. SpIEL "
+                "trains under DDP and FSDP2 (fsdp_config={'version': 2}); Rand-SFT (RandConfig) trains here."
+            )
 
 
 def refuse_sharded(name: str, parameter: Tensor) -> None:

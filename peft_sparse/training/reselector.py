@@ -6,22 +6,23 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
-from ..core.sharded import how_sharded, is_sharded, whole
-from ..errors import ConfigError, FormatError
+from ..core.indices import positions
+from ..core.sharded import whole
+from ..errors import FormatError
 from ..optim.reindex import Seeds, exchange, reindex
+from ..selection.clarity import count_uncertain
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
 from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
-from .distributed import check_same_supports, is_distributed
+from . import step_hook
+from .distributed import check_same_supports, is_distributed, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
 
@@ -72,12 +73,14 @@ class Reselector:
         # The support to start from is random, unless somebody else sets another one: a load.
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
         self._continues = False
+        # The update after which a reselection was due that waits for clearer gradients.
+        self._due: int | None = None
         self._grown_at = {name: torch.zeros(d.count, dtype=torch.int32) for name, d in self.deltas.items()}
         self._last_values: dict[str, Tensor] = {}
         self._taps: dict[str, GradientTap] = {}
         self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
         self._open_window()
-        _watch(self)
+        step_hook.watch(self)
         # Here and not above: transformers' trainer is slow to import, and only this method wants it.
         from .callback import install
 
@@ -118,7 +121,7 @@ class Reselector:
     def skip_to(self, update: int) -> None:
         """Count as if `update` updates had been made, without the window that may be open then."""
         self._close_window()
-        self.update = update
+        self.update, self._due = update, None
         self._open_window()
 
     def is_stepped_by(self, optimizer: Optimizer) -> bool:
@@ -134,40 +137,50 @@ class Reselector:
             ConfigError: several processes train in a way in which the support cannot change.
             SelectionError: the processes do not do the same.
         """
-        self._check_processes()
+        if is_distributed():
+            held = {name: delta.held_values for name, delta in self.deltas.items()}
+            refuse_processes(self.adapter_name, self.config.budget, held)
         self.update += 1
         if self._covers is not None:
             self._covers.after_step(optimizer)
         end_update(self._taps.values(), what=f"update {self.update} of adapter {self.adapter_name!r}")
         schedule = self.schedule
         if schedule.selects_after(self.update):
+            self._due = self.update
+        if self._due is not None and (self._must_select(schedule) or self._is_clear(schedule)):
             self._warn_without_total()
             self._reselect(optimizer, schedule)
             self._close_window()
+            self._due = None
         if schedule.is_first_of_window(self.update + 1):
             self._open_window()
+
+    def _must_select(self, schedule: Schedule) -> bool:
+        """Whether a reselection that is due cannot wait for clearer gradients: the next window or the end is near."""
+        share = self.config.uncertain_share if isinstance(self.config, SpielAGConfig) else None
+        is_last = self.total_steps is not None and self.update + 1 >= self.total_steps
+        return share is None or is_last or schedule.is_first_of_window(self.update + 1)
+
+    def _is_clear(self, schedule: Schedule) -> bool:
+        """Whether the cut between grown and refused candidates is as sure as `uncertain_share` asks."""
+        uncertain = grown = 0
+        for name, tap in self._taps.items():
+            estimate = tap.estimate
+            if estimate is None:
+                continue
+            # What is tuned already is no candidate to be grown, whatever its gradient.
+            _, is_active = positions(self.deltas[name].indices, estimate.indices)
+            free = estimate.nominated & ~is_active
+            num_grown = min(schedule.num_replaced(self._due, self.deltas[name].count), int(free.sum()))
+            mean, mean_squared = estimate.mean[free], estimate.mean_squared[free]
+            uncertain += count_uncertain(mean, mean_squared, samples=estimate.updates, num_grown=num_grown)
+            grown += num_grown
+        return uncertain <= self.config.uncertain_share * grown
 
     def stop(self) -> None:
         """Leave the adapter as it stands and never touch it again."""
         self._close_window()
-        _unwatch(self)
-
-    def _check_processes(self) -> None:
-        """Refuse what would silently train something else in several processes."""
-        if not is_distributed():
-            return
-        if self.config.budget == "global":
-            raise ConfigError(
-                f"budget='global' moves weights of adapter {self.adapter_name!r} between tensors while it trains, and "
-                "DDP and FSDP cannot let a parameter change its size. Use budget='uniform', or a single process."
-            )
-        for name, delta in self.deltas.items():
-            held = delta.held_values
-            if not is_sharded(held) and (how := how_sharded(held)) is not None:
-                raise ConfigError(
-                    f"the values of {name} are {how}, whose optimizer state cannot follow a weight to another place. "
-                    "SpIEL trains under DDP and FSDP2 (fsdp_config={'version': 2}); Rand-SFT (RandConfig) trains here."
-                )
+        step_hook.unwatch(self)
 
     # ---- the window ----------------------------------------------------------------------------
 
@@ -235,7 +248,7 @@ class Reselector:
 
     def _candidates(self, schedule: Schedule) -> dict[str, Candidates]:
         if self._covers is not None:
-            wanted = {name: schedule.num_replaced(self.update, d.count) for name, d in self.deltas.items()}
+            wanted = {name: schedule.num_replaced(self._due, d.count) for name, d in self.deltas.items()}
             if self.config.budget == "global":
                 # Any tensor might win all of them.
                 wanted = dict.fromkeys(wanted, sum(wanted.values()))
@@ -251,13 +264,13 @@ class Reselector:
         if self.config.budget == "global":
             total = sum(delta.count for delta in deltas.values())
             indices = {name: delta.indices for name, delta in deltas.items()}
-            return redistribute(indices, scores, candidates, num_replaced=schedule.num_replaced(self.update, total))
+            return redistribute(indices, scores, candidates, num_replaced=schedule.num_replaced(self._due, total))
         return {
             name: drop_and_grow(
                 delta.indices,
                 scores[name],
                 candidates[name],
-                num_replaced=schedule.num_replaced(self.update, delta.count),
+                num_replaced=schedule.num_replaced(self._due, delta.count),
             )
             for name, delta in deltas.items()
         }
@@ -310,6 +323,8 @@ class Reselector:
         """
         continues = self._continues or self._was_loaded()
         state = {"update": torch.tensor(self.update), "continues": torch.tensor(continues)}
+        if self._due is not None:
+            state["due"] = torch.tensor(self._due)
         for name in self.deltas:
             state[f"grown_at.{name}"] = self._ages(name).clone()
             if name in self._last_values:
@@ -340,6 +355,7 @@ class Reselector:
                 )
         self._close_window()
         self.update = int(state["update"])
+        self._due = int(state["due"]) if "due" in state else None
         self._continues = bool(state["continues"])
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
         estimates: dict[str, Estimate] = {}
@@ -360,34 +376,6 @@ class Reselector:
                 {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
             )
         self._open_window(estimates or None)
-
-
-# ---- the hook ------------------------------------------------------------------------------------
-
-# Weak: the tuner holds its reselectors, so a model that is dropped takes them along.
-_watched: WeakSet[Reselector] = WeakSet()
-_hook: Any = None
-
-
-def _watch(reselector: Reselector) -> None:
-    global _hook
-    _watched.add(reselector)
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_step)
-
-
-def _unwatch(reselector: Reselector) -> None:
-    global _hook
-    _watched.discard(reselector)
-    if _hook is not None and not len(_watched):
-        _hook.remove()
-        _hook = None
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for reselector in tuple(_watched):
-        if reselector.is_stepped_by(optimizer):
-            reselector.after_step(optimizer)
 
 
 def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:

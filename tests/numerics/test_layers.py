@@ -268,6 +268,7 @@ def test_training_in_resident_mode_equals_training_outside():
 
 def test_an_exception_leaves_resident_mode_bit_exactly():
     base, model, x = make("linear", dtype=torch.bfloat16)
+
     def interrupted():
         with resident(model):
             model(x)

@@ -64,8 +64,8 @@ class SparseConfig(PeftConfig):
             convolutions).
         exclude_modules: names or a regex of modules to leave out.
         target_biases: tune the biases of the targeted modules as well.
-        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`); alone with
-            target_modules=[].
+        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`); these
+            alone with target_modules=[].
         target_parameters: names of single parameters to tune (a parameter matches if its path ends with one); without
             target_modules these alone.
         layers_to_transform: indices of the layers to tune; the others are left out.
@@ -288,12 +288,19 @@ class SpielAGConfig(SpielConfig):
         candidates_per_weight: how many growth candidates are watched over a window, per tuned weight of the tensor;
             they are the largest gradients of its first micro-batch. With 1.0 (the choice of the authors) the first,
             full replacement takes all of them.
+        uncertain_share: lets a window go on beyond `estimation_steps`, at most to the next one, until the candidates
+            whose mean gradient lies within two standard errors of the cut between grown and refused are at most this
+            share of the grown ones. None ends every window after `estimation_steps`, as the authors do. Proposed in
+            thesis section 7.6.
 
     Source: thesis section 7.3.1, Algorithm 2.
     """
 
     method: str = field(default="spiel_ag", metadata={"help": "How the weights to tune are chosen."})
     candidates_per_weight: float = field(default=1.0, metadata={"help": "Growth candidates per tuned weight."})
+    uncertain_share: float | None = field(
+        default=None, metadata={"help": "End a window when at most this share of the grown weights is uncertain."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,6 +308,11 @@ class SpielAGConfig(SpielConfig):
             raise ConfigError(
                 f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
             )
+        if self.uncertain_share is not None:
+            if not 0 < self.uncertain_share < 1:
+                raise ConfigError(f"uncertain_share must be in (0, 1) or None, got {self.uncertain_share!r}.")
+            if self.estimation_steps < 2:
+                raise ConfigError("uncertain_share needs estimation_steps >= 2: one gradient has no standard error.")
 
 
 @method_name("spiel_ma")

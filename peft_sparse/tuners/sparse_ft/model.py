@@ -28,7 +28,6 @@ from .targets import Targets, find_targets, is_excluded, named_targets
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
-
 # What PEFT adds to `modules_to_save` of the config that it was given once the adapter is in: too late for our copy.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 

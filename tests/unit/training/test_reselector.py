@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas, resident
 from peft_sparse.optim.sparse_adamw import SparseAdamW
-from peft_sparse.training import callback, reselector
+from peft_sparse.training import callback, reselector, step_hook
 from peft_sparse.training.gradient_tap import GradientTap
 from peft_sparse.training.reselector import iter_reselectors
 
@@ -130,10 +130,10 @@ def test_seeds_are_what_the_optimizer_sees_under_accumulation_and_clipping():
         layer_dense = torch.zeros(watched.shape)
         for micro in range(2):
 
-            def watch(_, args, out):
+            def watch(_, args, out, total=layer_dense):
                 x = args[0].detach().reshape(-1, args[0].shape[-1])
 
-                def add(gradient, total=layer_dense):
+                def add(gradient):
                     total.add_(gradient.reshape(-1, gradient.shape[-1]).t() @ x)
 
                 out.register_hook(add)
@@ -295,10 +295,10 @@ def test_other_optimizers_and_evaluation_do_not_count():
 @pytest.mark.parametrize("leave", ["unload", "delete", "merge_and_unload"])
 def test_leaving_removes_hooks_and_observers(leave):
     gc.collect()
-    before = len(reselector._watched)
+    before = len(step_hook._watched)
     model = make()
     deltas = [d for _, _, _, d in iter_deltas(model)]
-    assert len(reselector._watched) == before + 1
+    assert len(step_hook._watched) == before + 1
     assert all(d.observer is not None for d in deltas)
     if leave == "delete":
         model.add_adapter("other", SpielAGConfig(**QUICK))
@@ -307,17 +307,17 @@ def test_leaving_removes_hooks_and_observers(leave):
         model.delete_adapter("other")
     else:
         getattr(model, leave)()
-    assert len(reselector._watched) == before
+    assert len(step_hook._watched) == before
     assert all(d.observer is None for d in deltas)
 
 
 def test_a_dropped_model_takes_its_reselector_along():
     gc.collect()
-    before = len(reselector._watched)
+    before = len(step_hook._watched)
     model = make()
     del model
     gc.collect()
-    assert len(reselector._watched) == before
+    assert len(step_hook._watched) == before
 
 
 def test_copies_do_not_share_a_window():
@@ -372,3 +372,36 @@ def test_drop_by_change_since_reselection_differs():
         train(model, optimizer_of(model), range(16))
         results.append(adapter(model))
     assert any(not torch.equal(results[0][name][0], results[1][name][0]) for name in results[0])
+
+
+def test_a_window_goes_on_until_the_cut_is_clear(monkeypatch):
+    def selections(share):
+        model = make(candidates_per_weight=2.0, reselection_steps=8, estimation_steps=2, uncertain_share=share)
+        train(model, optimizer_of(model), range(19))
+        return [r.update for r in driver(model).history]
+
+    assert selections(None) == [2, 10, 18]
+    # Never clear enough: every window goes on until the next one has to begin.
+    assert selections(1e-9) == [8, 16, 19]
+    # Clear as soon as three updates are in the estimate.
+    monkeypatch.setattr(reselector, "count_uncertain", lambda *_, samples, **__: 0 if samples == 3 else 10**6)
+    assert selections(0.5) == [3, 11, 19]
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7, 11])
+def test_a_window_that_goes_on_resumes_bit_for_bit(stop):
+    fields = {"candidates_per_weight": 2.0, "reselection_steps": 8, "estimation_steps": 2, "uncertain_share": 0.3}
+    whole = make(**fields)
+    train(whole, optimizer_of(whole), range(14))
+    first = make(**fields)
+    optimizer = optimizer_of(first)
+    train(first, optimizer, range(stop))
+    saved = copy.deepcopy((get_peft_model_state_dict(first), optimizer.state_dict(), driver(first).state_dict()))
+    second = make(**fields)
+    set_peft_model_state_dict(second, saved[0])
+    optimizer = optimizer_of(second)
+    optimizer.load_state_dict(saved[1])
+    driver(second).load_state_dict(saved[2])
+    train(second, optimizer, range(stop, 14))
+    assert_equal(adapter(second), adapter(whole))
+    assert driver(second).history == [r for r in driver(whole).history if r.update > stop]
