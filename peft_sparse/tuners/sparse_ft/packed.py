@@ -213,7 +213,7 @@ def hold_layouts(model: nn.Module, *, undo: bool = False) -> None:
     """
     module: Any
     for module in model.modules():
-        if not hasattr(module, _CPU_LAYOUT):
+        if _CPU_LAYOUT not in vars(module):
             continue
         if is_packed_for_cpu(module):
             if not undo:
@@ -224,7 +224,7 @@ def hold_layouts(model: nn.Module, *, undo: bool = False) -> None:
 
 def release_layouts(model: nn.Module) -> None:
     """Undo `hold_layouts`."""
-    held = [module for module in model.modules() if hasattr(module, _CPU_LAYOUT)]
+    held = [module for module in model.modules() if _CPU_LAYOUT in vars(module)]
     if held:
         from bitsandbytes.functional import has_avx512bf16
 
