@@ -87,6 +87,9 @@ class AdapterDelta(nn.Module):
         """Whether a forward has to know of this delta: it holds weights, is watched, or DDP waits for its gradient."""
         if self.count or self.observer is not None:
             return True
+        if self._shards:
+            # FSDP2 skips what has no gradient, and cannot cut up an empty one.
+            return False
         return (
             bool(self.support_version) and self.values.requires_grad and dist.is_available() and dist.is_initialized()
         )

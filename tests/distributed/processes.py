@@ -1,0 +1,88 @@
+"""Several processes on one machine: start them, run one function in each, collect what each of them came to."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Longer than any case takes on a busy machine, so that what hangs is a failure and not a wait.
+TIMEOUT = 100
+
+
+def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options: Any) -> list[Any]:
+    """What `case(**options)` returns in each of `world` processes of one gloo group; in one process there is no group.
+
+    The processes are forked from a server that has imported the heavy modules once.
+
+    Args:
+        case: a function of an importable module.
+        folder: where the processes meet and leave their results.
+        world: number of processes.
+        options: arguments of the case.
+
+    Raises:
+        AssertionError: a process raised (its traceback is shown), died, or did not end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers", "peft_sparse", "torch.distributed.tensor", "transformers.trainer"])
+    failures: Any = context.Queue()
+    arguments = (case, str(folder), world, options, failures)
+    processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + TIMEOUT
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
+        if any(process.exitcode for process in processes):
+            # The others wait for it in vain; they may have something to say about it themselves.
+            end = min(end, time.monotonic() + 3)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    told = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            told.append(failures.get(timeout=0.2))
+    assert not told, "\n".join(told)
+    assert not hung, f"ranks {hung} did not end"
+    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _work(rank: int, case: Callable[..., Any], folder: str, world: int, options: dict[str, Any], failures: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
+    try:
+        if world > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/meeting",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=TIMEOUT / 2),
+            )
+        torch.save(case(**options), Path(folder, f"result_{rank}.pt"))
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+        failures.close()
+        failures.join_thread()
+        os._exit(1)

@@ -1,0 +1,52 @@
+"""Two processes under FSDP2 train what one process trains on the joined batch."""
+
+from __future__ import annotations
+
+import pytest
+from comparison import assert_joined, assert_replicas
+from processes import run
+from training_cases import several
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+CASES = {
+    "rand": ("rand", "adamw", {}),
+    "rand, float32 with a head": ("rand", "adamw", {"double": False}),
+    "rand, resident": ("rand", "adamw", {"resident": True}),
+    "rand, fewer weights than processes": ("rand", "adamw", {"density": None, "num_weights": 9}),
+    "rand, everything": ("rand", "adamw", {"target_modules": "all"}),
+    "ag": ("ag", "adamw", {}),
+    "ag, own optimizer": ("ag", "sparse_adamw", {}),
+    "ag, float32 with a head": ("ag", "sparse_adamw", {"double": False}),
+    "ag, accumulation and clipping": ("ag", "adamw", {"accumulate": 2, "clip": 0.5}),
+    "ag, accumulation without no_sync": ("ag", "adamw", {"accumulate": 2, "clip": 0.5, "sync_every": True}),
+    "ag, resident": ("ag", "adamw", {"resident": True}),
+    "ag, kept whole between passes": ("ag", "adamw", {"reshard": False, "resident": True}),
+    "ag, embeddings": ("ag", "adamw", {"target_modules": ["word_embeddings", "query"]}),
+    "ma": ("ma", "adamw", {}),
+    "ma, SM3": ("ma", "sm3", {}),
+    "ma, SM3 with a head": ("ma", "sm3", {"double": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    variants = {
+        name: ("train_fsdp", {"method": method, "optimizer": optimizer, **options})
+        for name, (method, optimizer, options) in CASES.items()
+    }
+    folder = tmp_path_factory.mktemp("fsdp")
+    return (
+        run(several, folder / "two", variants=variants),
+        run(several, folder / "one", world=1, variants=variants)[0],
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one_on_the_joined_batch(trained, name):
+    two, one = trained
+    assert_replicas([process[name] for process in two])
+    assert_joined(two[0][name], one[name])
+    if name.startswith(("ag", "ma")):
+        assert [update for update, _ in one[name]["replaced"]] == [2, 6, 10]
+        assert all(share > 0 for _, share in one[name]["replaced"])
