@@ -30,7 +30,7 @@ def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, de
     Measured (AVX-512 cores, torch 2.13, 8 to 2048 rows, weights of 64 to 2048 rows and columns) as shares of the dense
     product's time. An entry costs about 4 times as much when sampled, and 15 times where 16-bit products have
     instructions of their own. Both transposes run on one core however many the dense product has, and cost as much as
-    30 (90) dense entries for each row and column. So in float32 on two cores the ways meet at density 0.17 for
+    30 (90) dense entries for each row and column. So in float32 on two cores the ways meet at density 0.13 for
     [512 x 512] and 0.24 for [2048 x 2048], and in bfloat16 at 0.02 and 0.05. float16 is widened either way, for torch
     multiplies it 25 times slower. On accelerators the dense product runs on matrix units; it is taken there always,
     unmeasured.

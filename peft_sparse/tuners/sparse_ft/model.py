@@ -14,17 +14,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from . import compose, drivers, state
-from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
+from .config import SparseConfig
 from .dense import Dequantization
-from .embedding import Embedding
 from .iteration import iter_deltas, iter_layers, path_in_base
 from .layer import SparseLayer
-from .packed import hold_layouts, own_parameters, release_layouts
+from .packed import hold_layouts, release_layouts
 from .quantized import warn_of_loss
-from .support import model_numel, plan_counts, select_random
-from .targets import Targets, find_targets, is_excluded, named_targets
+from .support import model_numel, plan, select_random
+from .targets import is_excluded, stored_target_modules
+from .ties import forget_broken_ties, mark_tied
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
@@ -76,7 +75,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            self._targets, counts = _plan(config, model)
+            self._targets, counts = plan(config, model)
             self._counts = counts or {}
             super().inject_adapter(
                 model,
@@ -90,8 +89,8 @@ class SparseModel(WrappedInTraining, BaseTuner):
             if len(self.peft_config) > 1:
                 del self.peft_config[adapter_name]
             raise
-        config.target_modules = _stored_target_modules(requested, self._targets)
-        self._mark_tied(model, adapter_name)
+        config.target_modules = stored_target_modules(requested, self._targets)
+        mark_tied(model, adapter_name, self.active_adapters)
         hold_layouts(model)
         if source is not None:
             for name, _, _, delta in iter_deltas(model, adapter_name):
@@ -160,32 +159,6 @@ class SparseModel(WrappedInTraining, BaseTuner):
         # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
         # an adapter on the meta device if its layer is one of bitsandbytes' 8-bit ones. Ours lie where they belong.
         setattr(parent, child_name, new_module)
-
-    def _mark_tied(self, model: nn.Module, adapter_name: str) -> None:
-        """Find targeted parameters that other modules share; embeddings that look up in the same matrix follow the
-        tuned one.
-        """
-        holders: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in named_targets(model):
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    holders.setdefault(id(parameter), []).append((name, module))
-        for _, layer, part, _ in list(iter_deltas(model, adapter_name)):
-            sharing = holders.get(id(own_parameters(layer.get_base_layer()).get(part)), [])
-            if len(sharing) < 2:
-                continue
-            layer.tied_parameters.add(part)
-            for name, module in sharing:
-                wrapped = model.get_submodule(name)
-                if (
-                    isinstance(layer, Embedding)
-                    and isinstance(module, nn.Embedding)
-                    and not isinstance(wrapped, SparseLayer)
-                ):
-                    follower = Embedding(wrapped, leader=layer)
-                    follower.set_adapter(self.active_adapters)
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, follower)
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
@@ -277,7 +250,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
         )
         if merge:
             warn_of_loss(layers, way_back="")
-            _forget_broken_ties(model)
+            forget_broken_ties(model)
         release_layouts(model)
         return model
 
@@ -358,48 +331,8 @@ class SparseModel(WrappedInTraining, BaseTuner):
         )
 
 
-def _plan(config: SparseConfig, model: nn.Module) -> tuple[Targets, dict[str, int] | None]:
-    """The targets and, where they are known before training, the counts; raises whatever can be refused beforehand."""
-    targets = find_targets(config, model)
-    modules = dict(named_targets(model))
-    for name, parameters in targets.items():
-        wrapper_for(modules[name], name, parent=model.get_submodule(name.rpartition(".")[0]))
-        if not parameters:
-            raise ConfigError(
-                f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
-            )
-    # PEFT has a good error for an empty match, and gives it before it touches the model.
-    return targets, plan_counts(config, targets, model) if targets else None
-
-
 def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
-    """The user's `target_modules` in the forms that PEFT can do with: a set or a string, and no bare embedding names.
-
-    PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that
-    name or by a regex.
-    """
-    requested = config.target_modules
-    if requested is None:
-        return set() if config.target_parameters else ALL_LINEAR
-    embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
-    if isinstance(requested, str):
-        return set(targets) if embeddings and requested not in (ALL_LINEAR, ALL_PARAMETERS) else requested
-    return {name for name in requested if name not in ("embed_tokens", "lm_head")} | embeddings
-
-
-def _forget_broken_ties(model: nn.Module) -> None:
-    """Make a merged model save and reload as it is, where merging gave tied tensors different contents."""
-    ties = getattr(model, "all_tied_weights_keys", None)
-    if not ties:
-        return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    broken = [k for k, v in ties.items() if k in parameters and v in parameters and parameters[k] is not parameters[v]]
-    for key in broken:
-        del ties[key]
 
 
 def _with_heads(config: SparseConfig) -> list[str] | None:

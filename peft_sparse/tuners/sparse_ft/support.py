@@ -14,8 +14,26 @@ from ...selection.criteria import random_indices
 from .adapter_delta import AdapterDelta
 from .config import SparseConfig
 from .packed import own_parameters, parameter_numel, parameter_shape
-from .targets import Targets, named_targets
-from .wrap import is_linear
+from .targets import Targets, find_targets, named_targets
+from .wrap import is_linear, wrapper_for
+
+
+def plan(config: SparseConfig, model: nn.Module) -> tuple[Targets, dict[str, int] | None]:
+    """The targets of a config on a model and, where they are known before training, the counts.
+
+    Raises:
+        ConfigError: whatever can be refused before the model is touched.
+    """
+    targets = find_targets(config, model)
+    modules = dict(named_targets(model))
+    for name, parameters in targets.items():
+        wrapper_for(modules[name], name, parent=model.get_submodule(name.rpartition(".")[0]))
+        if not parameters:
+            raise ConfigError(
+                f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
+            )
+    # PEFT has a good error for an empty match, and gives it before it touches the model.
+    return targets, plan_counts(config, targets, model) if targets else None
 
 
 def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> list[Group]:

@@ -69,6 +69,21 @@ def is_excluded(config: SparseConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
 
 
+def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
+    """The user's `target_modules` in the forms that PEFT can do with: a set or a string, and no bare embedding names.
+
+    PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that
+    name or by a regex.
+    """
+    requested = config.target_modules
+    if requested is None:
+        return set() if config.target_parameters else ALL_LINEAR
+    embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
+    if isinstance(requested, str):
+        return set(targets) if embeddings and requested not in (ALL_LINEAR, ALL_PARAMETERS) else requested
+    return {name for name in requested if name not in ("embed_tokens", "lm_head")} | embeddings
+
+
 def _module_rule(config: SparseConfig, model: nn.Module):
     """target_modules, with the biases if `target_biases` asks for them."""
     parts = PARAMETERS if config.target_biases else ("weight",)
