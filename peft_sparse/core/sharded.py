@@ -19,6 +19,8 @@ def how_sharded(tensor: Tensor) -> str | None:
         return "a DTensor (FSDP2, tensor parallelism)"
     if hasattr(tensor, "ds_id"):
         return "sharded by DeepSpeed ZeRO-3"
+    if hasattr(tensor, "_hp_mapping"):
+        return "part of a flat buffer of DeepSpeed ZeRO"
     if hasattr(tensor, "_is_flat_param") or hasattr(tensor, "_fsdp_flattened"):
         return "part of an FSDP unit"
     return None

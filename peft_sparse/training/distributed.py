@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.sharded import how_sharded, is_sharded
 from ..errors import ConfigError, SelectionError
+from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 
 
 def is_distributed() -> bool:
@@ -119,27 +120,29 @@ def _own_group() -> Any:
     return _group[1]
 
 
-def refuse_processes(adapter_name: str, budget: object, held: Mapping[str, Tensor]) -> None:
-    """Refuse what would silently train something else in several processes.
+def refuse_processes(adapter_name: str, budget: object, deltas: Mapping[str, AdapterDelta]) -> None:
+    """Refuse what would silently train something else in several processes, or under what is made for them.
 
     Args:
         adapter_name: the adapter that reselects.
         budget: of its config.
-        held: {parameter name: the values as optimizers hold them}.
+        deltas: {parameter name: its delta}.
 
     Raises:
         ConfigError: weights would have to move between tensors, or to another place in a flattened parameter.
     """
-    if budget == "global":
+    if budget == "global" and is_distributed():
         raise ConfigError(
             f"budget='global' moves weights of adapter {adapter_name!r} between tensors while it trains, and DDP and "
             "FSDP cannot let a parameter change its size. Use budget='uniform', or a single process."
         )
-    for name, values in held.items():
+    for name, delta in deltas.items():
+        values = delta.held_values
         if not is_sharded(values) and (how := how_sharded(values)) is not None:
             raise ConfigError(
                 f"the values of {name} are {how}, whose optimizer state cannot follow a weight to another place. SpIEL "
-                "trains under DDP and FSDP2 (fsdp_config={'version': 2}); Rand-SFT (RandConfig) trains here."
+                "trains under DDP and FSDP2 (fsdp_config={'version': 2}), which shards the model as ZeRO-3 does; "
+                "Rand-SFT (RandConfig) trains here."
             )
 
 

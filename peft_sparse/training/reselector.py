@@ -22,7 +22,7 @@ from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
 from . import step_hook
-from .distributed import check_same_supports, is_distributed, refuse_processes
+from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
 
@@ -112,7 +112,12 @@ class Reselector:
         return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
 
     def begin_training(self, total_steps: int) -> None:
-        """A trainer begins a run of so many updates. A second run goes on from the support of the first."""
+        """A trainer begins a run of so many updates. A second run goes on from the support of the first.
+
+        Raises:
+            ConfigError: several processes train in a way in which the support cannot change.
+        """
+        refuse_processes(self.adapter_name, self.config.budget, self.deltas)
         if self.update:
             self._continues = True
             self.skip_to(0)
@@ -125,9 +130,16 @@ class Reselector:
         self._open_window()
 
     def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds the adapter's values, and has a gradient for them."""
+        """Whether an optimizer holds the adapter's values, and has a gradient for them.
+
+        Raises:
+            ConfigError: no optimizer ever will, for DeepSpeed gives them flat copies of several parameters.
+        """
         own = {id(d.held_values) for d in self.deltas.values() if d.held_values.grad is not None}
-        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return True
+        refuse_processes(self.adapter_name, self.config.budget, self.deltas)
+        return False
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -137,9 +149,7 @@ class Reselector:
             ConfigError: several processes train in a way in which the support cannot change.
             SelectionError: the processes do not do the same.
         """
-        if is_distributed():
-            held = {name: delta.held_values for name, delta in self.deltas.items()}
-            refuse_processes(self.adapter_name, self.config.budget, held)
+        refuse_processes(self.adapter_name, self.config.budget, self.deltas)
         self.update += 1
         if self._covers is not None:
             self._covers.after_step(optimizer)

@@ -81,7 +81,7 @@ def _work(rank: int, case: Callable[..., Any], folder: str, world: int, options:
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         failures.put(f"rank {rank}:\n{traceback.format_exc()}")
         failures.close()
         failures.join_thread()

@@ -20,8 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "training"))
 from tiny_training import VOCAB, make_bert
 
 import peft_sparse
-from peft_sparse import SM3, LotteryTicketConfig, RandConfig, SparseAdamW, SpielAGConfig, SpielMAConfig
-from peft_sparse import iter_deltas, iter_reselectors, select, start_dense_phase, start_sparse_phase
+from peft_sparse import (
+    SM3,
+    LotteryTicketConfig,
+    RandConfig,
+    SparseAdamW,
+    SpielAGConfig,
+    SpielMAConfig,
+    iter_deltas,
+    iter_reselectors,
+    select,
+    start_dense_phase,
+    start_sparse_phase,
+)
 from peft_sparse.core.sharded import whole
 
 QUICK = {"reselection_steps": 4, "estimation_steps": 2}
