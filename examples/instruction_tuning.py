@@ -2,8 +2,9 @@
 
     python examples/instruction_tuning.py
 
-tunes SmolLM2-135M-Instruct on 180 built-in questions, whose answers are one short sentence and a subject in brackets.
-`--model` and `--data` take your own; `--method` compares Rand-SFT, LT-SFT and LoRA at the same number of weights.
+tunes SmolLM2-135M-Instruct by SpIEL-AG on 180 built-in questions, whose answers are one short sentence and a subject in
+brackets. `--model` and `--data` take your own; `--method` compares SpIEL-MA, Rand-SFT, LT-SFT and LoRA at the same number
+of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were grown.
 """
 
 from __future__ import annotations
@@ -15,59 +16,21 @@ from typing import Annotated
 
 import torch
 import typer
-from _instructions import answers, collate, encode, held_out_loss, logits, read_pairs
+from _instructions import answers, encode, held_out_loss, logits, read_pairs
+from _methods import LEARNING_RATE, LEARNING_RATES, Method, adapter_config, four_bit, plot_ages, train
 from _models import smollm2
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 console = Console()
-
-
-class Method(str, Enum):
-    rand = "rand"
-    lottery_ticket = "lottery_ticket"
-    lora = "lora"
 
 
 class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float32 = "float32"
-
-
-def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Module):
-    """The three methods train the same number of weights, in all linear layers but the output."""
-    if method is Method.rand:
-        return RandConfig(density=density, seed=seed, target_modules="all-linear", task_type="CAUSAL_LM")
-    if method is Method.lottery_ticket:
-        return LotteryTicketConfig(density=density, target_modules="all-linear", task_type="CAUSAL_LM")
-    output = model.get_output_embeddings()
-    shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
-    rank = max(1, round(density * sum(o * i for o, i in shapes) / sum(o + i for o, i in shapes)))
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def train(model, rows: list[dict], method: Method, dense_learning_rate: float, **settings) -> None:
-    args = TrainingArguments(
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **settings,
-    )
-    common = {"model": model, "args": args, "train_dataset": rows, "data_collator": collate}
-    if method is Method.lora:
-        Trainer(**common).train()
-    else:
-        # A plain Trainer does for Rand-SFT too; ours writes the weights in place while it trains, so a step costs less.
-        SparseTrainer(**common, dense_args={"learning_rate": dense_learning_rate}).train()
 
 
 def agrees(name: str, found: torch.Tensor, expected: torch.Tensor, *, tolerance: float) -> bool:
@@ -81,13 +44,15 @@ def agrees(name: str, found: torch.Tensor, expected: torch.Tensor, *, tolerance:
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id. \\[default: SmolLM2-135M-Instruct]")] = "",
     data: Annotated[str, typer.Option(help="A .jsonl file or hub id. \\[default: a built-in house style]")] = "",
-    method: Annotated[Method, typer.Option(help="How the trained weights are chosen.")] = Method.rand,
+    method: Annotated[Method, typer.Option(help="How the trained weights are chosen.")] = Method.spiel_ag,
     density: Annotated[float, typer.Option(help="Share of the linear layers' weights to train.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Optimizer steps; LT-SFT takes them in each of its phases.")] = 40,
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: the method's]")] = None,
     dense_learning_rate: Annotated[float, typer.Option(help="The same, in the dense phase of LT-SFT.")] = 5e-5,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16; LT-SFT float32]")] = None,
+    load_in_4bit: Annotated[bool, typer.Option(help="Quantise the base to NF4 (needs bitsandbytes).")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw when the tuned weights were grown (SpIEL).")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out questions to answer before and after.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the random weights and of the order of the rows.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapter is saved.")] = Path("outputs/instruction_tuning"),
@@ -98,7 +63,10 @@ def main(
     source = model or smollm2()
     # The dense phase of LT-SFT moves the weights themselves, by steps too small for bfloat16.
     dtype = dtype or (Dtype.float32 if method is Method.lottery_ticket else Dtype.bfloat16)
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype.value))
+    loading = {"dtype": getattr(torch, dtype.value)}
+    if load_in_4bit:
+        loading |= {"quantization_config": four_bit(), "device_map": "cuda" if torch.cuda.is_available() else "cpu"}
+    base = AutoModelForCausalLM.from_pretrained(source, **loading)
     tokenizer = AutoTokenizer.from_pretrained(source)
     pairs, held_out_pairs = read_pairs(data)
     rows, held_out = encode(tokenizer, pairs), encode(tokenizer, held_out_pairs)
@@ -114,7 +82,7 @@ def main(
         dense_learning_rate,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or LEARNING_RATES.get(method, LEARNING_RATE),
         seed=seed,
         output_dir=str(output / "trainer"),
     )
@@ -126,17 +94,23 @@ def main(
     console.print(f"{count:,} trained weights in {size:,} bytes, {size / count:.2f} each: {output}")
 
     expected = logits(tuned, held_out[:4])
-    fresh = AutoModelForCausalLM.from_pretrained(source, dtype=base.dtype).to(tuned.device)
+    fresh = AutoModelForCausalLM.from_pretrained(source, **loading)
+    fresh = fresh if load_in_4bit else fresh.to(tuned.device)
     reloaded = PeftModel.from_pretrained(fresh, output)
     same = agrees("reloaded", logits(reloaded, held_out[:4]), expected, tolerance=0.0)
-    # Merging a sparse delta is exact: the same sum, rounded once. LoRA's product rounds differently when it is merged.
-    merged = reloaded.merge_and_unload()
-    same &= agrees("merged", logits(merged, held_out[:4]), expected, tolerance=0.05 if method is Method.lora else 0.0)
+    # Merging a sparse delta is exact: the same sum, rounded once. LoRA's product rounds differently when it is merged, and
+    # a sum that is quantised again loses most of it, so a sparse delta on 4 bits is merged into the dequantised weights.
+    exactly = {"dequantize": True} if load_in_4bit and method is not Method.lora else {}
+    merged = reloaded.merge_and_unload(**exactly)
+    tolerance = {(Method.lora, False): 0.05, (Method.lora, True): 1.0}.get((method, load_in_4bit), 0.0)
+    same &= agrees("merged", logits(merged, held_out[:4]), expected, tolerance=tolerance)
 
     table = Table("question", "before", "after", title="answers to held-out questions", show_lines=True)
     for row in zip(questions, before, answers(merged, tokenizer, questions), strict=True):
         table.add_row(*map(escape, row))
     console.print(table)
+    if plot is not None and plot_ages(tuned, plot):
+        console.print(f"ages of the tuned weights: {plot}")
     console.print(f"{time.perf_counter() - start:.0f} seconds in all")
     if not same:
         raise typer.Exit(1)

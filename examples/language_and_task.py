@@ -19,7 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
-from _worlds import Row, World, invented_world, read_world, tiny_bert
+from _worlds import World, accuracy, encode, invented_world, read_world, tiny_bert
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -65,7 +65,7 @@ def fit(model, rows: list[dict], collator, schedule: Schedule, output: Path, *, 
     trainer_class(model=model, args=args, train_dataset=rows, data_collator=collator, **dense).train()
 
 
-def language_adapter(base: Path, tokenizer, world: World, density: float, schedule: Schedule, output: Path) -> None:
+def language_adapter(base: Path, tokenizer, world: World, config, schedule: Schedule, output: Path) -> None:
     """Masked-word prediction on raw text. The head that predicts words stays behind: it is in no file."""
     model, loading = AutoModelForMaskedLM.from_pretrained(base, output_loading_info=True)
     rows = [{"input_ids": ids} for ids in tokenizer(world.text, truncation=True, max_length=64)["input_ids"]]
@@ -74,14 +74,9 @@ def language_adapter(base: Path, tokenizer, world: World, density: float, schedu
         console.print("the model comes without a head that predicts words: fitting one first, all else frozen")
         model.base_model.requires_grad_(False)
         fit(model, rows, collator, schedule, output, trainer_class=Trainer)
-    tuned = get_peft_model(model, LotteryTicketConfig(density=density, target_modules="all"))
+    tuned = get_peft_model(model, config)
     fit(tuned, rows, collator, schedule, output)
     tuned.save_pretrained(output)
-
-
-def encode(tokenizer, rows: list[Row]) -> list[dict]:
-    ids = tokenizer([text for text, _ in rows], truncation=True, max_length=64)["input_ids"]
-    return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
 
 
 def task_adapter(base: Path, tokenizer, world: World, density: float, schedule: Schedule, output: Path) -> None:
@@ -95,23 +90,13 @@ def task_adapter(base: Path, tokenizer, world: World, density: float, schedule: 
     tuned.save_pretrained(output)
 
 
-@torch.no_grad()
-def accuracy(model, tokenizer, rows: list[Row]) -> float:
-    model.eval()
-    right = 0
-    for start in range(0, len(rows), 64):
-        batch = DataCollatorWithPadding(tokenizer)(encode(tokenizer, rows[start : start + 64])).to(model.device)
-        right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
-    return right / len(rows)
-
-
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of real data. \\[default: invented languages]")] = None,
     model: Annotated[str, typer.Option(help="Encoder for real data: a directory or hub id.")] = "",
     source: Annotated[str, typer.Option(help="Language of the labelled rows, with --data.")] = "ind",
     target: Annotated[str, typer.Option(help="Language of the raw text and of the test, with --data.")] = "jav",
-    density: Annotated[float, typer.Option(help="Share of the encoder's weights in each adapter.")] = 0.2,
-    language_steps: Annotated[int, typer.Option(help="Steps in each phase of the language adapter.")] = 500,
+    density: Annotated[float, typer.Option(help="Share of the targeted weights in each adapter.")] = 0.3,
+    language_steps: Annotated[int, typer.Option(help="Steps in each phase of the language adapter.")] = 800,
     task_steps: Annotated[int, typer.Option(help="Steps in each phase of the task adapter.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the order of the rows, the heads and the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapters are saved.")] = Path("outputs/language_and_task"),
@@ -120,18 +105,21 @@ def main(
     set_seed(seed)
     if data is None:
         base, world = tiny_bert(output / "tiny_bert", seed=seed), invented_world(seed)
-        languages = Schedule(language_steps, 32, dense=1.5e-3, sparse=1.5e-3)
-        tasks = Schedule(task_steps, 16, dense=2e-3, sparse=2e-3)
+        languages = Schedule(language_steps, 32, dense=3e-3, sparse=3e-3)
+        tasks = Schedule(task_steps, 16, dense=1e-3, sparse=1e-3)
+        targets = ["word_embeddings"]  # the invented languages differ in their words alone
     elif model:
         base, world = Path(model), read_world(data, source, target)
         languages = Schedule(language_steps, 16, dense=1e-4, sparse=5e-4)
         tasks = Schedule(task_steps, 16, dense=2e-4, sparse=5e-4)
+        targets = "all"
     else:
         raise typer.BadParameter(
             "give an encoder for the languages in --data: a directory or hub id", param_hint="--model"
         )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    language_adapter(base, tokenizer, world, density, languages, output / "language")
+    config = LotteryTicketConfig(density=density, target_modules=targets)
+    language_adapter(base, tokenizer, world, config, languages, output / "language")
     task_adapter(base, tokenizer, world, density, tasks, output / "task")
 
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(world.labels))

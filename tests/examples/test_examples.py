@@ -1,0 +1,214 @@
+"""The examples run: on tiny models and data of their own here, on the real model in the slow run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from typer import Typer
+from typer.testing import CliRunner
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run an example's command line in this process; returns (exit code, output with single spaces)."""
+
+    def run_example(name: str, *arguments: object) -> tuple[int, str]:
+        module = importlib.import_module(name)
+        app = Typer()
+        app.command()(module.main)
+        monkeypatch.setattr(module.console, "width", 200)
+        with module.console.capture() as captured:
+            result = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "out")])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, re.sub(r"\s+", " ", captured.get() + result.output)
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield run_example
+    for name in [name for name, module in sys.modules.items() if str(EXAMPLES) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A bfloat16 Llama of two layers whose tokenizer knows letters."""
+    folder = tmp_path_factory.mktemp("llama")
+    letters = ["<unk>", "<eos>", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(letters), bos_token_id=None, eos_token_id=1, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {"instruction": f"Say {word}", "input": "now", "output": f"{word}!"} for word in ["one", "two", "three", "four"]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3), encoding="utf-8")
+    return path
+
+
+def losses(output: str) -> tuple[float, float]:
+    before, after = re.search(r"held-out loss a token: ([\d.]+) before, ([\d.]+) after", output).groups()
+    return float(before), float(after)
+
+
+@pytest.mark.parametrize("method", ["rand", "lottery_ticket", "lora"])
+def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
+    options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--steps", 8]
+    options += ["--learning-rate", 0.02, "--dense-learning-rate", 0.02, "--samples", 1]
+    code, output = run("instruction_tuning", *options)
+    assert code == 0, output
+    before, after = losses(output)
+    assert after < before
+    assert output.count("agrees with the trained one") == 2
+    count = int(re.search(r"([\d,]+) trained weights", output)[1].replace(",", ""))
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    if method != "lora":
+        assert count == round(0.2 * weights)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert PeftModel.from_pretrained(base, tmp_path / "out").peft_config["default"].peft_type.value in (
+        {"lora": "LORA"}.get(method, "SPARSE_FT"),
+    )
+
+
+def test_instruction_tuning_fails_when_models_differ(run, tiny_llama, pairs, monkeypatch):
+    module = importlib.import_module("instruction_tuning")
+    logits = module.logits
+    calls = []
+
+    def one_differs(model, rows):
+        calls.append(model)
+        return logits(model, rows) + (1e-3 if len(calls) == 3 else 0)
+
+    monkeypatch.setattr(module, "logits", one_differs)
+    code, output = run("instruction_tuning", "--model", tiny_llama, "--data", pairs, "--steps", 1, "--samples", 1)
+    assert code == 1
+    assert "reloaded model: agrees" in output
+    assert "merged model: differs" in output
+
+
+def test_built_in_instructions_follow_their_style(run):
+    instructions = importlib.import_module("_instructions")
+    train, held_out = instructions.read_pairs("")
+    assert (len(train), len(held_out)) == (180, 24)
+    questions = [pair["question"] for pair in train + held_out]
+    assert len(set(questions)) == len(questions)
+    subjects = {re.fullmatch(r"[^\[\]]+[.] \[([a-z]+)\]", pair["answer"])[1] for pair in train}
+    assert len(subjects) == 15
+    assert {re.fullmatch(r"[^\[\]]+[.] \[([a-z]+)\]", pair["answer"])[1] for pair in held_out} == subjects
+
+
+def test_rows_that_are_no_instructions_are_refused(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "hello"}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"needs one of .*'instruction'.* this one has \['text'\]"):
+        importlib.import_module("_instructions").read_pairs(str(path))
+
+
+def test_loss_counts_on_the_answer_alone(run, tiny_llama):
+    instructions = importlib.import_module("_instructions")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_llama)
+    short, long = instructions.encode(
+        tokenizer, [{"question": "a", "answer": "b"}, {"question": "aa", "answer": "bcd"}]
+    )
+    assert tokenizer.decode([t for t in short["labels"] if t != -100]).replace(" ", "") == "b<eos>"
+    batch = instructions.collate([short, long])
+    # The end-of-text token that padding often is stays a label; what is told apart is the length.
+    assert batch["labels"][0, len(short["input_ids"]) - 1] == tokenizer.eos_token_id
+    assert (batch["labels"][0, len(short["input_ids"]) :] == -100).all()
+    assert batch["attention_mask"].sum(1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
+
+
+def test_language_and_task(run, tmp_path, monkeypatch):
+    worlds = importlib.import_module("_worlds")
+    monkeypatch.setattr(worlds.tiny_bert, "__kwdefaults__", {"seed": 0, "steps": 20})
+    code, output = run("language_and_task", "--language-steps", 4, "--task-steps", 60)
+    assert code == 0, output
+    scores = {
+        name: list(map(float, found)) for name, *found in re.findall(r"│ ([a-z+ ]+?) │ ([\d.]+) │ ([\d.]+) │", output)
+    }
+    assert list(scores) == ["alone", "+ language", "+ task", "+ language + task"]
+    # Sixty steps learn something of the labels they are shown, and twenty steps of pretraining teach little.
+    assert scores["+ task"][1] > max(0.5, scores["alone"][1])
+
+    out = tmp_path / "out"
+    base = AutoModelForSequenceClassification.from_pretrained(out / "tiny_bert", num_labels=4)
+    composed = PeftModel.from_pretrained(base, out / "sum_1_1").eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(out / "merged").eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        assert torch.equal(composed(input_ids=ids).logits, merged(input_ids=ids).logits)
+    saved = json.loads((out / "language" / "adapter_config.json").read_text())
+    assert set(saved["counts"]) == {"bert.embeddings.word_embeddings.weight"}
+    assert saved["modules_to_save"] is None
+
+
+def test_language_and_task_reads_real_data(run, tmp_path):
+    worlds = importlib.import_module("_worlds")
+    model = worlds.tiny_bert(tmp_path / "bert", steps=1)
+    lexicon = worlds.Lexicon(0)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "far.txt").write_text(
+        "\n".join(text for text, _ in lexicon.rows(lexicon.far, 40, 1)), encoding="utf-8"
+    )
+    for language, words in (("near", lexicon.near), ("far", lexicon.far)):
+        folder = tmp_path / "nusax_senti" / language
+        folder.mkdir(parents=True)
+        rows = [{"text": text, "label": worlds.LABELS[label]} for text, label in lexicon.rows(words, 20, 2)]
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--data", tmp_path, "--model", model, "--source", "near", "--target", "far", "--density", 0.05]
+    code, output = run("language_and_task", *options, "--language-steps", 2, "--task-steps", 2)
+    assert code == 0, output
+    assert "far (test)" in output
+    saved = json.loads((tmp_path / "out" / "language" / "adapter_config.json").read_text())
+    assert any("encoder.layer.1" in name for name in saved["counts"])
+    assert not any(name.startswith("cls.") for name in saved["counts"])
+
+
+def test_missing_text_is_an_error(run, tmp_path):
+    with pytest.raises(SystemExit, match="no raw text of 'far'"):
+        importlib.import_module("_worlds").read_world(tmp_path, "near", "far")
+
+
+@pytest.mark.slow
+def test_instruction_tuning_of_the_real_model(run):
+    """The README's main command: minutes, and a download where the model is not cached."""
+    code, output = run("instruction_tuning")
+    assert code == 0, output
+    before, after = losses(output)
+    assert after < 0.5 * before
+    assert output.count("agrees with the trained one") == 2
+
+
+@pytest.mark.slow
+def test_language_and_task_as_documented(run):
+    code, output = run("language_and_task")
+    assert code == 0, output
+    scores = {name: float(score) for name, score in re.findall(r"│ ([a-z+ ]+?) │ ([\d.]+) │", output)}
+    assert scores["+ language + task"] > scores["+ task"] + 0.1
