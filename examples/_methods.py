@@ -21,7 +21,7 @@ class Method(str, Enum):
     lora = "lora"
 
 
-# SM3, which SpIEL-MA trains with, divides by the root of a sum and not of a mean: its steps shrink, so they start larger.
+# SM3, which SpIEL-MA trains with, divides by the root of a sum, not of a mean: its steps shrink, so they start larger.
 LEARNING_RATES = {Method.spiel_ma: 8e-3}
 LEARNING_RATE = 2e-3
 
@@ -71,8 +71,8 @@ def train(model, rows: list[dict], method: Method, dense_learning_rate: float, *
     if method is Method.lora:
         Trainer(**common).train()
     else:
-        # A plain Trainer does for all but LT-SFT. Ours writes the weights in place while it trains, so a step costs less,
-        # and picks the optimizer that SpIEL is made with.
+        # A plain Trainer does for all but LT-SFT. Ours writes the weights in place while it trains, so a step costs
+        # less, and picks the optimizer that SpIEL is made with.
         SparseTrainer(**common, dense_args={"learning_rate": dense_learning_rate}).train()
 
 

@@ -2,9 +2,9 @@
 
     python examples/instruction_tuning.py
 
-tunes SmolLM2-135M-Instruct by SpIEL-AG on 180 built-in questions, whose answers are one short sentence and a subject in
-brackets. `--model` and `--data` take your own; `--method` compares SpIEL-MA, Rand-SFT, LT-SFT and LoRA at the same number
-of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were grown.
+tunes SmolLM2-135M-Instruct by SpIEL-AG on 180 built-in questions, whose answers are one short sentence and a subject
+in brackets. `--model` and `--data` take your own; `--method` compares SpIEL-MA, Rand-SFT, LT-SFT and LoRA at the same
+number of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were grown.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def main(
     fresh = fresh if load_in_4bit else fresh.to(tuned.device)
     reloaded = PeftModel.from_pretrained(fresh, output)
     same = agrees("reloaded", logits(reloaded, held_out[:4]), expected, tolerance=0.0)
-    # Merging a sparse delta is exact: the same sum, rounded once. LoRA's product rounds differently when it is merged, and
-    # a sum that is quantised again loses most of it, so a sparse delta on 4 bits is merged into the dequantised weights.
+    # Merging a sparse delta is exact: the same sum, rounded once. LoRA's product rounds differently when it is merged.
+    # Quantising a sum again loses most of the delta, so on 4 bits a sparse one goes into the dequantised weights.
     exactly = {"dequantize": True} if load_in_4bit and method is not Method.lora else {}
     merged = reloaded.merge_and_unload(**exactly)
     tolerance = {(Method.lora, False): 0.05, (Method.lora, True): 1.0}.get((method, load_in_4bit), 0.0)
