@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError
@@ -27,8 +29,8 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     base model in bfloat16 or float16 gets a warning, because it loses most small updates.
 
     Args:
-        model: a PeftModel (or a tuner, or DDP around them) whose adapter has the method "lottery_ticket" and no weights
-            yet.
+        model: a PeftModel (or a tuner) whose adapter has the method "lottery_ticket" and no weights yet. Not wrapped:
+            DDP is made anew for each phase, after its start, because each trains other parameters.
         adapter_name: that adapter; it must be active.
 
     Returns:
@@ -37,7 +39,7 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
 
     Raises:
         ConfigError: the adapter is of another method, has its weights already, is not active, or is merged; the base is
-            quantised, sharded or on the meta device; another dense phase is open.
+            quantised, sharded or on the meta device; the model is wrapped; another dense phase is open.
 
     Cost: a copy of the targeted parameters on the CPU (on their own device with `l1`), and one of a tied output matrix
     beside it.
@@ -45,6 +47,7 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     K moved weights are an error, weights are restored from copies and never by subtraction, and only what is targeted
     is unfrozen.
     """
+    _refuse_wrapper(model)
     config = adapter_config(model, adapter_name)
     targets = [Target(*found) for found in iter_deltas(model, adapter_name)]
     _check_adapter(model, adapter_name, config)
@@ -62,7 +65,12 @@ def select(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]
 
 
 def start_sparse_phase(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
-    """Rewind the model and go on with the selected weights alone. See `DensePhase.start_sparse_phase`."""
+    """Rewind the model and go on with the selected weights alone. See `DensePhase.start_sparse_phase`.
+
+    Raises:
+        ConfigError: the model is still wrapped in DDP, DeepSpeed or FSDP.
+    """
+    _refuse_wrapper(model)
     return _open_phase(model, adapter_name).start_sparse_phase()
 
 
@@ -86,6 +94,16 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
 def is_unselected(config: Any) -> bool:
     """Whether a config belongs to an adapter that a dense phase has yet to choose the weights of."""
     return isinstance(config, SparseConfig) and config.method in TWO_PHASE_METHODS and config.counts is None
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    """Refuse what averages the gradients of the parameters that were trainable when it was made, and of no others."""
+    if not isinstance(model, (PeftModel, BaseTuner)) and isinstance(getattr(model, "module", None), nn.Module):
+        raise ConfigError(
+            f"model must not be wrapped when its phase changes, got a {type(model).__name__}: it would not average the "
+            "gradients of the weights that train from now on. Pass the model inside it (model.module), and wrap that "
+            "anew for each phase."
+        )
 
 
 def _peft_configs(model: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
             model = model.base_model
         elif isinstance(model, BaseTuner):
             model = model.model
-        elif not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        elif _is_wrapper(model):
             model = model.module
         else:
             return model
@@ -28,6 +28,14 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def path_in_base(name: str) -> str:
     """A module's path without the names that FSDP and torch.compile put between."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    """Whether a model stands around another one: DDP, or an engine that hands on the attributes of what is inside."""
+    inside = getattr(model, "module", None)
+    return isinstance(inside, (PeftModel, BaseTuner)) or (
+        isinstance(inside, nn.Module) and not hasattr(model, "config")
+    )
 
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
