@@ -52,7 +52,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "one layer, rank for rank": {"equivalent_rank": 1, "layers_to_transform": [1]},
     "embedding by name": {"num_weights": 50, "target_modules": r".*(embed_tokens|wte)"},
     "bfloat16 values": {"density": 0.1, "values_dtype": "bfloat16"},
+    "single parameters": {"density": 0.3, "target_parameters": ["layers.1.mlp.up_proj.weight", "norm.weight"]},
 }
+# The same names in the other model.
+_GPT2_NAMES = {"layers.1.mlp.up_proj.weight": "h.1.mlp.c_fc.bias", "norm.weight": "ln_f.weight"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ class Case:
         return copy.deepcopy(_original(self.kind))
 
     def config(self, **changes: Any) -> SparseConfig:
-        return SparseConfig(**{"init_weights": False, "task_type": "CAUSAL_LM", **REQUESTS[self.request], **changes})
+        fields = {"init_weights": False, "task_type": "CAUSAL_LM", **REQUESTS[self.request], **changes}
+        if self.kind == "gpt2" and "target_parameters" in fields:
+            fields["target_parameters"] = [_GPT2_NAMES[name] for name in fields["target_parameters"]]
+        return SparseConfig(**fields)
 
     def model(self, *adapters: str) -> PeftModel:
         """A model with adapters of different values (and, where chance chooses, different supports)."""
