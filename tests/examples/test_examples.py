@@ -56,7 +56,7 @@ def tiny_llama(tmp_path_factory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(letters), bos_token_id=None, eos_token_id=1, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -77,7 +77,7 @@ def losses(output: str) -> tuple[float, float]:
     return float(before), float(after)
 
 
-@pytest.mark.parametrize("method", ["rand", "lottery_ticket", "lora"])
+@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "rand", "lottery_ticket", "lora"])
 def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
     options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--steps", 8]
     options += ["--learning-rate", 0.02, "--dense-learning-rate", 0.02, "--samples", 1]
@@ -87,13 +87,23 @@ def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
     assert after < before
     assert output.count("agrees with the trained one") == 2
     count = int(re.search(r"([\d,]+) trained weights", output)[1].replace(",", ""))
-    weights = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     if method != "lora":
         assert count == round(0.2 * weights)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert PeftModel.from_pretrained(base, tmp_path / "out").peft_config["default"].peft_type.value in (
         {"lora": "LORA"}.get(method, "SPARSE_FT"),
     )
+
+
+@pytest.mark.parametrize("method", ["spiel_ag", "lora"])
+def test_instruction_tuning_on_a_4_bit_base(run, tiny_llama, pairs, tmp_path, method):
+    pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
+    options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--load-in-4bit"]
+    code, output = run("instruction_tuning", *options, "--steps", 14, "--samples", 1, "--plot", tmp_path / "ages.png")
+    assert code == 0, output
+    assert output.count("agrees with the trained one") == 2
+    assert ("ages of the tuned weights" in output) == (method == "spiel_ag") == (tmp_path / "ages.png").exists()
 
 
 def test_instruction_tuning_fails_when_models_differ(run, tiny_llama, pairs, monkeypatch):
