@@ -100,8 +100,8 @@ def main(
     fresh = AutoModelForCausalLM.from_pretrained(source, **loading)
     fresh = fresh if load_in_4bit else fresh.to(tuned.device)
     reloaded = PeftModel.from_pretrained(fresh, output)
-    # A sparse delta is exact: the same sum, rounded once, trained, reloaded and merged. LoRA's product rounds differently
-    # when it is merged, and on 4 bits its layers run bitsandbytes' own kernels.
+    # A sparse delta is exact: the same sum, rounded once, trained, reloaded and merged. LoRA rounds its product anew when
+    # it is merged, and on 4 bits its layers run bitsandbytes' own kernels.
     is_lora = method is Method.lora
     tolerance = 0.05 if is_lora and load_in_4bit else 0.0
     same = agrees("reloaded", logits(reloaded, held_out[:4]), expected, tolerance=tolerance)
