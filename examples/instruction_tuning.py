@@ -100,7 +100,7 @@ def main(
     fresh = AutoModelForCausalLM.from_pretrained(source, **loading)
     fresh = fresh if load_in_4bit else fresh.to(tuned.device)
     reloaded = PeftModel.from_pretrained(fresh, output)
-    # A sparse delta is exact: the same sum, rounded once, trained, reloaded and merged. LoRA rounds its product anew when
+    # A sparse delta is exact: the same sum, rounded once, trained, reloaded and merged. LoRA rounds its product when
     # it is merged, and on 4 bits its layers run bitsandbytes' own kernels.
     is_lora = method is Method.lora
     tolerance = 0.05 if is_lora and load_in_4bit else 0.0
