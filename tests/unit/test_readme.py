@@ -1,0 +1,99 @@
+"""README: its Python runs as it stands, its commands are those of CI, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from peft_sparse import LotteryTicketConfig
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+
+
+def rows(count: int) -> list[dict[str, list[int]]]:
+    made = torch.Generator().manual_seed(1)
+    ids = [torch.randint(50, (8,), generator=made).tolist() for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+
+
+@torch.no_grad()
+def output(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(8)[None]).logits
+
+
+def test_plain_loop_and_loading(folder):
+    base, pristine = tiny_model(), tiny_model()
+    names: dict = {"base": base, "batches": [collate(rows(4))] * 3}
+    exec(PLAIN_LOOP, names)
+    trained = output(names["model"])
+    assert not torch.equal(trained, output(pristine))
+
+    names = {"base": tiny_model()}
+    exec(LOADING, names)
+    assert torch.equal(output(names["merged"]), trained)
+    assert type(names["merged"]) is LlamaForCausalLM
+
+
+def test_two_phases_and_adding_up(folder):
+    args = TrainingArguments(output_dir=str(folder / "out"), max_steps=2, report_to="none", save_strategy="no")
+    names: dict = {"base": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
+    exec(TWO_PHASES, names)
+    assert names["trainer"].dense_state.global_step == 2
+    language = output(names["model"])
+
+    task = get_peft_model(tiny_model(), LotteryTicketConfig(density=0.05, target_modules="all"))
+    names["trainer"].__class__(model=task, args=args, train_dataset=rows(4), data_collator=collate).train()
+    task.save_pretrained("task")
+    names = {"base": tiny_model()}
+    exec(ADDING_UP, names)
+    model = names["model"]
+    both = output(model)
+    model.set_adapter("language")
+    assert torch.equal(output(model), language)
+    model.base_model.set_adapter(["language", "task"])
+    torch.testing.assert_close(output(model), both, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(both, language)
+
+
+def test_ci_runs_the_documented_test_command():
+    commands = re.findall(r"```bash\n(.*?)\n```", README)
+    assert len(commands) == 2
+    install, tests = commands[1].split(" && ")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert install.replace("pip install", "pip install --quiet") in script
+    assert script[-1] == tests == "pytest"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert (ROOT / commands[0].split("python ")[1]).is_file()
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_named_files_exist(text):
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", text)
+    paths = re.findall(r"`((?:peft_sparse|tests|examples|\.ci|\.github)/[\w./-]*)`", text)
+    assert links or paths
+    assert [name for name in links + paths if not (ROOT / name).exists()] == []
