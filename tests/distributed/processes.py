@@ -67,9 +67,10 @@ def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options:
 def _work(rank: int, case: Callable[..., Any], folder: str, world: int, options: dict[str, Any], failures: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     try:
         if world > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+            os.environ.update(MASTER_ADDR="localhost", GLOO_SOCKET_IFNAME="lo")
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder}/meeting",

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from tiny_training import VOCAB, make_bert
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "training"))
-
-from tiny_training import VOCAB, make_bert
 
 import peft_sparse
 from peft_sparse import (

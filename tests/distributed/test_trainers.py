@@ -1,0 +1,73 @@
+"""Trainers in two processes: the same as one process, resumed inside a window without a trace, files written once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from comparison import assert_joined, assert_replicas
+from processes import run
+from safetensors.torch import load_file
+from trainer_cases import train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+
+def train_and_resume(tmp_path, **options):
+    """What both processes of a whole run came to, after a resumed one came to the same."""
+    whole = run(train, tmp_path / "whole", folder=str(tmp_path / "out"), **options)
+    assert_replicas([process["end"] for process in whole])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    resumed = run(train, tmp_path / "resumed", folder=str(tmp_path / "out"), resume=True, **options)
+    for process, expected in zip(resumed, whole, strict=True):
+        assert_replicas([expected["end"], process["end"]])
+        assert process["losses"] == expected["losses"]
+    return whole
+
+
+def assert_equals_one_process(found, tmp_path, **options):
+    (one,) = run(train, tmp_path / "one", world=1, folder=str(tmp_path / "alone"), **options)
+    assert one["replaced"] == found[0]["replaced"]
+    assert_joined(found[0]["end"], one["end"])
+
+
+@pytest.mark.parametrize("own_trainer", [False, True])
+def test_ddp(tmp_path, own_trainer):
+    whole = train_and_resume(tmp_path, method="ag", own_trainer=own_trainer)
+    assert [process["wrapper"] for process in whole] == ["DistributedDataParallel"] * 2
+    assert [process["saved"] for process in whole] == [2, 0]
+    assert [update for update, _ in whole[0]["replaced"]] == [2, 6]
+    state = load_file(tmp_path / "out" / "checkpoint-5" / "sparse_training_state.safetensors")
+    assert int(state["default/update"]) == 5
+    assert int(next(tensor for key, tensor in state.items() if "/window.updates." in key)) == 1
+    assert_equals_one_process(whole, tmp_path, method="ag", own_trainer=own_trainer)
+
+
+def test_ddp_with_accumulation(tmp_path):
+    whole = run(train, tmp_path / "whole", folder=str(tmp_path / "out"), method="ma", accumulate=2)
+    assert_replicas([process["end"] for process in whole])
+    assert_equals_one_process(whole, tmp_path, method="ma", accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "own_trainer", "fsdp"),
+    [
+        ("ag", False, {}),
+        ("ag", True, {"cpu_ram_efficient_loading": True}),
+        ("ag", True, {"state_dict_type": "FULL_STATE_DICT"}),
+        ("ma", True, {}),
+        ("rand", True, {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": True}),
+    ],
+)
+def test_fsdp2(tmp_path, method, own_trainer, fsdp):
+    options = {"method": method, "own_trainer": own_trainer, "modules_to_save": None}
+    whole = train_and_resume(tmp_path, fsdp=fsdp, **options)
+    assert [process["wrapper"] for process in whole] == ["FSDPPeftModel"] * 2
+    assert_equals_one_process(whole, tmp_path, **options)
+    if "state_dict_type" in fsdp:
+        file = load_file(tmp_path / "out" / "checkpoint-5" / "adapter_model.safetensors")
+        assert all(tensor.dtype in (torch.float32, torch.uint8) for tensor in file.values())
+        config = json.loads((tmp_path / "out" / "checkpoint-5" / "adapter_config.json").read_text())
+        assert sum(config["counts"].values()) == sum(t.numel() for key, t in file.items() if key.endswith(".values"))
