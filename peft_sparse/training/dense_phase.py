@@ -106,7 +106,7 @@ class DensePhase:
             target.parameter.requires_grad_(True)
             target.delta.values.requires_grad_(False)
         if self.l1_coefficient:
-            regularization.watch(self)
+            regularization.penalised.add(self)
         self._root.__dict__[PHASE_ATTRIBUTE] = self
 
     # ---- selection ---------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class DensePhase:
         """Leave the phase as if it had never been: weights, heads, ties, and what is trainable."""
         self._check_open("abort")
         self.is_open = False
-        regularization.unwatch(self)
+        regularization.penalised.discard(self)
         for target in self.targets:
             target.parameter.data.copy_(self.originals[target.name])
             target.parameter.grad = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.indices import positions, union
 from ..core.sharded import is_sharded, whole
+from ..selection.clarity import count_uncertain
 from ..selection.top_k import top_k
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from .distributed import means_over_ranks
@@ -123,6 +124,21 @@ class GradientTap:
         # Gradients that were set to zero; those that are zero say nothing: a batch may miss every tuned row.
         _, is_active = positions(self._delta.indices, self.estimate.indices)
         return not bool(held.grad.any()) and bool(current[is_active].any())
+
+    def uncertain(self, num_replaced: int) -> tuple[int, int]:
+        """How many candidates lie too near the cut to be sure of their side, and how many are to be grown.
+
+        Args:
+            num_replaced: how many weights the reselection drops.
+        """
+        if self.estimate is None:
+            return 0, 0
+        # What is tuned already is no candidate to be grown, whatever its gradient.
+        _, is_active = positions(self._delta.indices, self.estimate.indices)
+        free = self.estimate.nominated & ~is_active
+        num_grown = min(num_replaced, int(free.sum()))
+        mean, mean_squared = self.estimate.mean[free], self.estimate.mean_squared[free]
+        return count_uncertain(mean, mean_squared, samples=self.estimate.updates, num_grown=num_grown), num_grown
 
     def take(self) -> Tensor | None:
         """[c] what the backward passes of an update gave, if there were any; the next update begins."""

@@ -9,19 +9,17 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..core.indices import positions
 from ..core.sharded import whole
 from ..errors import FormatError
 from ..optim.reindex import Seeds, exchange, reindex
-from ..selection.clarity import count_uncertain
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
 from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
-from . import step_hook
+from ..tuners.sparse_ft.step_watch import StepWatch
 from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
@@ -80,7 +78,7 @@ class Reselector:
         self._taps: dict[str, GradientTap] = {}
         self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
         self._open_window()
-        step_hook.watch(self)
+        stepped.add(self)
         # Here and not above: transformers' trainer is slow to import, and only this method wants it.
         from .callback import install
 
@@ -173,24 +171,15 @@ class Reselector:
 
     def _is_clear(self, schedule: Schedule) -> bool:
         """Whether the cut between grown and refused candidates is as sure as `uncertain_share` asks."""
-        uncertain = grown = 0
-        for name, tap in self._taps.items():
-            estimate = tap.estimate
-            if estimate is None:
-                continue
-            # What is tuned already is no candidate to be grown, whatever its gradient.
-            _, is_active = positions(self.deltas[name].indices, estimate.indices)
-            free = estimate.nominated & ~is_active
-            num_grown = min(schedule.num_replaced(self._due, self.deltas[name].count), int(free.sum()))
-            mean, mean_squared = estimate.mean[free], estimate.mean_squared[free]
-            uncertain += count_uncertain(mean, mean_squared, samples=estimate.updates, num_grown=num_grown)
-            grown += num_grown
-        return uncertain <= self.config.uncertain_share * grown
+        counts = [
+            tap.uncertain(schedule.num_replaced(self._due, self.deltas[name].count)) for name, tap in self._taps.items()
+        ]
+        return sum(u for u, _ in counts) <= self.config.uncertain_share * sum(g for _, g in counts)
 
     def stop(self) -> None:
         """Leave the adapter as it stands and never touch it again."""
         self._close_window()
-        step_hook.unwatch(self)
+        stepped.discard(self)
 
     # ---- the window ----------------------------------------------------------------------------
 
@@ -386,6 +375,16 @@ class Reselector:
                 {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
             )
         self._open_window(estimates or None)
+
+
+def _after_step(watched: tuple[Reselector, ...], optimizer: Optimizer) -> None:
+    for reselector in watched:
+        if reselector.is_stepped_by(optimizer):
+            reselector.after_step(optimizer)
+
+
+# The base model holds its reselectors, so one that is dropped takes them along.
+stepped: StepWatch[Reselector] = StepWatch(register_optimizer_step_post_hook, _after_step)
 
 
 def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:

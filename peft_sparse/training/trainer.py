@@ -34,9 +34,7 @@ from .spiel_in_trainer import figures, optimizer_for
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-
-    class _Base(Trainer): ...
-
+    _Base = Trainer
 else:
     _Base = object
 

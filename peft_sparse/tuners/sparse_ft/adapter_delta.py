@@ -187,9 +187,9 @@ class AdapterDelta(nn.Module):
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
         self.l1_coefficient = l1_coefficient
         if l1_coefficient:
-            regularization.watch(self)
+            regularization.penalised.add(self)
         else:
-            regularization.unwatch(self)
+            regularization.penalised.discard(self)
 
     def pulls(self) -> Iterator[regularization.Pull]:
         """The L1 penalty on the values."""
@@ -203,7 +203,7 @@ class AdapterDelta(nn.Module):
         super().__setstate__(state)
         self._own_values = weakref.ref(self.values)
         if self.l1_coefficient:
-            regularization.watch(self)
+            regularization.penalised.add(self)
 
     def get_extra_state(self) -> Tensor:
         """The indices, gap-coded: uint8 [n] with shape and count in its header."""

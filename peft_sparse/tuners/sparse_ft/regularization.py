@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakSet
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .step_watch import StepWatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,42 +47,15 @@ class Pulled(Protocol):
         """The penalties as they stand now."""
 
 
-# Weak: an adapter that is deleted, or a model that is dropped, takes its penalty along.
-_watched: WeakSet[Any] = WeakSet()
-_hook: Any = None
-
-
-def watch(pulled: Pulled) -> None:
-    """Add the penalty of `pulled` to every later optimizer step over its parameters, until it dies or `unwatch`."""
-    global _hook
-    _watched.add(pulled)
-    if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_add_gradients)
-
-
-def unwatch(pulled: Pulled) -> None:
-    """Undo `watch`."""
-    _watched.discard(pulled)
-    _remove_idle_hook()
-
-
-def _remove_idle_hook() -> None:
-    global _hook
-    if _hook is not None and not len(_watched):
-        _hook.remove()
-        _hook = None
-
-
 @torch.no_grad()
-def _add_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _add_gradients(watched: tuple[Pulled, ...], optimizer: Optimizer) -> None:
     """Add lambda/N * sign(difference) to the gradients that `optimizer` is about to step on.
 
     The step, not the backward, is where this belongs: it happens once under gradient accumulation, and on every rank
     alike after the gradients were averaged. Parameters without a gradient are not stepped on, so they get none here
     either.
     """
-    _remove_idle_hook()
-    pulls = {id(pull.parameter): pull for pulled in tuple(_watched) for pull in pulled.pulls()}
+    pulls = {id(pull.parameter): pull for pulled in watched for pull in pulled.pulls()}
     # A fused optimizer under a GradScaler divides the gradients by the scale within its step.
     scale = getattr(optimizer, "grad_scale", None)
     for group in optimizer.param_groups:
@@ -90,3 +65,7 @@ def _add_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
                 continue
             step = pull.difference().sign().mul_(pull.coefficient)
             parameter.grad.add_(step if scale is None else step * scale)
+
+
+# An adapter that is deleted, or a model that is dropped, takes its penalty along.
+penalised: StepWatch[Pulled] = StepWatch(register_optimizer_step_pre_hook, _add_gradients)

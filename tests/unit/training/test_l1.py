@@ -161,20 +161,20 @@ def test_the_hook_goes_with_the_last_penalised_adapter():
         torch.optim.SGD([other], lr=1.0).step()
 
     step()
-    watched = len(regularization._watched)
+    watched = len(regularization.penalised)
     model = make()
-    assert len(regularization._watched) == watched + 1
-    assert regularization._hook is not None
+    assert len(regularization.penalised) == watched + 1
+    assert regularization.penalised.is_hooked
     step()
     assert torch.equal(other, torch.ones(3))
     model.add_adapter("other", RandConfig(num_weights=8, target_modules=["inner"]))
     model.delete_adapter("default")
     gc.collect()
-    assert len(regularization._watched) == watched
+    assert len(regularization.penalised) == watched
     del model
     gc.collect()
     step()
-    assert (regularization._hook is None) == (watched == 0)
+    assert regularization.penalised.is_hooked == (watched > 0)
 
 
 def test_dense_phase_pulls_the_targets_to_where_they_started():
@@ -199,9 +199,9 @@ def test_dense_phase_pulls_the_targets_to_where_they_started():
     assert (difference - (weight.detach() - original)).norm() < 1e-4 * (weight.detach() - original).norm()
     penalty = sum(pull.penalty() for pull in phase.pulls())
     assert penalty == pytest.approx(L1 / N * float(difference.abs().sum()), rel=1e-5)
-    watched = len(regularization._watched)
+    watched = len(regularization.penalised)
     phase.abort()
-    assert len(regularization._watched) == watched - 1
+    assert len(regularization.penalised) == watched - 1
 
 
 def test_a_gradient_that_is_scaled_until_the_step_gets_a_scaled_penalty():

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas, resident
 from peft_sparse.optim.sparse_adamw import SparseAdamW
-from peft_sparse.training import callback, reselector, step_hook
+from peft_sparse.training import callback, gradient_tap, reselector
 from peft_sparse.training.gradient_tap import GradientTap
 from peft_sparse.training.reselector import iter_reselectors
 
@@ -295,10 +295,10 @@ def test_other_optimizers_and_evaluation_do_not_count():
 @pytest.mark.parametrize("leave", ["unload", "delete", "merge_and_unload"])
 def test_leaving_removes_hooks_and_observers(leave):
     gc.collect()
-    before = len(step_hook._watched)
+    before = len(reselector.stepped)
     model = make()
     deltas = [d for _, _, _, d in iter_deltas(model)]
-    assert len(step_hook._watched) == before + 1
+    assert len(reselector.stepped) == before + 1
     assert all(d.observer is not None for d in deltas)
     if leave == "delete":
         model.add_adapter("other", SpielAGConfig(**QUICK))
@@ -307,17 +307,17 @@ def test_leaving_removes_hooks_and_observers(leave):
         model.delete_adapter("other")
     else:
         getattr(model, leave)()
-    assert len(step_hook._watched) == before
+    assert len(reselector.stepped) == before
     assert all(d.observer is None for d in deltas)
 
 
 def test_a_dropped_model_takes_its_reselector_along():
     gc.collect()
-    before = len(step_hook._watched)
+    before = len(reselector.stepped)
     model = make()
     del model
     gc.collect()
-    assert len(step_hook._watched) == before
+    assert len(reselector.stepped) == before
 
 
 def test_copies_do_not_share_a_window():
@@ -384,7 +384,7 @@ def test_a_window_goes_on_until_the_cut_is_clear(monkeypatch):
     # Never clear enough: every window goes on until the next one has to begin.
     assert selections(1e-9) == [8, 16]
     # Clear as soon as three updates are in the estimate.
-    monkeypatch.setattr(reselector, "count_uncertain", lambda *_, samples, **__: 0 if samples == 3 else 10**6)
+    monkeypatch.setattr(gradient_tap, "count_uncertain", lambda *_, samples, **__: 0 if samples == 3 else 10**6)
     assert selections(0.5) == [3, 11]
 
 

@@ -143,7 +143,7 @@ def test_a_refused_second_adapter_leaves_the_first_alone():
 def test_an_embedding_that_is_read_and_never_called_is_refused():
     fields = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
     base = DebertaV2Model(DebertaV2Config(**SMALL, **fields))
-    with pytest.raises(ConfigError, match="encoder.rel_embeddings is never called: DebertaV2Encoder reads its weight"):
+    with pytest.raises(ConfigError, match=r"encoder\.rel_embeddings is never called: DebertaV2Encoder reads"):
         get_peft_model(base, RandConfig(density=0.5, target_modules="all"))
     assert "embeddings.LayerNorm.bias" in counts(base, target_modules="all", exclude_modules=["rel_embeddings"])
 

@@ -1,4 +1,4 @@
-"""Tied embeddings: the delta acts on the input side alone; merging unties, and the result saves and reloads as it is."""
+"""Tied embeddings: the delta acts on the input side alone; merging unties, and the result saves and reloads."""
 
 from __future__ import annotations
 
