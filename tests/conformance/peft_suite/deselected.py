@@ -183,8 +183,6 @@ EXPECTED_FAILURES = {
 _ONLY_LORA = "The test asks for a feature of LoRA's own."
 SKIPS = {
     r"only LoRA has .*": _ONLY_LORA,
-    r"(This test does not apply to|Test not applicable for) .*": _OTHER,
-    r"(Skip tests that are not prompt learning|This test is only for prompt learning methods\.)": _OTHER,
     r"Testing bias warnings only for LoraConfig or BOFTConfig": "bias=... is a field of theirs; ours is target_biases.",
     r".*(does not support the 'bias' argument|support training the bias directly).*": (
         "bias=... is a field of LoRA's and BOFT's; ours is target_biases."
@@ -196,7 +194,5 @@ SKIPS = {
     r"(Skipping FSDP \+ target_paramters|Merging with target_parameters is not supported).*": (
         "PEFT's own target_parameters cannot do it; ours in tests/unit/tuners."
     ),
-    r"Model .* does not support gradient checkpointing": "The model cannot.",
-    r".*requires a hardware accelerator.*": _GPU,
     r"Bnb 4 bit quant with CPU results in high variance.*": "PEFT skips it on CPUs; ours is in tests/numerics.",
 }
