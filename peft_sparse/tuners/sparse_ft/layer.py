@@ -173,7 +173,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             if not any(self.active_deltas(parameter, [name]) for parameter in PARAMETERS):
                 continue
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_copy(0, rows, self._delta_forward([name], x[rows], *args, **kwargs).to(result.dtype))
+
+            def part(value: Any, rows: Tensor = rows) -> Any:
+                """What belongs to the rows, of a tensor with one entry per example; anything else as it is."""
+                is_per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(x)
+                return value[rows.to(value.device)] if is_per_example else value
+
+            others, named = [part(value) for value in args], {key: part(value) for key, value in kwargs.items()}
+            tuned = self._delta_forward([name], x[rows], *others, **named)
+            result = result.index_copy(0, rows, tuned.to(result.dtype))
         return result
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
