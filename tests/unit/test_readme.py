@@ -86,7 +86,7 @@ def test_ci_runs_the_documented_test_command():
     install, tests = commands[1].split(" && ")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert install.replace("pip install", "pip install --quiet") in script
-    assert script[-1] == tests == "pytest"
+    assert script[-1] == tests == "pytest -n 2"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert (ROOT / commands[0].split("python ")[1]).is_file()
 
