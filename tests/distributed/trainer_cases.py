@@ -10,9 +10,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
+from tiny_training import Labelled, make_args, make_bert, make_trainer
 from training_cases import make_config, rank_and_world, result
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from peft_sparse import SparseTrainer
 from peft_sparse.training import callback
@@ -37,6 +37,8 @@ def train(
 ) -> dict[str, Any]:
     """Eight updates, with a checkpoint after five: between the two updates of a window."""
     _, world = rank_and_world()
+    if method != "rand":
+        fields["total_steps"] = None
     saved = []
     save_state = callback.save_state
     callback.save_state = lambda *args: (saved.append(1), save_state(*args))
@@ -73,3 +75,35 @@ def train(
         "saved": len(saved),
         "initialized": dist.is_initialized(),
     }
+
+
+class StopAt(TrainerCallback):
+    """Ends the process in the middle of a phase."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase, self.trainer = phase, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3 and self.trainer._phase_name == self.phase:
+            raise SystemExit(f"stopped in the {self.phase} phase")
+
+
+def train_lottery(folder: str, *, stop: str = "", resume: bool = False) -> dict[str, Any]:
+    """LT-SFT's two phases in one trainer, the best model of each."""
+    stopper = StopAt(stop)
+    trainer = make_trainer(
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        ddp_backend="gloo",
+        dense_args={"max_steps": 4},
+        callbacks=[stopper],
+    )
+    stopper.trainer = trainer
+    trainer.train(resume_from_checkpoint=resume)
+    return {**result(trainer.model), "wrapper": type(trainer.model_wrapped).__name__}

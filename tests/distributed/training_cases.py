@@ -30,7 +30,7 @@ from peft_sparse import (
 )
 from peft_sparse.core.sharded import whole
 
-QUICK = {"reselection_steps": 4, "estimation_steps": 2}
+QUICK = {"reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}
 CONFIGS = {"rand": RandConfig, "lottery": LotteryTicketConfig, "ag": SpielAGConfig, "ma": SpielMAConfig}
 
 
@@ -88,7 +88,7 @@ def train_ddp(
     method: str,
     optimizer: str,
     *,
-    steps: int = 11,
+    steps: int = 7,
     accumulate: int = 1,
     sync_every: bool = False,
     clip: float | None = None,
@@ -141,7 +141,7 @@ def train_fsdp(
     method: str,
     optimizer: str,
     *,
-    steps: int = 11,
+    steps: int = 7,
     accumulate: int = 1,
     sync_every: bool = False,
     clip: float | None = None,
@@ -149,6 +149,7 @@ def train_fsdp(
     resident: bool = False,
     bfloat16: bool = False,
     reshard: bool = True,
+    checkpointing: bool | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """A loop of one's own under FSDP2; without it in a single process."""
@@ -157,6 +158,9 @@ def train_fsdp(
         fields["modules_to_save"] = None
     base = make_bert(dropout=0.0, dtype=torch.float64 if double else torch.float32)
     model = get_peft_model(base, make_config(method, **fields))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
     if dist.is_initialized():
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         shard(model, reshard_after_forward=reshard, mp_policy=policy)
