@@ -37,6 +37,7 @@ def for_saving(
         config.counts = counts
     config.saved_as = adapter_name
     _gather(model, own, state_dict)
+    _add_supports(model, adapter_name, own)
     keep_card_when_pushing(model)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -54,6 +55,16 @@ def _gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tens
         for key, tensor in tensors.items():
             if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
                 tensors[key] = whole(tensor).cpu()
+
+
+def _add_supports(model: nn.Module, adapter_name: str, own: dict[str, Tensor]) -> None:
+    """Give every tensor of values its support: DeepSpeed ZeRO-3 gathers parameters alone for a file."""
+    deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+    for key in [key for key in own if key.endswith(f".{native.VALUES}")]:
+        parameter = native.parameter_of(native.canonical_name(key, adapter_name=adapter_name))
+        support = f"{key.removesuffix(native.VALUES)}{native.INDICES}"
+        if parameter in deltas and support not in own:
+            own[support] = deltas[parameter].get_extra_state()
 
 
 def for_loading(
