@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ def train(
     more: dict[str, Any] = {}
     if fsdp is not None and world > 1:
         pretend_accelerators()
-        os.environ["FSDP_STATE_DICT_TYPE"] = fsdp.pop("state_dict_type", "SHARDED_STATE_DICT")
         more = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], **fsdp}}
     base = make_bert(dropout=0.0, dtype=torch.float64 if double else torch.float32)
     args = make_args(
