@@ -100,10 +100,10 @@ def test_ten_million_indices_take_seconds() -> None:
     numel = 1_000_000_000
     draws = torch.randint(numel, (10_000_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     indices = torch.unique(draws)
-    start = time.perf_counter()
+    start = time.process_time()
     result = encode_gaps(indices, (numel,))
     again, _ = decode_gaps(result, name="w")
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert torch.equal(again, indices)
     assert result.numel() * 8 / indices.numel() <= 8.2
     assert elapsed < 10, f"{elapsed:.1f} s; about 1 s on a quiet core"

@@ -71,9 +71,9 @@ def test_large_draws_cover_the_range_evenly(numel: int, k: int) -> None:
 
 
 def test_ten_million_of_a_billion_take_seconds() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     indices = random_indices(10**9, 10**7, seed=0, name="w")
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert indices.numel() == 10**7
     check_indices(indices, 10**9, name="w")
     assert elapsed < 20, f"{elapsed:.1f} s; about 1 s on a quiet core"

@@ -182,10 +182,10 @@ class LargestNewTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_twenty_million_scores_in_little_time_and_memory(dtype: torch.dtype) -> None:
     scores = torch.empty(20_000_000, dtype=dtype).exponential_(generator=torch.Generator().manual_seed(4))
-    start = time.perf_counter()
+    start = time.process_time()
     with LargestNewTensor(scores) as largest:
         result = top_k(scores, 200_000, name="w", min_score=0.0)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert result.numel() == 200_000
     mask = torch.ones(scores.numel(), dtype=torch.bool)
     mask[result.long()] = False
