@@ -193,7 +193,7 @@ class AdapterDelta(nn.Module):
 
     def pulls(self) -> Iterator[regularization.Pull]:
         """The L1 penalty on the values."""
-        yield regularization.Pull(self.values, self.l1_coefficient)
+        yield regularization.Pull(self.held_values, self.l1_coefficient)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_own_values"}

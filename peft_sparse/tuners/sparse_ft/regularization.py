@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ...core.sharded import whole
 from .step_watch import StepWatch
 
 
@@ -36,8 +37,8 @@ class Pull:
         return value if self.original is None else value - self.original.to(value.device)
 
     def penalty(self) -> float:
-        """lambda/N * sum |difference|, summed in float32."""
-        return self.coefficient * float(self.difference().abs().sum(dtype=torch.float32))
+        """lambda/N * sum |difference|, summed in float32; of all processes' parts, if they share the parameter."""
+        return self.coefficient * float(whole(self.difference()).abs().sum(dtype=torch.float32))
 
 
 class Pulled(Protocol):
