@@ -18,7 +18,7 @@ CASES = {
     "ag, accumulation without no_sync": ("ag", "sparse_adamw", {"accumulate": 2, "clip": 0.5, "sync_every": True}),
     "ag, static graph": ("ag", "adamw", {"ddp": {"gradient_as_bucket_view": True, "static_graph": True}}),
     "ag, small buckets": ("ag", "adamw", {"ddp": {"find_unused_parameters": True, "bucket_cap_mb": 1e-4}}),
-    "ag, change since reselection": ("ag", "sgd", {"drop_by": "change_since_reselection"}),
+    "ag, change since reselection": ("ag", "adamw", {"drop_by": "change_since_reselection"}),
     "ag, embeddings": ("ag", "adamw", {"target_modules": ["word_embeddings", "query"]}),
     "ma": ("ma", "adamw", {}),
     "ma, SM3": ("ma", "sm3", {}),

@@ -14,6 +14,7 @@ CASES = {
     "rand, float32 with a head": ("rand", "adamw", {"double": False}),
     "rand, resident": ("rand", "adamw", {"resident": True}),
     "rand, fewer weights than processes": ("rand", "adamw", {"density": None, "num_weights": 9}),
+    "rand, L1": ("rand", "adamw", {"l1": 1e-4}),
     "rand, everything": ("rand", "adamw", {"target_modules": "all"}),
     "ag": ("ag", "adamw", {}),
     "ag, own optimizer": ("ag", "sparse_adamw", {}),

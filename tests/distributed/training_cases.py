@@ -47,7 +47,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float = 1e-2) -> torch.optim
     trainable = [p for p in model.parameters() if p.requires_grad]
     if name == "sm3":
         return SM3(trainable, lr, deltas=[d for *_, d in iter_deltas(model)], momentum=0.5)
-    return {"adamw": torch.optim.AdamW, "sparse_adamw": SparseAdamW, "sgd": torch.optim.SGD}[name](trainable, lr=lr)
+    return {"adamw": torch.optim.AdamW, "sparse_adamw": SparseAdamW}[name](trainable, lr=lr)
 
 
 def batch(number: int, rows: int = 8) -> dict[str, Tensor]:
@@ -66,6 +66,8 @@ def result(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         if optimizer is not None and delta.count:
             state = optimizer.state[delta.held_values]
             found.update({f"{key}.{name}": whole(t).clone() for key, t in state.items() if key != "age" or t.dim()})
+        if delta.l1_coefficient:
+            found[f"penalty.{name}"] = torch.tensor(sum(pull.penalty() for pull in delta.pulls()))
     for name, parameter in model.named_parameters():
         if "modules_to_save.default" in name:
             found[f"head.{name.removeprefix('module.')}"] = whole(parameter).clone()
