@@ -1,4 +1,4 @@
-"""Teach a small language model a house style by tuning one weight in a hundred; save, reload and merge the result.
+"""Teach a small language model a house style by tuning one weight in a hundred; save, reload, compose and merge it.
 
     python examples/instruction_tuning.py
 
@@ -57,7 +57,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the random weights and of the order of the rows.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapter is saved.")] = Path("outputs/instruction_tuning"),
 ) -> None:
-    """Fine-tune on instructions; show held-out loss and answers before and after; save, reload, merge and compare."""
+    """Fine-tune on instructions; show held-out loss and answers before and after; save, reload, compose, merge."""
     start = time.perf_counter()
     set_seed(seed)
     source = model or smollm2()
@@ -105,6 +105,11 @@ def main(
     is_lora = method is Method.lora
     tolerance = 0.05 if is_lora and load_in_4bit else 0.0
     same = agrees("reloaded", logits(reloaded, held_out[:4]), expected, tolerance=tolerance)
+    if not is_lora:  # LoRA's sums are of its factors, and only near.
+        reloaded.load_adapter(output, adapter_name="again")
+        reloaded.add_weighted_adapter(["default", "again"], [0.5, 0.5], "composed")
+        reloaded.set_adapter("composed")
+        same &= agrees("composed", logits(reloaded, held_out[:4]), expected, tolerance=0.0)
     # Quantising the sum again would lose most of the delta: it goes into the dequantised weights, which LoRA cannot do.
     merged = reloaded.merge_and_unload(**({"dequantize": True} if load_in_4bit and not is_lora else {}))
     tolerance = (1.0 if load_in_4bit else 0.05) if is_lora else 0.0

@@ -85,7 +85,7 @@ def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
     assert code == 0, output
     before, after = losses(output)
     assert after < before
-    assert output.count("agrees with the trained one") == 2
+    assert output.count("agrees with the trained one") == (2 if method == "lora" else 3)
     count = int(re.search(r"([\d,]+) trained weights", output)[1].replace(",", ""))
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     if method != "lora":
@@ -102,7 +102,7 @@ def test_instruction_tuning_on_a_4_bit_base(run, tiny_llama, pairs, tmp_path, me
     options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--load-in-4bit"]
     code, output = run("instruction_tuning", *options, "--steps", 14, "--samples", 1, "--plot", tmp_path / "ages.png")
     assert code == 0, output
-    assert output.count("agrees with the trained one") == 2
+    assert output.count("agrees with the trained one") == (2 if method == "lora" else 3)
     assert ("ages of the tuned weights" in output) == (method == "spiel_ag") == (tmp_path / "ages.png").exists()
 
 
@@ -113,12 +113,13 @@ def test_instruction_tuning_fails_when_models_differ(run, tiny_llama, pairs, mon
 
     def one_differs(model, rows):
         calls.append(model)
-        return logits(model, rows) + (1e-3 if len(calls) == 3 else 0)
+        return logits(model, rows) + (1e-3 if len(calls) == 4 else 0)
 
     monkeypatch.setattr(module, "logits", one_differs)
     code, output = run("instruction_tuning", "--model", tiny_llama, "--data", pairs, "--steps", 1, "--samples", 1)
     assert code == 1
     assert "reloaded model: agrees" in output
+    assert "composed model: agrees" in output
     assert "merged model: differs" in output
 
 
@@ -213,7 +214,7 @@ def test_instruction_tuning_of_the_real_model(run):
     assert code == 0, output
     before, after = losses(output)
     assert after < 0.5 * before
-    assert output.count("agrees with the trained one") == 2
+    assert output.count("agrees with the trained one") == 3
 
 
 @pytest.mark.slow
