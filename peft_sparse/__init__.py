@@ -11,16 +11,13 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .training.reselector import Reselection, Reselector, iter_reselectors
-from .tuners.sparse_ft.config import (
-    LotteryTicketConfig,
-    RandConfig,
-    SparseConfig,
-    SpielAGConfig,
-    SpielMAConfig,
-)
+from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.model import SparseModel
+from .tuners.sparse_ft.one_shot_configs import RandConfig
 from .tuners.sparse_ft.resident import resident
+from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
+from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 
 if TYPE_CHECKING:
     from .training.callback import load_state as load_training_state

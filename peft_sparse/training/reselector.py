@@ -16,9 +16,9 @@ from ..errors import FormatError
 from ..optim.reindex import Seeds, exchange, reindex
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
-from ..tuners.sparse_ft.config import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
+from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.step_watch import StepWatch
 from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from ..optim.sm3 import SM3
 from ..optim.sparse_adamw import SparseAdamW
-from ..tuners.sparse_ft.config import SpielMAConfig
+from ..tuners.sparse_ft.spiel_configs import SpielMAConfig
 from .reselector import iter_reselectors
 
 # transformers' default and its twin: what a user has who did not choose. Any other optimizer is theirs, and stays.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
@@ -20,26 +17,19 @@ from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.push import update_cards
 from ..errors import ConfigError
-from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
-from .callback import STATE_FILE, load_state
-from .dense_checkpoint import load_dense_phase, save_dense_phase
 from .dense_phase import DensePhase
 from .lottery import is_unselected, start_dense_phase
 from .phase_args import make_dense_args
-from .resume import DENSE_FOLDER, SELECTION_FILE, SELECTION_FOLDER, ResumePoint, find_resume_point, is_finished
+from .resume import ResumePoint, find_resume_point, is_finished
 from .spiel_in_trainer import figures, optimizer_for
+from .trainer_checkpoints import PhaseCheckpoints
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class TwoPhaseTraining(_Base):
+class TwoPhaseTraining(PhaseCheckpoints):
     """What `sparse_trainer` adds to a trainer class.
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
@@ -227,74 +217,7 @@ class TwoPhaseTraining(_Base):
                 "adapter that has its weights trains here."
             )
 
-    # ---- checkpoints ---------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return folder if self._phase is None else os.path.join(folder, DENSE_FOLDER)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._phase is not None and self.args.should_save:
-            save_dense_phase(self._phase, output_dir if output_dir is not None else self.args.output_dir)
-
-    def _save_selection(self, adapter: str, trial: Any) -> None:
-        """Keep support and heads at the boundary, for a run that stops before its first sparse checkpoint."""
-        if not self.args.should_save or self.args.save_strategy == "no":
-            return
-        folder = os.path.join(self._get_output_dir(trial), DENSE_FOLDER, SELECTION_FOLDER)
-        temporary = f"{folder}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary, selected_adapters=[adapter])
-        with open(os.path.join(temporary, SELECTION_FILE), "w", encoding="utf-8") as file:
-            json.dump({"adapter": adapter}, file)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._phase is not None:
-            load_dense_phase(self._phase, resume_from_checkpoint)
-        elif model is None and (adapters := self._trained_adapters()):
-            self._load_adapters(resume_from_checkpoint, adapters)
-            if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
-                load_state(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if self._phase is not None and best is not None:
-            logger.info("Loading the best dense weights from %s (score: %s).", best, self.state.best_metric)
-            load_dense_phase(self._phase, best)
-        elif (
-            best is not None
-            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            and (adapters := self._trained_adapters())
-        ):
-            logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)
-            self._load_adapters(best, adapters)
-        else:
-            super()._load_best_model()
-
-    def _trained_adapters(self) -> list[str]:
-        """The sparse adapters that are active and trainable.
-
-        The trainer's own loading takes the first active adapter for the only one, and so a frozen language adapter for
-        the task's.
-        """
-        if not isinstance(self.model, PeftModel):
-            return []
-        return [
-            name
-            for name in self.model.active_adapters
-            if isinstance(self.model.peft_config.get(name), SparseConfig)
-            and any(delta.values.requires_grad for _, _, _, delta in iter_deltas(self.model, name))
-        ]
-
-    def _load_adapters(self, folder: str, adapters: list[str]) -> None:
-        for name in adapters:
-            path = folder if name == "default" else os.path.join(folder, name)
-            set_peft_model_state_dict(self.model, load_peft_weights(path, device="cpu"), adapter_name=name)
+    # ---- the loop ------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         # Resumed where a phase ended in the middle of an epoch, the trainer would take one step more before it noticed.

@@ -1,0 +1,104 @@
+"""Checkpoints of a trainer whose training has phases: where they lie, and which adapters they bring back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import Trainer
+
+from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.iteration import iter_deltas
+from .callback import STATE_FILE, load_state
+from .dense_checkpoint import load_dense_phase, save_dense_phase
+from .dense_phase import DensePhase
+from .resume import DENSE_FOLDER, SELECTION_FILE, SELECTION_FOLDER
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class PhaseCheckpoints(_Base):
+    """Saving and loading of `TwoPhaseTraining`.
+
+    The dense phase's checkpoints lie in a folder of their own; those of the sparse phase are a trainer's ordinary ones.
+    """
+
+    # The dense phase that is under way.
+    _phase: DensePhase | None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return folder if self._phase is None else os.path.join(folder, DENSE_FOLDER)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._phase is not None and self.args.should_save:
+            save_dense_phase(self._phase, output_dir if output_dir is not None else self.args.output_dir)
+
+    def _save_selection(self, adapter: str, trial: Any) -> None:
+        """Keep support and heads at the boundary, for a run that stops before its first sparse checkpoint."""
+        if not self.args.should_save or self.args.save_strategy == "no":
+            return
+        folder = os.path.join(self._get_output_dir(trial), DENSE_FOLDER, SELECTION_FOLDER)
+        temporary = f"{folder}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary, selected_adapters=[adapter])
+        with open(os.path.join(temporary, SELECTION_FILE), "w", encoding="utf-8") as file:
+            json.dump({"adapter": adapter}, file)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._phase is not None:
+            load_dense_phase(self._phase, resume_from_checkpoint)
+        elif model is None and (adapters := self._trained_adapters()):
+            self._load_adapters(resume_from_checkpoint, adapters)
+            if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
+                load_state(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self._phase is not None and best is not None:
+            logger.info("Loading the best dense weights from %s (score: %s).", best, self.state.best_metric)
+            load_dense_phase(self._phase, best)
+        elif (
+            best is not None
+            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            and (adapters := self._trained_adapters())
+        ):
+            logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)
+            self._load_adapters(best, adapters)
+        else:
+            super()._load_best_model()
+
+    def _trained_adapters(self) -> list[str]:
+        """The sparse adapters that are active and trainable.
+
+        The trainer's own loading takes the first active adapter for the only one, and so a frozen language adapter for
+        the task's.
+        """
+        if not isinstance(self.model, PeftModel):
+            return []
+        return [
+            name
+            for name in self.model.active_adapters
+            if isinstance(self.model.peft_config.get(name), SparseConfig)
+            and any(delta.values.requires_grad for _, _, _, delta in iter_deltas(self.model, name))
+        ]
+
+    def _load_adapters(self, folder: str, adapters: list[str]) -> None:
+        for name in adapters:
+            path = folder if name == "default" else os.path.join(folder, name)
+            set_peft_model_state_dict(self.model, load_peft_weights(path, device="cpu"), adapter_name=name)
