@@ -1,0 +1,78 @@
+"""Where in a transformer a parameter lies, read off its name: embeddings or layer, attention or feed-forward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EMBEDDINGS, OTHER = "embeddings", "other"
+ATTENTION, FEED_FORWARD, NORM = "attention", "feed-forward", "norm"
+# In the order in which tables and plots list them.
+PARTS = (EMBEDDINGS, ATTENTION, FEED_FORWARD, NORM, OTHER)
+
+_LAYER = re.compile(r"^(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<index>\d+)\.")
+_NORM = re.compile(r"norm|^ln|_ln$|^ln_", re.IGNORECASE)
+_EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$|^shared$", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FEED_FORWARD = re.compile(
+    r"mlp|ffn|feed_?forward|dense|^fc\d?$|^c_fc$|intermediate|output|expert|^lin\d$|^w[io](_\d)?$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies.
+
+    Attributes:
+        stack: path of the list of layers that it is in ("encoder.layer", "model.layers"); "" outside of layers.
+        layer: its index in that list; None outside of layers.
+        part: one of `PARTS`.
+    """
+
+    stack: str
+    layer: int | None
+    part: str
+
+    @property
+    def group(self) -> str:
+        """What reports call its layer: "embeddings", "encoder.layer.3", or "other"."""
+        if self.layer is not None:
+            return f"{self.stack}.{self.layer}"
+        return EMBEDDINGS if self.part == EMBEDDINGS else OTHER
+
+
+def place_of(name: str) -> Place:
+    """Where the parameter of this name lies.
+
+    The first number in a path counts the layers (later ones are experts, or sub-layers as in T5). Norms are norms
+    wherever they lie, but for those of the embeddings, which belong to them.
+
+    Args:
+        name: full name of a parameter of the base model, such as "encoder.layer.3.attention.self.query.weight".
+    """
+    modules = name.split(".")[:-1]
+    found = _LAYER.match(name)
+    if found is None:
+        in_embeddings = any(_EMBEDDINGS.search(module) for module in modules)
+        is_norm = bool(modules) and bool(_NORM.search(modules[-1]))
+        return Place("", None, EMBEDDINGS if in_embeddings else NORM if is_norm else OTHER)
+    inside = name[found.end() :].split(".")[:-1]
+    return Place(found["stack"].rstrip("."), int(found["index"]), _part_inside(inside))
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """{stack: number of layers} of the stacks that parameters of these names lie in: the highest index, and one."""
+    found: dict[str, int] = {}
+    for place in map(place_of, names):
+        if place.layer is not None:
+            found[place.stack] = max(found.get(place.stack, 0), place.layer + 1)
+    return found
+
+
+def _part_inside(modules: list[str]) -> str:
+    if modules and _NORM.search(modules[-1]):
+        return NORM
+    if any(_ATTENTION.search(module) for module in modules):
+        return ATTENTION
+    return FEED_FORWARD if any(_FEED_FORWARD.search(module) for module in modules) else OTHER
