@@ -49,6 +49,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 import transformers
@@ -98,7 +99,7 @@ def best_rate(options: argparse.Namespace, results: Results, name: str) -> float
 def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
     """All jobs in stages, after each of which the table means something; later ones depend on earlier ones' results."""
     seeds = options.seeds
-    for number in range(2):
+    for number in range(max(len(options.rates[name]) for name in options.methods)):
         for name in options.methods:
             for rate in options.rates[name][number : number + 1]:
                 yield Job(TASK, name, rate, seeds[0])
@@ -123,13 +124,15 @@ def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
 def steps_of(options: argparse.Namespace) -> dict[str, int]:
     """{kind: how many optimizer steps in all}, the shared dense phases and heads included."""
     methods = {name: METHODS[name] for name in options.methods}
-    dense = any(method.selects or method.config is None for method in methods.values())
-    # Full fine-tuning is the dense phase; a method with a first phase of its own trains twice.
-    own = [(n, 0 if m.config is None else 2 if m.dense_args else 1, m) for n, m in methods.items()]
-    task = sum(times * (len(options.rates[n]) + len(options.seeds) - 1) for n, times, m in own) + dense * len(
-        options.seeds
-    )
-    language = sum(times for _, times, m in own if m.language_rate is not None) + dense
+    shares = any(method.selects or method.config is None for method in methods.values())
+
+    def phases(method) -> int:
+        # Full fine-tuning is the dense phase; a method with a first phase of its own trains twice.
+        return 0 if method.config is None else 2 if method.dense_args else 1
+
+    runs = {name: len(options.rates[name]) + len(options.seeds) - 1 for name in methods}
+    task = sum(runs[name] * phases(method) for name, method in methods.items()) + shares * len(options.seeds)
+    language = sum(phases(method) for method in methods.values() if method.language_rate is not None) + shares
     languages = len(options.languages) if options.language else 0
     return {
         TASK: task * options.task_steps,
@@ -270,9 +273,8 @@ def rates_of(changes: list[str]) -> dict[str, tuple[float, ...]]:
                 raise ValueError
             rates[name] = tuple(map(float, given.split(",")))
         except ValueError:
-            raise SystemExit(
-                f"--learning-rates takes METHOD=A[,B] with one of {list(METHODS)}, got {change!r}"
-            ) from None
+            known = ", ".join(METHODS)
+            raise SystemExit(f"--learning-rates takes METHOD=A[,B] with one of {known}; got {change!r}") from None
     return rates
 
 
