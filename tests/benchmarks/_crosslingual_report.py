@@ -13,6 +13,8 @@ from rich.table import Table
 
 RESAMPLES = 1000
 TASK, BOTH = "task", "both"
+# How far from the middle of a method's line in the plot.
+OFFSETS = {TASK: 0.16, BOTH: -0.16}
 SHOWN = {TASK: "task", BOTH: "task + language"}
 
 
@@ -168,8 +170,8 @@ def markdown(title: str, headings: list[str], lines: list[list[str]]) -> str:
 
 
 def plot(rows: list[Row], languages: list[str], scorer: Scorer, path: Path, title: str) -> None:
-    """A panel for each language: methods from the best down, an open circle for the task adapter alone, a filled one
-    with the language adapter, a line between, small ticks for single seeds.
+    """A panel for each language, on one scale: methods from the best down, an open circle for the task adapter alone,
+    below it a filled one with the language adapter, small ticks for single seeds.
     """
     import matplotlib
 
@@ -184,29 +186,26 @@ def plot(rows: list[Row], languages: list[str], scorer: Scorer, path: Path, titl
     if not order:
         return
     panels = ["mean of targets", *languages]
-    size = (2.1 * len(panels) + 1.2, 0.38 * len(order) + 1.6)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    size = (2.1 * len(panels) + 1.2, 0.46 * len(order) + 1.6)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
     for axis, panel in zip(axes[0], panels, strict=True):
-        points: dict[tuple[str, str], float] = {}
         for row in rows:
             found = list(row.means(scorer).values()) if panel == panels[0] else row.scores(panel, scorer)
             if row.method in best and found:
-                height = order.index(row.method)
-                points[row.method, row.kind] = mean(found)
-                axis.plot(found, [height] * len(found), "|", color="0.55", markersize=9, zorder=1)
+                height = order.index(row.method) + OFFSETS[row.kind]
                 face = "white" if row.kind == TASK else "black"
-                axis.plot(mean(found), height, "o", color="black", markerfacecolor=face, markersize=6, zorder=3)
-        for method in order:
-            if (method, TASK) in points and (method, BOTH) in points:
-                ends = [points[method, TASK], points[method, BOTH]]
-                axis.plot(ends, [order.index(method)] * 2, "-", color="0.3", linewidth=1, zorder=2)
+                axis.plot(found, [height] * len(found), "|", color="0.55", markersize=7, zorder=1)
+                axis.plot(mean(found), height, "o", color="black", markerfacecolor=face, markersize=6, zorder=2)
         axis.set_title(panel, fontsize=10)
         axis.grid(axis="x", color="0.9")
+        axis.set_axisbelow(True)
         axis.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-    axes[0][0].set_yticks(range(len(order)), order)
-    axes[0][0].margins(y=0.08)
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].margins(y=0.08)
     marks = "open: task adapter alone; filled: plus language adapter; ticks: single seeds"
     figure.suptitle(f"{title}\n{marks}", fontsize=10)
     figure.supxlabel(f"{scorer.metric} in percent", fontsize=10)

@@ -1,4 +1,4 @@
-"""The methods of the cross-lingual benchmark: their configs, their training, and their composition."""
+"""Training and composition in the cross-lingual benchmark: each adapter once, into a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from _bench_runs import ShowSteps
 from _crosslingual_data import MASKED, Source, Task, masked_loss, read_text
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from _crosslingual_methods import FULL, METHODS, Request
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,124 +32,9 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-import peft_sparse
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, start_dense_phase
+from peft_sparse import LotteryTicketConfig, SparseTrainer, start_dense_phase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FULL = "full"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a config is made of.
-
-    Attributes:
-        count: number of weights; LoRA of `rank` has as many.
-        seed: of random supports.
-        head: modules that train whole.
-        linear: the linear layers outside the head.
-        outside: a regex for the modules outside the encoder.
-        layers: how many the encoder has.
-        budget: which of `LAYER_BUDGETS` SC-SFT takes.
-    """
-
-    count: int
-    rank: int
-    seed: int
-    head: list[str]
-    linear: list[str]
-    outside: str
-    layers: int
-    budget: str
-
-    @property
-    def everything(self) -> dict[str, Any]:
-        return {"num_weights": self.count, "target_modules": "all", "modules_to_save": self.head or None}
-
-
-# Shares of the embeddings, of the last layer but one, of the last, and of all others (SC-SFT report, section 4). For
-# language modelling the authors' file puts .6 on the first three together.
-LAYER_BUDGETS = {"nli": (0.02, 0.02, 0.02, 0.94), "sentiment": (0.005, 0.02, 0.02, 0.955), "mlm": (0.6, 0.4)}
-
-
-def layer_budget(request: Request) -> dict[str, float]:
-    before, last = request.layers - 2, request.layers - 1
-    patterns = [r"embeddings\.", rf"\.layer\.{before}\.", rf"\.layer\.{last}\."]
-    shares = LAYER_BUDGETS[request.budget]
-    if len(shares) == 2:
-        patterns = ["|".join(patterns)]
-    rest = rf"\.layer\.(?!({before}|{last})\.)\d+\."
-    return dict(zip([*patterns, rest], shares, strict=True))
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Attributes:
-        rates: candidates for the learning rate of the task adapter; for methods of two phases, of the second.
-        language_rate: of the language adapter; None for a method that makes none.
-        config: the adapter's; None where the dense phase itself is the result.
-        selects: whether the shared dense phase chooses the weights.
-        is_ours: whether `SparseTrainer` trains it.
-        dense_args: where a first phase that the trainer runs itself differs.
-        needs: the name in peft_sparse without which the method is left out.
-    """
-
-    rates: tuple[float, ...]
-    language_rate: float | None
-    config: Callable[[Request], PeftConfig] | None
-    selects: bool = False
-    is_ours: bool = True
-    dense_args: dict[str, Any] = field(default_factory=dict)
-    needs: str = "SparseConfig"
-
-
-def biases(request: Request) -> PeftConfig:
-    return RandConfig(
-        density=1.0,
-        target_parameters=["bias"],
-        exclude_modules=request.outside,
-        modules_to_save=request.head or None,
-    )
-
-
-def lora(request: Request) -> PeftConfig:
-    return LoraConfig(
-        r=request.rank,
-        lora_alpha=2 * request.rank,
-        target_modules=request.linear,
-        modules_to_save=request.head or None,
-    )
-
-
-def ada_sft(request: Request) -> PeftConfig:
-    return peft_sparse.AdaSftConfig(target_modules=request.linear, modules_to_save=request.head or None)
-
-
-LT_SFT = "LT-SFT"
-CHOSEN, CHOSEN_LANGUAGE = (5e-4, 1e-3), 5e-4
-METHODS = {
-    LT_SFT: Method(CHOSEN, CHOSEN_LANGUAGE, lambda r: LotteryTicketConfig(**r.everything), selects=True),
-    "SC-SFT": Method(
-        CHOSEN,
-        CHOSEN_LANGUAGE,
-        lambda r: LotteryTicketConfig(**r.everything, budget=layer_budget(r)),
-        selects=True,
-    ),
-    "DeFT-X": Method(
-        CHOSEN,
-        CHOSEN_LANGUAGE,
-        lambda r: peft_sparse.DeftXConfig(**r.everything, rank=0.9),
-        selects=True,
-        needs="DeftXConfig",
-    ),
-    "Rand-SFT": Method((1e-3, 2e-3), 1e-3, lambda r: RandConfig(**r.everything, seed=r.seed)),
-    "Ada-SFT": Method((2e-4,), None, ada_sft, dense_args={"learning_rate": 1e-2}, needs="AdaSftConfig"),
-    "BitFit": Method((2e-3, 5e-3), 2e-3, biases),
-    "LoRA": Method((1e-3, 2e-3), 1e-3, lora, is_ours=False),
-    FULL: Method((2e-4,), 2e-4, None),
-}
 
 
 @dataclass(frozen=True)
@@ -162,7 +48,7 @@ class Corpus:
         load: the model to train, of a seed.
         steps: in each phase.
         dense_rate: learning rate of the shared dense phase.
-        budget: which layer budget SC-SFT takes.
+        budget: which of `LAYER_BUDGETS` SC-SFT takes.
     """
 
     name: str
@@ -209,6 +95,7 @@ class Bench:
             source.budget,
         )
         self._texts: dict[str, tuple[list[dict], list[dict]]] = {}
+        self._start_losses: dict[str, float] = {}
 
     # ---- models ----------------------------------------------------------------------------------------
 
@@ -260,12 +147,22 @@ class Bench:
         model.load_state_dict(load_file(path), strict=False)
         return model.requires_grad_(True).to(DEVICE)
 
-    def language_loss(self, language: str, adapter: Path | None, name: str) -> float:
-        """Held-out loss of the masked language model, with a method's language adapter if given."""
+    def start_loss(self, language: str) -> float:
+        """Held-out loss of the masked language model that the adapters of a language start from."""
+        if language not in self._start_losses:
+            model = self.masked_lm(language)
+            self._start_losses[language] = masked_loss(model, self._text(language)[1], self.tokenizer)
+        return self._start_losses[language]
+
+    def language_loss(self, language: str, name: str, adapter: Path) -> float:
+        """The same with a method's language adapter."""
         model = self.masked_lm(language)
-        if adapter is not None and name == FULL:
+        if name == FULL:
+            # The dense phase trains the input embeddings alone: the output matrix stays as it was.
+            output = model.get_output_embeddings()
+            output.weight = nn.Parameter(output.weight.detach().clone())
             _overwrite(model, load_file(adapter))
-        elif adapter is not None:
+        else:
             model = PeftModel.from_pretrained(model, adapter)
         return masked_loss(model, self._text(language)[1], self.tokenizer)
 

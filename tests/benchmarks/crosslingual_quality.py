@@ -55,8 +55,9 @@ import torch
 import transformers
 from _bench_runs import Results
 from _crosslingual_data import SOURCES, Task, predict, read_task
+from _crosslingual_methods import FULL, LT_SFT, METHODS, Method
 from _crosslingual_report import BOTH, TASK, Row, Scorer, cells, markdown, plot, rich_table
-from _crosslingual_training import FULL, LT_SFT, METHODS, Bench
+from _crosslingual_training import Bench
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
@@ -68,7 +69,7 @@ MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft
 LANGUAGE = "language"
 FIELDS = ("kind", "method", "learning_rate", "seed", "language")
 # Seconds of an optimizer step with the default batch on two quiet cores, for the estimate.
-STEP_SECONDS = {TASK: 0.3, LANGUAGE: 0.6}
+STEP_SECONDS = {TASK: 0.2, LANGUAGE: 0.6}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def best_rate(options: argparse.Namespace, results: Results, name: str) -> float
 def plan(options: argparse.Namespace, results: Results) -> Iterator[Job]:
     """All jobs in stages, after each of which the table means something; later ones depend on earlier ones' results."""
     seeds = options.seeds
-    for number in range(max(len(options.rates[name]) for name in options.methods)):
+    for number in range(max((len(options.rates[name]) for name in options.methods), default=0)):
         for name in options.methods:
             for rate in options.rates[name][number : number + 1]:
                 yield Job(TASK, name, rate, seeds[0])
@@ -126,7 +127,7 @@ def steps_of(options: argparse.Namespace) -> dict[str, int]:
     methods = {name: METHODS[name] for name in options.methods}
     shares = any(method.selects or method.config is None for method in methods.values())
 
-    def phases(method) -> int:
+    def phases(method: Method) -> int:
         # Full fine-tuning is the dense phase; a method with a first phase of its own trains twice.
         return 0 if method.config is None else 2 if method.dense_args else 1
 
@@ -141,7 +142,7 @@ def steps_of(options: argparse.Namespace) -> dict[str, int]:
 
 
 def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], dict]:
-    """{kind of job: all that its result depends on beside learning rate, seed and language}."""
+    """{kind of job: all that its result depends on beside learning rate, seed, language and raw text}."""
     shared = ["task", "batch_size", "max_length", "density"]
     fields = {TASK: ["task_steps"], LANGUAGE: ["language_steps", "head_steps"]}
     fields[BOTH] = fields[TASK] + fields[LANGUAGE]
@@ -150,6 +151,8 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
         found = {field: getattr(options, field) for field in shared + fields[kind]}
         rates = {TASK: options.rates[FULL][0], LANGUAGE: METHODS[FULL].language_rate}
         dense = rates if kind == BOTH else {kind: rates[kind]}
+        if kind == BOTH:
+            found["language_seed"] = options.seeds[0]
         return {"model": Path(options.model).name, "data": checksum, "dense_rates": dense, **found}
 
     return settings
@@ -167,7 +170,7 @@ def run(job: Job, bench: Bench, task: Task, scorer: Scorer) -> dict:
     adapter = bench.adapter(job.method, corpus, job.rate, job.seed)
     seconds += time.process_time() - start
     if job.kind == LANGUAGE:
-        before, after = (bench.language_loss(corpus.name, path, job.method) for path in (None, adapter))
+        before, after = bench.start_loss(corpus.name), bench.language_loss(corpus.name, job.method, adapter)
         return {"loss_before": before, "loss_after": after, "seconds": seconds}
     if job.kind == TASK:
         model = bench.with_task(job.method, adapter)
@@ -226,13 +229,9 @@ def rows_of(options: argparse.Namespace, results: Results) -> list[Row]:
         if rate is None:
             continue
         runs = {seed: found for seed in options.seeds if (found := results.get(TASK, name, rate, seed, None))}
+        alone = {seed: found["predictions"] for seed, found in runs.items()}
         trained = next(iter(runs.values()))["trained"]
-
-        def row(kind: str, predictions: dict, seconds: list[float]) -> Row:
-            return Row(name, kind, trained, rate, mean(seconds) if seconds else 0.0, predictions)  # noqa: B023
-
-        predictions = {seed: found["predictions"] for seed, found in runs.items()}
-        rows.append(row(TASK, predictions, [found["seconds"] for found in runs.values()]))
+        rows.append(Row(name, TASK, trained, rate, mean(found["seconds"] for found in runs.values()), alone))
         both: dict[int, dict] = {}
         seconds = []
         for language in options.languages if options.language else []:
@@ -242,7 +241,7 @@ def rows_of(options: argparse.Namespace, results: Results) -> list[Row]:
                 if found := results.get(BOTH, name, rate, seed, language):
                     both.setdefault(seed, {}).update(found["predictions"])
         if both:
-            rows.append(row(BOTH, both, seconds))
+            rows.append(Row(name, BOTH, trained, rate, mean(seconds), both))
     return rows
 
 
@@ -269,12 +268,15 @@ def rates_of(changes: list[str]) -> dict[str, tuple[float, ...]]:
     for change in changes:
         name, _, given = change.partition("=")
         try:
-            if name not in rates:
+            rates[name] = tuple(float(rate) for rate in given.split(","))
+            # The dense phase that others share runs at the one rate of full fine-tuning.
+            if name not in METHODS or (name == FULL and len(rates[name]) > 1):
                 raise ValueError
-            rates[name] = tuple(map(float, given.split(",")))
         except ValueError:
             known = ", ".join(METHODS)
-            raise SystemExit(f"--learning-rates takes METHOD=A[,B] with one of {known}; got {change!r}") from None
+            raise SystemExit(
+                f"--learning-rates takes METHOD=A[,B] with one of {known}, and one rate for {FULL}; got {change!r}"
+            ) from None
     return rates
 
 
