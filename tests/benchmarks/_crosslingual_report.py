@@ -204,8 +204,8 @@ def plot(rows: list[Row], languages: list[str], scorer: Scorer, path: Path, titl
         axis.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-    axes[0].set_yticks(range(len(order)), order)
-    axes[0].margins(y=0.08)
+    axes[0][0].set_yticks(range(len(order)), order)
+    axes[0][0].margins(y=0.08)
     marks = "open: task adapter alone; filled: plus language adapter; ticks: single seeds"
     figure.suptitle(f"{title}\n{marks}", fontsize=10)
     figure.supxlabel(f"{scorer.metric} in percent", fontsize=10)

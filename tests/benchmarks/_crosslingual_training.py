@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -241,7 +242,7 @@ class Bench:
             seed=seed if corpus.name == self.task.name else 1000 + seed,
             head=head,
             linear=list(linear),
-            outside=f"(?!{prefix}).*",
+            outside=f"(?!{re.escape(prefix)}).*",
             layers=model.config.num_hidden_layers,
             budget=corpus.budget,
         )
