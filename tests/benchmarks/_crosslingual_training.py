@@ -90,7 +90,7 @@ class Bench:
             "task",
             task.train,
             collator,
-            lambda seed: self.classifier(seed),
+            self.classifier,
             options.task_steps,
             options.rates[FULL][0],
             source.budget,
@@ -184,6 +184,8 @@ class Bench:
         path = self.folder / corpus.name / f"{name}_{rate:g}_{seed}"
         if not path.exists():
             model = corpus.load(seed)
+            # LoRA draws its matrices; how much loading drew depends on what was there already.
+            set_seed(seed)
             tuned = get_peft_model(model, method.config(self._request(model, corpus, seed)))
             if method.selects:
                 self._select(tuned, self._dense(corpus, seed))
@@ -232,8 +234,9 @@ class Bench:
         inside = {name: m for name, m in model.named_modules() if name.startswith(prefix) and not _under(name, head)}
         linear = {name: m for name, m in inside.items() if isinstance(m, nn.Linear)}
         per_rank = sum(m.in_features + m.out_features for m in linear.values())
-        # Of the encoder alone, so that language and task adapters are of one size.
-        total = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix) and ".pooler." not in n)
+        # Without the pooler also where it is no head, so that language and task adapters are of one size.
+        own = [p for name, p in model.named_parameters() if name.startswith(prefix) and not _under(name, self.head)]
+        total = sum(p.numel() for p in own)
         rank = max(1, round(self.options.density * total / per_rank))
         return Request(
             count=rank * per_rank,
