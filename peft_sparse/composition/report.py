@@ -29,8 +29,8 @@ class Overlap:
     Attributes:
         counts: how many weights each of the two tunes.
         shared: how many both tune.
-        expected: how many both would tune, on average, had each drawn its weights at random within every tensor, as many
-            per tensor as it has: the sum of count_a * count_b / numel.
+        expected: how many both would tune, on average, had each drawn as many weights as it has in every tensor at
+            random: the sum of count_a * count_b / numel.
         opposite: how many of the shared weights change in opposite directions (a change of exactly 0 has none).
         dot: scalar product of the two deltas.
         squares: squared norm of each delta.
@@ -89,8 +89,8 @@ class Overlap:
 class Interference:
     """What happens to the deltas of several adapters when they are added up.
 
-    At each weight let P be the sum of the positive changes and N that of the negative ones, without its sign. The sum of
-    the adapters changes the weight by P - N, so min(P, N) of one side is undone by as much of the other.
+    At each weight let P be the sum of the positive changes and N that of the negative ones, without its sign. The sum
+    of the adapters changes the weight by P - N, so min(P, N) of one side is undone by as much of the other.
 
     Attributes:
         count: weights that at least one adapter tunes.

@@ -16,7 +16,8 @@ _NORM = re.compile(r"norm|^ln|_ln$|^ln_", re.IGNORECASE)
 _EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$|^shared$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|^[qkvo]_proj$", re.IGNORECASE)
 _FEED_FORWARD = re.compile(
-    r"mlp|ffn|^ff$|moe|feed_?forward|dense|^fc\d?$|^c_fc$|intermediate|output|expert|^lin\d$|^w[io](_\d)?$", re.IGNORECASE
+    r"mlp|ffn|^ff$|moe|feed_?forward|dense|^fc\d?$|^c_fc$|intermediate|output|expert|^lin\d$|^w[io](_\d)?$",
+    re.IGNORECASE,
 )
 
 
