@@ -26,6 +26,8 @@ _ATTENTION = {"facecolor": "#1f4e79", "edgecolor": "#12304b"}
 _REST = {"facecolor": "#f6d7a7", "edgecolor": "#8a5a1c", "hatch": "////"}
 _OUTSIDE = {"facecolor": "#e3e3e3", "edgecolor": "#707070", "hatch": ".."}
 _LINE = "#505050"
+# Behind a number that a line may cross.
+_BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _MAX_NUMBERED_BARS = 26
 # Fonts that know more scripts than matplotlib's own, used where they are installed.
 _FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Segoe UI")
@@ -59,11 +61,13 @@ class Panel:
 
     Attributes:
         kind: one of `KINDS`.
+        title: what stands above it.
         height: in inches.
         draw: draws it into a figure or a part of one.
     """
 
     kind: str
+    title: str
     height: float
     draw: Callable[[Figure | SubFigure], None]
 
@@ -111,7 +115,7 @@ def distribution_panel(reports: Sequence[AdapterReport]) -> Panel:
             size = f"{report.total.count:,} weights" + ("" if density is None else f", density {density:.2%}")
             _title(ax, report.name, f"{report.method}, {size}")
 
-    return Panel("distribution", 2.7 * len(reports), draw)
+    return Panel("distribution", "Where the tuned weights lie", 0.3 + 2.7 * len(reports), draw)
 
 
 def overlap_panel(names: Sequence[str], counts: Sequence[int], pairs: Mapping[tuple[str, str], Overlap]) -> Panel:
@@ -133,7 +137,8 @@ def overlap_panel(names: Sequence[str], counts: Sequence[int], pairs: Mapping[tu
     def draw(figure: Figure | SubFigure) -> None:
         _draw_matrix(figure.subplots(), names, counts, pairs)
 
-    return Panel("overlap", 1.6 + max(2.6, 0.85 * len(names)), draw)
+    title = "Weights that two adapters share, in percent of the smaller one's"
+    return Panel("overlap", title, 1.0 + max(2.4, 0.85 * len(names)), draw)
 
 
 def token_panel(found: Sequence[TokenBars]) -> Panel:
@@ -141,6 +146,7 @@ def token_panel(found: Sequence[TokenBars]) -> Panel:
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     longest = max(len(tokens.bars) for tokens in found)
+    title = "Tokens whose embeddings changed most (beside each bar: weights tuned in its row)"
 
     def draw(figure: Figure | SubFigure) -> None:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -149,7 +155,7 @@ def token_panel(found: Sequence[TokenBars]) -> Panel:
         for ax in axes[len(found) :]:
             ax.set_axis_off()
 
-    return Panel("tokens", rows * (1.1 + 0.21 * longest), draw)
+    return Panel("tokens", title, 0.3 + rows * (0.9 + 0.19 * longest), draw)
 
 
 # Figures
@@ -174,8 +180,10 @@ def figure_of(panels: Sequence[Panel]) -> Figure:
 
     with _style():
         figure = Figure(figsize=(_WIDTH, sum(panel.height for panel in panels)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         parts = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=[panel.height for panel in panels])
         for panel, part in zip(panels, parts[:, 0], strict=True):
+            part.suptitle(panel.title, x=0.01, ha="left", fontsize=12)
             panel.draw(part)
     return figure
 
@@ -228,7 +236,7 @@ def _draw_bars(ax: Axes, bars: Sequence[Bar]) -> None:
         if bar.height > limit:
             _break_bar(ax, x, limit)
         if len(bars) <= _MAX_NUMBERED_BARS or bar.height > limit:
-            ax.text(x, top + 0.015 * limit, f"{bar.height:.1%}", ha="center", va="bottom", fontsize=7)
+            ax.text(x, top + 0.015 * limit, f"{bar.height:.1%}", ha="center", va="bottom", fontsize=7, bbox=_BLANK)
     ax.set_ylim(0, 1.1 * limit)
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if limit >= 0.05 else f"{share:.1%}")
     ax.set_ylabel("share of its weights")
@@ -238,9 +246,10 @@ def _draw_bars(ax: Axes, bars: Sequence[Bar]) -> None:
 
 def _places(bars: Sequence[Bar]) -> list[float]:
     """Positions of the bars, with a gap where one list of layers ends."""
+    gap = 1.3 + len(bars) / 20
     places: list[float] = []
     for position, bar in enumerate(bars):
-        step = 1.0 if position and bars[position - 1].stack == bar.stack else 1.5
+        step = 1.0 if position and bars[position - 1].stack == bar.stack else gap
         places.append(places[-1] + step if places else 0.0)
     return places
 
@@ -265,9 +274,16 @@ def _label_places(ax: Axes, bars: Sequence[Bar], places: Sequence[float]) -> Non
     for stack in stacks:
         inside = [x for bar, x in zip(bars, places, strict=True) if bar.stack == stack]
         middle = (inside[0] + inside[-1]) / 2
-        text = f"layers of {stack}" if len(inside) > 1 else stack
-        ax.annotate(text, (middle, 0), (0, -20), ("data", "axes fraction"), "offset points", ha="center", va="top")
-    every = max(1, len(bars) // 26)
+        ax.annotate(
+            f"layers ({stack})",
+            (middle, 0),
+            (0, -20),
+            ("data", "axes fraction"),
+            "offset points",
+            ha="center",
+            va="top",
+        )
+    every = -(-len(bars) // _MAX_NUMBERED_BARS)
     shown = [
         (x, bar.group) for bar, x in zip(bars, places, strict=True) if not bar.stack or int(bar.group) % every == 0
     ]
@@ -307,7 +323,7 @@ def _draw_matrix(
     size = len(names)
     shares = [[_share(found.get((a, b))) for b in names] for a in names]
     darkest = max(max(row) for row in shares) or 1.0
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.3 * darkest)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.3 * darkest, aspect="auto")
     for row, a in enumerate(names):
         for column, b in enumerate(names):
             if a == b:
@@ -316,14 +332,18 @@ def _draw_matrix(
                 continue
             color = "white" if shares[row][column] > 0.75 * darkest else "black"
             lines = _cell(found[a, b], brief=size > 5)
-            offset = 0.12 if len(lines) > 1 else 0.0
-            ax.text(column, row - offset, lines[0], ha="center", va="center", fontsize=11, color=color)
-            ax.text(column, row + 0.2, "\n".join(lines[1:]), ha="center", va="center", fontsize=7, color=color)
-    ax.set_xticks(range(size), names, rotation=20 if max(map(len, names)) > 70 / size else 0)
+            height = "baseline" if len(lines) > 1 else "center"
+            ax.text(column, row, lines[0], ha="center", va=height, fontsize=11, color=color)
+            ax.text(column, row + 0.08, "\n".join(lines[1:]), ha="center", va="top", fontsize=7, color=color)
+    ax.set_xticks(range(size), names)
+    if max(map(len, names)) > 75 / size:
+        ax.tick_params(axis="x", rotation=20)
+        for label in ax.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+
     ax.set_yticks(range(size), names)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title("Shared weights, percent of the smaller adapter", loc="left", fontweight="bold", fontsize=10)
 
 
 def _share(pair: Overlap | None) -> float:
@@ -342,7 +362,7 @@ def _cell(pair: Overlap, *, brief: bool) -> list[str]:
 def _square(position: int) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((position - 0.5, position - 0.5), 1, 1, facecolor="#f4f4f4", edgecolor="#c0c0c0", hatch="///")
+    return Rectangle((position - 0.5, position - 0.5), 1, 1, facecolor="#f4f4f4", edgecolor="#c0c0c0")
 
 
 def _draw_tokens(ax: Axes, tokens: TokenBars) -> None:
@@ -353,6 +373,7 @@ def _draw_tokens(ax: Axes, tokens: TokenBars) -> None:
         ax.text(norm + 0.02 * longest, position, f"{count} of {tokens.width}", va="center", fontsize=7)
     ax.set_xlim(0, 1.3 * longest)
     ax.set_yticks(range(len(texts)), texts)
-    ax.invert_yaxis()
-    ax.set_xlabel("norm of the row's change; beside it: weights tuned")
+    ax.set_ylim(len(texts) - 0.4, -0.6)
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel("norm of the row's change")
     ax.set_title(tokens.adapter, loc="left", fontweight="bold", fontsize=10)
