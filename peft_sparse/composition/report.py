@@ -168,7 +168,8 @@ def overlap(first: Deltas, second: Deltas) -> Overlap:
     Source: thesis, Fig. 4.4 and E.2 (pairwise overlap in percent; the text names no denominator, ours is the smaller
         adapter, which is theirs where both have the same density).
     """
-    names = dict.fromkeys([*first, *second])
+    # Sorted, so that the sums come out the same to the last bit for a model and for its file.
+    names = sorted({*first, *second})
     return reduce(add, (_overlap_in(*_same_shape(name, [first, second])) for name in names), Overlap())
 
 
@@ -187,7 +188,7 @@ def interference(adapters: Sequence[Deltas], weights: Sequence[float] | None = N
     factors = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(adapters):
         raise ConfigError(f"weights must have one number per adapter, got {len(factors)} for {len(adapters)} adapters")
-    names = dict.fromkeys(name for deltas in adapters for name in deltas)
+    names = sorted({name for deltas in adapters for name in deltas})
     parts = (_interference_in(_same_shape(name, adapters), factors) for name in names)
     return reduce(add, parts, Interference(squares=(0.0,) * len(adapters)))
 

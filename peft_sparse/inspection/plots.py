@@ -109,8 +109,10 @@ def distribution_panel(reports: Sequence[AdapterReport]) -> Panel:
 
     def draw(figure: Figure | SubFigure) -> None:
         axes = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
-        for ax, report in zip(axes, reports, strict=True):
-            _draw_bars(ax, distribution(report))
+        bars = [distribution(report) for report in reports]
+        limit = _limit([bar for row in bars for bar in row])
+        for ax, row, report in zip(axes, bars, reports, strict=True):
+            _draw_bars(ax, row, limit)
             density = report.total.density
             size = f"{report.total.count:,} weights" + ("" if density is None else f", density {density:.2%}")
             _title(ax, report.name, f"{report.method}, {size}")
@@ -223,9 +225,8 @@ def _title(ax: Axes, name: str, details: str) -> None:
     ax.set_title(details, loc="right", fontsize=8, color=_LINE)
 
 
-def _draw_bars(ax: Axes, bars: Sequence[Bar]) -> None:
+def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float) -> None:
     places = _places(bars)
-    limit = _limit(bars)
     for bar, x in zip(bars, places, strict=True):
         if bar.stack:
             ax.bar(x, bar.attention, 0.8, **_ATTENTION)
@@ -274,15 +275,8 @@ def _label_places(ax: Axes, bars: Sequence[Bar], places: Sequence[float]) -> Non
     for stack in stacks:
         inside = [x for bar, x in zip(bars, places, strict=True) if bar.stack == stack]
         middle = (inside[0] + inside[-1]) / 2
-        ax.annotate(
-            f"layers ({stack})",
-            (middle, 0),
-            (0, -20),
-            ("data", "axes fraction"),
-            "offset points",
-            ha="center",
-            va="top",
-        )
+        where = {"xy": (middle, 0), "xycoords": ("data", "axes fraction"), "ha": "center", "va": "top"}
+        ax.annotate(f"layers ({stack})", xytext=(0, -20), textcoords="offset points", **where)
     every = -(-len(bars) // _MAX_NUMBERED_BARS)
     shown = [
         (x, bar.group) for bar, x in zip(bars, places, strict=True) if not bar.stack or int(bar.group) % every == 0
@@ -331,7 +325,7 @@ def _draw_matrix(
                 ax.text(column, row, f"{counts[row]:,}\nweights", ha="center", va="center", fontsize=8, color=_LINE)
                 continue
             color = "white" if shares[row][column] > 0.75 * darkest else "black"
-            lines = _cell(found[a, b], brief=size > 5)
+            lines = _cell(found[a, b], brief=size > 6)
             height = "baseline" if len(lines) > 1 else "center"
             ax.text(column, row, lines[0], ha="center", va=height, fontsize=11, color=color)
             ax.text(column, row + 0.08, "\n".join(lines[1:]), ha="center", va="top", fontsize=7, color=color)

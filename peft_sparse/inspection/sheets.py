@@ -95,25 +95,33 @@ def _tally_row(name: str, tally: Tally, report: AdapterReport) -> tuple[str, ...
 def layers_sheet(report: AdapterReport) -> Sheet:
     """Weights by layer, and inside layers by part."""
     layers = [group for group in report.groups if group.layer is not None]
-    stacks = {group.stack for group in layers}
+    stack, labels = _labels([group.name for group in report.groups])
     parts = [part for part in report.parts if any(part in group.parts for group in layers)]
     total = report.total.count
     largest = max((group.all.count for group in report.groups), default=0)
     rows = [
         (
-            f"layer {group.layer}" if group.layer is not None and len(stacks) == 1 else group.name,
+            label,
             *(f"{group.parts[part].count:,}" if group in layers and part in group.parts else "" for part in parts),
             f"{group.all.count:,}",
             _percent(group.all.density),
             _percent(group.all.count / total if total else None),
             _bar(group.all.count / largest if largest else 0),
         )
-        for group in report.groups
+        for label, group in zip(labels, report.groups, strict=True)
     ]
-    title = f"{report.name}: tuned weights by layer"
-    if len(stacks) == 1:
-        title += f" of {stacks.pop()}"
-    return Sheet(title, ("", *parts, "all", "density", "share", ""), tuple(rows))
+    return Sheet(
+        f"{report.name}: tuned weights by layer{stack}", ("", *parts, "all", "density", "share", ""), tuple(rows)
+    )
+
+
+def _labels(groups: Sequence[str]) -> tuple[str, list[str]]:
+    """Where the layers are, for the title, and short names of the groups; long ones if there are several stacks."""
+    stacks = {group.rpartition(".")[0] for group in groups} - {""}
+    if len(stacks) != 1:
+        return "", list(groups)
+    stack = stacks.pop()
+    return f" of {stack}", [group.replace(f"{stack}.", "layer ") for group in groups]
 
 
 def budget_sheet(report: AdapterReport) -> Sheet:
@@ -165,13 +173,14 @@ def pairs_sheet(pairs: Mapping[tuple[str, str], Overlap]) -> Sheet:
 
 def conflict_sheets(found: Conflicts) -> list[Sheet]:
     """What adapters undo of each other, per layer group, and the overlap of each two."""
-    rows = [_interference_row(group, part) for group, part in found.groups.items()]
+    stack, labels = _labels(list(found.groups))
+    rows = [_interference_row(label, part) for label, part in zip(labels, found.groups.values(), strict=True)]
     terms = [
         name if weight == 1 else f"{weight:g} x {name}"
         for name, weight in zip(found.adapters, found.weights, strict=True)
     ]
     main = Sheet(
-        " + ".join(terms),
+        f"{' + '.join(terms)}, by layer{stack}",
         ("", "tuned", "shared", "of tuned", "opposite", "cancelled", "norm", "gain"),
         (*rows, _interference_row("all", found.total)),
         has_total=True,
@@ -227,7 +236,8 @@ def _short(value: Any) -> str:
 def _percent(share: float | None) -> str:
     if share is None:
         return _NOTHING
-    return f"{share:.1%}" if share >= 0.0995 or share == 0 else f"{share:.2%}"
+    digits = 0 if share in (0, 1) else 1 if share >= 0.0995 else 2
+    return f"{share:.{digits}%}"
 
 
 def _bar(share: float) -> str:
