@@ -119,7 +119,7 @@ def _panels(adapters: Sequence[Adapter], *, kind: str, tokenizer: str | None, to
         elif kind == "tokens":
             raise ConfigError(
                 "no tokens can be shown: no adapter tunes an embedding matrix, or no tokenizer is found for it. "
-                "Name one with --tokenizer"
+                "Name one (tokenizer)"
             )
     return panels
 

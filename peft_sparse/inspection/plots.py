@@ -237,7 +237,9 @@ def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float) -> None:
         if bar.height > limit:
             _break_bar(ax, x, limit)
         if len(bars) <= _MAX_NUMBERED_BARS or bar.height > limit:
-            ax.text(x, top + 0.015 * limit, f"{bar.height:.1%}", ha="center", va="bottom", fontsize=7, bbox=_BLANK)
+            ax.text(
+                x, top + 0.015 * limit, f"{bar.height:.1%}", ha="center", va="bottom", fontsize=7, bbox=_BLANK, zorder=5
+            )
     ax.set_ylim(0, 1.1 * limit)
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if limit >= 0.05 else f"{share:.1%}")
     ax.set_ylabel("share of its weights")

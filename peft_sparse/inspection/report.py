@@ -127,7 +127,7 @@ class AdapterReport:
         parts: weights by part of a transformer, {part: tally}.
         tensors: how many tensors are tuned.
         values: how large the changes are.
-        heads: tensors that are saved whole.
+        heads: tensors that the file holds whole; none for an adapter of a model.
         file_bytes: size of the file; None for an adapter of a model.
     """
 

@@ -114,10 +114,10 @@ def load_tokenizer(adapter: Adapter, given: str | None = None) -> Any | None:
     if given is not None:
         tokenizer, reason = _try_loading(given, local_only=False)
         if tokenizer is None:
-            raise ConfigError(f"--tokenizer {given}: no tokenizer can be loaded from there ({reason})")
+            raise ConfigError(f"tokenizer={given!r}: no tokenizer can be loaded from there ({reason})")
         if len(tokenizer) > rows:
             found = f"has {len(tokenizer):,} tokens, but '{name}' of '{adapter.name}' only {rows:,} rows"
-            raise ConfigError(f"--tokenizer {given} {found}. Give the tokenizer of the adapter's base model")
+            raise ConfigError(f"tokenizer={given!r} {found}. Give the tokenizer of the adapter's base model")
         return tokenizer
     base = adapter.config.get("base_model_name_or_path")
     has_own = adapter.folder is not None and any((adapter.folder / file).is_file() for file in _TOKENIZER_FILES)
@@ -127,7 +127,7 @@ def load_tokenizer(adapter: Adapter, given: str | None = None) -> Any | None:
             return tokenizer
     logger.warning(
         "No tokens are shown for '%s': neither its folder nor its base model (%s) has a fitting tokenizer on this "
-        "machine. Name one with --tokenizer.",
+        "machine. Name one (tokenizer).",
         adapter.name,
         base or "not named",
     )

@@ -91,7 +91,7 @@ def test_no_tokenizer_is_a_note(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="peft_sparse"):
         assert load_tokenizer(adapter) is None
     assert "No tokens are shown for 'adapter'" in caplog.text
-    assert "Name one with --tokenizer" in caplog.text
+    assert "Name one (tokenizer)" in caplog.text
 
 
 def test_an_adapter_without_embeddings_needs_no_tokenizer(caplog):

@@ -41,6 +41,7 @@ CASES = {
     "shared.weight": Place("", None, "embeddings"),
     "encoder.block.1.layer.0.SelfAttention.q.weight": Place("encoder.block", 1, "attention"),
     "decoder.block.1.layer.2.DenseReluDense.wi_0.weight": Place("decoder.block", 1, "feed-forward"),
+    "decoder.block.0.layer.1.EncDecAttention.o.weight": Place("decoder.block", 0, "attention"),
     "decoder.block.1.layer.1.layer_norm.weight": Place("decoder.block", 1, "norm"),
     "model.decoder.layers.4.fc1.weight": Place("model.decoder.layers", 4, "feed-forward"),
     "model.decoder.embed_positions.weight": Place("", None, "embeddings"),
@@ -62,6 +63,7 @@ CASES = {
     "transformer.layer_norm1.3.weight": Place("transformer.layer_norm1", 3, "norm"),
     # names without a path
     "weight": Place("", None, "other"),
+    "lin0.weight": Place("", None, "other"),
     "0.weight": Place("", 0, "other"),
 }
 
