@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Head:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter, read and checked.
 
@@ -67,7 +67,7 @@ class Adapter:
     heads: Sequence[Head] = ()
     file_bytes: int | None = None
     digest: str | None = None
-    folder: Path | None = field(default=None, compare=False)
+    folder: Path | None = None
 
 
 def read_adapter(where: str | os.PathLike[str], *, name: str | None = None) -> Adapter:

@@ -94,21 +94,22 @@ def _tally_row(name: str, tally: Tally, report: AdapterReport) -> tuple[str, ...
 
 def layers_sheet(report: AdapterReport) -> Sheet:
     """Weights by layer, and inside layers by part."""
-    layers = [group for group in report.groups if group.layer is not None]
     stack, labels = _labels([group.name for group in report.groups])
-    parts = [part for part in report.parts if any(part in group.parts for group in layers)]
+    # What lies outside of layers is one part, or next to nothing: its sum says it.
+    inside = [group.parts if group.layer is not None else {} for group in report.groups]
+    parts = [part for part in report.parts if any(part in found for found in inside)]
     total = report.total.count
     largest = max((group.all.count for group in report.groups), default=0)
     rows = [
         (
             label,
-            *(f"{group.parts[part].count:,}" if group in layers and part in group.parts else "" for part in parts),
+            *(f"{found[part].count:,}" if part in found else "" for part in parts),
             f"{group.all.count:,}",
             _percent(group.all.density),
             _percent(group.all.count / total if total else None),
             _bar(group.all.count / largest if largest else 0),
         )
-        for label, group in zip(labels, report.groups, strict=True)
+        for label, group, found in zip(labels, report.groups, inside, strict=True)
     ]
     return Sheet(
         f"{report.name}: tuned weights by layer{stack}", ("", *parts, "all", "density", "share", ""), tuple(rows)
