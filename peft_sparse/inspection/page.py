@@ -87,7 +87,9 @@ def save_plot(
     read = _read(adapters)
     panels = _panels(read, kind=kind, tokenizer=tokenizer, top=top)
     if file_format == "html":
-        figures = [plots.render(plots.figure_of([panel]), "svg").decode() for panel in panels]
+        figures = [
+            plots.render(plots.figure_of([panel]), "svg", id_prefix=f"{panel.kind}-").decode() for panel in panels
+        ]
         sheets = report_sheets([report_on(adapter) for adapter in read], pairwise(read))
         content = html_page([adapter.name for adapter in read], figures, sheets).encode()
     else:
@@ -100,7 +102,13 @@ def _read(adapters: Sequence[str | os.PathLike[str] | Adapter]) -> list[Adapter]
         raise ConfigError("at least one adapter is needed, got none")
     places = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
     read = iter(read_adapters(places))
-    return [adapter if isinstance(adapter, Adapter) else next(read) for adapter in adapters]
+    found = [adapter if isinstance(adapter, Adapter) else next(read) for adapter in adapters]
+    names = [adapter.name for adapter in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"adapters must have different names, got {names}. Read them with read_adapter(..., name=...)"
+        )
+    return found
 
 
 def _panels(adapters: Sequence[Adapter], *, kind: str, tokenizer: str | None, top: int) -> list[plots.Panel]:
@@ -131,7 +139,7 @@ def _token_bars(adapter: Adapter, given: str | None, top: int) -> plots.TokenBar
         return None
     delta = adapter.deltas[name]
     bars = [(token_text(tokenizer, row.row), row.norm, row.count) for row in changed_rows(delta, top=top)]
-    return plots.TokenBars(adapter.name, name, bars, delta.shape[1])
+    return plots.TokenBars(adapter.name, bars, delta.shape[1])
 
 
 def html_page(names: Sequence[str], figures: Sequence[str], sheets: Sequence[Sheet]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,13 +79,11 @@ class TokenBars:
 
     Attributes:
         adapter: its name.
-        parameter: the embedding matrix.
         bars: (text of the token, norm of its row's change, number of tuned entries), the largest first.
         width: entries of a row.
     """
 
     adapter: str
-    parameter: str
     bars: Sequence[tuple[str, float, int]]
     width: int
 
@@ -190,13 +189,31 @@ def figure_of(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def render(figure: Figure, file_format: str) -> bytes:
-    """A figure as the content of a file: "png", or "svg" with its text as text."""
+def render(figure: Figure, file_format: str, *, id_prefix: str = "id") -> bytes:
+    """A figure as the content of a file.
+
+    Args:
+        figure: of `figure_of`.
+        file_format: "png", or "svg" with its text as text.
+        id_prefix: what the ids of an SVG begin with, so that several can stand in one page.
+    """
     buffer = io.BytesIO()
-    # Without a date and with fixed ids, equal figures give equal files.
-    with _style({"svg.fonttype": "none", "svg.hashsalt": "peft-sparse"}):
-        figure.savefig(buffer, format=file_format, dpi=_DPI, metadata={"Date": None} if file_format == "svg" else None)
-    return buffer.getvalue()
+    with _style({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format=file_format, dpi=_DPI)
+    content = buffer.getvalue()
+    return _with_ids(content.decode(), id_prefix).encode() if file_format == "svg" else content
+
+
+def _with_ids(svg: str, prefix: str) -> str:
+    """Ids counted in the order in which they occur. matplotlib's own are the same in every figure, or addresses in memory."""
+    tags = re.compile(r"<[^<>]+>")
+    found = [name for tag in tags.findall(svg) for name in re.findall(r'\bid="([^"]+)"', tag)]
+    names = {old: f"{prefix}{number}" for number, old in enumerate(dict.fromkeys(found))}
+
+    def renamed(tag: re.Match[str]) -> str:
+        return re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda use: use[1] + names.get(use[2], use[2]), tag[0])
+
+    return tags.sub(renamed, svg)
 
 
 @contextmanager

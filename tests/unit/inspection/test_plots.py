@@ -18,7 +18,7 @@ from peft_sparse import ConfigError, plot_adapters
 from peft_sparse.inspection import plots
 from peft_sparse.inspection.page import save_plot
 from peft_sparse.inspection.plots import Bar, distribution
-from peft_sparse.inspection.reading import Adapter
+from peft_sparse.inspection.reading import Adapter, read_adapter
 from peft_sparse.inspection.report import report_on
 
 METHOD = {"method": "rand"}
@@ -121,6 +121,8 @@ def test_what_cannot_be_drawn_is_refused(folders, tmp_path):
         plot_adapters(folders[:1], kind="overlap")
     with pytest.raises(ConfigError, match="no tokens can be shown"):
         plot_adapters(folders[1:], kind="tokens")
+    with pytest.raises(ConfigError, match=r"different names, got \['task', 'task'\]"):
+        plot_adapters([folders[0], read_adapter(folders[0])])
     with pytest.raises(ConfigError, match="at least one adapter"):
         plot_adapters([])
     with pytest.raises(ConfigError, match=r"must end with one of \.png, \.svg, \.html, got .*out\.gif"):
@@ -152,6 +154,11 @@ def test_html_needs_no_other_file(folders, tmp_path):
     assert len(figures) == 3
     assert all(ElementTree.fromstring(figure).tag == "{http://www.w3.org/2000/svg}svg" for figure in figures)
     assert "attention" in figures[0]
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page))
+    assert used
+    assert {clip or link for clip, link in used} <= set(ids)
     assert '<td class="text">task and language</td><td class="number">3</td><td class="number">60.0%</td>' in page
     assert "<title>Sparse adapters: task, language</title>" in page
     assert not re.search(r'<(script|link|img|iframe)|src=|href="http', page)
