@@ -105,9 +105,7 @@ def _read(adapters: Sequence[str | os.PathLike[str] | Adapter]) -> list[Adapter]
     found = [adapter if isinstance(adapter, Adapter) else next(read) for adapter in adapters]
     names = [adapter.name for adapter in found]
     if len(set(names)) < len(names):
-        raise ConfigError(
-            f"adapters must have different names, got {names}. Read them with read_adapter(..., name=...)"
-        )
+        raise ConfigError(f"adapters must have different names, got {names}. Use read_adapter(..., name=...)")
     return found
 
 

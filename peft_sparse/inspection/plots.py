@@ -205,7 +205,7 @@ def render(figure: Figure, file_format: str, *, id_prefix: str = "id") -> bytes:
 
 
 def _with_ids(svg: str, prefix: str) -> str:
-    """Ids counted in the order in which they occur. matplotlib's own are the same in every figure, or addresses in memory."""
+    """Ids counted in the order in which they occur; many of matplotlib's own are the same in every figure."""
     tags = re.compile(r"<[^<>]+>")
     found = [name for tag in tags.findall(svg) for name in re.findall(r'\bid="([^"]+)"', tag)]
     names = {old: f"{prefix}{number}" for number, old in enumerate(dict.fromkeys(found))}
