@@ -20,6 +20,9 @@ from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .inspection.conflicts import conflicts
+    from .inspection.page import plot_adapters
+    from .inspection.report import inspect_adapter
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -47,9 +50,12 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "conflicts",
+    "inspect_adapter",
     "iter_deltas",
     "iter_reselectors",
     "load_training_state",
+    "plot_adapters",
     "resident",
     "save_training_state",
     "select",
@@ -63,7 +69,10 @@ _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
+    "conflicts": "inspection.conflicts.conflicts",
+    "inspect_adapter": "inspection.report.inspect_adapter",
     "load_training_state": "training.callback.load_state",
+    "plot_adapters": "inspection.page.plot_adapters",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "sparse_trainer": "training.trainer.sparse_trainer",
