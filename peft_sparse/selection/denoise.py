@@ -8,7 +8,7 @@ of the largest one, which is the resolution of float32 weights; and only the lea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,8 @@ def denoise(difference: Tensor, *, rank: float, residual_density: float, name: s
         name: what errors call the tensor.
 
     Returns:
-        Float32, in the same shape and on the same device; `difference` itself where it is float32 and passes through.
+        Float32, in the same shape and on the same device; what passes through in float32 shares memory with
+        `difference`.
         Entries of L_r below the rounding error of the decomposition are 0.
 
     Raises:
@@ -106,6 +107,9 @@ def denoise_matrix(
 ) -> Denoised:
     """`denoise` of a matrix, with an account of what was kept. Args, Raises, Cost: as there."""
     check_denoising(rank=rank, residual_density=residual_density)
+    if difference.device.type == "mps":  # has no float64
+        found = denoise_matrix(difference.cpu(), rank=rank, residual_density=residual_density, name=name)
+        return replace(found, difference=found.difference.to(difference.device))
     matrix = difference.detach().to(torch.float32)
     if not bool(matrix.isfinite().all()):
         raise SelectionError(

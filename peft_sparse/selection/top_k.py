@@ -92,7 +92,7 @@ def streamed_top_k(
 
     Returns, Raises: as `joint_top_k`; `k` above the number of scores is only noticed at the end.
 
-    Cost: three passes over each tensor, and at most 24 bytes for each of the k weights besides one tensor.
+    Cost: three passes over each tensor, and at most 40 bytes for each of the k weights besides one tensor.
     """
     best = _Best(k, min_score)
     devices: dict[str, torch.device] = {}
