@@ -8,6 +8,7 @@ of the largest one, which is the resolution of float32 weights; and only the lea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,9 @@ from .top_k import joint_top_k
 
 # Elements that are in float64 at a time: 32 MiB.
 _BLOCK = 2**22
+# Up to this size LAPACK gets one thread: its many small parallel steps gain little, and where other processes keep the
+# cores busy each waits for the slower thread (size 768 on a busy two-core machine: 0.3 s with one, 1 to 30 with two).
+_ONE_THREAD = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +164,8 @@ def _leading_directions(tall: Tensor, rank: float) -> _Leading:
     gram = torch.zeros(size, size, dtype=torch.float64, device=tall.device)
     for rows in _row_blocks(tall):
         gram.addmm_(rows.T, rows)
-    ascending, directions = torch.linalg.eigh(gram)
+    with _threads(1 if size <= _ONE_THREAD else torch.get_num_threads()):
+        ascending, directions = torch.linalg.eigh(gram)
     energies = ascending.flip(0).clamp_min_(0)
     energy = float(gram.trace())
     held = energies.cumsum(0)
@@ -223,6 +228,16 @@ class _Rest(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return -(-self._matrix.numel() // _BLOCK)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
