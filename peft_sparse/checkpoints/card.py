@@ -170,7 +170,7 @@ def _request(config: Mapping[str, Any]) -> str:
 
 def _denoising(config: Mapping[str, Any]) -> str:
     rank = config.get("rank")
-    meaning = "directions of each matrix" if isinstance(rank, int) else "of its squared singular values"
+    meaning = "directions of each matrix" if isinstance(rank, int) else "of the squared singular values of each matrix"
     embeddings = "embeddings too" if config.get("denoise_embeddings") else "embeddings as they were"
     return f"rank {rank} ({meaning}), residual density {config.get('residual_density')}, {embeddings}"
 

@@ -7,6 +7,7 @@ of the largest one, which is the resolution of float32 weights; and only the lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -115,14 +116,16 @@ def denoise_matrix(
         found = denoise_matrix(difference.cpu(), rank=rank, residual_density=residual_density, name=name)
         return replace(found, difference=found.difference.to(difference.device))
     matrix = difference.detach().to(torch.float32)
-    if not bool(matrix.isfinite().all()):
+    # NaN and infinity show in the extremes, without another tensor of this size.
+    extremes = torch.stack(matrix.aminmax()).tolist() if matrix.numel() else [0.0]
+    if not all(map(math.isfinite, extremes)):
         raise SelectionError(
             f"{name} contains NaN or infinity, so it has no singular directions; look for a training that diverged "
             "(lower the learning rate, or clip gradients)"
         )
     full = min(matrix.shape)
     keeps_all = residual_density == 1 or (rank >= full if isinstance(rank, int) else rank == 1.0)
-    if keeps_all or not bool(matrix.any()):
+    if keeps_all or not any(extremes):
         energy = sum(float(block.square().sum()) for block in _row_blocks(matrix))
         return Denoised(matrix, full, energy, energy)
     # One side of the matrix is at most as long as the other; the Gram matrix is of that side.

@@ -101,6 +101,7 @@ def streamed_top_k(
         devices[name] = tensor.device
         total += tensor.numel()
         best.add(name, tensor)
+        del tensor  # or it would still be there while the next one is made
     _check_count(best.scores, k, total)
     best.drop_all_but_k()
     found = sum(positions.numel() for positions in best.positions.values())

@@ -245,7 +245,7 @@ class _Scores(Mapping[str, Tensor]):
         target = self._targets[name]
         parameter = target.parameter.detach()
         moved = difference(parameter, self._originals[name].to(parameter.device))
-        if bool(moved.isinf().any()):
+        if moved.numel() and any(extreme.isinf() for extreme in moved.aminmax()):
             raise SelectionError(
                 f"the dense phase diverged: {name} holds an infinite weight. Lower its learning rate, or clip "
                 "gradients."

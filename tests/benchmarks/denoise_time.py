@@ -5,7 +5,7 @@
     python tests/benchmarks/denoise_time.py --hidden 1024 --layers 24   # XLM-R large, 302 million
 
 The differences are random, with singular values that fall slowly over a floor of noise, as those of updates by Adam do:
-most of a hundred directions and more are needed for 90 % of the squares. They are made one at a time and go through
+hundreds of directions are needed for 90 % of the squares. They are made one at a time and go through
 what `DensePhase.select` does: denoise, then one joint selection. Only that is timed. "kept" is the share of the squared
 difference that is left, "MB" the highest resident size less that with the difference at hand (Linux).
 """
