@@ -51,7 +51,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 4,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: the method's]")] = None,
     dense_learning_rate: Annotated[float, typer.Option(help="The same, in a dense phase.")] = 5e-5,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16, or float32]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16; two phases float32]")] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantise the base to NF4 (needs bitsandbytes).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw when the tuned weights were grown (SpIEL).")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out questions to answer before and after.")] = 3,

@@ -84,8 +84,7 @@ def denoise(difference: Tensor, *, rank: float, residual_density: float, name: s
 
     Returns:
         Float32, in the same shape and on the same device; what passes through in float32 shares memory with
-        `difference`.
-        Entries of L_r below the rounding error of the decomposition are 0.
+        `difference`. Entries of L_r below the rounding error of the decomposition are 0.
 
     Raises:
         ConfigError: as `check_denoising`.
@@ -127,7 +126,7 @@ def denoise_matrix(
     keeps_all = residual_density == 1 or (rank >= full if isinstance(rank, int) else rank == 1.0)
     if keeps_all or not any(extremes):
         energy = sum(float(block.square().sum()) for block in _row_blocks(matrix))
-        return Denoised(matrix, full, energy, energy)
+        return Denoised(matrix, full if any(extremes) else 0, energy, energy)
     # One side of the matrix is at most as long as the other; the Gram matrix is of that side.
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     leading = _leading_directions(tall, rank)

@@ -7,7 +7,7 @@ from statistics import median
 
 from torch import Tensor, nn
 
-from ..selection.denoise import Denoised, denoise_matrix
+from ..selection.denoise import denoise_matrix
 from ..tuners.sparse_ft.two_phase_configs import DeftXConfig
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Denoiser:
         """
         if difference.dim() != 2 or (isinstance(module, nn.Embedding) and not self._config.denoise_embeddings):
             return difference
-        found: Denoised = denoise_matrix(
+        found = denoise_matrix(
             difference, rank=self._config.rank, residual_density=self._config.residual_density, name=name
         )
         self._kept[name] = (found.rank, found.energy, found.energy_kept)
