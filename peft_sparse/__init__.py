@@ -17,7 +17,7 @@ from .tuners.sparse_ft.model import SparseModel
 from .tuners.sparse_ft.one_shot_configs import RandConfig
 from .tuners.sparse_ft.resident import resident
 from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
-from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
+from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
 
 if TYPE_CHECKING:
     from .inspection.conflicts import conflicts
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "ConfigError",
+    "DeftXConfig",
     "DensePhase",
     "FormatError",
     "LotteryTicketConfig",

@@ -104,6 +104,7 @@ def card_text(
     heads = config.get("modules_to_save")
     facts = [
         f"Method: `{_plain(config.get('method'))}`",
+        *([f"Denoised before the choice: {_denoising(config)}"] if config.get("method") == "deft_x" else []),
         f"Density: {_request(config)}",
         f"Budget: {_budget(config.get('budget'))}",
         f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
@@ -145,6 +146,13 @@ def _request(config: Mapping[str, Any]) -> str:
     if config.get("num_weights") is not None:
         return f"{config['num_weights']:,} weights"
     return "as given"
+
+
+def _denoising(config: Mapping[str, Any]) -> str:
+    rank = config.get("rank")
+    meaning = "directions of each matrix" if isinstance(rank, int) else "of the squared singular values of each matrix"
+    embeddings = "embeddings too" if config.get("denoise_embeddings") else "embeddings as they were"
+    return f"rank {rank} ({meaning}), residual density {config.get('residual_density')}, {embeddings}"
 
 
 def _budget(budget: Any) -> str:

@@ -19,7 +19,7 @@ from .distributed import refuse_sharded
 
 logger = logging.getLogger(__name__)
 
-TWO_PHASE_METHODS = ("lottery_ticket",)
+TWO_PHASE_METHODS = ("lottery_ticket", "deft_x")
 
 
 def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DensePhase:
