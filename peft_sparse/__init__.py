@@ -20,6 +20,7 @@ from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .checkpoints.merge import merge_checkpoint
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -50,6 +51,7 @@ __all__ = [
     "iter_deltas",
     "iter_reselectors",
     "load_training_state",
+    "merge_checkpoint",
     "resident",
     "save_training_state",
     "select",
@@ -64,6 +66,7 @@ _LAZY = {
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "load_training_state": "training.callback.load_state",
+    "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "sparse_trainer": "training.trainer.sparse_trainer",

@@ -32,7 +32,7 @@ _KIND_PATTERNS = {
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
 # The second dense of a BERT layer, whose name says neither attention nor feed-forward.
 _ENCODER_OUTPUT = re.compile(r"(^|\.)\d+\.output\.")
-_BASE_CLASSES = {
+BASE_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -117,7 +117,7 @@ def card_text(
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
     counts: Mapping[str, int] = config["counts"]
-    base_class = _BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
+    base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
     place = f', subfolder="{subfolder}"' if subfolder else ""
     total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
     share = f", {total / size:.2%} of their elements" if size else ""

@@ -27,6 +27,7 @@ MAX_SHARD_BYTES = 10**9
 # What a checkpoint holds beside its weights: configs, tokenizers, chat templates, the code of its own classes.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_READ_BEFORE_CLOSING = 2**26
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -56,6 +57,7 @@ class Checkpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._shard_of: dict[str, str] = {}
         self._opened: tuple[str, Any] | None = None
+        self._read_bytes = 0
         self.shards: dict[str, list[str]] = {}
         for shard, expected in _find_shards(self.folder, self.source).items():
             self.shards[shard] = self._read_header(shard, expected)
@@ -75,9 +77,10 @@ class Checkpoint:
         return names
 
     def _open(self, shard: str) -> Any:
-        # One file at a time: what is mapped counts as memory of this process until the file is closed.
-        if self._opened is None or self._opened[0] != shard:
+        # One file at a time, and not for long: what was read of it counts as memory of this process until it is closed.
+        if self._opened is None or self._opened[0] != shard or self._read_bytes > _READ_BEFORE_CLOSING:
             path = self.folder / shard
+            self._read_bytes = 0
             try:
                 self._opened = shard, safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
@@ -101,7 +104,8 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor; its data is not read."""
-        return self.tensor(name).dtype
+        dtype: torch.dtype = self._open(self._shard_of[self._known(name)]).get_tensor(name).dtype
+        return dtype
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, mapped from its file: reading from it loads what is read, and writing to it never reaches the file.
@@ -109,6 +113,7 @@ class Checkpoint:
         Fast in the order of `names()`; jumping between shards opens files again.
         """
         tensor: Tensor = self._open(self._shard_of[self._known(name)]).get_tensor(name)
+        self._read_bytes += tensor.nbytes
         return tensor
 
     def _known(self, name: str) -> str:
