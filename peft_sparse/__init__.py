@@ -21,6 +21,7 @@ from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 
 if TYPE_CHECKING:
     from .checkpoints.merge import merge_checkpoint
+    from .inspection.planner import MemoryPlan, plan_memory
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -36,6 +37,7 @@ __all__ = [
     "DensePhase",
     "FormatError",
     "LotteryTicketConfig",
+    "MemoryPlan",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -52,6 +54,7 @@ __all__ = [
     "iter_reselectors",
     "load_training_state",
     "merge_checkpoint",
+    "plan_memory",
     "resident",
     "save_training_state",
     "select",
@@ -63,10 +66,12 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
+    "MemoryPlan": "inspection.planner.MemoryPlan",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "load_training_state": "training.callback.load_state",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
+    "plan_memory": "inspection.planner.plan_memory",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "sparse_trainer": "training.trainer.sparse_trainer",

@@ -1,0 +1,3 @@
+"""Looking at adapters, and ahead."""
+
+from __future__ import annotations
