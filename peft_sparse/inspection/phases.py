@@ -349,7 +349,10 @@ def _take_out_embeddings(tuned: nn.Module) -> None:
     for name, module in list(tuned.named_modules()):
         if isinstance(module, Embedding):
             parent, _, child = name.rpartition(".")
-            setattr(tuned.get_submodule(parent), child, module.get_base_layer())
+            base = module.get_base_layer()
+            setattr(tuned.get_submodule(parent), child, base)
+            # The backward pass goes all the way down, as it does for the delta.
+            base.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
 class _Nominator:

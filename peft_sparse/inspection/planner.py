@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def plan_memory(
     )
     _check(workload)
     is_config = isinstance(model, PretrainedConfig)
-    base = model if is_config else read_config(model)
+    base = copy.deepcopy(model) if is_config else read_config(model)
+    base.use_cache = False  # as in transformers' trainer
     own_dtype = base.dtype if base.dtype in _DTYPES else torch.float32
     workload = dataclasses.replace(workload, dtype=dtype or own_dtype)
     class_name = class_name_of(base, task_type=task_type or getattr(config, "task_type", None))
