@@ -169,7 +169,8 @@ def _sparse_training(
         "adapter indices": sum(delta.count * index_dtype(delta.numel).itemsize for _, delta in deltas),
         **_parts_of(step, optimizer),
     }
-    heads = _bytes(p for p in trained if all(p is not delta.values for _, delta in deltas))
+    own = {id(delta.values) for _, delta in deltas}
+    heads = _bytes(p for p in trained if id(p) not in own)
     if heads:
         parts["heads"] = heads
     if nominates and lookups:
