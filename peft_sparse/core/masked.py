@@ -161,11 +161,11 @@ class _MaskedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
             grads: list[Tensor | None] = [None] * len(leaves)
-            wanted = [i for i, leaf in enumerate(leaves) if leaf is not None and leaf.requires_grad]
+            wanted = {i: leaf for i, leaf in enumerate(leaves) if leaf is not None and leaf.requires_grad}
             if wanted:
                 flat = x.reshape(-1, x.shape[-1])
                 grad_weight = flat.t() @ grad if ctx.fan_in_fan_out else grad.t() @ flat
-                found = torch.autograd.grad(made, [leaves[i] for i in wanted], grad_weight)
+                found = torch.autograd.grad(made, list(wanted.values()), grad_weight)
                 for i, gradient in zip(wanted, found, strict=True):
                     grads[i] = gradient
         return grad_x, None, grad_bias, None, None, *grads

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -83,8 +83,11 @@ class MaskPhase:
         adapter_name: the adapter.
     """
 
+    name: ClassVar = "mask"
+    next_name: ClassVar = "weights"
+    args_name: ClassVar = "mask_args"
     # Ada-SFT has no penalty.
-    l1_coefficient = 0.0
+    l1_coefficient: ClassVar = 0.0
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         _check_first_phase(adapter_name, _config_of(model, adapter_name))
