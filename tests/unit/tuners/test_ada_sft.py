@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from peft_sparse import AdaSftConfig, ConfigError, FormatError, SparseConfig, SpielAGConfig, start_weight_phase
+from peft_sparse import AdaSftConfig, ConfigError, FormatError, SpielAGConfig, start_weight_phase
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
 
 IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22]])
@@ -167,8 +167,6 @@ def test_moving_a_merged_model_moves_what_unmerging_puts_back():
     model.merge_adapter()
     model.double()
     model.unmerge_adapter()
-    for (name, found), expected in zip(model.named_parameters(), [], strict=False):
-        assert found.dtype is torch.float64, (name, expected)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), logits(base.double()), rtol=0, atol=0)
@@ -331,8 +329,8 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, chang
 
 
 def test_the_card_says_how_to_load_it(tmp_path):
-    make("a").save_pretrained(tmp_path)
-    text = (tmp_path / "a" / "README.md").read_text()
+    make().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
     assert text.index("import peft_sparse") < text.index("# Model Card")
     assert "- ada-sft" in text
     assert "- Phase: `weights`" in text
@@ -344,4 +342,3 @@ def test_an_adapter_of_another_type_is_told_apart(tmp_path):
     model = make()
     with pytest.raises(ValueError, match="different peft types"):
         model.load_adapter(tmp_path, "lora")
-    assert isinstance(AdaSftConfig().as_sparse(), SparseConfig)
