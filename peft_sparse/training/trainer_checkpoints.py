@@ -76,16 +76,16 @@ class PhaseCheckpoints(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best, score = self.state.best_model_checkpoint, self.state.best_metric
         if self._phase is not None and best is not None:
-            logger.info("Loading the best of the %s phase from %s.", self._phase.name, best)
+            logger.info("Loading the best of the %s phase from %s (score: %s).", self._phase.name, best, score)
             self._load_first_phase(self._phase, best)
         elif (
             best is not None
             and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
             and (adapters := self._trained_adapters())
         ):
-            logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)
+            logger.info("Loading the best adapter from %s (score: %s).", best, score)
             self._load_adapters(best, adapters)
         else:
             super()._load_best_model()

@@ -87,8 +87,9 @@ class AdaSftConfig(PeftConfig):
 
     # PEFT asks every config for it.
     target_parameters = None
-    # Not a field: see `SparseConfig.saved_as`.
+    # Not fields: see `SparseConfig.saved_as`; and whether the file that this config came with is still to be loaded.
     saved_as = "default"
+    awaits_file = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +138,13 @@ class AdaSftConfig(PeftConfig):
             revision=self.revision,
             **fields,
         )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AdaSftConfig:
+        """Load a config (PEFT's method)."""
+        config = super().from_pretrained(*args, **kwargs)
+        config.awaits_file = True
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; sets as sorted lists, so that equal configs give equal files."""

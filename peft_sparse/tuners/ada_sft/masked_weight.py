@@ -46,7 +46,7 @@ class MaskedWeight(nn.Module):
 
     @property
     def phase(self) -> str:
-        """ "mask", "weights" or "composed"."""
+        """What it holds, under the names of `AdaSftConfig.phase`."""
         if self.difference is None:
             return MASK
         return COMPOSED if self.scores is None else WEIGHTS

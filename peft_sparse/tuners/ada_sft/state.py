@@ -64,12 +64,13 @@ def before_loading(model: nn.Module, config: AdaSftConfig, adapter_name: str, te
         module_of = {name: name.rpartition(".")[0] for name in own}
         _check(found, {f"{module_of[n]}.{SLOT}.{part}": own[n].shape for n in own for part in HELD[phase]})
     except FormatError:
-        if all(p.is_meta or not bool(p.any()) for masked in own.values() for p in masked.parameters()):
+        if config.awaits_file:
             discard(model, adapter_name)
         raise
     for masked in own.values():
         masked.enter(phase)
     config.phase = phase
+    config.awaits_file = False
 
 
 def _is_own(key: str) -> bool:

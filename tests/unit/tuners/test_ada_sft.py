@@ -323,9 +323,12 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, chang
         model.load_adapter(folder, "second")
     assert list(model.peft_config) == ["b"]
     assert torch.equal(logits(model), before)
-    with pytest.raises(FormatError, match=message):
-        model.load_adapter(folder, "b")
-    assert torch.equal(logits(model), before), "an adapter that was there is kept"
+    fresh = get_peft_model(make_llama(), AdaSftConfig())
+    for there, outputs in ((model, before), (fresh, logits(make_llama()))):
+        with pytest.raises(FormatError, match=message):
+            there.load_adapter(folder, there.active_adapters[0], is_trainable=True)
+        assert torch.equal(logits(there), outputs)
+        assert any(parameter.requires_grad for parameter in there.parameters()), "an adapter that was there is kept"
 
 
 def test_the_card_says_how_to_load_it(tmp_path):
