@@ -21,7 +21,7 @@ from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
 from .dense_phase import DensePhase
 from .lottery import is_unselected, start_dense_phase
-from .mask_phase import MaskPhase, is_in_mask_phase, start_weight_phase
+from .mask_phase import MaskPhase, is_in_mask_phase
 from .phase_args import make_first_args
 from .resume import ResumePoint, find_resume_point, is_finished
 from .spiel_in_trainer import figures, optimizer_for
@@ -125,11 +125,8 @@ class TwoPhaseTraining(PhaseCheckpoints):
             point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint, kind.name)
             if point is None or point.phase == kind.name:
                 self._train_first(adapter, kind, point, trial, ignore_keys_for_eval)
-            else:
-                if kind is MaskPhase:
-                    start_weight_phase(self.model, adapter)
-                if point.phase == "selection":
-                    self._load_adapters(point.path, [adapter])
+            elif point.phase == "selection":
+                self._load_adapters(point.path, [adapter])
             checkpoint = point.path if point is not None and point.phase == "second" else None
             return self._train_second(kind.next_name, checkpoint, trial, ignore_keys_for_eval)
 
