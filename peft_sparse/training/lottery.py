@@ -107,13 +107,18 @@ def refuse_wrapper(model: nn.Module) -> None:
 
 
 def peft_configs(model: nn.Module) -> dict[str, Any]:
+    """{adapter name: config} of a model, whatever it is wrapped in.
+
+    Raises:
+        ConfigError: it carries no adapter.
+    """
     wrapped: Any = model
     while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
         wrapped = getattr(wrapped, "module", None)
     if wrapped is None:
         raise ConfigError(
-            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, "
-            "LotteryTicketConfig(...))"
+            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
+            "with a LotteryTicketConfig or an AdaSftConfig."
         )
     return wrapped.peft_config
 

@@ -136,6 +136,7 @@ class AdaSftConfig(PeftConfig):
             task_type=self.task_type,
             base_model_name_or_path=self.base_model_name_or_path,
             revision=self.revision,
+            peft_version=self.peft_version,
             **fields,
         )
 

@@ -83,10 +83,10 @@ class MaskedWeight(nn.Module):
             self.scores.requires_grad_(False)
 
     def start_at_random(self) -> None:
-        """Random scores (and differences), from torch's global generator."""
+        """Random scores and differences, large enough to open and close masks, from torch's global generator."""
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.normal_(std=1.0 if parameter is self.scores else 0.1)
+                parameter.normal_(std=3.0 if parameter is self.scores else 0.1)
 
     @property
     def part(self) -> MaskedPart:
