@@ -35,7 +35,8 @@ def sparse_from_ada(
     """The weights that an Ada-SFT adapter changed most, as a sparse delta: exactly as many as asked for.
 
     A model holds adapters of one type, so the sparse adapter goes to a folder, from where it loads onto the base model
-    beside any other sparse one: `PeftModel.from_pretrained(base, save_directory)`. Heads go with it.
+    beside any other sparse one: `PeftModel.from_pretrained(base, save_directory)`. Heads go with it. Under
+    `from_identity=False` every weight was changed by the start already, the largest ones most, and they would be chosen.
 
     Args:
         model: a PeftModel that holds the adapter. It is not changed.
