@@ -86,7 +86,7 @@ class MaskedWeight(nn.Module):
         """Random scores and differences, large enough to open and close masks, from torch's global generator."""
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.normal_(std=3.0 if parameter is self.scores else 0.1)
+                parameter.normal_(std=3.0 if parameter is self.scores else 0.3)
 
     @property
     def part(self) -> MaskedPart:

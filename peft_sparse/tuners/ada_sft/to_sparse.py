@@ -36,7 +36,7 @@ def sparse_from_ada(
 
     A model holds adapters of one type, so the sparse adapter goes to a folder, from where it loads onto the base model
     beside any other sparse one: `PeftModel.from_pretrained(base, save_directory)`. Heads go with it. Under
-    `from_identity=False` every weight was changed by the start already, the largest ones most, and they would be chosen.
+    `from_identity=False` the start has changed every weight already, the largest ones most, and those would be chosen.
 
     Args:
         model: a PeftModel that holds the adapter. It is not changed.
