@@ -108,7 +108,7 @@ def on_hub_models(task_type: str) -> list[tuple[type, dict[str, Any]]]:
         (RandConfig, {**task, **every_kind}),
         (SparseConfig, {**task, "target_modules": "all"}),
         (LotteryTicketConfig, {**task, "init_weights": False}),
-        (AdaSftConfig, {**task, "phase": "weights"}),
+        (AdaSftConfig, task),
     ]
 
 
