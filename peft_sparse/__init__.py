@@ -11,6 +11,9 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .training.reselector import Reselection, Reselector, iter_reselectors
+from .tuners.ada_sft.config import AdaSftConfig
+from .tuners.ada_sft.model import AdaSftModel
+from .tuners.ada_sft.to_sparse import sparse_from_ada
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.model import SparseModel
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
     from .training.lottery import select, start_dense_phase, start_sparse_phase
+    from .training.mask_phase import start_weight_phase
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
 
@@ -36,6 +40,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SM3",
+    "AdaSftConfig",
+    "AdaSftModel",
     "ConfigError",
     "DeftXConfig",
     "DensePhase",
@@ -65,9 +71,11 @@ __all__ = [
     "resident",
     "save_training_state",
     "select",
+    "sparse_from_ada",
     "sparse_trainer",
     "start_dense_phase",
     "start_sparse_phase",
+    "start_weight_phase",
 ]
 
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
@@ -87,9 +95,11 @@ _LAZY = {
     "sparse_trainer": "training.trainer.sparse_trainer",
     "start_dense_phase": "training.lottery.start_dense_phase",
     "start_sparse_phase": "training.lottery.start_sparse_phase",
+    "start_weight_phase": "training.mask_phase.start_weight_phase",
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)
+register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 
 def __getattr__(name: str) -> Any:

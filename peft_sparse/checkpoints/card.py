@@ -28,6 +28,10 @@ BASE_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_SPARSE_TEXT = (
+    "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each."
+)
+_ADA_SFT_TEXT = "This adapter multiplies the base model's own linear weights by soft masks, or adds to them, or both."
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _DEFAULT = "default"
 
@@ -92,24 +96,16 @@ def card_text(
     """The library's part of a model card, in markdown; its first lines load the adapter.
 
     Args:
-        config: the adapter's configuration (`config.to_dict()`), with `counts` filled in.
+        config: the adapter's configuration (`config.to_dict()`), with `counts` filled in if it is a sparse one.
         sizes: number of elements of each tuned parameter; None leaves the densities out.
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
-    counts: Mapping[str, int] = config["counts"]
     base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
     place = f', subfolder="{subfolder}"' if subfolder else ""
-    total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
-    share = f", {total / size:.2%} of their elements" if size else ""
     heads = config.get("modules_to_save")
-    facts = [
-        f"Method: `{_plain(config.get('method'))}`",
-        *([f"Denoised before the choice: {_denoising(config)}"] if config.get("method") == "deft_x" else []),
-        f"Density: {_request(config)}",
-        f"Budget: {_budget(config.get('budget'))}",
-        f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
-        *([f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}"] if heads else []),
-    ]
+    facts = _mask_facts(config) if _is_ada_sft(config) else _sparse_facts(config, sizes)
+    if heads:
+        facts.append(f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}")
     return "\n".join(
         [
             "```python",
@@ -123,13 +119,38 @@ def card_text(
             "",
             f"## Sparse fine-tuning{f': {subfolder}' if subfolder else ''}",
             "",
-            "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each.",
+            _ADA_SFT_TEXT if _is_ada_sft(config) else _SPARSE_TEXT,
             "",
             *(f"- {fact}" for fact in facts),
-            "",
-            layer_table(counts, sizes),
+            *([] if _is_ada_sft(config) else ["", layer_table(config["counts"], sizes)]),
         ]
     )
+
+
+def _is_ada_sft(config: Mapping[str, Any]) -> bool:
+    return _plain(config.get("peft_type")) == "ADA_SFT"
+
+
+def _sparse_facts(config: Mapping[str, Any], sizes: Mapping[str, int] | None) -> list[str]:
+    counts: Mapping[str, int] = config["counts"]
+    total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
+    share = f", {total / size:.2%} of their elements" if size else ""
+    return [
+        f"Method: `{_plain(config.get('method'))}`",
+        *([f"Denoised before the choice: {_denoising(config)}"] if config.get("method") == "deft_x" else []),
+        f"Density: {_request(config)}",
+        f"Budget: {_budget(config.get('budget'))}",
+        f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
+    ]
+
+
+def _mask_facts(config: Mapping[str, Any]) -> list[str]:
+    kind = "divided by its start" if config.get("from_identity") else "as it is"
+    return [
+        "Method: `ada_sft`",
+        f"Phase: `{config.get('phase')}`",
+        f"Mask: sigmoid, from {config.get('initial_mask')} on, {kind}",
+    ]
 
 
 def _plain(value: Any) -> str:
@@ -163,7 +184,8 @@ def _budget(budget: Any) -> str:
 
 def card_tags(config: Mapping[str, Any]) -> list[str]:
     """Tags for the Hub: the library, the family, the method, and the base model if its name is one on the Hub."""
-    tags = ["peft-sparse", "sparse-fine-tuning", _plain(config.get("method")).replace("_", "-")]
+    method = "ada_sft" if _is_ada_sft(config) else _plain(config.get("method"))
+    tags = ["peft-sparse", "sparse-fine-tuning", method.replace("_", "-")]
     base = config.get("base_model_name_or_path")
     return [*tags, f"base_model:adapter:{base}"] if _is_hub_id(base) else tags
 
@@ -186,16 +208,18 @@ def update_card(
 
     Args:
         directory: where the adapter was saved.
-        config: the adapter's configuration (`config.to_dict()`); without `counts` nothing is written.
+        config: the adapter's configuration (`config.to_dict()`); a sparse one without `counts` writes nothing.
         sizes: number of elements of each tuned parameter; None reads them from the adapter file if it is there.
         adapter_name: the name under which the adapter was saved.
 
     A card that cannot be understood is left as it is, with a warning: trained weights must not be lost over it.
     """
-    if not config.get("counts"):
+    counts = config.get("counts")
+    if not counts and not _is_ada_sft(config):
         return
     folder = Path(directory)
-    sizes = sizes if sizes is not None else sizes_in_file(folder / SOURCE, config["counts"])
+    if sizes is None and counts:
+        sizes = sizes_in_file(folder / SOURCE, counts)
     _write_block(folder, config, sizes, subfolder=None)
     if adapter_name != _DEFAULT and folder.name == adapter_name and (folder.parent / README).is_file():
         _write_block(folder.parent, config, sizes, subfolder=adapter_name)

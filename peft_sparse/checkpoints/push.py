@@ -17,7 +17,7 @@ from transformers.utils import PushToHubMixin
 
 from .card import update_card
 
-_PEFT_TYPE = "SPARSE_FT"
+_PEFT_TYPES = ("SPARSE_FT", "ADA_SFT")
 
 
 def keep_card_when_pushing(model: nn.Module) -> None:
@@ -44,5 +44,5 @@ def update_cards(directory: str | os.PathLike[str]) -> None:
         if not path.is_file():
             continue
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("peft_type") == _PEFT_TYPE:
+        if config.get("peft_type") in _PEFT_TYPES:
             update_card(folder, config, adapter_name="default" if folder == root else folder.name)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -76,6 +76,8 @@ class DensePhase:
     of the base parameter under them.
 
     Attributes:
+        name, next_name: what a trainer calls this phase and the one after it.
+        args_name: the trainer's argument for how this phase's training arguments differ.
         model: the model it was started on.
         adapter_name: the adapter that it chooses weights for.
         targets: the parameters that train.
@@ -85,6 +87,10 @@ class DensePhase:
         l1_coefficient: lambda/N of the penalty lambda/N * sum |theta - theta0|; 0 for none.
         is_open: False once the phase was left.
     """
+
+    name: ClassVar = "dense"
+    next_name: ClassVar = "sparse"
+    args_name: ClassVar = "dense_args"
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig, targets: list[Target]) -> None:
         self.model = model
@@ -110,6 +116,11 @@ class DensePhase:
         if self.l1_coefficient:
             regularization.penalised.add(self)
         self._root.__dict__[PHASE_ATTRIBUTE] = self
+
+    @property
+    def numel(self) -> int:
+        """How many base weights train."""
+        return sum(target.delta.numel for target in self.targets)
 
     # ---- selection ---------------------------------------------------------------------------------
 
@@ -161,7 +172,7 @@ class DensePhase:
             "dense phase of adapter %r: selected %d of %d weights",
             self.adapter_name,
             sum(chosen.numel() for chosen in self._selection.values()),
-            sum(target.delta.numel for target in self.targets),
+            self.numel,
         )
         return self._selection
 

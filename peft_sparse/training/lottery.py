@@ -47,7 +47,7 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     K moved weights are an error, weights are restored from copies and never by subtraction, and only what is targeted
     is unfrozen.
     """
-    _refuse_wrapper(model)
+    refuse_wrapper(model)
     config = adapter_config(model, adapter_name)
     targets = [Target(*found) for found in iter_deltas(model, adapter_name)]
     _check_adapter(model, adapter_name, config)
@@ -70,7 +70,7 @@ def start_sparse_phase(model: nn.Module, adapter_name: str = "default") -> dict[
     Raises:
         ConfigError: the model is still wrapped in DDP, DeepSpeed or FSDP.
     """
-    _refuse_wrapper(model)
+    refuse_wrapper(model)
     return _open_phase(model, adapter_name).start_sparse_phase()
 
 
@@ -80,7 +80,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
     Raises:
         ConfigError: the model has no such adapter, or it is none of ours.
     """
-    configs = _peft_configs(model)
+    configs = peft_configs(model)
     if adapter_name not in configs:
         raise ConfigError(f"adapter_name must be one of {sorted(configs)}, got {adapter_name!r}.")
     config = configs[adapter_name]
@@ -96,7 +96,7 @@ def is_unselected(config: Any) -> bool:
     return isinstance(config, SparseConfig) and config.method in TWO_PHASE_METHODS and config.counts is None
 
 
-def _refuse_wrapper(model: nn.Module) -> None:
+def refuse_wrapper(model: nn.Module) -> None:
     """Refuse what averages the gradients of the parameters that were trainable when it was made, and of no others."""
     if not isinstance(model, (PeftModel, BaseTuner)) and isinstance(getattr(model, "module", None), nn.Module):
         raise ConfigError(
@@ -106,14 +106,19 @@ def _refuse_wrapper(model: nn.Module) -> None:
         )
 
 
-def _peft_configs(model: nn.Module) -> dict[str, Any]:
+def peft_configs(model: nn.Module) -> dict[str, Any]:
+    """{adapter name: config} of a model, whatever it is wrapped in.
+
+    Raises:
+        ConfigError: it carries no adapter.
+    """
     wrapped: Any = model
     while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
         wrapped = getattr(wrapped, "module", None)
     if wrapped is None:
         raise ConfigError(
-            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, "
-            "LotteryTicketConfig(...))"
+            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
+            "with a LotteryTicketConfig or an AdaSftConfig."
         )
     return wrapped.peft_config
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from peft_sparse import LotteryTicketConfig, RandConfig
@@ -17,8 +17,16 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = SNIPPETS[:4]
-(LOOKING,) = [snippet for snippet in SNIPPETS if "conflicts(" in snippet]
+
+
+def snippet(marker: str) -> str:
+    """The one snippet of the README that contains a text."""
+    (found,) = [text for text in SNIPPETS if marker in text]
+    return found
+
+
+PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merge_and_unload()"), snippet("dense_args=")
+ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
 
 
 @pytest.fixture
@@ -91,6 +99,18 @@ def test_looking_at_adapters(folder):
     assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
     assert 0 < names["found"].total.cancelled < 0.5
     assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_soft_masks(folder):
+    args = TrainingArguments(output_dir=str(folder / "out"), max_steps=2, report_to="none", save_strategy="no")
+    names: dict = {"base": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
+    exec(SOFT_MASKS, names)
+    assert names["trainer"].mask_state.global_step == names["trainer"].state.global_step == 2
+    sparse = PeftModel.from_pretrained(tiny_model(), "task")
+    counts = sparse.peft_config["default"].counts
+    linear = sum(tiny_model().get_parameter(name).numel() for name in counts)
+    assert sum(counts.values()) == round(0.05 * linear)
+    assert not torch.equal(output(sparse), output(tiny_model()))
 
 
 def test_ci_runs_the_documented_test_command():

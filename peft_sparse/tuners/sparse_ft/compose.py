@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 
 from ...composition.combine import combine
@@ -44,8 +45,8 @@ def add_weighted_adapter(
         ConfigError: an unknown or missing name, a name that is taken, or heads in several adapters without `head_from`.
         ValueError: an argument that `combine` refuses.
     """
-    _check_names(tuner, adapters, weights, adapter_name)
-    head = _choose_head(tuner, adapters, head_from)
+    check_names(tuner, adapters, weights, adapter_name)
+    head = choose_head(tuner, adapters, head_from)
     parts = [{name: delta.delta for name, _, _, delta in iter_deltas(tuner, adapter)} for adapter in adapters]
     shapes = {name: delta.shape for part in parts for name, delta in part.items()}
     combined = {
@@ -76,11 +77,12 @@ def add_weighted_adapter(
     for name, _, _, delta in iter_deltas(tuner, adapter_name):
         delta.set_support(combined[name].indices, combined[name].values)
     if head:
-        _copy_heads(tuner, head, adapter_name)
+        copy_heads(tuner, head, adapter_name)
     tuner.set_requires_grad(adapter_name, requires_grad=False)
 
 
-def _check_names(tuner: SparseModel, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Refuse adapters that are not there, a number of weights that is not theirs, and a name that is taken."""
     known = sorted(tuner.peft_config)
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown or not adapters:
@@ -93,7 +95,8 @@ def _check_names(tuner: SparseModel, adapters: list[str], weights: list[float], 
         )
 
 
-def _choose_head(tuner: SparseModel, adapters: list[str], head_from: str | None) -> str | None:
+def choose_head(tuner: BaseTuner, adapters: list[str], head_from: str | None) -> str | None:
+    """The adapter whose heads a new one gets: `head_from`, the only one that has any, or None."""
     having = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
     if head_from is not None:
         if head_from not in having:
@@ -108,7 +111,8 @@ def _choose_head(tuner: SparseModel, adapters: list[str], head_from: str | None)
     return having[0] if having else None
 
 
-def _copy_heads(tuner: SparseModel, source: str, target: str) -> None:
+def copy_heads(tuner: BaseTuner, source: str, target: str) -> None:
+    """Give one adapter the heads of another."""
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
             module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())

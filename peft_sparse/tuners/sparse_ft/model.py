@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..weight_tuner import WeightTuner, with_heads
 from . import compose, drivers, state
 from .config import SparseConfig
 from .dense import Dequantization
@@ -27,11 +25,8 @@ from .ties import forget_broken_ties, mark_tied
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
-# What PEFT adds to `modules_to_save` of the config that it was given once the adapter is in: too late for our copy.
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-
-class SparseModel(WrappedInTraining, BaseTuner):
+class SparseModel(WrappedInTraining, WeightTuner):
     """Sparse deltas on the targeted parameters of a model.
 
     Args:
@@ -68,7 +63,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
         config = self.peft_config[adapter_name] = copy.deepcopy(requested)
-        config.modules_to_save = _with_heads(config)
+        config.modules_to_save = with_heads(config)
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
         if len(self.peft_config) == 1:
@@ -155,16 +150,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
-        # an adapter on the meta device if its layer is one of bitsandbytes' 8-bit ones. Ours lie where they belong.
-        setattr(parent, child_name, new_module)
-
     # ---- PEFT's hooks ----------------------------------------------------------------------------
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: SparseConfig) -> None:
-        # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
-        return
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         dtype = getattr(torch, self.peft_config[adapter_name].values_dtype)
@@ -179,13 +165,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and whatever drives it; if it alone was active, the first that is left takes over."""
         drivers.stop(self.model, adapter_name)
-        left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        left = left or list(self.peft_config)[:1]
-        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
-        # and the model on none if its first layer has none.
-        if any(layer.active_adapters != left for _, layer in iter_layers(self.model)):
-            self.set_adapter(left)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
@@ -258,35 +238,6 @@ class SparseModel(WrappedInTraining, BaseTuner):
         for _, layer in iter_layers(self.model):
             layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one per example, to every layer for the length of one forward or generate call."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = []
-        for module in self.model.modules():
-            if isinstance(module, (SparseLayer, AuxiliaryTrainingWrapper)):
-                # Beam search repeats every example inside the decoder, not in the encoder.
-                names = (
-                    list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
-                )
-                handles.append(module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -329,13 +280,3 @@ class SparseModel(WrappedInTraining, BaseTuner):
             majority_sign_method=majority_sign_method,
             head_from=head_from,
         )
-
-
-def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _with_heads(config: SparseConfig) -> list[str] | None:
-    own = list(config.modules_to_save or ())
-    heads = _HEADS.get(config.task_type or "", ())
-    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save

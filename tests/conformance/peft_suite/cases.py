@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse import DeftXConfig, LotteryTicketConfig, RandConfig, SparseConfig
+from peft_sparse import AdaSftConfig, DeftXConfig, LotteryTicketConfig, RandConfig, SparseConfig
 
 # Most test models have layers of a few dozen weights: a density that leaves several in each.
 DENSITY = 0.3
@@ -47,6 +47,10 @@ CUSTOM_MODELS = [
     ("MLP 1 Sparse", "MLP", SparseConfig, {**_DENSE, "target_modules": ["lin0"]}),
     ("MLP 1 LotteryTicket", "MLP", LotteryTicketConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
     ("MLP 1 DeftX", "MLP", DeftXConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    ("MLP 1 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0"]}),
+    ("MLP 2 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0", "lin1"], "phase": "weights"}),
+    ("MLP 3 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("EmbConv1D 1 Ada", "EmbConv1D", AdaSftConfig, {"target_modules": ["conv1d"]}),
     *_custom(
         "EmbConv1D",
         {"target_modules": ["emb"]},
@@ -105,6 +109,7 @@ def on_hub_models(task_type: str) -> list[tuple[type, dict[str, Any]]]:
         (RandConfig, {**task, **every_kind}),
         (SparseConfig, {**task, "target_modules": "all"}),
         (LotteryTicketConfig, {**task, "init_weights": False}),
+        (AdaSftConfig, task),
     ]
 
 
@@ -121,7 +126,9 @@ class Rand:
 # "config_cls": tests that make the config themselves, from nothing but target_modules.
 CLASSES = [Rand]
 # "config_class, mandatory_kwargs"
-WITH_MANDATORY = [(cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig, DeftXConfig)]
+WITH_MANDATORY = [
+    (cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig, DeftXConfig, AdaSftConfig)
+]
 
 _SHARED_FIELDS = (
     "task_type",

@@ -11,7 +11,8 @@ from tiny_training import assert_same_tensors, base_weights, deltas
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import AdaSftConfig, LotteryTicketConfig, RandConfig
+from peft_sparse.tuners.ada_sft.iteration import iter_masked
 
 trl = pytest.importorskip("trl")
 
@@ -51,7 +52,7 @@ def make_data():
     return Dataset.from_dict({"text": TEXTS * 3})
 
 
-def make_trainer(folder, model, *, peft_config=None, dense_args=None, callbacks=None, **changes):
+def make_trainer(folder, model, *, peft_config=None, dense_args=None, mask_args=None, callbacks=None, **changes):
     from peft_sparse.training.trainer import SparseSFTTrainer
 
     settings = {
@@ -75,7 +76,8 @@ def make_trainer(folder, model, *, peft_config=None, dense_args=None, callbacks=
         train_dataset=make_data(),
         processing_class=make_tokenizer(),
         peft_config=peft_config,
-        dense_args=dense_args or {"max_steps": 3},
+        dense_args=None if mask_args else dense_args or {"max_steps": 3},
+        mask_args=mask_args,
         callbacks=callbacks,
     )
 
@@ -95,6 +97,19 @@ def test_two_phases(tmp_path, wrapped_by):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["phase"] == "sparse" and "mean_token_accuracy" in entry for entry in logged)
     assert all((values != 0).all() for _, values in deltas(trainer.model).values())
+
+
+def test_soft_masks_and_gradient_checkpointing(tmp_path):
+    config = AdaSftConfig()
+    masks = {"max_steps": 3, "learning_rate": 1e-1}
+    trainer = make_trainer(tmp_path, make_llama(), peft_config=config, mask_args=masks, gradient_checkpointing=True)
+    trainer.train()
+    assert (trainer.mask_state.global_step, trainer.state.global_step) == (3, 4)
+    assert trainer.model.peft_config["default"].phase == "weights"
+    for _, _, masked in iter_masked(trainer.model):
+        assert masked.scores.any()
+        assert masked.difference.any()
+    assert all(entry["phase"] == "weights" for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_embeddings_tied_to_the_output(tmp_path):

@@ -73,7 +73,9 @@ def make_args(folder: Any, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **settings)
 
 
-def make_trainer(folder: Any, *, model: PeftModel | None = None, dense_args: Any = None, **changes: Any) -> Any:
+def make_trainer(
+    folder: Any, *, model: PeftModel | None = None, dense_args: Any = None, mask_args: Any = None, **changes: Any
+) -> Any:
     callbacks = changes.pop("callbacks", None)
     optimizers = changes.pop("optimizers", (None, None))
     return SparseTrainer(
@@ -82,6 +84,7 @@ def make_trainer(folder: Any, *, model: PeftModel | None = None, dense_args: Any
         train_dataset=Labelled(),
         eval_dataset=Labelled(8, seed=2),
         dense_args=dense_args,
+        mask_args=mask_args,
         callbacks=callbacks,
         optimizers=optimizers,
     )

@@ -1,0 +1,82 @@
+"""What the tuners of this library share in how PEFT drives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .weight_layer import WeightLayer
+
+# What PEFT adds to `modules_to_save` of the config that it was given once the adapter is in: too late for our copy.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+class WeightTuner(BaseTuner):
+    """Base class of tuners whose layers are `WeightLayer`s."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
+        # an adapter on the meta device if its layer is one of bitsandbytes' 8-bit ones. Ours lie where they belong.
+        setattr(parent, child_name, new_module)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
+        return
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it alone was active, the first that is left takes over."""
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        left = left or list(self.peft_config)[:1]
+        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
+        # and the model on none if its first layer has none.
+        layers = [module for module in self.model.modules() if isinstance(module, WeightLayer)]
+        if any(layer.active_adapters != left for layer in layers):
+            self.set_adapter(left)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one per example, to every layer for the length of one forward or generate call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, (WeightLayer, AuxiliaryTrainingWrapper)):
+                # Beam search repeats every example inside the decoder, not in the encoder.
+                names = (
+                    list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
+                )
+                handles.append(module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def with_heads(config: PeftConfig) -> list[str] | None:
+    """`modules_to_save` of a config, with the heads that PEFT adds for its task."""
+    own = list(config.modules_to_save or ())
+    heads = _HEADS.get(config.task_type or "", ())
+    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save
