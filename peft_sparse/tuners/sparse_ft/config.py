@@ -20,7 +20,7 @@ SPARSE_FT = add_peft_type("SPARSE_FT")
 ALL_PARAMETERS = "all"
 ALL_LINEAR = "all-linear"
 BASE_METHOD = "fixed"
-VALUE_DTYPES = ("float32", "bfloat16", "float16")
+VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
 
