@@ -24,6 +24,8 @@ from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
 
 if TYPE_CHECKING:
     from .checkpoints.merge import merge_checkpoint
+    from .extraction.extract import extract_adapter
+    from .extraction.report import Extraction
     from .inspection.conflicts import conflicts
     from .inspection.page import plot_adapters
     from .inspection.planner import MemoryPlan, plan_memory
@@ -45,6 +47,7 @@ __all__ = [
     "ConfigError",
     "DeftXConfig",
     "DensePhase",
+    "Extraction",
     "FormatError",
     "LotteryTicketConfig",
     "MemoryPlan",
@@ -61,6 +64,7 @@ __all__ = [
     "SpielAGConfig",
     "SpielMAConfig",
     "conflicts",
+    "extract_adapter",
     "inspect_adapter",
     "iter_deltas",
     "iter_reselectors",
@@ -81,15 +85,17 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
+    "Extraction": "extraction.report.Extraction",
     "MemoryPlan": "inspection.planner.MemoryPlan",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "conflicts": "inspection.conflicts.conflicts",
+    "extract_adapter": "extraction.extract.extract_adapter",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "load_training_state": "training.callback.load_state",
-    "plot_adapters": "inspection.page.plot_adapters",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
     "plan_memory": "inspection.planner.plan_memory",
+    "plot_adapters": "inspection.page.plot_adapters",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "sparse_trainer": "training.trainer.sparse_trainer",

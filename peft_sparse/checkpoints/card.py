@@ -141,6 +141,7 @@ def _sparse_facts(config: Mapping[str, Any], sizes: Mapping[str, int] | None) ->
         f"Density: {_request(config)}",
         f"Budget: {_budget(config.get('budget'))}",
         f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
+        *_origin(config.get("provenance")),
     ]
 
 
@@ -151,6 +152,18 @@ def _mask_facts(config: Mapping[str, Any]) -> list[str]:
         f"Phase: `{config.get('phase')}`",
         f"Mask: sigmoid, from {config.get('initial_mask')} on, {kind}",
     ]
+
+
+def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
+    """Where an adapter comes from that was taken out of a tuned model instead of trained."""
+    if not provenance or "tuned" not in provenance:
+        return []
+    revision = f" ({provenance['tuned_revision']})" if provenance.get("tuned_revision") else ""
+    share = (
+        f", which hold {provenance['share_kept']:.1%} of the squared difference" if "share_kept" in provenance else ""
+    )
+    origin = f"Extracted without training from `{provenance['tuned']}`{revision}"
+    return [f"{origin}: the weights that rank highest by `{provenance.get('criterion')}`{share}"]
 
 
 def _plain(value: Any) -> str:

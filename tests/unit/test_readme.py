@@ -27,6 +27,7 @@ def snippet(marker: str) -> str:
 
 PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merge_and_unload()"), snippet("dense_args=")
 ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
+EXTRACTING = snippet("extract_adapter(")
 
 
 @pytest.fixture
@@ -111,6 +112,17 @@ def test_soft_masks(folder):
     linear = sum(tiny_model().get_parameter(name).numel() for name in counts)
     assert sum(counts.values()) == round(0.05 * linear)
     assert not torch.equal(output(sparse), output(tiny_model()))
+
+
+def test_extracting(folder, capsys):
+    base, tuned = tiny_model(), tiny_model()
+    tuned.model.layers[0].mlp.up_proj.weight.data += torch.randn(64, 32)
+    base.save_pretrained("base-model")
+    tuned.save_pretrained("tuned-model")
+    exec(EXTRACTING, {})
+    assert "% of the squared difference, in " in capsys.readouterr().out
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base-model"), "extracted")
+    assert not torch.equal(output(model), output(base))
 
 
 def test_ci_runs_the_documented_test_command():

@@ -77,6 +77,8 @@ class SparseConfig(PeftConfig):
         init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
         counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved
             in the file.
+        provenance: not a request either: how an adapter came about that no training here made, such as {"tuned": ...,
+            "criterion": "change", "share_kept": 0.41}; filled in by the library and told by the model card.
 
     Raises:
         ConfigError: a field has a value that no run can honour; the message says which rule it breaks and what to write
@@ -109,6 +111,7 @@ class SparseConfig(PeftConfig):
     l1: float = field(default=0.0, metadata={"help": "Weight of the L1 penalty on the delta."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
 
     default_method: ClassVar[str] = "rand"
     # Whether an adapter of this method starts on a random support.
