@@ -52,7 +52,7 @@ def pair(skeleton: Skeleton, base: Shapes, tuned: Shapes, *, base_source: str, t
         spellings = skeleton.spellings(name)
         there = next((s for s in spellings if s in tuned), None)
         if there is None:
-            problems.append(f"{name}: missing in {tuned_source}")
+            problems.append(f"{name}: no floating-point tensor in {tuned_source}")
             continue
         if tuned[there] != shape:
             problems.append(f"{name}: {list(shape)} by its own config, {list(tuned[there])} in {tuned_source}")
@@ -65,11 +65,11 @@ def pair(skeleton: Skeleton, base: Shapes, tuned: Shapes, *, base_source: str, t
         elif is_head or _may_be_head(skeleton, name):
             alone.append(name)
         elif here is None:
-            problems.append(f"{name}: missing in {base_source}")
+            problems.append(f"{name}: no floating-point tensor in {base_source}")
         else:
             problems.append(f"{name}: {list(base[here])} in {base_source}, {list(shape)} in {tuned_source}")
     found.heads, homeless = _modules_of(alone, skeleton)
-    problems += [f"{name}: missing in {base_source}, and no module that could be saved whole" for name in homeless]
+    problems += [f"{name}: only in {tuned_source}, and in no module that could be saved whole" for name in homeless]
     if problems:
         raise FormatError(_mismatch(problems, len(skeleton.shapes), base_source, tuned_source))
     found.head_parameters = [name for name in alone if name in skeleton.aliases[name][:1]]
@@ -101,7 +101,7 @@ def _mismatch(problems: list[str], total: int, base_source: str, tuned_source: s
     listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
     more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     # A checkpoint that does not fit its own config.
-    misfits = any(problem.endswith(f"missing in {tuned_source}") for problem in problems)
+    misfits = any(problem.endswith(f"no floating-point tensor in {tuned_source}") for problem in problems)
     rebuilt = " Models whose tensors transformers rebuilds as it loads them (fused experts) cannot be compared."
     return (
         f"{base_source} and {tuned_source} are not the same architecture: {len(problems)} of {total} parameters do not "

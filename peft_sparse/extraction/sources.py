@@ -133,5 +133,5 @@ def check_unquantised(checkpoint: Checkpoint) -> None:
 
 
 def _floating(checkpoint: Checkpoint) -> list[str]:
-    """The tensors that can be weights: position ids and the like are buffers, which nothing tunes."""
+    """The tensors that can be weights: integers are buffers, such as position ids, or packed."""
     return [name for name in checkpoint.names() if checkpoint.dtype(name).is_floating_point]

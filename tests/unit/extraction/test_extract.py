@@ -226,14 +226,14 @@ def test_another_architecture_is_refused_tensor_by_tensor(saved, tmp_path):
 
 def test_a_long_list_of_mismatches_is_cut(tmp_path, saved):
     save(tiny_bert(), tmp_path / "bert")
-    with pytest.raises(FormatError, match=r"missing in (.|\n)*and 25 more$") as caught:
+    with pytest.raises(FormatError, match=r"no floating-point tensor in (.|\n)*and 25 more$") as caught:
         extract_adapter(saved / "base", tmp_path / "bert", tmp_path / "a", density=0.1)
     assert str(caught.value).count("\n  ") == 13
 
 
 def test_more_layers_are_no_head(saved, tmp_path):
     save(tiny_llama(num_hidden_layers=3), tmp_path / "deep")
-    with pytest.raises(FormatError, match=r"model.layers.2.self_attn.q_proj.weight: missing in .*base"):
+    with pytest.raises(FormatError, match=r"layers.2.self_attn.q_proj.weight: no floating-point tensor in .*base"):
         extract_adapter(saved / "base", tmp_path / "deep", tmp_path / "a", density=0.1)
 
 
@@ -248,7 +248,7 @@ def test_a_tuned_checkpoint_that_lacks_a_tensor(saved, tmp_path):
     tensors = load_file(tmp_path / "short" / WEIGHTS)
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "short" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(FormatError, match=r"1 of 21 (.|\n)*fused experts(.|\n)*model.norm.weight: missing in .*short"):
+    with pytest.raises(FormatError, match=r"1 of 21 (.|\n)*fused experts(.|\n)*norm.weight: no floating-point .*short"):
         extract_adapter(saved / "base", tmp_path / "short", tmp_path / "a", density=0.1)
 
 
@@ -321,6 +321,15 @@ def test_integer_buffers_are_no_weights(saved, tmp_path):
         save_file(tensors, path, metadata={"format": "pt"})
     result = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", num_weights="changed")
     assert {kept.name for kept in result.tensors if kept.count} == {"model.norm.weight"}
+
+
+def test_integers_in_the_place_of_weights_are_refused(saved, tmp_path):
+    shutil.copytree(saved / "base", tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "packed" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"model.norm.weight: no floating-point tensor in .*packed"):
+        extract_adapter(saved / "base", tmp_path / "packed", tmp_path / "a", density=0.1)
 
 
 def test_what_no_adapter_can_hold_is_named(tmp_path, caplog):
