@@ -10,7 +10,15 @@ from _instructions import collate
 from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig, iter_reselectors
+from peft_sparse import (
+    LotteryTicketConfig,
+    OneShotConfig,
+    RandConfig,
+    SparseTrainer,
+    SpielAGConfig,
+    SpielMAConfig,
+    iter_reselectors,
+)
 
 
 class Method(str, Enum):
@@ -18,6 +26,7 @@ class Method(str, Enum):
     spiel_ma = "spiel_ma"
     rand = "rand"
     lottery_ticket = "lottery_ticket"
+    fisher = "fisher"
     lora = "lora"
 
 
@@ -39,6 +48,8 @@ def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Mo
         return RandConfig(density=density, seed=seed, **common)
     if method is Method.lottery_ticket:
         return LotteryTicketConfig(density=density, **common)
+    if method is Method.fisher:
+        return OneShotConfig(density=density, criterion="fisher", selection_batches=16, **common)
     output = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
     shapes = [(m.out_features, m.in_features) for m in linear]
@@ -71,8 +82,8 @@ def train(model, rows: list[dict], method: Method, dense_learning_rate: float, *
     if method is Method.lora:
         Trainer(**common).train()
     else:
-        # A plain Trainer does for all but LT-SFT. Ours writes the weights in place while it trains, so a step costs
-        # less, and picks the optimizer that SpIEL is made with.
+        # A plain Trainer does for all but LT-SFT and criteria of gradients. Ours writes the weights in place while it
+        # trains, so a step costs less, and picks the optimizer that SpIEL is made with.
         SparseTrainer(**common, dense_args={"learning_rate": dense_learning_rate}).train()
 
 

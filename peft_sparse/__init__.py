@@ -10,11 +10,13 @@ from .core.delta import SparseDelta
 from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
+from .selection.saliency import Criterion, GradientMeans
 from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
+from .tuners.sparse_ft.measured_budget import layer_budget_from
 from .tuners.sparse_ft.model import SparseModel
-from .tuners.sparse_ft.one_shot_configs import RandConfig
+from .tuners.sparse_ft.one_shot_configs import GivenConfig, OneShotConfig, RandConfig
 from .tuners.sparse_ft.resident import resident
 from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
     from .training.lottery import select, start_dense_phase, start_sparse_phase
+    from .training.one_shot import select_by_gradients
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
 
@@ -32,9 +35,13 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "ConfigError",
+    "Criterion",
     "DensePhase",
     "FormatError",
+    "GivenConfig",
+    "GradientMeans",
     "LotteryTicketConfig",
+    "OneShotConfig",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -49,10 +56,12 @@ __all__ = [
     "SpielMAConfig",
     "iter_deltas",
     "iter_reselectors",
+    "layer_budget_from",
     "load_training_state",
     "resident",
     "save_training_state",
     "select",
+    "select_by_gradients",
     "sparse_trainer",
     "start_dense_phase",
     "start_sparse_phase",
@@ -66,6 +75,7 @@ _LAZY = {
     "load_training_state": "training.callback.load_state",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
+    "select_by_gradients": "training.one_shot.select_by_gradients",
     "sparse_trainer": "training.trainer.sparse_trainer",
     "start_dense_phase": "training.lottery.start_dense_phase",
     "start_sparse_phase": "training.lottery.start_sparse_phase",

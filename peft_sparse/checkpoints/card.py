@@ -123,7 +123,7 @@ def card_text(
     share = f", {total / size:.2%} of their elements" if size else ""
     heads = config.get("modules_to_save")
     facts = [
-        f"Method: `{_plain(config.get('method'))}`",
+        f"Method: `{_plain(config.get('method'))}`{_criterion(config)}",
         f"Density: {_request(config)}",
         f"Budget: {_budget(config.get('budget'))}",
         f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
@@ -154,6 +154,11 @@ def card_text(
 def _plain(value: Any) -> str:
     """Text of a string or of an enum member."""
     return str(getattr(value, "value", value))
+
+
+def _criterion(config: Mapping[str, Any]) -> str:
+    criterion = config.get("criterion")
+    return f", by the criterion `{_plain(criterion)}`" if criterion is not None else ""
 
 
 def _request(config: Mapping[str, Any]) -> str:

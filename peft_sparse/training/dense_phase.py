@@ -20,7 +20,7 @@ from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of
 from ..tuners.sparse_ft.layer import SparseLayer
-from ..tuners.sparse_ft.support import model_numel, plan_groups
+from ..tuners.sparse_ft.support import model_numel, plan_groups, targets_of
 from .distributed import from_first_rank
 from .ties import Ties
 
@@ -138,12 +138,8 @@ class DensePhase:
         """
         self._check_open("select")
         scores = self.scores()
-        parts: dict[str, tuple[str, ...]] = {}
-        for target in self.targets:
-            path = target.name.rpartition(".")[0]
-            parts[path] = (*parts.get(path, ()), target.which)
         indices: dict[str, Tensor] = {}
-        for group in plan_groups(self._config, parts, self._root):
+        for group in plan_groups(self._config, targets_of(t.name for t in self.targets), self._root):
             indices.update(joint_top_k(_Subset(scores, group.members), group.count, min_score=0.0))
         self._selection = from_first_rank({target.name: indices[target.name] for target in self.targets})
         logger.info(

@@ -16,11 +16,13 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.push import update_cards
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
+from ..tuners.sparse_ft.config import GRADIENTS
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
 from .dense_phase import DensePhase
 from .lottery import is_unselected, start_dense_phase
+from .one_shot import select_in_trainer
 from .phase_args import make_dense_args
 from .resume import ResumePoint, find_resume_point, is_finished
 from .spiel_in_trainer import figures, optimizer_for
@@ -33,7 +35,9 @@ class TwoPhaseTraining(PhaseCheckpoints):
     """What `sparse_trainer` adds to a trainer class.
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
-    the rewind and the sparse phase run one after the other; any other model trains as ever, only in `resident` mode.
+    the rewind and the sparse phase run one after the other. If gradients are to choose its weights (`OneShotConfig`),
+    they do so over the first batches, and the sparse phase follows. Any other model trains as ever, only in `resident`
+    mode.
 
     Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
     sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
@@ -81,7 +85,8 @@ class TwoPhaseTraining(PhaseCheckpoints):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; in two phases if the active adapter is a lottery ticket without weights.
+        """Train: in two phases if the active adapter is a lottery ticket without weights, after the selection if
+        gradients are to choose its weights.
 
         Args:
             resume_from_checkpoint: a checkpoint of either phase; True for the last one that is complete.
@@ -104,9 +109,13 @@ class TwoPhaseTraining(PhaseCheckpoints):
             if adapter is None:
                 with resident(self.model):
                     return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            self._check_two_phases()
+            by_gradients = self.model.peft_config[adapter].selected_by == GRADIENTS
+            if not by_gradients:
+                self._check_two_phases()
             point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint)
-            if point is None or point.phase == "dense":
+            if by_gradients and (point is None or point.phase == "dense"):
+                self._select_by_gradients(adapter, point, trial)
+            elif point is None or point.phase == "dense":
                 self._train_dense(adapter, point, trial, ignore_keys_for_eval)
             elif point.phase == "selection":
                 self._load_adapters(point.path, [adapter])
@@ -126,6 +135,17 @@ class TwoPhaseTraining(PhaseCheckpoints):
             self._drop_optimizer()
             self.accelerator.free_memory()
             phase.select()
+        self._save_selection(adapter, trial)
+
+    def _select_by_gradients(self, adapter: str, point: ResumePoint | None, trial: Any) -> None:
+        """Choose the support by the gradients of the first batches, and keep it for a run that is resumed."""
+        if point is not None:
+            raise FormatError(
+                f"resume_from_checkpoint: {point.path} is of a dense phase, which adapter {adapter!r} "
+                f"({type(self.model.peft_config[adapter]).__name__}) does not have."
+            )
+        self._seed()
+        select_in_trainer(self, adapter)
         self._save_selection(adapter, trial)
 
     def _train_sparse(self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
@@ -191,12 +211,15 @@ class TwoPhaseTraining(PhaseCheckpoints):
     # ---- what can run --------------------------------------------------------------------------------
 
     def _unselected_adapter(self) -> str | None:
-        """The active lottery ticket that has no weights yet."""
+        """The active adapter whose weights are yet to be chosen."""
         if not isinstance(self.model, PeftModel):
             return None
         found = [name for name in self.model.active_adapters if is_unselected(self.model.peft_config[name])]
         if len(found) > 1:
-            raise ConfigError(f"one adapter at a time can go through its dense phase, got the active adapters {found}.")
+            raise ConfigError(
+                "one adapter at a time can have its weights selected (in a dense phase, or by gradients), got the "
+                f"active adapters {found}."
+            )
         return found[0] if found else None
 
     def _check_two_phases(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from .config import SparseConfig, method_name
+from .config import DENSE_PHASE, SparseConfig, method_name
 
 
 @method_name("lottery_ticket")
@@ -26,3 +27,5 @@ class LotteryTicketConfig(SparseConfig):
         default="global",
         metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
     )
+
+    selected_by: ClassVar[str] = DENSE_PHASE

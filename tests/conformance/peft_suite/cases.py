@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseConfig
+from peft_sparse import LotteryTicketConfig, OneShotConfig, RandConfig, SparseConfig
 
 # Most test models have layers of a few dozen weights: a density that leaves several in each.
 DENSITY = 0.3
@@ -46,6 +46,8 @@ CUSTOM_MODELS = [
     ("MLP 13 Rand", "MLP", RandConfig, {"equivalent_rank": 1, "target_modules": ["lin0"]}),
     ("MLP 1 Sparse", "MLP", SparseConfig, {**_DENSE, "target_modules": ["lin0"]}),
     ("MLP 1 LotteryTicket", "MLP", LotteryTicketConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    ("MLP 1 OneShot", "MLP", OneShotConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    ("MLP 2 OneShot", "MLP", OneShotConfig, {**_DENSE, "target_modules": "all", "criterion": "largest_weight"}),
     *_custom(
         "EmbConv1D",
         {"target_modules": ["emb"]},
@@ -104,6 +106,7 @@ def on_hub_models(task_type: str) -> list[tuple[type, dict[str, Any]]]:
         (RandConfig, {**task, **every_kind}),
         (SparseConfig, {**task, "target_modules": "all"}),
         (LotteryTicketConfig, {**task, "init_weights": False}),
+        (OneShotConfig, {**task, "criterion": "smallest_weight"}),
     ]
 
 
@@ -120,7 +123,7 @@ class Rand:
 # "config_cls": tests that make the config themselves, from nothing but target_modules.
 CLASSES = [Rand]
 # "config_class, mandatory_kwargs"
-WITH_MANDATORY = [(cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig)]
+WITH_MANDATORY = [(cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig, OneShotConfig)]
 
 _SHARED_FIELDS = (
     "task_type",
