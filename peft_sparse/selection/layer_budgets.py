@@ -105,7 +105,8 @@ def measured_shares(counts: Mapping[str, int]) -> dict[str, float]:
             "the adapter tunes no weight, so it shows no distribution over layers. Measure one that has been selected"
         )
     groups: dict[str, list[str]] = {}
-    for name in counts:
+    # A file sorts its parameters by name: the order here is one of its own, the same for model and file.
+    for name in sorted(counts, key=_order):
         groups.setdefault(place_of(name).group, []).append(name)
     return {_pattern(members): sum(counts[name] for name in members) / total for members in groups.values()}
 
@@ -133,6 +134,14 @@ def _check_depths(budget: str, stacks: Mapping[str, int]) -> None:
                 f"budget={budget!r} needs at least {_FEWEST_LAYERS} layers in every stack, but the targets reach only "
                 f"{depth} in {stack or 'the model'!r}. {way_out}, or leave that stack out with exclude_modules"
             )
+
+
+def _order(name: str) -> tuple[int, str, int, str]:
+    """Embeddings first, then layer by layer, then the rest."""
+    place = place_of(name)
+    if place.layer is not None:
+        return 1, place.stack, place.layer, name
+    return 0 if place.part == EMBEDDINGS else 2, "", 0, name
 
 
 def _pattern(members: list[str]) -> str:

@@ -108,7 +108,9 @@ def test_mlm_keeps_its_joint_group_without_embeddings(caplog):
 
 
 def test_too_few_layers():
-    with pytest.raises(ConfigError, match=r"'sc_sft_nli' needs at least 3 layers in every stack, .* 2 in 'bert.encoder"):
+    with pytest.raises(
+        ConfigError, match=r"'sc_sft_nli' needs at least 3 layers in every stack, .* 2 in 'bert.encoder"
+    ):
         zones_of("sc_sft_nli", bert(2))
     with pytest.raises(ConfigError, match=r"only 2 in 'decoder\.block'.* or leave that stack out with exclude_modules"):
         zones_of("sc_sft_mlm", t5(12, 2))
@@ -117,7 +119,9 @@ def test_too_few_layers():
 
 
 def test_a_group_that_cannot_hold_its_share():
-    with pytest.raises(ConfigError, match=r"group 'the layers below' holds 20000 weights, but its share 0\.94 of 40000"):
+    with pytest.raises(
+        ConfigError, match=r"group 'the layers below' holds 20000 weights, but its share 0\.94 of 40000"
+    ):
         groups_of("sc_sft_nli", 40_000, bert(3))
 
 
@@ -133,8 +137,10 @@ def test_measured_shares_name_each_layer_and_match_nothing_else():
     counts["bert.encoder.layer.1.output.dense.weight"] = 3
     counts["bert.encoder.layer.11.attention.self.query.weight"] = 1
     shares = measured_shares(counts)
+    assert list(shares)[2] == r"^bert\.encoder\.layer\.1\."
+    assert list(shares)[11] == r"^bert\.encoder\.layer\.10\."
     assert shares == {
-        r"^(?:bert\.embeddings\.word_embeddings\.|bert\.embeddings\.LayerNorm\.)[^.]+$": 0.6,
+        r"^(?:bert\.embeddings\.LayerNorm\.|bert\.embeddings\.word_embeddings\.)[^.]+$": 0.6,
         **{rf"^bert\.encoder\.layer\.{i}\.": {1: 0.3, 11: 0.1}.get(i, 0.0) for i in range(12)},
         r"^(?:bert\.pooler\.dense\.)[^.]+$": 0.0,
     }
