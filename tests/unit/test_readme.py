@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from peft_sparse import LotteryTicketConfig
@@ -16,7 +16,18 @@ from peft_sparse import LotteryTicketConfig
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def snippet(text: str) -> str:
+    """The one piece of Python that says this."""
+    (found,) = [snippet for snippet in SNIPPETS if text in snippet]
+    return found
+
+
+PLAIN_LOOP, LOADING = snippet("with resident(model)"), snippet("merge_and_unload")
+TWO_PHASES, ADDING_UP = snippet("dense_args"), snippet("add_weighted_adapter")
+ONE_SHOT = snippet("select_by_gradients")
 
 
 @pytest.fixture
@@ -25,10 +36,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=layers, **sizes))
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:
@@ -78,6 +89,20 @@ def test_two_phases_and_adding_up(folder):
     model.base_model.set_adapter(["language", "task"])
     torch.testing.assert_close(output(model), both, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(both, language)
+
+
+def test_criteria_of_gradients(folder):
+    names: dict = {"base": tiny_model(layers=3), "batches": [collate(rows(4)[i : i + 2]) for i in (0, 2)]}
+    exec(ONE_SHOT, names)
+    counts = PeftConfig.from_pretrained("one-shot").counts
+    linear = sum(p.numel() for n, p in tiny_model(layers=3).named_parameters() if "_proj" in n)
+    assert sum(counts.values()) == round(0.01 * linear)
+    last = sum(count for name, count in counts.items() if "layers.2." in name)
+    assert last == round(sum(counts.values()) * 0.02 / 0.98)
+
+
+def test_every_snippet_is_run():
+    assert sorted(SNIPPETS) == sorted([PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, ONE_SHOT])
 
 
 def test_ci_runs_the_documented_test_command():
