@@ -63,7 +63,7 @@ class Criterion:
 def fisher(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
     """The mean squared gradient. With batches of one example, the diagonal of the empirical Fisher information.
 
-    Source: Sung et al. 2021 (FISH mask), arXiv:2111.09839, section 3. With larger batches the squares are those of
+    Source: Sung et al. 2021 (FISH mask), arXiv:2111.09839. With larger batches the squares are those of
     their mean gradients, which are smaller where examples disagree.
     """
     return _known(gradients.mean_squared)
@@ -77,8 +77,7 @@ def gradient(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
 def weight_times_gradient(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
     """|weight * mean gradient|: what removing the weight would change the loss by, to first order.
 
-    Source: Lee et al. 2019 (SNIP), arXiv:1810.02340, section 4.1, where the scores are also divided by their sum, which
-    changes no order.
+    Source: Lee et al. 2019 (SNIP), arXiv:1810.02340, where the scores are also divided by their sum: the order stays.
     """
     return (_known(weight) * _known(gradients.mean)).abs()
 
@@ -91,7 +90,7 @@ def largest_weight(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
 def smallest_weight(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
     """-|weight|: exact zeros come first.
 
-    Source: Liao et al. 2023 (PaFi), arXiv:2305.16742, section 3; also the other support of PEFT's Super-Tuning.
+    Source: Liao et al. 2023 (PaFi), arXiv:2305.16742; also the other support of PEFT's Super-Tuning.
     """
     return -_known(weight).abs()
 
@@ -113,8 +112,8 @@ def check_criterion(criterion: object) -> None:
     Raises:
         ConfigError: neither a known name, nor that of a callable in a file, nor a callable.
     """
-    is_known = criterion in CRITERIA or criterion.startswith(CALLABLE) if isinstance(criterion, str) else False
-    if not (is_known or isinstance(criterion, Criterion) or callable(criterion)):
+    is_name = isinstance(criterion, str) and (criterion in CRITERIA or criterion.startswith(CALLABLE))
+    if not (is_name or isinstance(criterion, Criterion) or callable(criterion)):
         raise ConfigError(
             f"criterion must be one of {sorted(CRITERIA)}, a Criterion, or a function (weight, gradients) -> scores, "
             f"got {criterion!r}"

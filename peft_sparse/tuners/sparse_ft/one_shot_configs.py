@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,10 +21,10 @@ DRAWS = ("exact", "bernoulli")
 class RandConfig(SparseConfig):
     """Rand-SFT: tune weights drawn uniformly at random, exactly as many as asked for.
 
-    The report trains 14.1 million weights of XLM-R base at a learning rate of 2e-5, embeddings included
-    (`num_weights=14_155_776, target_modules="all"`) or not (`exclude_modules=r".*embed.*"` with it), and a hundredth of
-    that at a hundred times the rate with nearly the same result (`num_weights=141_557`, 2e-3). Its baseline draws over
-    all tensors together: `budget="global"`.
+    The SC-SFT report draws over all tensors together (`budget="global"`) and trains 14.1 million weights of XLM-R base
+    at a learning rate of 2e-5: `num_weights=14_155_776, target_modules="all"`, or without the embeddings
+    `exclude_modules=r".*embed.*"` with it. A hundredth of the weights at a hundred times the rate
+    (`num_weights=141_557`, 2e-3) loses little in most of its languages: F1 0.752 against 0.791 in the mean of seven.
 
     Args:
         seed: the support is a function of this number and the parameters' names alone.
@@ -115,7 +116,7 @@ class GivenConfig(SparseConfig):
     """
 
     method: str = field(default="given", metadata={"help": "How the weights to tune are chosen."})
-    support: str | Mapping[str, Sequence[int] | Tensor] | None = field(
+    support: str | os.PathLike[str] | Mapping[str, Sequence[int] | Tensor] | None = field(
         default=None, metadata={"help": "{parameter: indices}, or an adapter whose support is copied."}
     )
 
@@ -125,7 +126,7 @@ class GivenConfig(SparseConfig):
         # A file has the answer, and the targets that were read off the support.
         if self.counts is not None:
             return
-        if not isinstance(self.support, (str, Mapping)) or not self.support:
+        if not isinstance(self.support, (str, os.PathLike, Mapping)) or not self.support:
             raise ConfigError(
                 f"support must be {{parameter name: indices}} or the path of a sparse adapter, got {self.support!r}."
             )
@@ -139,5 +140,5 @@ class GivenConfig(SparseConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but a support of indices, which lies in the adapter's own file."""
-        fields = super().to_dict()
-        return {**fields, "support": fields["support"] if isinstance(fields["support"], str) else None}
+        is_path = isinstance(self.support, (str, os.PathLike))
+        return {**super().to_dict(), "support": os.fspath(self.support) if is_path else None}

@@ -150,8 +150,9 @@ def test_given_indices_are_tuned_and_nothing_else(tmp_path):
 def test_the_support_of_another_adapter_is_copied(tmp_path):
     source = get_peft_model(bert(), RandConfig(density=0.1, seed=3, init_weights=False, target_modules="all"))
     source.save_pretrained(tmp_path / "source")
-    model = get_peft_model(bert(), GivenConfig(support=str(tmp_path / "source")))
+    model = get_peft_model(bert(), GivenConfig(support=tmp_path / "source"))
     assert supports(model) == supports(source)
+    assert supports(get_peft_model(bert(), GivenConfig(support=str(tmp_path / "source")))) == supports(source)
     assert not any(delta.values.any() for _, _, _, delta in iter_deltas(model))
     live = {name: delta.indices for name, _, _, delta in iter_deltas(source)}
     model.add_adapter("second", GivenConfig(support=live))
