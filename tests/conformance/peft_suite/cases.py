@@ -47,7 +47,12 @@ CUSTOM_MODELS = [
     ("MLP 1 Sparse", "MLP", SparseConfig, {**_DENSE, "target_modules": ["lin0"]}),
     ("MLP 1 LotteryTicket", "MLP", LotteryTicketConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
     ("MLP 1 OneShot", "MLP", OneShotConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
-    ("MLP 2 OneShot", "MLP", OneShotConfig, {**_DENSE, "target_modules": "all", "criterion": "largest_weight"}),
+    (
+        "MLP 2 OneShot",
+        "MLP",
+        OneShotConfig,
+        {**_DENSE, "target_modules": ["lin0", "lin1"], "criterion": "largest_weight", "budget": "uniform"},
+    ),
     *_custom(
         "EmbConv1D",
         {"target_modules": ["emb"]},
