@@ -52,7 +52,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "one layer, rank for rank": {"equivalent_rank": 1, "layers_to_transform": [1]},
     "embedding by name": {"num_weights": 50, "target_modules": r".*(embed_tokens|wte)"},
     "largest weights": {"method": "one_shot", "criterion": "largest_weight", "density": 0.1, "target_biases": True},
-    "bernoulli draw": {"method": "rand", "draw": "bernoulli", "density": 0.1},
     "given support": {
         "method": "given",
         "support": {"model.layers.1.mlp.up_proj.weight": [3, 20, 7], "model.norm.weight": [1, 2]},
