@@ -19,9 +19,12 @@ from .tuners.sparse_ft.model import SparseModel
 from .tuners.sparse_ft.one_shot_configs import GivenConfig, OneShotConfig, RandConfig
 from .tuners.sparse_ft.resident import resident
 from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
-from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
+from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .inspection.conflicts import conflicts
+    from .inspection.page import plot_adapters
+    from .inspection.report import inspect_adapter
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -36,6 +39,7 @@ __all__ = [
     "SM3",
     "ConfigError",
     "Criterion",
+    "DeftXConfig",
     "DensePhase",
     "FormatError",
     "GivenConfig",
@@ -54,10 +58,13 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "conflicts",
+    "inspect_adapter",
     "iter_deltas",
     "iter_reselectors",
     "layer_budget_from",
     "load_training_state",
+    "plot_adapters",
     "resident",
     "save_training_state",
     "select",
@@ -72,7 +79,10 @@ _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
+    "conflicts": "inspection.conflicts.conflicts",
+    "inspect_adapter": "inspection.report.inspect_adapter",
     "load_training_state": "training.callback.load_state",
+    "plot_adapters": "inspection.page.plot_adapters",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "select_by_gradients": "training.one_shot.select_by_gradients",

@@ -7,34 +7,31 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core.indices import index_dtype
 from ..errors import SelectionError
-from .saliency import Computed
-from .top_k import joint_top_k
+from .top_k import Best
 
 
 class Shortlist:
-    """A joint top-k over tensors whose scores come one part after the other.
+    """A joint top-k over tensors whose scores come one part after the other: `streamed_top_k` for whoever cannot wait.
 
-    What is not among the k best of the parts so far cannot be among the k best of all, so no more than k positions and
-    scores are kept. The result is that of `joint_top_k` over all scores at once, ties included, provided that the parts
-    come in the order of the tensors.
+    Parts of several groups of tensors come mixed, so that each group has a shortlist that is added to. The result is
+    that of `joint_top_k` over all scores at once, ties included, if the tensors come in their order.
 
     Args:
         k: how many to select in all.
         name: what errors call the group of tensors.
         min_score: scores must exceed this to be eligible; by default all are.
 
-    Cost: k float32 scores and positions, beside those of the part that is being added.
+    Cost: that of `streamed_top_k`.
     """
 
     def __init__(self, k: int, *, name: str, min_score: float | None = None) -> None:
         self._k = k
         self._name = name
         self._min_score = min_score
-        self._positions: dict[str, Tensor] = {}
-        self._scores: dict[str, Tensor] = {}
-        self._numel = self._num_eligible = 0
+        self._best = Best(k, min_score)
+        self._devices: dict[str, torch.device] = {}
+        self._numel = 0
 
     def add(self, scores: Mapping[str, Tensor]) -> None:
         """Take the scores of further tensors.
@@ -45,17 +42,10 @@ class Shortlist:
         Raises:
             SelectionError: NaN in a tensor, which is named; scores of a tensor that are no floating-point numbers.
         """
-        together = {**self._scores, **{name: tensor.detach().reshape(-1) for name, tensor in scores.items()}}
-        k = min(self._k, sum(tensor.numel() for tensor in together.values()))
-        # Not as a dictionary: `joint_top_k` would sort few scores together, and these may lie on several devices.
-        best = joint_top_k(Computed(list(together), together.__getitem__), k)
         for name, tensor in scores.items():
+            self._devices[name] = tensor.device
             self._numel += tensor.numel()
-            self._num_eligible += self._count_eligible(tensor)
-            self._positions[name] = best[name].to(index_dtype(tensor.numel()))
-        for name in self._scores:
-            self._positions[name] = self._positions[name][best[name].long()]
-        self._scores = {name: tensor[best[name].long()].to(torch.float32) for name, tensor in together.items()}
+            self._best.add(name, tensor)
 
     def select(self) -> dict[str, Tensor]:
         """The k best of all that was added: name -> positions as `joint_top_k` gives them.
@@ -63,16 +53,14 @@ class Shortlist:
         Raises:
             SelectionError: fewer than k scores are eligible.
         """
-        if self._num_eligible < self._k:
-            raise SelectionError(
-                f"{self._k} weights are asked from {self._name}, but only {self._num_eligible} of {self._numel} scored "
-                f"above {self._min_score}: the others had no gradient. Take more batches, or ask for a lower density"
-                if self._min_score is not None
-                else f"{self._k} weights are asked from {self._name}, which holds {self._numel}"
-            )
-        return dict(self._positions)
-
-    def _count_eligible(self, scores: Tensor) -> int:
-        if self._min_score is None:
-            return scores.numel()
-        return int((scores.detach().to(torch.float32) > self._min_score).sum())
+        self._best.drop_all_but_k()
+        found = sum(positions.numel() for positions in self._best.positions.values())
+        if found < self._k:
+            why = f"which holds {self._numel}"
+            if self._min_score is not None:
+                why = (
+                    f"but only {found} of {self._numel} scored above {self._min_score}: the others had no gradient. "
+                    "Take more batches, or ask for a lower density"
+                )
+            raise SelectionError(f"{self._k} weights are asked from {self._name}, {why}")
+        return {name: positions.to(self._devices[name]) for name, positions in self._best.positions.items()}

@@ -32,6 +32,8 @@ class ReselectionCallback(TrainerCallback):
         # A sparse trainer has loaded the state already, from wherever its checkpoint lies.
         is_loaded = state.global_step > 0 and all(r.update == state.global_step for r in reselectors)
         for reselector in reselectors:
+            if reselector.config.max_grad_norm is None:
+                reselector.max_grad_norm = args.max_grad_norm or None
             if is_loaded:
                 reselector.set_total_steps(state.max_steps)
             else:

@@ -8,7 +8,6 @@ from itertools import groupby, islice
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..core.indices import index_dtype
@@ -24,6 +23,7 @@ from .dense_phase import Target
 from .distributed import from_first_rank, refuse_sharded
 from .gradient_means import LossFunction, gradient_means
 from .lottery import adapter_config, check_active, is_unselected, refuse_wrapper, targets_of_adapter
+from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ def select_by_gradients(
     *,
     loss_fn: LossFunction | None = None,
     adapter_name: str = "default",
-    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Choose the weights of an adapter whose criterion looks at gradients. Train it in any loop afterwards.
 
@@ -52,7 +51,6 @@ def select_by_gradients(
             to that.
         loss_fn: (model, batch) -> loss, a scalar; by default model(**batch).loss.
         adapter_name: that adapter.
-        progress: show a progress bar.
 
     Returns:
         {parameter name: [k_i] sorted flat indices} that the adapter tunes from now on.
@@ -86,7 +84,7 @@ def select_by_gradients(
             len(kept),
             config.selection_batches,
         )
-    selection = _select(model, config, criterion, targets, kept, loss_fn or _own_loss, progress)
+    selection = _select(model, config, criterion, targets, kept, loss_fn or _own_loss)
     _apply(config, targets, selection)
     logger.info(
         "adapter %r: selected %d of %d weights by criterion %r over %d batches",
@@ -124,7 +122,6 @@ def select_in_trainer(trainer: Any, adapter_name: str) -> None:
         trainer.get_train_dataloader(),
         loss_fn=loss_of,
         adapter_name=adapter_name,
-        progress=not trainer.args.disable_tqdm and trainer.is_world_process_zero(),
     )
 
 
@@ -135,7 +132,6 @@ def _select(
     targets: Sequence[Target],
     batches: Sequence[Any],
     loss_fn: LossFunction,
-    progress: bool,
 ) -> dict[str, Tensor]:
     by_name = {target.name: target for target in targets}
     groups = plan_groups(config, targets_of(by_name), base_model_of(model))
@@ -145,8 +141,7 @@ def _select(
             shortlist = Shortlist(group.count, name=group.name, min_score=criterion.min_score)
             shortlists.update(dict.fromkeys(group.members, shortlist))
     parts = _split([by_name[name] for name in by_name if name in shortlists], config.selection_passes)
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("selection by gradients", total=len(parts) * len(batches))
+    with progress_bar("selecting weights by gradients", len(parts) * len(batches)) as advance:
         for part in parts:
             means = gradient_means(
                 model,
@@ -154,7 +149,7 @@ def _select(
                 batches,
                 uses=criterion.uses,
                 loss_fn=loss_fn,
-                on_batch=lambda: bar.advance(task),
+                on_batch=advance,
             )
             scores = {name: _scores(criterion, by_name[name], mean) for name, mean in means}
             for shortlist in dict.fromkeys(shortlists[name] for name in scores):

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..core.sharded import whole
 from ..errors import FormatError
-from ..optim.reindex import Seeds, exchange, reindex
+from ..optim.reindex import exchange, reindex
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
@@ -23,6 +23,7 @@ from ..tuners.sparse_ft.step_watch import StepWatch
 from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
+from .seeding import clip_factor, seeds_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Reselector:
         deltas: {parameter name: delta} of the adapter.
         update: optimizer updates so far.
         total_steps: T, all updates of the training; None while it is unknown.
+        max_grad_norm: what the training loop clips gradients to; None if it does not, or if that is unknown.
         history: what every reselection did, oldest first.
     """
 
@@ -66,6 +68,7 @@ class Reselector:
         self.deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
         self.update = 0
         self.total_steps = config.total_steps
+        self.max_grad_norm = config.max_grad_norm
         self.history: list[Reselection] = []
         self._warned = False
         # The support to start from is random, unless somebody else sets another one: a load.
@@ -228,8 +231,10 @@ class Reselector:
         replacements = self._replacements(schedule, candidates, values)
         total = sum(delta.count for delta in self.deltas.values())
         mean_abs = sum(float(v.abs().sum(dtype=torch.float64)) for v in values.values()) / total
+        old = {"deltas": self.deltas, "replacements": replacements, "estimates": self._estimates()}
+        factor = clip_factor(self.max_grad_norm, optimizer, **old)
         for name, replacement in replacements.items():
-            self._apply(name, replacement, optimizer, values[name])
+            self._apply(name, replacement, optimizer, values[name], factor)
         supports = {name: delta.indices for name, delta in self.deltas.items()}
         check_same_supports(supports, when=f"after update {self.update} of adapter {self.adapter_name!r}")
         ages = sum(float((self.update - grown).sum()) for grown in self._grown_at.values())
@@ -252,8 +257,11 @@ class Reselector:
                 # Any tensor might win all of them.
                 wanted = dict.fromkeys(wanted, sum(wanted.values()))
             return self._covers.candidates(wanted)
-        estimates = {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
+        estimates = self._estimates()
         return {name: Candidates(e.indices[e.nominated], e.mean[e.nominated].abs()) for name, e in estimates.items()}
+
+    def _estimates(self) -> dict[str, Estimate]:
+        return {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
 
     def _replacements(
         self, schedule: Schedule, candidates: dict[str, Candidates], values: dict[str, Tensor]
@@ -279,14 +287,10 @@ class Reselector:
             values = values - self._last_values[name].to(values.device)
         return values.abs()
 
-    def _apply(self, name: str, replacement: Replacement, optimizer: Optimizer, values: Tensor) -> None:
+    def _apply(self, name: str, replacement: Replacement, optimizer: Optimizer, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]
-        estimate = self._taps[name].estimate if name in self._taps else None
-        seeds = None
-        if estimate is not None:
-            mean, mean_squared = (part[estimate.nominated] for part in (estimate.mean, estimate.mean_squared))
-            grown = replacement.candidates
-            seeds = Seeds(mean[grown], mean_squared[grown], max(1, estimate.updates))
+        estimate = self._estimates().get(name)
+        seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
         values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
         reindex(optimizer, delta.held_values, replacement, seeds)
         if replacement.count != delta.count:
@@ -328,8 +332,7 @@ class Reselector:
             state[f"grown_at.{name}"] = self._ages(name).clone()
             if name in self._last_values:
                 state[f"last_values.{name}"] = self._last_values[name].clone()
-            estimate = self._taps[name].estimate if name in self._taps else None
-            if estimate is not None:
+            if (estimate := self._estimates().get(name)) is not None:
                 state[f"window.indices.{name}"] = estimate.indices.clone()
                 state[f"window.nominated.{name}"] = estimate.nominated.clone()
                 state[f"window.total.{name}"] = estimate.total.clone()

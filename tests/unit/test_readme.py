@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig
+from peft_sparse import LotteryTicketConfig, RandConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +28,7 @@ def snippet(text: str) -> str:
 PLAIN_LOOP, LOADING = snippet("with resident(model)"), snippet("merge_and_unload")
 TWO_PHASES, ADDING_UP = snippet("dense_args"), snippet("add_weighted_adapter")
 ONE_SHOT = snippet("select_by_gradients")
+LOOKING = snippet("conflicts(")
 
 
 @pytest.fixture
@@ -91,6 +92,17 @@ def test_two_phases_and_adding_up(folder):
     assert not torch.allclose(both, language)
 
 
+def test_looking_at_adapters(folder):
+    for seed, name in enumerate(["language", "task"]):
+        config = RandConfig(density=0.1, target_modules="all", init_weights=False, seed=seed)
+        get_peft_model(tiny_model(), config).save_pretrained(name)
+    names: dict = {}
+    exec(LOOKING, names)
+    assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
+    assert 0 < names["found"].total.cancelled < 0.5
+    assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_criteria_of_gradients(folder):
     names: dict = {"base": tiny_model(layers=3), "batches": [collate(rows(4)[i : i + 2]) for i in (0, 2)]}
     exec(ONE_SHOT, names)
@@ -102,7 +114,7 @@ def test_criteria_of_gradients(folder):
 
 
 def test_every_snippet_is_run():
-    assert sorted(SNIPPETS) == sorted([PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, ONE_SHOT])
+    assert sorted(SNIPPETS) == sorted([PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, ONE_SHOT, LOOKING])
 
 
 def test_ci_runs_the_documented_test_command():

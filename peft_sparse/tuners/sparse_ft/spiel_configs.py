@@ -29,6 +29,8 @@ class SpielConfig(SparseConfig):
         replace_all_first: replace every weight at the first reselection, for the support to start from is random.
         reselection_until: share of training after which the support stays as it is, in (0, 1].
         total_steps: T, updates in all of training; None takes the trainer's.
+        max_grad_norm: what the training loop clips the norm of the gradients to; None takes the trainer's. Moments of
+            grown weights are seeded with it, for larger gradients will be clipped harder.
 
     Source: Ansell et al. 2024, arXiv:2401.16405; thesis sections 7.3.1 and 7.3.2, appendix E.2. Differs from the
     authors' code in: windows of exactly gamma updates, no reselection after the last update, replacement of the first
@@ -44,6 +46,7 @@ class SpielConfig(SparseConfig):
     replace_all_first: bool = field(default=True, metadata={"help": "Replace the whole random support at first."})
     reselection_until: float = field(default=1.0, metadata={"help": "Share of training with reselection."})
     total_steps: int | None = field(default=None, metadata={"help": "Updates in all of training."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "What the loop clips gradients to."})
 
     selected_by: ClassVar[str] = CHANCE
 
@@ -53,6 +56,8 @@ class SpielConfig(SparseConfig):
             raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
         if self.drop_by not in ("delta", "change_since_reselection"):
             raise ConfigError(f"drop_by must be 'delta' or 'change_since_reselection', got {self.drop_by!r}.")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ConfigError(f"max_grad_norm must be a finite number > 0 or None, got {self.max_grad_norm!r}.")
 
 
 @method_name("spiel_ag")

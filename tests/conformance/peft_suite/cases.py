@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse import LotteryTicketConfig, OneShotConfig, RandConfig, SparseConfig
+from peft_sparse import DeftXConfig, LotteryTicketConfig, OneShotConfig, RandConfig, SparseConfig
 
 # Most test models have layers of a few dozen weights: a density that leaves several in each.
 DENSITY = 0.3
@@ -46,6 +46,7 @@ CUSTOM_MODELS = [
     ("MLP 13 Rand", "MLP", RandConfig, {"equivalent_rank": 1, "target_modules": ["lin0"]}),
     ("MLP 1 Sparse", "MLP", SparseConfig, {**_DENSE, "target_modules": ["lin0"]}),
     ("MLP 1 LotteryTicket", "MLP", LotteryTicketConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    ("MLP 1 DeftX", "MLP", DeftXConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
     ("MLP 1 OneShot", "MLP", OneShotConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
     (
         "MLP 2 OneShot",
@@ -128,7 +129,9 @@ class Rand:
 # "config_cls": tests that make the config themselves, from nothing but target_modules.
 CLASSES = [Rand]
 # "config_class, mandatory_kwargs"
-WITH_MANDATORY = [(cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig, OneShotConfig)]
+WITH_MANDATORY = [
+    (cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig, DeftXConfig, OneShotConfig)
+]
 
 _SHARED_FIELDS = (
     "task_type",

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, iter_deltas
+from peft_sparse import SparseConfig, iter_deltas
 from peft_sparse.training.trainer import SparseTrainer
 
 VOCAB = 40
@@ -38,8 +38,8 @@ def make_adapted(
     *, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.1, **config: Any
 ) -> PeftModel:
     """The classifier with an unselected lottery ticket of 200 weights and a trainable head."""
-    settings: dict[str, Any] = {"num_weights": 200, "modules_to_save": ["classifier"], **config}
-    return get_peft_model(make_bert(seed=seed, dtype=dtype, dropout=dropout), LotteryTicketConfig(**settings))
+    ticket = {"method": "lottery_ticket", "num_weights": 200, "modules_to_save": ["classifier"]}
+    return get_peft_model(make_bert(seed=seed, dtype=dtype, dropout=dropout), SparseConfig(**{**ticket, **config}))
 
 
 class Labelled(torch.utils.data.Dataset):

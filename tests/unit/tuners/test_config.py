@@ -11,7 +11,7 @@ import pytest
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SparseConfig
+from peft_sparse import ConfigError, DeftXConfig, LotteryTicketConfig, RandConfig, SparseConfig
 from peft_sparse.tuners.sparse_ft.config import METHODS
 
 
@@ -32,6 +32,7 @@ def test_no_method_gives_rand():
 def test_subclass_fields_pass_through():
     assert SparseConfig(method="rand", density=0.5, seed=7).seed == 7
     assert LotteryTicketConfig(density=0.5).budget == "global"
+    assert DeftXConfig(density=0.5).budget == "global"
     assert RandConfig(density=0.5).budget == "uniform"
 
 
@@ -57,6 +58,13 @@ def test_file_round_trip(method, tmp_path):
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is type(config)
     assert {**asdict(loaded), "peft_version": None} == {**asdict(config), "peft_version": None}
+
+
+@pytest.mark.parametrize("rank", [1, 1.0, 64, 0.5])
+def test_a_rank_stays_a_number_of_directions_or_a_share(rank, tmp_path):
+    DeftXConfig(density=0.5, rank=rank).save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert (type(loaded), loaded.rank, type(loaded.rank)) == (DeftXConfig, rank, type(rank))
 
 
 def test_an_unknown_field_of_a_newer_file_is_dropped_and_ours_are_kept(tmp_path):
@@ -105,6 +113,19 @@ def test_an_unknown_method_in_a_file_says_what_to_do(tmp_path):
         ({"density": 0.1, "l1": float("inf")}, "l1 must be a finite number >= 0, got inf"),
         ({"density": 0.1, "seed": -1}, "seed must be an int >= 0, got -1"),
         ({"density": 0.1, "counts": {"w": -1}}, "counts must map parameter names to numbers of weights"),
+        (
+            {"density": 0.1, "method": "deft_x", "rank": 12.0},
+            r"rank must be a float in \(0, 1\], .*int >= 1.*got 12\.0",
+        ),
+        ({"density": 0.1, "method": "deft_x", "rank": True}, r"rank must be .*got True.*all directions are rank=1\.0"),
+        (
+            {"density": 0.1, "method": "deft_x", "residual_density": 2},
+            r"residual_density must be in \[0, 1\], .*got 2\. 0 keeps the leading directions alone",
+        ),
+        (
+            {"density": 0.1, "method": "deft_x", "denoise_embeddings": 1},
+            "denoise_embeddings must be True or False, got 1",
+        ),
         ({"density": 0.1, "method": "spiel"}, "method must be one of .*lottery_ticket.*got 'spiel'"),
     ],
 )
