@@ -8,6 +8,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_sparse import (
+    DeftXConfig,
     LotteryTicketConfig,
     OneShotConfig,
     RandConfig,
@@ -24,6 +25,7 @@ OFTEN = {"reselection_steps": 2, "estimation_steps": 1, "total_steps": 12}
 CONFIGS = {
     "rand": RandConfig,
     "lottery ticket": LotteryTicketConfig,
+    "deft_x": DeftXConfig,
     "spiel_ag": lambda **fields: SpielAGConfig(**OFTEN, **fields),
     "spiel_ma": lambda **fields: SpielMAConfig(**OFTEN, **fields),
     "fisher": OneShotConfig,
@@ -89,7 +91,7 @@ def test_shares_stay_exactly_at_the_budget(method, budget):
         assert sum(zones) == 1000
         seen.append([zone for zone, wanted in zip(zones, EXPECTED[budget], strict=True) if wanted is not None])
 
-    if method == "lottery ticket":
+    if method in ("lottery ticket", "deft_x"):
         with start_dense_phase(model) as phase:
             train(model, 2)
             phase.select()
