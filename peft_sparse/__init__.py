@@ -22,8 +22,10 @@ from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .checkpoints.merge import merge_checkpoint
     from .inspection.conflicts import conflicts
     from .inspection.page import plot_adapters
+    from .inspection.planner import MemoryPlan, plan_memory
     from .inspection.report import inspect_adapter
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
@@ -45,6 +47,7 @@ __all__ = [
     "GivenConfig",
     "GradientMeans",
     "LotteryTicketConfig",
+    "MemoryPlan",
     "OneShotConfig",
     "RandConfig",
     "Reselection",
@@ -64,6 +67,8 @@ __all__ = [
     "iter_reselectors",
     "layer_budget_from",
     "load_training_state",
+    "merge_checkpoint",
+    "plan_memory",
     "plot_adapters",
     "resident",
     "save_training_state",
@@ -77,12 +82,15 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
+    "MemoryPlan": "inspection.planner.MemoryPlan",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "conflicts": "inspection.conflicts.conflicts",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "load_training_state": "training.callback.load_state",
     "plot_adapters": "inspection.page.plot_adapters",
+    "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
+    "plan_memory": "inspection.planner.plan_memory",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "select_by_gradients": "training.one_shot.select_by_gradients",

@@ -21,7 +21,7 @@ from .native import SOURCE, canonical_name, parameter_of, tensor_names
 logger = logging.getLogger(__name__)
 
 README = "README.md"
-_BASE_CLASSES = {
+BASE_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -97,7 +97,7 @@ def card_text(
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
     counts: Mapping[str, int] = config["counts"]
-    base_class = _BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
+    base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
     place = f', subfolder="{subfolder}"' if subfolder else ""
     total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
     share = f", {total / size:.2%} of their elements" if size else ""

@@ -14,6 +14,8 @@ from ..errors import SparseError
 COMMANDS: tuple[str, ...] = (
     "inspect",
     "plot",
+    "merge",
+    "plan",
 )
 
 app = typer.Typer(name="peft-sparse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
