@@ -22,9 +22,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from peft_sparse import OneShotConfig, (
+from peft_sparse import (
     SM3,
     LotteryTicketConfig,
+    OneShotConfig,
     RandConfig,
     SparseAdamW,
     SpielAGConfig,
