@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from peft_sparse import (
     DeftXConfig,
     LotteryTicketConfig,
+    OneShotConfig,
     RandConfig,
     SparseTrainer,
     SpielAGConfig,
@@ -27,6 +28,7 @@ class Method(str, Enum):
     rand = "rand"
     lottery_ticket = "lottery_ticket"
     deft_x = "deft_x"
+    fisher = "fisher"
     lora = "lora"
 
 
@@ -52,6 +54,8 @@ def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Mo
         return LotteryTicketConfig(density=density, **common)
     if method is Method.deft_x:
         return DeftXConfig(density=density, **common)
+    if method is Method.fisher:
+        return OneShotConfig(density=density, criterion="fisher", selection_batches=16, **common)
     output = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
     shapes = [(m.out_features, m.in_features) for m in linear]
@@ -84,8 +88,8 @@ def train(model, rows: list[dict], method: Method, dense_learning_rate: float, *
     if method is Method.lora:
         Trainer(**common).train()
     else:
-        # A plain Trainer does for all without a dense phase. Ours writes the weights in place while it trains, so a
-        # step costs less, and picks the optimizer that SpIEL is made with.
+        # A plain Trainer does for all without a dense phase or a criterion of gradients. Ours writes the weights in
+        # place while it trains, so a step costs less, and picks the optimizer that SpIEL is made with.
         SparseTrainer(**common, dense_args={"learning_rate": dense_learning_rate}).train()
 
 

@@ -10,14 +10,16 @@ from .core.delta import SparseDelta
 from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
+from .selection.saliency import Criterion, GradientMeans
 from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel
 from .tuners.ada_sft.to_sparse import sparse_from_ada
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
+from .tuners.sparse_ft.measured_budget import layer_budget_from
 from .tuners.sparse_ft.model import SparseModel
-from .tuners.sparse_ft.one_shot_configs import RandConfig
+from .tuners.sparse_ft.one_shot_configs import GivenConfig, OneShotConfig, RandConfig
 from .tuners.sparse_ft.resident import resident
 from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .training.dense_phase import DensePhase
     from .training.lottery import select, start_dense_phase, start_sparse_phase
     from .training.mask_phase import start_weight_phase
+    from .training.one_shot import select_by_gradients
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
 
@@ -45,12 +48,16 @@ __all__ = [
     "AdaSftConfig",
     "AdaSftModel",
     "ConfigError",
+    "Criterion",
     "DeftXConfig",
     "DensePhase",
     "Extraction",
     "FormatError",
+    "GivenConfig",
+    "GradientMeans",
     "LotteryTicketConfig",
     "MemoryPlan",
+    "OneShotConfig",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -68,6 +75,7 @@ __all__ = [
     "inspect_adapter",
     "iter_deltas",
     "iter_reselectors",
+    "layer_budget_from",
     "load_training_state",
     "merge_checkpoint",
     "plan_memory",
@@ -75,6 +83,7 @@ __all__ = [
     "resident",
     "save_training_state",
     "select",
+    "select_by_gradients",
     "sparse_from_ada",
     "sparse_trainer",
     "start_dense_phase",
@@ -98,6 +107,7 @@ _LAZY = {
     "plot_adapters": "inspection.page.plot_adapters",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
+    "select_by_gradients": "training.one_shot.select_by_gradients",
     "sparse_trainer": "training.trainer.sparse_trainer",
     "start_dense_phase": "training.lottery.start_dense_phase",
     "start_sparse_phase": "training.lottery.start_sparse_phase",

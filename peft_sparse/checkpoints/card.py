@@ -136,7 +136,7 @@ def _sparse_facts(config: Mapping[str, Any], sizes: Mapping[str, int] | None) ->
     total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
     share = f", {total / size:.2%} of their elements" if size else ""
     return [
-        f"Method: `{_plain(config.get('method'))}`",
+        f"Method: `{_plain(config.get('method'))}`{_criterion(config)}",
         *([f"Denoised before the choice: {_denoising(config)}"] if config.get("method") == "deft_x" else []),
         f"Density: {_request(config)}",
         f"Budget: {_budget(config.get('budget'))}",
@@ -169,6 +169,11 @@ def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
 def _plain(value: Any) -> str:
     """Text of a string or of an enum member."""
     return str(getattr(value, "value", value))
+
+
+def _criterion(config: Mapping[str, Any]) -> str:
+    criterion = config.get("criterion")
+    return f", by the criterion `{_plain(criterion)}`" if criterion is not None else ""
 
 
 def _request(config: Mapping[str, Any]) -> str:

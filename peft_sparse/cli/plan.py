@@ -97,7 +97,9 @@ def _config(method: str, density: float, rank: int, targets: str | list[str] | N
         return None
     if method == _LORA:
         return LoraConfig(r=rank, target_modules="all-linear" if targets in (None, "all") else targets)
-    if method not in METHODS or method == "fixed":
-        known = sorted([*(name for name in METHODS if name != "fixed"), _LORA, _FULL])
+    # Of these two the weights are given, and no density says how many.
+    methods = METHODS.keys() - {"fixed", "given"}
+    if method not in methods:
+        known = sorted([*methods, _LORA, _FULL])
         raise ConfigError(f"--method must be one of {known}, got {method!r}.")
     return SparseConfig(method=method, density=density, target_modules=targets)

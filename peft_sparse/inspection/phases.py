@@ -22,14 +22,14 @@ from ..optim.sm3 import SM3
 from ..optim.sparse_adamw import SparseAdamW
 from ..training.ties import Ties
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
-from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.config import WEIGHTS, SparseConfig
 from ..tuners.sparse_ft.embedding import Embedding
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.one_shot_configs import RandConfig
 from ..tuners.sparse_ft.resident import resident
 from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMAConfig
-from ..tuners.sparse_ft.support import plan, plan_groups
-from ..tuners.sparse_ft.targets import named_targets
+from ..tuners.sparse_ft.support import Plan, plan, plan_groups
+from ..tuners.sparse_ft.targets import find_targets, named_targets
 from ..tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 from .dry_run import StepMemory, measure_step
 
@@ -120,7 +120,7 @@ def _other_method(
 
 
 def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload) -> PhaseMemory:
-    targets, _ = plan(config, model)
+    targets = plan(config, model).targets
     modules = dict(named_targets(model))
     owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
     base = _base_bytes(model, workload)
@@ -184,11 +184,12 @@ def _sparse_training(
 
 def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
     """A config of the same request whose support is there at once: sizes are all that matters here."""
-    targets, counts = plan(config, model)
-    if counts is None:
-        total = sum(group.count for group in plan_groups(config, targets, model))
+    # Weights on the meta device cannot be ranked, and how the total falls to tensors makes little difference.
+    planned = Plan(find_targets(config, model)) if config.selected_by == WEIGHTS else plan(config, model)
+    if planned.counts is None:
+        total = sum(group.count for group in plan_groups(config, planned.targets, model))
         return _rand_of(config, num_weights=total)
-    return _rand_of(config, counts=counts, num_weights=max(1, sum(counts.values())))
+    return _rand_of(config, counts=planned.counts, num_weights=max(1, sum(planned.counts.values())))
 
 
 def _rand_of(config: SparseConfig, **answer: Any) -> RandConfig:

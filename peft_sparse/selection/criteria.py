@@ -81,6 +81,28 @@ def random_counts(sizes: Sequence[int], k: int, *, seed: int, name: str) -> list
     return [int(count) for count in counts - np.sign(surplus) * per_tensor]
 
 
+def bernoulli_count(numel: int, probability: float, *, seed: int, name: str) -> int:
+    """How many of a tensor's weights are drawn if each is drawn by itself: an exact draw from the binomial.
+
+    A uniformly random set of so many positions (`random_indices`) is then a draw of each weight by itself.
+
+    Args:
+        numel: number of elements of the tensor.
+        probability: p in [0, 1].
+        seed: >= 0. The result is a function of the four arguments (for one version of numpy).
+        name: of the tensor; tensors of different names get independent draws.
+
+    Returns:
+        a count in [0, numel]; numel * p in the mean.
+
+    Raises:
+        SelectionError: `probability` outside [0, 1], or `seed` negative.
+    """
+    if not 0 <= probability <= 1:
+        raise SelectionError(f"the weights of {name} must be drawn with a probability in [0, 1], got {probability}")
+    return int(np.random.Generator(_bits(seed, f"number of {name}")).binomial(numel, probability))
+
+
 def difference(weight: Tensor, original: Tensor) -> Tensor:
     """How training moved each weight.
 

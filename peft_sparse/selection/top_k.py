@@ -94,7 +94,7 @@ def streamed_top_k(
 
     Cost: three passes over each tensor, and at most 40 bytes for each of the k weights besides one tensor.
     """
-    best = _Best(k, min_score)
+    best = Best(k, min_score)
     devices: dict[str, torch.device] = {}
     total = 0
     for name, tensor in scores:
@@ -110,7 +110,7 @@ def streamed_top_k(
     return {name: positions.to(devices[name]) for name, positions in best.positions.items()}
 
 
-class _Best:
+class Best:
     """The k largest of the scores so far, and up to as many more.
 
     Attributes:
@@ -127,6 +127,7 @@ class _Best:
         self._held = 0
 
     def add(self, name: str, scores: Tensor) -> None:
+        """Take the scores of one more tensor."""
         positions = top_k(scores, min(self._k, scores.numel()), name=name)
         values = scores.detach().reshape(-1).index_select(0, positions).to("cpu", torch.float32)
         positions = positions.cpu()
@@ -139,6 +140,7 @@ class _Best:
             self.drop_all_but_k()
 
     def drop_all_but_k(self) -> None:
+        """Keep no more than the k largest."""
         if self._held <= self._k:
             return
         for name, chosen in joint_top_k(self.scores, self._k).items():

@@ -19,7 +19,7 @@ from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of
 from ..tuners.sparse_ft.layer import SparseLayer
-from ..tuners.sparse_ft.support import model_numel, plan_groups
+from ..tuners.sparse_ft.support import model_numel, plan_groups, targets_of
 from ..tuners.sparse_ft.two_phase_configs import DeftXConfig
 from .denoiser import Denoiser
 from .distributed import from_first_rank
@@ -156,13 +156,9 @@ class DensePhase:
         self._check_open("select")
         denoiser = self._new_denoiser()
         scores = _Scores(self.targets, self.originals, denoiser)
-        parts: dict[str, tuple[str, ...]] = {}
-        for target in self.targets:
-            path = target.name.rpartition(".")[0]
-            parts[path] = (*parts.get(path, ()), target.which)
         indices: dict[str, Tensor] = {}
         with progress_bar("selecting weights", len(self.targets)) as advance:
-            for group in plan_groups(self._config, parts, self._root):
+            for group in plan_groups(self._config, targets_of(t.name for t in self.targets), self._root):
                 stream = _scored(group.members, scores, advance)
                 indices.update(streamed_top_k(stream, group.count, min_score=0.0))
         if denoiser is not None:

@@ -11,15 +11,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError
-from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.config import DENSE_PHASE, GRADIENTS, SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas, iter_layers
 from ..tuners.sparse_ft.packed import find_backend, is_packed
 from .dense_phase import PHASE_ATTRIBUTE, DensePhase, Target
 from .distributed import refuse_sharded
 
 logger = logging.getLogger(__name__)
-
-TWO_PHASE_METHODS = ("lottery_ticket", "deft_x")
 
 
 def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DensePhase:
@@ -49,10 +47,11 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     """
     refuse_wrapper(model)
     config = adapter_config(model, adapter_name)
-    targets = [Target(*found) for found in iter_deltas(model, adapter_name)]
+    targets = targets_of_adapter(model, adapter_name)
     _check_adapter(model, adapter_name, config)
     for target in targets:
-        _check_target(adapter_name, target)
+        check_active(adapter_name, target)
+        _check_target(target)
     for _, layer in iter_layers(model):
         layer.restore()
     _warn_of_low_precision(targets)
@@ -86,14 +85,20 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
     config = configs[adapter_name]
     if not isinstance(config, SparseConfig):
         raise ConfigError(
-            f"adapter {adapter_name!r} has a {type(config).__name__}; a dense phase needs a LotteryTicketConfig."
+            f"adapter {adapter_name!r} has a {type(config).__name__}, and its weights are not selected by this "
+            "library. Of ours are LotteryTicketConfig and OneShotConfig."
         )
     return config
 
 
 def is_unselected(config: Any) -> bool:
-    """Whether a config belongs to an adapter that a dense phase has yet to choose the weights of."""
-    return isinstance(config, SparseConfig) and config.method in TWO_PHASE_METHODS and config.counts is None
+    """Whether a config belongs to an adapter that a dense phase or gradients have yet to choose the weights of."""
+    return isinstance(config, SparseConfig) and config.selected_by in (DENSE_PHASE, GRADIENTS) and config.counts is None
+
+
+def targets_of_adapter(model: nn.Module, adapter_name: str) -> list[Target]:
+    """Every parameter that an adapter may tune."""
+    return [Target(*found) for found in iter_deltas(model, adapter_name)]
 
 
 def refuse_wrapper(model: nn.Module) -> None:
@@ -134,10 +139,11 @@ def _open_phase(model: nn.Module, adapter_name: str) -> DensePhase:
 
 
 def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
-    if config.method not in TWO_PHASE_METHODS:
+    if config.selected_by != DENSE_PHASE:
+        what_then = "call select_by_gradients(model, batches)" if is_unselected(config) else "train it in any loop"
         raise ConfigError(
-            f"adapter {adapter_name!r} has the method {config.method!r}, whose weights need no dense phase: train it "
-            "in any loop. For LT-SFT use LotteryTicketConfig(...)"
+            f"adapter {adapter_name!r} has the method {config.method!r}, whose weights need no dense phase: "
+            f"{what_then}. For LT-SFT use LotteryTicketConfig(...)"
         )
     if not is_unselected(config):
         raise ConfigError(
@@ -152,16 +158,21 @@ def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) ->
         )
 
 
-def _check_target(adapter_name: str, target: Target) -> None:
+def check_active(adapter_name: str, target: Target) -> None:
+    """Raise a ConfigError if an adapter does not act on a target, or another one stands in its weights."""
     layer: Any = target.layer
     if adapter_name not in layer.active_adapters or layer.disable_adapters:
         raise ConfigError(
-            f"adapter {adapter_name!r} must be active for its dense phase: model.set_adapter({adapter_name!r})"
+            f"adapter {adapter_name!r} must be active while its weights are selected (in its dense phase, or by "
+            f"gradients): model.set_adapter({adapter_name!r})"
         )
     if layer.merged:
         raise ConfigError(
             f"adapters {layer.merged_adapters} are merged into {target.name}: model.unmerge_adapter() first."
         )
+
+
+def _check_target(target: Target) -> None:
     if (target.which == "weight" and find_backend(target.module) is not None) or is_packed(target.parameter):
         raise ConfigError(
             f"{target.name} is quantised, and a dense phase trains the base weights themselves. Load the base "

@@ -16,12 +16,14 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.push import update_cards
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
+from ..tuners.sparse_ft.config import GRADIENTS
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
 from .dense_phase import DensePhase
 from .lottery import is_unselected, start_dense_phase
 from .mask_phase import MaskPhase, is_in_mask_phase
+from .one_shot import select_in_trainer
 from .phase_args import make_first_args
 from .resume import ResumePoint, find_resume_point, is_finished
 from .spiel_in_trainer import figures, optimizer_for
@@ -35,8 +37,9 @@ class TwoPhaseTraining(PhaseCheckpoints):
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
     the rewind and the sparse phase run one after the other; if it is one of Ada-SFT that has yet to learn its masks,
-    the mask phase and the weight phase do (see `start_weight_phase`); any other model trains as ever, only in
-    `resident` mode.
+    the mask phase and the weight phase do (see `start_weight_phase`). If gradients are to choose its weights
+    (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as ever,
+    only in `resident` mode.
 
     Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
     sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
@@ -97,7 +100,8 @@ class TwoPhaseTraining(PhaseCheckpoints):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; in two phases if the active adapter has its first one before it.
+        """Train: in two phases if the active adapter has its first one before it, after the selection if gradients are
+        to choose its weights.
 
         Args:
             resume_from_checkpoint: a checkpoint of either phase; True for the last one that is complete.
@@ -121,9 +125,13 @@ class TwoPhaseTraining(PhaseCheckpoints):
                 with resident(self.model):
                     return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             adapter, kind = found
-            self._check_two_phases(kind)
+            by_gradients = getattr(self.model.peft_config[adapter], "selected_by", None) == GRADIENTS
+            if not by_gradients:
+                self._check_two_phases(kind)
             point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint, kind.name)
-            if point is None or point.phase == kind.name:
+            if by_gradients and (point is None or point.phase == kind.name):
+                self._select_by_gradients(adapter, point, trial)
+            elif point is None or point.phase == kind.name:
                 self._train_first(adapter, kind, point, trial, ignore_keys_for_eval)
             elif point.phase == "selection":
                 self._load_adapters(point.path, [adapter])
@@ -155,6 +163,17 @@ class TwoPhaseTraining(PhaseCheckpoints):
             self.accelerator.free_memory()
             phase.select()
         self._save_selection(adapter, kind.name, trial)
+
+    def _select_by_gradients(self, adapter: str, point: ResumePoint | None, trial: Any) -> None:
+        """Choose the support by the gradients of the first batches, and keep it for a run that is resumed."""
+        if point is not None:
+            raise FormatError(
+                f"resume_from_checkpoint: {point.path} is of a dense phase, which adapter {adapter!r} "
+                f"({type(self.model.peft_config[adapter]).__name__}) does not have."
+            )
+        self._seed()
+        select_in_trainer(self, adapter)
+        self._save_selection(adapter, DensePhase.name, trial)
 
     def _train_second(
         self, name: str, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None
@@ -221,7 +240,9 @@ class TwoPhaseTraining(PhaseCheckpoints):
     # ---- what can run --------------------------------------------------------------------------------
 
     def _adapter_before_its_phases(self) -> tuple[str, type[DensePhase] | type[MaskPhase]] | None:
-        """The active adapter that has its first phase before it (or in progress), and which phase that is."""
+        """The active adapter that has its first phase before it (or in progress), and which phase that is. One whose
+        weights gradients choose counts as before a dense phase.
+        """
         if not isinstance(self.model, PeftModel):
             return None
         kinds: dict[str, type[DensePhase] | type[MaskPhase]] = {}
@@ -232,7 +253,8 @@ class TwoPhaseTraining(PhaseCheckpoints):
                 kinds[name] = MaskPhase
         if len(kinds) > 1:
             raise ConfigError(
-                f"one adapter at a time can go through its two phases, got the active adapters {list(kinds)}."
+                "one adapter at a time can go through its phases or have its weights selected, got the active adapters "
+                f"{list(kinds)}."
             )
         return next(iter(kinds.items()), None)
 

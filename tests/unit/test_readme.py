@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from peft_sparse import LotteryTicketConfig, RandConfig
@@ -28,6 +28,7 @@ def snippet(marker: str) -> str:
 PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merge_and_unload()"), snippet("dense_args=")
 ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
 EXTRACTING = snippet("extract_adapter(")
+ONE_SHOT = snippet("select_by_gradients")
 
 
 @pytest.fixture
@@ -36,10 +37,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=layers, **sizes))
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:
@@ -123,6 +124,21 @@ def test_extracting(folder, capsys):
     assert "% of the squared difference, in " in capsys.readouterr().out
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base-model"), "extracted")
     assert not torch.equal(output(model), output(base))
+
+
+def test_criteria_of_gradients(folder):
+    names: dict = {"base": tiny_model(layers=3), "batches": [collate(rows(4)[i : i + 2]) for i in (0, 2)]}
+    exec(ONE_SHOT, names)
+    counts = PeftConfig.from_pretrained("one-shot").counts
+    linear = sum(p.numel() for n, p in tiny_model(layers=3).named_parameters() if "_proj" in n)
+    assert sum(counts.values()) == round(0.01 * linear)
+    last = sum(count for name, count in counts.items() if "layers.2." in name)
+    assert last == round(sum(counts.values()) * 0.02 / 0.98)
+
+
+def test_every_snippet_is_run():
+    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT]
+    assert sorted(SNIPPETS) == sorted(run)
 
 
 def test_ci_runs_the_documented_test_command():

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..weight_tuner import WeightTuner, with_heads
 from . import compose, drivers, state
-from .config import SparseConfig
+from .config import CHANCE, SparseConfig
 from .dense import Dequantization
 from .iteration import iter_deltas, iter_layers, path_in_base
 from .layer import SparseLayer
 from .packed import hold_layouts, release_layouts
 from .quantized import warn_of_loss
-from .support import model_numel, plan, select_random
+from .support import Plan, model_numel, plan, set_supports
 from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
 from .wrap import wrapper_for
@@ -70,8 +70,8 @@ class SparseModel(WrappedInTraining, WeightTuner):
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            self._targets, counts = plan(config, model)
-            self._counts = counts or {}
+            planned = plan(config, model)
+            self._targets, self._counts = planned.targets, planned.counts or {}
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -91,19 +91,21 @@ class SparseModel(WrappedInTraining, WeightTuner):
             for name, _, _, delta in iter_deltas(model, adapter_name):
                 if not delta.values.is_meta:
                     delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
-        elif counts is not None:
-            config.counts = counts
-            self._fill(model, config, adapter_name)
+        elif planned.counts is not None:
+            config.counts = planned.counts
+            self._fill(model, adapter_name, planned)
         if config.l1:
             coefficient = config.l1 / model_numel(model)
             for _, _, _, delta in iter_deltas(model, adapter_name):
                 delta.penalise(coefficient)
         drivers.start(model, adapter_name, config)
 
-    def _fill(self, model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
-        """Choose the random supports, and the random values if the adapter is not to start from the identity."""
-        if not config.inference_mode and (config.starts_random or not config.init_weights):
-            select_random(config, {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)})
+    def _fill(self, model: nn.Module, adapter_name: str, planned: Plan) -> None:
+        """Set the supports that are known or random, and random values if the adapter is not to be the identity."""
+        config: SparseConfig = self.peft_config[adapter_name]
+        is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
+        if is_known and not config.inference_mode:
+            set_supports(config, {name: d for name, _, _, d in iter_deltas(model, adapter_name)}, planned.chosen)
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         # The targets are known; PEFT needs some value to iterate over and to name in its errors.

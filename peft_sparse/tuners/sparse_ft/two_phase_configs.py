@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...errors import ConfigError
 from ...selection.denoise import check_denoising
-from .config import SparseConfig, method_name
+from .config import DENSE_PHASE, SparseConfig, method_name
 
 
 @method_name("lottery_ticket")
@@ -28,6 +29,8 @@ class LotteryTicketConfig(SparseConfig):
         default="global",
         metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
     )
+
+    selected_by: ClassVar[str] = DENSE_PHASE
 
 
 @method_name("deft_x")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse import AdaSftConfig, DeftXConfig, LotteryTicketConfig, RandConfig, SparseConfig
+from peft_sparse import AdaSftConfig, DeftXConfig, LotteryTicketConfig, OneShotConfig, RandConfig, SparseConfig
 
 # Most test models have layers of a few dozen weights: a density that leaves several in each.
 DENSITY = 0.3
@@ -51,6 +51,13 @@ CUSTOM_MODELS = [
     ("MLP 2 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0", "lin1"], "phase": "weights"}),
     ("MLP 3 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     ("EmbConv1D 1 Ada", "EmbConv1D", AdaSftConfig, {"target_modules": ["conv1d"]}),
+    ("MLP 1 OneShot", "MLP", OneShotConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    (
+        "MLP 2 OneShot",
+        "MLP",
+        OneShotConfig,
+        {**_DENSE, "target_modules": ["lin0", "lin1"], "criterion": "largest_weight", "budget": "uniform"},
+    ),
     *_custom(
         "EmbConv1D",
         {"target_modules": ["emb"]},
@@ -110,6 +117,7 @@ def on_hub_models(task_type: str) -> list[tuple[type, dict[str, Any]]]:
         (SparseConfig, {**task, "target_modules": "all"}),
         (LotteryTicketConfig, {**task, "init_weights": False}),
         (AdaSftConfig, task),
+        (OneShotConfig, {**task, "criterion": "smallest_weight"}),
     ]
 
 
@@ -127,7 +135,8 @@ class Rand:
 CLASSES = [Rand]
 # "config_class, mandatory_kwargs"
 WITH_MANDATORY = [
-    (cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig, DeftXConfig, AdaSftConfig)
+    (cls, dict(_DENSE))
+    for cls in (RandConfig, SparseConfig, LotteryTicketConfig, DeftXConfig, OneShotConfig, AdaSftConfig)
 ]
 
 _SHARED_FIELDS = (

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from peft_sparse import (
     SM3,
     LotteryTicketConfig,
+    OneShotConfig,
     RandConfig,
     SparseAdamW,
     SpielAGConfig,
@@ -321,3 +322,12 @@ def test_the_command_refuses(folder, arguments, match):
     assert result.exit_code == 1
     with pytest.raises(ConfigError, match=match):
         raise result.exception
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "largest_weight"])
+def test_criteria_are_planned_though_there_is_no_weight_to_rank(criterion):
+    config = OneShotConfig(density=0.1, criterion=criterion)
+    plan = plan_memory(LLAMA, config, batch_size=2, sequence_length=8)
+    rand = plan_memory(LLAMA, RandConfig(density=0.1, budget="global"), batch_size=2, sequence_length=8)
+    assert plan.num_trained == rand.num_trained
+    assert [phase.name for phase in plan.phases] == ["training"]

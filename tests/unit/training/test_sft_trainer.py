@@ -11,7 +11,7 @@ from tiny_training import assert_same_tensors, base_weights, deltas
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from peft_sparse import AdaSftConfig, LotteryTicketConfig, RandConfig
+from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, RandConfig
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
 
 trl = pytest.importorskip("trl")
@@ -80,6 +80,32 @@ def make_trainer(folder, model, *, peft_config=None, dense_args=None, mask_args=
         mask_args=mask_args,
         callbacks=callbacks,
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_selection_by_gradients(tmp_path, checkpointing):
+    config = OneShotConfig(num_weights=60, criterion="weight_times_gradient", selection_batches=2)
+    trainer = make_trainer(
+        tmp_path / "run", make_llama(), peft_config=config, gradient_checkpointing=checkpointing, max_steps=2
+    )
+    trainer.train()
+    chosen = deltas(trainer.model)
+    assert sum(values.numel() for _, values in chosen.values()) == 60
+    assert all((values != 0).all() for _, values in chosen.values())
+    # By hand: the mean gradients of the same two batches.
+    twin = make_trainer(tmp_path / "twin", make_llama(), peft_config=config, max_steps=2)
+    plain = make_llama().requires_grad_(True)
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    torch.manual_seed(twin.args.seed)
+    batches = [batch for batch, _ in zip(twin.get_train_dataloader(), range(2), strict=False)]
+    for batch in batches:
+        plain(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        ).loss.backward()
+    scores = {n: (plain.get_parameter(n) * plain.get_parameter(n).grad).abs().flatten() for n in chosen}
+    threshold = torch.cat(list(scores.values())).topk(60).values.min()
+    for name, (indices, _) in chosen.items():
+        assert set(indices.tolist()) == set((scores[name] >= threshold).nonzero().squeeze(1).tolist()), name
 
 
 @pytest.mark.parametrize("wrapped_by", ["trainer", "user"])

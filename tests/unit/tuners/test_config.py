@@ -15,10 +15,14 @@ from peft_sparse import ConfigError, DeftXConfig, LotteryTicketConfig, RandConfi
 from peft_sparse.tuners.sparse_ft.config import METHODS
 
 
+def request_of(method):
+    return {"support": {"q.weight": [3, 1]}} if method == "given" else {"density": 0.25}
+
+
 @pytest.mark.parametrize(("method", "cls"), METHODS.items())
 def test_method_gives_the_subclass(method, cls):
-    assert type(SparseConfig(method=method, density=0.5)) is cls
-    assert SparseConfig(method=method, density=0.5).method == method
+    assert type(SparseConfig(method=method, **request_of(method))) is cls
+    assert SparseConfig(method=method, **request_of(method)).method == method
 
 
 def test_no_method_gives_rand():
@@ -34,7 +38,7 @@ def test_subclass_fields_pass_through():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_are_equal_and_of_the_same_class(method):
-    config = SparseConfig(method=method, density=0.25, target_modules=["q", "v"])
+    config = SparseConfig(method=method, **request_of(method), layers_to_transform=[1])
     for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert type(other) is type(config)
         assert asdict(other) == asdict(config)
@@ -94,9 +98,12 @@ def test_an_unknown_method_in_a_file_says_what_to_do(tmp_path):
         ({"num_weights": 0.5}, r"num_weights must be an int >= 1, got 0\.5.*density="),
         ({"equivalent_rank": -1}, "equivalent_rank must be an int >= 1, got -1"),
         ({"density": 0.1, "density_of": "layers"}, "density_of must be 'targets' or 'model', got 'layers'"),
-        ({"density": 0.1, "budget": "even"}, r"budget must be 'uniform', 'global' or \{regex: share}, got 'even'"),
+        (
+            {"density": 0.1, "budget": "even"},
+            "budget must be one of 'uniform', 'global', 'sc_sft_nli', .* got 'even'",
+        ),
         ({"density": 0.1, "budget": {"a": 0.5}}, "shares of the budget must sum to 1, got 0.5"),
-        ({"density": 0.1, "budget": {"a": 1.5, "b": -0.5}}, r"share of budget group 'a' must be in \(0, 1\]"),
+        ({"density": 0.1, "budget": {"a": 1.5, "b": -0.5}}, r"share of budget group 'a' must be in \[0, 1\]"),
         ({"density": 0.1, "budget": {"(": 1.0}}, r"budget group '\(' is not a valid regular expression"),
         ({"density": 0.1, "target_modules": "*q"}, r"target_modules: '\*q' is not a valid regular expression"),
         ({"density": 0.1, "exclude_modules": "["}, r"exclude_modules: '\[' is not a valid regular expression"),

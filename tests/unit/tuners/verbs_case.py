@@ -41,7 +41,7 @@ def _original(kind: str) -> nn.Module:
 
 # What each config asks for. The methods themselves stand at density 0.1; the rest says where and how much.
 REQUESTS: dict[str, dict[str, Any]] = {
-    **{method: {"method": method, "density": 0.1} for method in METHODS if method != "fixed"},
+    **{method: {"method": method, "density": 0.1} for method in METHODS if method not in ("fixed", "given")},
     "global budget, norms and biases": {
         "density": 0.3,
         "budget": "global",
@@ -52,6 +52,11 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "every parameter": {"density": 0.3, "target_modules": "all"},
     "one layer, rank for rank": {"equivalent_rank": 1, "layers_to_transform": [1]},
     "embedding by name": {"num_weights": 50, "target_modules": r".*(embed_tokens|wte)"},
+    "largest weights": {"method": "one_shot", "criterion": "largest_weight", "density": 0.1, "target_biases": True},
+    "given support": {
+        "method": "given",
+        "support": {"model.layers.1.mlp.up_proj.weight": [3, 20, 7], "model.norm.weight": [1, 2]},
+    },
     "bfloat16 values": {"density": 0.1, "values_dtype": "bfloat16"},
     "single parameters": {"density": 0.3, "target_parameters": ["layers.1.mlp.up_proj.weight", "norm.weight"]},
     "soft masks": {"kind": AdaSftConfig},
@@ -59,6 +64,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 # The same names in the other model.
 _GPT2_NAMES = {"layers.1.mlp.up_proj.weight": "h.1.mlp.c_fc.bias", "norm.weight": "ln_f.weight"}
+_GPT2_NAMES.update({f"model.{name}": f"transformer.{other}" for name, other in _GPT2_NAMES.items()})
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Case:
         fields = {"init_weights": False, "task_type": "CAUSAL_LM", **REQUESTS[self.request], **changes}
         if self.kind == "gpt2" and "target_parameters" in fields:
             fields["target_parameters"] = [_GPT2_NAMES[name] for name in fields["target_parameters"]]
+        if self.kind == "gpt2" and "support" in fields:
+            fields["support"] = {_GPT2_NAMES[name]: indices for name, indices in fields["support"].items()}
         return fields.pop("kind", SparseConfig)(**fields)
 
     def model(self, *adapters: str) -> PeftModel:
