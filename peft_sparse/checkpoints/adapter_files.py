@@ -1,93 +1,181 @@
-"""Sparse adapters as their files hold them, without a model."""
+"""Saved adapters without a model: where their files are, and what is in them."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
-from .files import verify_file
-from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of
+from .files import fetch, load_tensors
+from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
+_PICKLED = "adapter_model.bin"
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:/(?P<folder>[^@]+?)/?)?(?:@(?P<revision>.+))?")
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class AdapterFiles:
-    """What the files of a sparse adapter hold.
+    """What the two files of a sparse adapter hold.
 
     Attributes:
-        source: directory or repository.
+        source: where they came from, as it was given.
+        folder: where they lie on this machine.
         config: the content of adapter_config.json.
-        deltas: {parameter: delta}, empty ones left out, values in the dtype that a model would hold them in.
+        deltas: {parameter: delta}, in the dtype that the file has.
         others: {name: tensor} of what else is in the file: heads, and embeddings that PEFT put there.
+        digest: the file's own, in hexadecimal.
     """
 
     source: str
-    config: dict[str, Any]
-    deltas: dict[str, SparseDelta]
-    others: dict[str, Tensor]
-
-    @property
-    def heads(self) -> dict[str, Tensor]:
-        """The tensors of `modules_to_save`."""
-        modules = tuple(self.config.get("modules_to_save") or ())
-        return {name: tensor for name, tensor in self.others.items() if _lies_in(name, modules)}
+    folder: Path
+    config: Mapping[str, Any]
+    deltas: Mapping[str, SparseDelta]
+    others: Mapping[str, Tensor]
+    digest: str
 
 
-def read_adapter(source: str) -> AdapterFiles:
+def read_adapter(where: str | os.PathLike[str]) -> AdapterFiles:
     """Read and check the files of a sparse adapter.
 
     Args:
-        source: a directory that `save_pretrained` wrote, or a repository on the Hub.
+        where: see `find_file`.
 
     Raises:
-        FormatError: there is no adapter, or it is damaged.
-        ConfigError: it is of another type, or trains rows of an embedding beside the delta.
+        ConfigError: there is no such adapter.
+        FormatError: it is damaged, pickled, or no sparse adapter.
     """
-    config = json.loads(_find_file(source, CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("peft_type") != "SPARSE_FT":
-        raise ConfigError(
-            f"{source} is an adapter of type {config.get('peft_type')}; only sparse ones (SPARSE_FT) merge this way. "
-            "Load it with PEFT and call merge_and_unload()."
-        )
-    path = _find_file(source, SOURCE)
-    deltas = verify_file(path, counts=config.get("counts"))
-    values_dtype = getattr(torch, config.get("values_dtype", "float32"))
-    named = {canonical_name(key): tensor for key, tensor in load_file(path).items()}
-    others = {name: tensor for name, tensor in named.items() if parameter_of(name) is None and name != DIGEST_KEY}
-    if config.get("trainable_token_indices"):
-        raise ConfigError(
-            f"{source} trains rows of the embedding (trainable_token_indices), which cannot be merged this way. "
-            "Load it with PEFT and call merge_and_unload()."
-        )
-    tuned = {n: SparseDelta(d.indices, d.values.to(values_dtype), d.shape) for n, d in deltas.items() if d.count}
-    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in others.items()}
-    return AdapterFiles(source, config, tuned, plain)
+    config = read_sparse_config(where)
+    path = need_file(where, SOURCE)
+    tensors = load_tensors(path)
+    deltas = verify(tensors, counts=config["counts"], source=str(path))
+    named = {canonical_name(key): tensor for key, tensor in tensors.items()}
+    digest = stored_digest(named.pop(DIGEST_KEY), source=str(path))
+    others = {name: tensor for name, tensor in named.items() if parameter_of(name) is None}
+    return AdapterFiles(os.fspath(where), path.parent, config, deltas, others, digest)
 
 
-def _find_file(source: str, name: str) -> Path:
-    if Path(source).is_dir():
-        if not Path(source, name).is_file():
-            raise FormatError(f"{source} is no adapter of peft_sparse: it has no {name}.")
-        return Path(source, name)
+def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration of a sparse adapter, field by field, with its `counts` (None before weights are selected).
+
+    Args:
+        where: see `find_file`.
+
+    Raises:
+        ConfigError: there is no such adapter.
+        FormatError: the file is damaged, or that of another type of adapter.
+    """
+    config = read_config(where)
+    if (kind := config.get("peft_type")) != "SPARSE_FT":
+        raise FormatError(
+            f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
+            "peft_type 'SPARSE_FT' say which of the model's own weights they change. Others can be used with PEFT: "
+            "PeftModel.from_pretrained(...), merge_and_unload()."
+        )
+    counts = config.setdefault("counts", None)
+    is_map = isinstance(counts, dict) and all(type(count) is int and count >= 0 for count in counts.values())
+    if counts is not None and not is_map:
+        raise FormatError(
+            f"{CONFIG_FILE} of '{os.fspath(where)}': counts must map parameter names to numbers of weights. Download "
+            "or save the adapter again."
+        )
+    return config
+
+
+def read_config(where: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of an adapter of any type, field by field.
+
+    Args:
+        where, revision: see `find_file`.
+
+    Raises:
+        ConfigError: there is no such adapter.
+        FormatError: the file is damaged.
+    """
+    path = need_file(where, CONFIG_FILE, revision=revision)
     try:
-        return Path(hf_hub_download(source, name))
-    except HFValidationError as error:
-        raise FormatError(f"{source!r} is neither a directory nor the name of a repository on the Hub.") from error
-    except (EntryNotFoundError, LocalEntryNotFoundError) as error:
-        raise FormatError(f"{source} has no {name}, or it cannot be reached: {error}") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not valid JSON ({error}). Download or save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not the configuration of an adapter. Download or save the adapter again.")
+    return config
 
 
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    pieces = parameter.split(".")
-    return bool(modules) and any(".".join(pieces[:end]).endswith(modules) for end in range(1, len(pieces)))
+def find_file(where: str | os.PathLike[str], name: str, *, revision: str | None = None) -> Path | None:
+    """A file of a saved adapter, downloaded if need be; None if there is none of that name.
+
+    Args:
+        where: a folder, or an id of the Hub, which may go on with a folder and a revision:
+            "owner/name/folder@revision".
+        name: the file.
+        revision: branch, tag or commit on the Hub, where `where` does not say it.
+
+    Raises:
+        ConfigError: there is neither such a folder nor such a repository, or there are two revisions.
+    """
+    try:
+        return _fetch(where, name, revision)
+    except EntryNotFoundError:
+        return None
+
+
+def need_file(where: str | os.PathLike[str], name: str, *, revision: str | None = None) -> Path:
+    """As `find_file`, but a file that is not there is an error.
+
+    Raises:
+        ConfigError: there is no such adapter, or it has no such file.
+        FormatError: its weights are pickled.
+    """
+    try:
+        return _fetch(where, name, revision)
+    except EntryNotFoundError as error:
+        folder = Path(where).expanduser()
+        if not folder.is_dir():
+            raise _not_on_hub(where, name, error) from error
+    if name == SOURCE and (folder / _PICKLED).is_file():
+        raise FormatError(
+            f"'{folder}' holds {_PICKLED}, a pickle, which is never opened here, since that runs the code in it. Load "
+            "the adapter with PEFT and save it again."
+        )
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{name}"))
+    hint = f"It holds the adapters {inside}: name one of these folders" if inside else "Give the folder of an adapter"
+    raise ConfigError(f"'{folder}' has no {name}. {hint}.")
+
+
+def _fetch(where: str | os.PathLike[str], name: str, revision: str | None) -> Path:
+    """A file of a saved adapter; EntryNotFoundError if there is none of that name."""
+    path, given = Path(where).expanduser(), os.fspath(where)
+    if path.is_dir():
+        return fetch(path, name)
+    if path.exists():
+        raise ConfigError(f"'{given}' is a file. Give the folder that holds {CONFIG_FILE} and {SOURCE}.")
+    found = _HUB_ID.fullmatch(given)
+    if found is None:
+        raise ConfigError(f"There is no folder '{given}', and it is no id of the Hub (owner/name[/folder][@revision]).")
+    if revision is not None and found["revision"] not in (None, revision):
+        raise ConfigError(f"'{given}' names a revision, and another one is given beside it, {revision!r}. Give one.")
+    revision = found["revision"] or revision
+    try:
+        return Path(hf_hub_download(found["repo"], name, subfolder=found["folder"], revision=revision))
+    except EntryNotFoundError:
+        raise
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _not_on_hub(where, name, error) from error
+
+
+def _not_on_hub(where: str | os.PathLike[str], name: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"There is no folder '{os.fspath(where)}', and {name} of that name cannot be had from the Hub: {reason}"
+    )

@@ -1,15 +1,15 @@
-"""Adapter files on disk and on the Hub, checked before a model is touched."""
+"""Single files of adapters: found on disk or on the Hub, and checked before a model is touched."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,8 +17,6 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..errors import FormatError
 from .native import SOURCE, verify
-
-_CONFIG = "adapter_config.json"
 
 
 def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
@@ -34,14 +32,7 @@ def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | Non
     Raises:
         FormatError: the file is damaged or does not fit `counts`.
     """
-    try:
-        tensors = load_file(path, device="cpu")
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
-            "save it again from the model that trained it."
-        ) from error
-    return verify(tensors, counts=counts, source=os.fspath(path))
+    return verify(load_tensors(path), counts=counts, source=os.fspath(path))
 
 
 def verify_before_loading(
@@ -67,67 +58,41 @@ def verify_before_loading(
         FormatError: the file is damaged or does not fit `counts`.
     """
     # Without such a file: a pickled adapter_model.bin, checked when its tensors are loaded; or no weights at all.
-    path = _find(model_id, SOURCE, subfolder=subfolder, **download_kwargs)
-    if path is not None:
-        verify_file(path, counts=counts)
+    with suppress(EntryNotFoundError):
+        verify_file(fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs), counts=counts)
 
 
-def read_counts(
-    model_id: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None
-) -> dict[str, int]:
-    """How many weights of each parameter a saved adapter tunes, without opening its weights.
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of an adapter file, on the CPU.
+
+    Raises:
+        FormatError: it is no safetensors file, or it is cut off.
+    """
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
+            "save it again from the model that trained it."
+        ) from error
+
+
+def fetch(root: str | os.PathLike[str], name: str, *, subfolder: str | None = None, **download_kwargs: Any) -> Path:
+    """A file of a folder, or of a repository on the Hub, which is downloaded if it is not in the cache.
 
     Args:
-        model_id: directory or Hub repository of a sparse adapter.
+        root: the folder or the repository.
+        name: the file.
         subfolder: folder in it.
-        revision: of the repository.
+        download_kwargs: revision, token, cache_dir and so on, for `hf_hub_download`.
 
     Raises:
-        FormatError: there is no adapter_config.json, or it is not that of a sparse adapter with weights.
+        EntryNotFoundError: there is none of that name, or it is not in the cache and the Hub cannot be reached.
+        HfHubHTTPError, HFValidationError: the Hub has no such repository, or `root` could not be one.
     """
-    path = _find(model_id, _CONFIG, subfolder=subfolder, revision=revision)
-    if path is None:
-        raise FormatError(f"{os.fspath(model_id)} holds no {_CONFIG}: name the folder or repository of an adapter.")
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8")).get("counts")
-    except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path} is not the configuration of an adapter ({error}).") from error
-    if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
-        raise FormatError(
-            f"{path} says of no parameter how many weights are tuned (counts={counts!r}): it is not that of a sparse "
-            "adapter whose weights have been selected."
-        )
-    return counts
-
-
-def read_supports(
-    model_id: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None
-) -> dict[str, Tensor]:
-    """Which weights a saved adapter tunes.
-
-    Args:
-        model_id, subfolder, revision: as in `read_counts`.
-
-    Returns:
-        {parameter name: [k] sorted flat indices}, on the CPU.
-
-    Raises:
-        FormatError: there are no weights, or the file is damaged.
-    """
-    path = _find(model_id, SOURCE, subfolder=subfolder, revision=revision)
-    if path is None:
-        raise FormatError(
-            f"{os.fspath(model_id)} holds no {SOURCE}: name the folder or repository of a sparse adapter."
-        )
-    return {name: delta.indices for name, delta in verify_file(path).items()}
-
-
-def _find(model_id: str | os.PathLike[str], name: str, *, subfolder: str | None, **download_kwargs: Any) -> Path | None:
-    """A file of a saved adapter, in a directory or on the Hub; None if it is not there."""
-    folder = Path(model_id, subfolder or "")
+    folder = Path(root, subfolder or "")
     if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    try:
-        return Path(hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **download_kwargs))
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
+        if not (folder / name).is_file():
+            raise EntryNotFoundError(f"{folder} has no {name}")
+        return folder / name
+    return Path(hf_hub_download(os.fspath(root), name, subfolder=subfolder, **download_kwargs))

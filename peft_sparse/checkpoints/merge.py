@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.overlay import Overlay
 from ..errors import ConfigError, FormatError
-from .adapter_files import AdapterFiles, read_adapter
+from .adapter_files import read_adapter
 from .architecture import Names, class_name_of, labels_of_head, listed, read_config, skeleton, tied_groups
 from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
 
@@ -44,6 +44,29 @@ class Merged:
     num_weights: int
     changed: list[str]
     added: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """An adapter to merge.
+
+    Attributes:
+        source: directory or repository.
+        config: the content of adapter_config.json.
+        deltas: {parameter: delta}, empty ones left out, values in the dtype that a model would hold them in.
+        others: {name: tensor} of what else is in the file: heads, and embeddings that PEFT put there.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    deltas: Mapping[str, SparseDelta]
+    others: Mapping[str, Tensor]
+
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """The tensors of `modules_to_save`."""
+        modules = tuple(self.config.get("modules_to_save") or ())
+        return {name: tensor for name, tensor in self.others.items() if _lies_in(name, modules)}
 
 
 @dataclass(eq=False)
@@ -84,7 +107,8 @@ def merge_checkpoint(
 
     Args:
         base: the base model's checkpoint: a directory or a repository on the Hub, in safetensors.
-        adapters: directories or repositories of sparse adapters, at least one.
+        adapters: at least one sparse adapter: directories, or ids of the Hub, which may go on with a folder and a
+            revision ("owner/name/folder@revision").
         output: directory to write into.
         weights: one factor per adapter, of any sign, as for `add_weighted_adapter`; None adds all of them as they are,
             as `merge_and_unload(adapter_names=...)` does.
@@ -96,12 +120,14 @@ def merge_checkpoint(
         show_progress: show a progress bar on stderr.
 
     Raises:
-        FormatError: a file is damaged, or the adapters do not fit the checkpoint; the message lists the tensors.
-        ConfigError: the output exists, the base is quantised, or arguments do not fit each other.
+        FormatError: a file is damaged or no sparse adapter's, or the adapters do not fit the checkpoint; the message
+            lists the tensors.
+        ConfigError: there is no such adapter, the output exists, the base is quantised, or arguments do not fit each
+            other.
 
     Cost: the memory of the adapters, one shard of the result and the largest tensor.
     """
-    parts = [read_adapter(os.fspath(adapter)) for adapter in adapters]
+    parts = [_read_part(adapter) for adapter in adapters]
     factors = _check_factors(parts, weights)
     head = _choose_head(parts, None if head_from is None else os.fspath(head_from))
     checkpoint = Checkpoint(base, revision=revision)
@@ -129,7 +155,25 @@ def merge_checkpoint(
     return Merged(Path(output), num_weights, [*changed, *plan.added], plan.added)
 
 
-def _check_factors(parts: list[AdapterFiles], weights: Sequence[float] | None) -> list[float] | None:
+def _read_part(where: str | os.PathLike[str]) -> _Part:
+    files = read_adapter(where)
+    if files.config.get("trainable_token_indices"):
+        raise ConfigError(
+            f"{files.source} trains rows of the embedding (trainable_token_indices), which cannot be merged this way. "
+            "Load it with PEFT and call merge_and_unload()."
+        )
+    dtype = getattr(torch, files.config.get("values_dtype", "float32"))
+    deltas = {n: SparseDelta(d.indices, d.values.to(dtype), d.shape) for n, d in files.deltas.items() if d.count}
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in files.others.items()}
+    return _Part(files.source, files.config, deltas, plain)
+
+
+def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
+    pieces = parameter.split(".")
+    return bool(modules) and any(".".join(pieces[:end]).endswith(modules) for end in range(1, len(pieces)))
+
+
+def _check_factors(parts: list[_Part], weights: Sequence[float] | None) -> list[float] | None:
     if not parts:
         raise ConfigError("at least one adapter is needed to merge, got none.")
     if weights is not None and len(weights) != len(parts):
@@ -137,7 +181,7 @@ def _check_factors(parts: list[AdapterFiles], weights: Sequence[float] | None) -
     return None if weights is None else list(weights)
 
 
-def _choose_head(parts: list[AdapterFiles], head_from: str | None) -> AdapterFiles | None:
+def _choose_head(parts: list[_Part], head_from: str | None) -> _Part | None:
     having = [part for part in parts if part.heads]
     if head_from is not None:
         chosen = [part for part in having if part.source == head_from]
@@ -161,7 +205,7 @@ class _Plan:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, parts: list[AdapterFiles], factors: list[float] | None, head: AdapterFiles | None
+        self, checkpoint: Checkpoint, parts: list[_Part], factors: list[float] | None, head: _Part | None
     ) -> None:
         self._checkpoint = checkpoint
         self._config = read_config(checkpoint.folder)
@@ -215,7 +259,7 @@ class _Plan:
             changed.update(id2label=labels, label2id={label: i for i, label in labels.items()})
         return changed
 
-    def _fitting_model(self, parts: list[AdapterFiles], head: AdapterFiles | None) -> tuple[PreTrainedModel, str]:
+    def _fitting_model(self, parts: list[_Part], head: _Part | None) -> tuple[PreTrainedModel, str]:
         """The architecture on the meta device: the checkpoint's own, or an adapter's if a head or a name needs it."""
         own = [name for name in self._config.architectures or () if hasattr(transformers, name)][:1]
         trained_on = [name for part in ([head] if head else parts) if (name := _class_of(part, self._config))]
@@ -239,7 +283,7 @@ class _Plan:
             f"the adapters do not fit {self._checkpoint.source}. Nothing was written. " + "\n".join(failures)
         )
 
-    def _check_targets(self, parts: list[AdapterFiles], names: Names, in_pieces: set[str]) -> None:
+    def _check_targets(self, parts: list[_Part], names: Names, in_pieces: set[str]) -> None:
         wrong = []
         for part in parts:
             for name, delta in part.deltas.items():
@@ -272,7 +316,7 @@ class _Plan:
         twins = next((group for group in self._tied if own in group), [])
         return next((self._stored[name][0] for name in [own, *twins] if name in self._stored), None)
 
-    def _differing_passengers(self, part: AdapterFiles, names: Names) -> list[str]:
+    def _differing_passengers(self, part: _Part, names: Names) -> list[str]:
         """Embeddings that PEFT saved beside the adapter, where they are not those of the checkpoint."""
         wrong = []
         for name in part.others.keys() - part.heads.keys():
@@ -308,7 +352,7 @@ class _Plan:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
-def _class_of(part: AdapterFiles, config: PretrainedConfig) -> str | None:
+def _class_of(part: _Part, config: PretrainedConfig) -> str | None:
     mapping = part.config.get("auto_mapping") or {}
     if mapping.get("parent_library", "").startswith("transformers"):
         return str(mapping["base_model_class"])
@@ -316,7 +360,7 @@ def _class_of(part: AdapterFiles, config: PretrainedConfig) -> str | None:
     return class_name_of(config, task_type=task) if task is not None else None
 
 
-def _add_up(parts: list[AdapterFiles], factors: list[float] | None, names: Names) -> dict[str, list[SparseDelta]]:
+def _add_up(parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, list[SparseDelta]]:
     """{name in the model: deltas to add}: one per adapter, or their weighted sum."""
     found: dict[str, list[tuple[SparseDelta, float]]] = {}
     for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):

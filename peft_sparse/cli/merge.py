@@ -18,7 +18,9 @@ from ._values import parse_dtype, parse_size
 @app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="Checkpoint of the base model: directory or Hub id.")],
-    adapters: Annotated[list[str], typer.Argument(help="Sparse adapters: directories or Hub ids.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Sparse adapters: folders, or Hub ids (owner/name[/folder][@revision]).")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write the merged checkpoint into.")],
     weights: Annotated[
         str | None, typer.Option(help="A factor per adapter, such as 1,0.5 or -1,1. As they are by default.")

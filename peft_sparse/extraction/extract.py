@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ..checkpoints.adapter_files import CONFIG_FILE, find_file
 from ..checkpoints.native import build
 from ..checkpoints.shards import Checkpoint
 from ..errors import ConfigError
 from ..selection.budget import Budget, groups_of, total_from_request
 from ..tuners.sparse_ft.config import SparseConfig
 from .criteria import check_criterion, criterion_of
-from .other_adapters import CONFIG as ADAPTER_CONFIG
-from .other_adapters import AdapterOnBase, find_file
+from .other_adapters import AdapterOnBase
 from .output import check_output, save_adapter
 from .report import Extraction
 from .sources import CheckpointPair, Source
@@ -64,7 +64,8 @@ def extract_adapter(
     Args:
         base: directory or Hub repository of the model that was fine-tuned.
         tuned: directory or Hub repository of what became of it: a checkpoint of the same architecture, with the same
-            head, another or none; or an adapter of PEFT's types LORA, SHIRA or SUPERTUNING that belongs to `base`.
+            head, another or none; or an adapter of PEFT's types LORA, SHIRA or SUPERTUNING that belongs to `base`
+            (on the Hub: "owner/name[/folder][@revision]").
         output: directory for the adapter.
         density: share of the targeted weights to keep, in (0, 1]; exactly so many are kept. 1 keeps all of them,
             whether they differ or not.
@@ -158,7 +159,7 @@ def extract_adapter(
 
 
 def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str | None) -> Source:
-    if find_file(tuned, ADAPTER_CONFIG, revision=tuned_revision) is not None:
+    if find_file(tuned, CONFIG_FILE, revision=tuned_revision) is not None:
         return AdapterOnBase(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..checkpoints.adapter_files import need_file, read_config
+from ..checkpoints.files import load_tensors
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
 from ..errors import FormatError
@@ -28,7 +25,6 @@ from .skeleton import Skeleton, skeleton_of
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
 _ADAPTER = "extracted"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -63,31 +59,17 @@ _PURE: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def find_file(source: str, name: str, *, revision: str | None = None) -> Path | None:
-    """A file of a directory or of a repository on the Hub; None if there is none of that name."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, revision=revision))
-    except EntryNotFoundError:  # also when it is not in the cache and the Hub cannot be reached
-        return None
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise FormatError(
-            f"{source!r} is neither a directory nor a repository on the Hub that can be reached ({error})."
-        ) from error
-
-
 class AdapterOnBase:
     """What an adapter of PEFT's adds to the weights of its base model. No weight of the base is read.
 
     Args:
         base: directory or Hub repository of the base model, of which only config.json is needed.
-        adapter: directory or Hub repository of the adapter.
+        adapter: directory of the adapter, or id of the Hub ("owner/name[/folder][@revision]").
         base_revision: branch, tag or commit of the base on the Hub.
-        tuned_revision: the same of the adapter.
+        tuned_revision: the same of the adapter, if its id does not say it.
 
     Raises:
+        ConfigError: there is no such adapter.
         FormatError: a type other than LoRA, SHiRA and Super-Tuning; a variant that is more than a difference of weights
             (DoRA, trained biases, ...); a pickled file; or tensors that do not fit the base model.
 
@@ -100,14 +82,15 @@ class AdapterOnBase:
     ) -> None:
         self.adapter = adapter
         self.base_revision, self.tuned_revision = base_revision, tuned_revision
-        settings = _read_settings(adapter, tuned_revision)
+        settings = read_config(adapter, revision=tuned_revision)
         _check_pure(settings, adapter)
-        config = PeftConfig.from_pretrained(adapter, revision=tuned_revision)
+        path = need_file(adapter, WEIGHTS, revision=tuned_revision)
+        config = PeftConfig.from_pretrained(os.fspath(path.parent))
         self.skeleton = _skeleton(base, settings, base_revision)
         kept, config.modules_to_save = list(config.modules_to_save or ()), None
         if settings["peft_type"] == "LORA":
             config.init_lora_weights = True
-        state = _read_weights(adapter, tuned_revision)
+        state = load_tensors(path)
         self._heads = _split_heads(state, kept, adapter)
         self.heads = [head for head in kept if any(_is_inside(name, head) for name in self._heads)]
         _fill_with_nothing(self.skeleton.model)
@@ -130,16 +113,6 @@ class AdapterOnBase:
     def head_tensors(self) -> dict[str, Tensor]:
         """See `Source`."""
         return self._heads
-
-
-def _read_settings(adapter: str, revision: str | None) -> dict[str, Any]:
-    path = find_file(adapter, CONFIG, revision=revision)
-    if path is None:
-        raise FormatError(f"{adapter} has no {CONFIG}, so it is no adapter.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not valid JSON ({error}). Download the adapter again.") from error
 
 
 def _check_pure(settings: dict[str, Any], adapter: str) -> None:
@@ -165,21 +138,6 @@ def _skeleton(base: str, settings: dict[str, Any], revision: str | None) -> Skel
         kind = type(transformers.AutoConfig.for_model(**config))
         architecture = auto._model_mapping[kind].__name__ if kind in auto._model_mapping else None
     return skeleton_of(config, source=base, architecture=architecture)
-
-
-def _read_weights(adapter: str, revision: str | None) -> dict[str, Tensor]:
-    path = find_file(adapter, WEIGHTS, revision=revision)
-    if path is None:
-        raise FormatError(
-            f"{adapter} has no {WEIGHTS}. A pickled adapter_model.bin is not read, since that runs the code in it: "
-            "load the adapter with PEFT and save it again."
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path} is not a readable safetensors file ({error}). Download the adapter again."
-        ) from error
 
 
 def _is_inside(name: str, module: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.files import read_supports
+from ...checkpoints.adapter_files import read_adapter
 from ...core.indices import check_indices, index_dtype
 from ...core.sharded import how_sharded
 from ...errors import ConfigError
@@ -22,14 +22,14 @@ def given_support(config: GivenConfig) -> dict[str, Tensor] | None:
     """{parameter: [k] int64 sorted indices} that the user names; None once they are in the adapter's own file.
 
     Raises:
-        ConfigError: indices that are no integers.
-        FormatError: the adapter that they are copied from cannot be read.
+        ConfigError: indices that are no integers, or no such adapter to copy them from.
+        FormatError: that adapter is damaged, pickled, or no sparse one.
     """
     if isinstance(config.support, Mapping):
         return {name: _sorted(name, indices) for name, indices in config.support.items()}
     if config.counts is not None or config.support is None:
         return None
-    return {name: _sorted(name, indices) for name, indices in read_supports(config.support).items()}
+    return {name: _sorted(name, delta.indices) for name, delta in read_adapter(config.support).deltas.items()}
 
 
 def checked_support(support: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import os
 
 from torch import nn
 
-from ...checkpoints.files import read_counts
+from ...checkpoints.adapter_files import read_sparse_config
 from ...errors import ConfigError
 from ...selection.layer_budgets import measured_shares
 from .config import SparseConfig
@@ -14,29 +14,24 @@ from .state import count_weights
 
 
 def layer_budget_from(
-    adapter: nn.Module | SparseConfig | str | os.PathLike[str],
-    adapter_name: str = "default",
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
+    adapter: nn.Module | SparseConfig | str | os.PathLike[str], adapter_name: str = "default"
 ) -> dict[str, float]:
     """The distribution over layers that an adapter shows, to be given to another as its budget.
 
         RandConfig(density=0.05, budget=layer_budget_from("path/to/lt-sft"), target_modules="all")
 
     Args:
-        adapter: a model with adapters, the config of an adapter whose weights are selected, or the folder or Hub
-            repository of a saved one, of which adapter_config.json alone is read.
+        adapter: a model with adapters, the config of an adapter whose weights are selected, or a saved one, of which
+            adapter_config.json alone is read: its folder, or an id of the Hub ("owner/name[/folder][@revision]").
         adapter_name: which of a model's adapters.
-        subfolder, revision: where in the repository.
 
     Returns:
         {regex: share}, see `peft_sparse.selection.layer_budgets.measured_shares`: on the same targets and at the same
         density each layer gets as many weights as it has there.
 
     Raises:
-        ConfigError: the adapter has no weights, or the model no such adapter.
-        FormatError: the folder holds no sparse adapter.
+        ConfigError: there is no such adapter, or it has no weights.
+        FormatError: what is saved there is damaged, or no sparse adapter.
     """
     if isinstance(adapter, SparseConfig):
         counts = adapter.counts or {}
@@ -45,5 +40,5 @@ def layer_budget_from(
         if not counts:
             raise ConfigError(f"adapter_name must name a sparse adapter of the model, got {adapter_name!r}.")
     else:
-        counts = read_counts(adapter, subfolder=subfolder, revision=revision)
+        counts = read_sparse_config(adapter)["counts"] or {}
     return measured_shares(counts)

@@ -111,8 +111,9 @@ class GivenConfig(SparseConfig):
 
     Args:
         support: {parameter name: flat row-major indices}, in any order and without duplicates; or the folder or Hub
-            repository of a sparse adapter, whose support is copied and whose values are not. The support of an adapter
-            in a model is {name: delta.indices for name, _, _, delta in iter_deltas(model, "its name")}.
+            id ("owner/name[/folder][@revision]") of a sparse adapter, whose support is copied and whose values are not.
+            The support of an adapter in a model is
+            {name: delta.indices for name, _, _, delta in iter_deltas(model, "its name")}.
     """
 
     method: str = field(default="given", metadata={"help": "How the weights to tune are chosen."})

@@ -411,7 +411,7 @@ def test_rows_of_the_embedding(base, tmp_path):
 
 def test_another_type_of_adapter(base, tmp_path):
     get_peft_model(llama(), LoraConfig(r=1, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    refuse(base, [tmp_path / "lora"], tmp_path, ConfigError, "is an adapter of type LORA; only sparse ones")
+    refuse(base, [tmp_path / "lora"], tmp_path, FormatError, "is no sparse adapter: .* peft_type 'LORA'")
 
 
 def test_a_damaged_adapter(base, tmp_path):
@@ -424,9 +424,11 @@ def test_a_damaged_adapter(base, tmp_path):
 
 def test_adapters_that_are_none(base, tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(base, [tmp_path / "empty"], tmp_path, FormatError, "no adapter of peft_sparse: it has no adapter_config")
-    refuse(base, ["no/such/thing"], tmp_path, FormatError, "neither a directory nor the name of a repository")
-    refuse(base, ["peft-sparse-tests/none"], tmp_path, FormatError, "has no adapter_config.json, or it cannot be")
+    refuse(base, [tmp_path / "empty"], tmp_path, ConfigError, "empty' has no adapter_config.json. Give the folder")
+    refuse(base, ["./no/such/thing"], tmp_path, ConfigError, "There is no folder '.*no/such/thing', and it is no id")
+    refuse(
+        base, ["peft-sparse-tests/none"], tmp_path, ConfigError, "none', and adapter_config.json of that name cannot"
+    )
     refuse(base, [], tmp_path, ConfigError, "at least one adapter is needed to merge, got none")
 
 

@@ -76,4 +76,4 @@ def test_the_command_line_gives_one_line_and_status_1(folder, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["peft-sparse", "merge", "x/y/z", str(folder), "-o", "out"])
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert f"Error: {folder} is no adapter of peft_sparse: it has no adapter_config.json" in capsys.readouterr().err
+    assert f"Error: '{folder}' has no adapter_config.json" in capsys.readouterr().err

@@ -175,7 +175,7 @@ def test_tables_fit_into_eighty_columns(tmp_path):
     assert "all 6 24 25.0% 100%" in rows
     assert "task and language 3 60.0% 32.5% 37.5% 33.3% +0.019" in rows
     assert "encoder 50.0% 50.0% 3 25.0%" in rows
-    assert "classifier.bias 3 F32 12" in rows
+    assert "classifier.bias 3 float32 12" in rows
 
 
 def test_markup_in_names_is_text():

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from peft_sparse import ConfigError, FormatError, RandConfig, iter_deltas
-from peft_sparse.inspection import reading
+from peft_sparse.checkpoints import adapter_files
 from peft_sparse.inspection.reading import Head, adapter_of, read_adapter, read_adapters
 
 
@@ -31,8 +31,8 @@ def test_a_folder(tmp_path):
     assert (adapter.name, adapter.source, adapter.folder) == ("task", str(folder), folder)
     assert same(adapter.deltas, first())
     assert adapter.heads == (
-        Head("classifier.bias", (3,), "BF16", 6),
-        Head("classifier.weight", (3, 2), "F32", 24),
+        Head("classifier.bias", (3,), "bfloat16", 6),
+        Head("classifier.weight", (3, 2), "float32", 24),
     )
     assert adapter.file_bytes == (folder / "adapter_model.safetensors").stat().st_size
     assert len(bytes.fromhex(adapter.digest)) == 32
@@ -54,7 +54,7 @@ def test_a_hub_id_with_folder_and_revision(tmp_path, monkeypatch):
         return str(folder / name)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reading, "hf_hub_download", download)
+    monkeypatch.setattr(adapter_files, "hf_hub_download", download)
     adapter = read_adapter("lab/adapters/xx/language@v1.0")
     assert asked[0] == ("lab/adapters", "adapter_config.json", {"subfolder": "xx/language", "revision": "v1.0"})
     assert same(adapter.deltas, first())
@@ -66,7 +66,7 @@ def test_what_the_hub_does_not_have(monkeypatch):
     def download(*args: object, **kwargs: object) -> str:
         raise LocalEntryNotFoundError("no such repository\nsecond line")
 
-    monkeypatch.setattr(reading, "hf_hub_download", download)
+    monkeypatch.setattr(adapter_files, "hf_hub_download", download)
     with pytest.raises(ConfigError, match=r"no folder 'no/where', and adapter_config.json .* Hub: no such repository$"):
         read_adapter("no/where")
 
@@ -96,7 +96,7 @@ def test_lora_is_refused(tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = get_peft_model(BertModel(BertConfig(vocab_size=10, **sizes)), LoraConfig(target_modules=["query"], r=1))
     model.save_pretrained(tmp_path / "lora")
-    with pytest.raises(FormatError, match=r"lora' is no sparse adapter \(adapter_config.json says peft_type 'LORA'\)"):
+    with pytest.raises(FormatError, match=r"lora' is no sparse adapter: adapter_config.json says peft_type 'LORA'"):
         read_adapter(tmp_path / "lora")
 
 
@@ -104,8 +104,10 @@ def test_lora_is_refused(tmp_path):
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", r"is no sparse adapter \(adapter_config.json says no peft_type\)"),
+        ("[]", "adapter_config.json is not the configuration of an adapter"),
+        ("{}", "is no sparse adapter: adapter_config.json says peft_type None"),
         ('{"peft_type": "SPARSE_FT", "counts": [1]}', "counts must map parameter names to numbers"),
+        ('{"peft_type": "SPARSE_FT", "counts": {"a": -1}}', "counts must map parameter names to numbers"),
     ],
 )
 def test_a_broken_config(tmp_path, text, message):
