@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -13,17 +14,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import ConfigError
-from .card import BASE_CLASSES
+from .tasks import BASE_CLASSES
 
 
 def read_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:
-    """A model's config, from a directory or the Hub; its weights are not looked at.
+    """A model's config, from a directory or the Hub; its weights are not looked at, and no code beside them is run.
 
     Raises:
         ConfigError: there is none, or its architecture is not one of transformers'.
     """
     try:
-        return AutoConfig.from_pretrained(os.fspath(path_or_id), revision=revision)
+        return AutoConfig.from_pretrained(os.fspath(path_or_id), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{os.fspath(path_or_id)!r} has no config of a transformers model: {error}") from error
 
@@ -43,6 +44,23 @@ def class_name_of(config: PretrainedConfig, *, task_type: str | None = None) -> 
         f"the class of the model is not known: its config names {config.architectures}, which transformers does not "
         f"have. Give a task, one of {list(BASE_CLASSES)}."
     )
+
+
+def class_trained_on(adapter: Mapping[str, Any], config: PretrainedConfig) -> str | None:
+    """The class of transformers that an adapter was trained on; None if its config does not say.
+
+    Args:
+        adapter: the content of its adapter_config.json.
+        config: of the base model.
+
+    Raises:
+        ConfigError: as `class_name_of`.
+    """
+    mapping = adapter.get("auto_mapping") or {}
+    if mapping.get("parent_library", "").startswith("transformers"):
+        return str(mapping["base_model_class"])
+    task = adapter.get("task_type")
+    return class_name_of(config, task_type=task) if task is not None else None
 
 
 def skeleton(config: PretrainedConfig, class_name: str) -> PreTrainedModel:

@@ -17,17 +17,11 @@ from ..core.gaps import read_header
 from ..errors import FormatError
 from ..selection.anatomy import PARTS, place_of
 from .native import SOURCE, canonical_name, parameter_of, tensor_names
+from .tasks import BASE_CLASSES
 
 logger = logging.getLogger(__name__)
 
 README = "README.md"
-BASE_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 _SPARSE_TEXT = (
     "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each."
 )

@@ -14,14 +14,23 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.overlay import Overlay
 from ..errors import ConfigError, FormatError
 from .adapter_files import read_adapter
-from .architecture import Names, class_name_of, labels_of_head, listed, read_config, skeleton, tied_groups
+from .architecture import (
+    Names,
+    class_name_of,
+    class_trained_on,
+    labels_of_head,
+    listed,
+    read_config,
+    skeleton,
+    tied_groups,
+)
 from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
 
 logger = logging.getLogger(__name__)
@@ -262,7 +271,9 @@ class _Plan:
     def _fitting_model(self, parts: list[_Part], head: _Part | None) -> tuple[PreTrainedModel, str]:
         """The architecture on the meta device: the checkpoint's own, or an adapter's if a head or a name needs it."""
         own = [name for name in self._config.architectures or () if hasattr(transformers, name)][:1]
-        trained_on = [name for part in ([head] if head else parts) if (name := _class_of(part, self._config))]
+        trained_on = [
+            name for part in ([head] if head else parts) if (name := class_trained_on(part.config, self._config))
+        ]
         candidates = list(dict.fromkeys([*trained_on, *own] if head else [*own, *trained_on]))
         candidates = candidates or [class_name_of(self._config)]
         wanted = {name for part in parts for name in part.deltas} | set(head.heads if head else ())
@@ -350,14 +361,6 @@ class _Plan:
 
     def _is_embedding(self, parameter: str) -> bool:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
-
-
-def _class_of(part: _Part, config: PretrainedConfig) -> str | None:
-    mapping = part.config.get("auto_mapping") or {}
-    if mapping.get("parent_library", "").startswith("transformers"):
-        return str(mapping["base_model_class"])
-    task = part.config.get("task_type")
-    return class_name_of(config, task_type=task) if task is not None else None
 
 
 def _add_up(parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, list[SparseDelta]]:

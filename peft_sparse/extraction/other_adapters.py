@@ -9,30 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
+from ..checkpoints import architecture
 from ..checkpoints.adapter_files import need_file, read_config
 from ..checkpoints.files import load_tensors
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
 from ..errors import FormatError
-from .pairing import LISTED
-from .skeleton import Skeleton, skeleton_of
+from .skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER = "extracted"
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 _WAY_OUT = (
     "Merge it and give the result instead: PeftModel.from_pretrained(base, ...).merge_and_unload().save_pretrained(...)"
 )
@@ -69,7 +60,7 @@ class AdapterOnBase:
         tuned_revision: the same of the adapter, if its id does not say it.
 
     Raises:
-        ConfigError: there is no such adapter.
+        ConfigError: there is no such adapter, or the base has no config of a transformers model.
         FormatError: a type other than LoRA, SHiRA and Super-Tuning; a variant that is more than a difference of weights
             (DoRA, trained biases, ...); a pickled file; or tensors that do not fit the base model.
 
@@ -86,7 +77,9 @@ class AdapterOnBase:
         _check_pure(settings, adapter)
         path = need_file(adapter, WEIGHTS, revision=tuned_revision)
         config = PeftConfig.from_pretrained(os.fspath(path.parent))
-        self.skeleton = _skeleton(base, settings, base_revision)
+        base_config = architecture.read_config(base, revision=base_revision)
+        class_name = architecture.class_trained_on(settings, base_config) or architecture.class_name_of(base_config)
+        self.skeleton = Skeleton.of(architecture.skeleton(base_config, class_name))
         kept, config.modules_to_save = list(config.modules_to_save or ()), None
         if settings["peft_type"] == "LORA":
             config.init_lora_weights = True
@@ -127,17 +120,6 @@ def _check_pure(settings: dict[str, Any], adapter: str) -> None:
                 f"{adapter} has {field}={settings[field]!r}, so it is more than a difference that could be computed "
                 f"from its own weights. {_WAY_OUT}"
             )
-
-
-def _skeleton(base: str, settings: dict[str, Any], revision: str | None) -> Skeleton:
-    config, _ = PretrainedConfig.get_config_dict(base, revision=revision)
-    config.pop("_commit_hash", None)
-    architecture = (settings.get("auto_mapping") or {}).get("base_model_class")
-    auto = getattr(transformers, _AUTO_CLASSES.get(settings.get("task_type") or "", ""), None)
-    if architecture is None and auto is not None:
-        kind = type(transformers.AutoConfig.for_model(**config))
-        architecture = auto._model_mapping[kind].__name__ if kind in auto._model_mapping else None
-    return skeleton_of(config, source=base, architecture=architecture)
 
 
 def _is_inside(name: str, module: str) -> bool:
@@ -182,8 +164,9 @@ def _inject(
     except (ValueError, RuntimeError, KeyError) as error:
         problems = [str(error)]
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
-        raise FormatError(f"{adapter} does not fit {base}. Give the base model that it was trained on.{listed}")
+        raise FormatError(
+            f"{adapter} does not fit {base}. Give the base model that it was trained on.{architecture.listed(problems)}"
+        )
     layers: dict[str, Callable[[], Tensor]] = {}
     for path, layer in model.base_model.model.named_modules():
         if isinstance(layer, BaseTunerLayer):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from ..checkpoints.architecture import listed
 from ..errors import FormatError
 from .skeleton import Skeleton
-
-# How many mismatches an error lists.
-LISTED = 12
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -34,8 +32,8 @@ class Pairing:
 def pair(skeleton: Skeleton, base: Shapes, tuned: Shapes, *, base_source: str, tuned_source: str) -> Pairing:
     """Match two checkpoints, parameter by parameter.
 
-    A parameter may have the base model's prefix in one and not in the other, and a tied one any of its names. What lies
-    outside the prefix and differs in shape or is missing in the base is a head, as is a pooler that the base lacks.
+    A tied parameter may have any of its names. What lies outside the prefix and differs in shape or is missing in the
+    base is a head, as is a pooler that the base lacks.
 
     Args:
         skeleton: the tuned model.
@@ -49,8 +47,8 @@ def pair(skeleton: Skeleton, base: Shapes, tuned: Shapes, *, base_source: str, t
     found, problems, alone = Pairing(), [], list[str]()
     forced = tuple(f"{head}." for head in skeleton.forced_heads())
     for name, shape in skeleton.shapes.items():
-        spellings = skeleton.spellings(name)
-        there = next((s for s in spellings if s in tuned), None)
+        names = (name, *skeleton.aliases[name])
+        there = next((n for n in names if n in tuned), None)
         if there is None:
             problems.append(f"{name}: no floating-point tensor in {tuned_source}")
             continue
@@ -58,7 +56,7 @@ def pair(skeleton: Skeleton, base: Shapes, tuned: Shapes, *, base_source: str, t
             problems.append(f"{name}: {list(shape)} by its own config, {list(tuned[there])} in {tuned_source}")
             continue
         found.tuned[name] = there
-        here = next((s for s in spellings if s in base), None)
+        here = next((n for n in names if n in base), None)
         is_head = name.startswith(forced) if forced else False
         if not is_head and here is not None and base[here] == shape:
             found.base[name] = here
@@ -98,13 +96,11 @@ def _modules_of(names: Collection[str], skeleton: Skeleton) -> tuple[list[str], 
 
 
 def _mismatch(problems: list[str], total: int, base_source: str, tuned_source: str) -> str:
-    listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
-    more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     # A checkpoint that does not fit its own config.
     misfits = any(problem.endswith(f"no floating-point tensor in {tuned_source}") for problem in problems)
     rebuilt = " Models whose tensors transformers rebuilds as it loads them (fused experts) cannot be compared."
     return (
         f"{base_source} and {tuned_source} are not the same architecture: {len(problems)} of {total} parameters do not "
         f"match. Nothing was written. Give the model that was fine-tuned as the base; if its vocabulary was extended, "
-        f"resize_token_embeddings and save it first.{rebuilt if misfits else ''}{listed}{more}"
+        f"resize_token_embeddings and save it first.{rebuilt if misfits else ''}{listed(problems)}"
     )

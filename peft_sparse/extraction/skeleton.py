@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers import PreTrainedModel
 
+from ..checkpoints.architecture import Names, skeleton, tied_groups
+from ..checkpoints.tasks import HEADS
 from ..errors import ConfigError, FormatError
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.layer import PARAMETERS
@@ -26,8 +26,6 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# What PEFT's model classes for these tasks add to `modules_to_save`: never tuned sparsely.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,26 @@ class Skeleton:
 
     Attributes:
         model: the transformers model, on the meta device.
-        architecture: the name of its class.
         task_type: PEFT's; None where it has none for this architecture.
         shapes: {name: shape} of all parameters, in the order of the model, tied ones under each of their names.
         aliases: {name of a parameter: names of all that share its memory, itself included}.
     """
 
-    model: nn.Module
-    architecture: str
+    model: PreTrainedModel
     task_type: str | None
     shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Skeleton:
+        """The skeleton that a model on the meta device is."""
+        name = type(model).__name__
+        task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+        if task is None and getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
+            task = "SEQ_2_SEQ_LM"
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+        tied = {name: tuple(group) for group in tied_groups(model) for name in group}
+        return cls(model, task, shapes, {name: tied.get(name, (name,)) for name in shapes})
 
     @property
     def prefix(self) -> str:
@@ -58,29 +65,21 @@ class Skeleton:
         """Whether there is anything beside the model of that path."""
         return isinstance(getattr(self.model, self.model.base_model_prefix, None), nn.Module)
 
-    def spellings(self, name: str) -> list[str]:
-        """The names under which a checkpoint of the same model, with another head or none, may have this parameter."""
-        others = [alias for alias in self.aliases[name] if alias != name]
-        bare = [n.removeprefix(self.prefix) if n.startswith(self.prefix) else self.prefix + n for n in (name, *others)]
-        return [name, *others, *bare]
-
     def names_in(self, names: Iterable[str]) -> dict[str, str]:
-        """{name in the model: name in the checkpoint}, after the renamings that transformers does when it loads one.
+        """{name in the model: name in a checkpoint of it, with another head or none}, as transformers loads one.
 
         Tensors that it cuts up or joins as it loads them (fused experts) keep their names, which no parameter has.
         """
-        renamings = [t for t in get_model_conversion_mapping(self.model) if isinstance(t, WeightRenaming)]
-        found = {name: name for name in names}
-        for name in list(found):
-            renamed = name
-            for renaming in renamings:
-                renamed, _ = renaming.rename_source_key(renamed)
-            found[renamed] = name
+        own = Names(self.model)
+        found = {}
+        for name in names:
+            renamed, is_whole = own.of_checkpoint(name)
+            found[renamed if is_whole else name] = name
         return found
 
     def forced_heads(self) -> list[str]:
         """The modules that PEFT saves whole whatever the config says, for this task."""
-        return [name for name in _HEADS.get(self.task_type or "", ()) if hasattr(self.model, name)]
+        return [name for name in HEADS.get(self.task_type or "", ()) if hasattr(self.model, name)]
 
     def tunable(self) -> dict[str, tuple[str, ...]]:
         """The parameters that a sparse adapter can hold, in the order of the model, each with those it stands for.
@@ -142,13 +141,12 @@ def _targets_everything(config: SparseConfig) -> bool:
     return config.target_modules is None and not (config.target_parameters or config.target_norms)
 
 
-def skeleton_of(config: Mapping[str, Any], *, source: str, architecture: str | None = None) -> Skeleton:
+def skeleton_of(config: Mapping[str, Any], *, source: str) -> Skeleton:
     """Build the skeleton that a config.json describes.
 
     Args:
         config: its content.
         source: what errors call the checkpoint.
-        architecture: class to build instead of the one that the config names.
 
     Raises:
         FormatError: there is no config, or the class that it names is not one of transformers' own.
@@ -158,7 +156,7 @@ def skeleton_of(config: Mapping[str, Any], *, source: str, architecture: str | N
             f"{source} has no config.json, which says what model the tensors belong to. Save the model with "
             "save_pretrained, or put its config.json beside the weights."
         )
-    name = architecture or next(iter(config.get("architectures") or ()), None)
+    name = next(iter(config.get("architectures") or ()), None)
     kind = getattr(transformers, name, None) if name else None
     if kind is None or not hasattr(kind, "base_model_prefix"):
         raise FormatError(
@@ -166,14 +164,4 @@ def skeleton_of(config: Mapping[str, Any], *, source: str, architecture: str | N
             "comes with a checkpoint is never run here. Set 'architectures' to the class that loads it, such as "
             "['LlamaForCausalLM']."
         )
-    with torch.device("meta"):
-        model = kind(kind.config_class.from_dict(dict(config)))
-    named = list(model.named_parameters(remove_duplicate=False))
-    holders: dict[int, list[str]] = {}
-    for parameter, tensor in named:
-        holders.setdefault(id(tensor), []).append(parameter)
-    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
-    if task is None and getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
-        task = "SEQ_2_SEQ_LM"
-    shapes = {parameter: tuple(tensor.shape) for parameter, tensor in named}
-    return Skeleton(model, name, task, shapes, {parameter: tuple(holders[id(tensor)]) for parameter, tensor in named})
+    return Skeleton.of(skeleton(kind.config_class.from_dict(dict(config)), name))

@@ -12,10 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..checkpoints.tasks import HEADS
 from .weight_layer import WeightLayer
-
-# What PEFT adds to `modules_to_save` of the config that it was given once the adapter is in: too late for our copy.
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class WeightTuner(BaseTuner):
@@ -76,7 +74,10 @@ def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
 
 
 def with_heads(config: PeftConfig) -> list[str] | None:
-    """`modules_to_save` of a config, with the heads that PEFT adds for its task."""
+    """`modules_to_save` of a config, with the heads that PEFT adds for its task.
+
+    For some tasks it does so once the adapter is in, to the config that it was given: too late for the tuner's copy.
+    """
     own = list(config.modules_to_save or ())
-    heads = _HEADS.get(config.task_type or "", ())
+    heads = HEADS.get(config.task_type or "", ())
     return [*own, *(head for head in heads if head not in own)] or config.modules_to_save
