@@ -1,13 +1,16 @@
-"""What the tuner layers of this library share: one adapter per example of a batch."""
+"""What the tuner layers of this library share: one adapter per example of a batch, and what merging says."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from ..errors import ConfigError
 
 
 class WeightLayer(nn.Module, BaseTunerLayer):
@@ -18,7 +21,20 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         raise TypeError(f"{type(self).__name__} does not say which adapters act")
 
     def restore(self) -> None:
-        """Take whatever stands in the base parameters out of them, but for merged adapters."""
+        """Take whatever stands in the base parameters out of them, bit for bit."""
+        raise TypeError(f"{type(self).__name__} does not say what stands in its base parameters")
+
+    def check_finite(self, adapters: Sequence[str]) -> None:
+        """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
+        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+
+    def unmerge(self) -> None:
+        """Restore the base parameters bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self.restore()
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
@@ -57,3 +73,20 @@ class WeightLayer(nn.Module, BaseTunerLayer):
             tuned = self._delta_forward([name], x[rows], *others, **named)
             result = result.index_copy(0, rows, tuned.to(result.dtype))
         return result
+
+
+def not_finite(adapters: Sequence[str], why: str) -> ValueError:
+    """What `check_finite` raises."""
+    # The first sentences are PEFT's: its tests match them for every tuner.
+    return ValueError(
+        f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. The base "
+        "model is unchanged."
+    )
+
+
+def not_whole(what: str, how: str | None) -> ConfigError:
+    """What refuses to merge where a process holds only a part of the weights; `how` is that of `how_sharded`."""
+    return ConfigError(
+        f"the {what} is {how}, and merging needs all of it. Save the adapter (model.save_pretrained, on every "
+        "process), load it onto the base model in a single process, and merge there."
+    )

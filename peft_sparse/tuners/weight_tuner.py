@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -17,7 +18,33 @@ from .weight_layer import WeightLayer
 
 
 class WeightTuner(BaseTuner):
-    """Base class of tuners whose layers are `WeightLayer`s."""
+    """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # Paths of the modules that the adapter being added targets.
+    _targets: Collection[str]
+
+    @contextmanager
+    def _adding(self, model: nn.Module, adapter_name: str) -> Iterator[Any]:
+        """Give an adapter that PEFT adds a config of its own, and forget the adapter if it is refused."""
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config.modules_to_save = with_heads(config)
+        if len(self.peft_config) == 1:
+            # What a refused file gives back: PEFT freezes the base model before it opens the file.
+            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            yield config
+        except ValueError:
+            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
+            if len(self.peft_config) > 1:
+                del self.peft_config[adapter_name]
+            raise
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        # The targets are known; PEFT needs some value to iterate over and to name in its errors.
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self._targets)
+        return peft_config
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
@@ -35,9 +62,39 @@ class WeightTuner(BaseTuner):
         left = left or list(self.peft_config)[:1]
         # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
         # and the model on none if its first layer has none.
-        layers = [module for module in self.model.modules() if isinstance(module, WeightLayer)]
-        if any(layer.active_adapters != left for layer in layers):
+        if any(layer.active_adapters != left for layer in self._layers()):
             self.set_adapter(left)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
+
+        Args:
+            adapter_names: the adapters to merge; the active ones if None.
+            safe_merge: refuse values that are not finite, before any layer is touched.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _layers(self) -> list[WeightLayer]:
+        return [module for module in self.model.modules() if isinstance(module, WeightLayer)]
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
+
+    def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Refuse to merge for good what cannot be, before anything is touched."""
+        if merge:
+            self._check_merge_allowed()
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+
+    def _restore(self) -> None:
+        """Take whatever is merged or written out of the base weights."""
+        for layer in self._layers():
+            layer.merged_adapters.clear()
+            layer.restore()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

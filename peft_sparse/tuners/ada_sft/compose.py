@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import ConfigError
-from ..sparse_ft.compose import check_names, choose_head, copy_heads
+from ..new_adapter import check_names, choose_head, copy_heads, inherited
 from .config import COMPOSED, AdaSftConfig
 from .iteration import iter_masked
 
@@ -49,14 +49,10 @@ def add_weighted_adapter(
     check_names(tuner, adapters, weights, adapter_name)
     head = choose_head(tuner, adapters, head_from)
     tuned = {name for adapter in adapters for name, _, _ in iter_masked(tuner, adapter)}
-    first: AdaSftConfig = tuner.peft_config[adapters[0]]
     tuner.peft_config[adapter_name] = AdaSftConfig(
         phase=COMPOSED,
         target_modules=sorted(name.rpartition(".")[0] for name in tuned),
-        modules_to_save=tuner.peft_config[head].modules_to_save if head else None,
-        task_type=tuner.peft_config[head].task_type if head else first.task_type,
-        base_model_name_or_path=first.base_model_name_or_path,
-        revision=first.revision,
+        **inherited(tuner, adapters, head),
     )
     tuner.inject_adapter(tuner.model, adapter_name)
     for _, layer, masked in iter_masked(tuner, adapter_name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from ...core.masked import masked_linear, masked_weight
 from ...core.sharded import how_sharded, is_sharded
 from ...errors import ConfigError
 from ..sparse_ft.packed import find_backend, is_packed
-from ..weight_layer import WeightLayer
+from ..weight_layer import WeightLayer, not_finite, not_whole
 from .masked_weight import MaskedWeight
 
 
@@ -138,31 +137,18 @@ class Linear(WeightLayer):
         """Raise a ConfigError if the weight is not whole in this process."""
         how = how_sharded(self.original)
         if how is not None or is_sharded(self.original):
-            raise ConfigError(
-                f"the weight of {name} is {how}, and merging needs all of it. Save the adapter (model.save_pretrained, "
-                "on every process), load it onto the base model in a single process, and merge there."
-            )
+            raise not_whole(f"weight of {name}", how)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
-        """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
         if not bool(torch.isfinite(self.merged_weight(adapters)).all()):
-            # The first sentences are PEFT's: its tests match them for every tuner.
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
-                "(W + D) * M is not finite. The base model is unchanged."
-            )
+            raise not_finite(adapters, "(W + D) * M is not finite")
 
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.merged_adapters.clear()
+    def restore(self) -> None:
         base = self.get_base_layer()
-        (original,) = self._originals
-        # What the model was moved to while it was merged.
-        original.data = original.data.to(base.weight)
-        base.weight = original
+        for original in self._originals:
+            # To where the model was moved while it was merged.
+            original.data = original.data.to(base.weight)
+            base.weight = original
         self._originals = []
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..sparse_ft.ties import forget_broken_ties
-from ..weight_tuner import WeightTuner, with_heads
+from ..weight_tuner import WeightTuner
 from . import compose, state
 from .config import AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers
@@ -29,11 +28,12 @@ class AdaSftModel(WeightTuner):
         adapter_name: name of the first adapter.
 
     Every adapter's config is a copy of the user's, in which `phase` says how far it is.
+
+    Cost: while adapters are merged (`merge_adapter`), a second copy of the targeted weights.
     """
 
     prefix = "ada_sft_"
     tuner_layer_cls = Linear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # ---- injection -------------------------------------------------------------------------------
 
@@ -52,13 +52,7 @@ class AdaSftModel(WeightTuner):
         Raises:
             ConfigError: a targeted module is no linear layer, or is quantised.
         """
-        requested: AdaSftConfig = self.peft_config[adapter_name]
-        config = self.peft_config[adapter_name] = copy.deepcopy(requested)
-        config.modules_to_save = with_heads(config)
-        if len(self.peft_config) == 1:
-            # What a refused file gives back: PEFT freezes the base model before it opens the file.
-            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
-        try:
+        with self._adding(model, adapter_name) as config:
             if state_dict is not None:
                 config.phase = state.phase_of(state_dict)
             self._request = config.as_sparse()
@@ -73,22 +67,11 @@ class AdaSftModel(WeightTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        except ValueError:
-            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
-            if len(self.peft_config) > 1:
-                del self.peft_config[adapter_name]
-            raise
         config.target_modules = stored_target_modules(self._request, self._targets)
         if not config.init_weights and not config.inference_mode:
             for _, _, masked in iter_masked(model, adapter_name):
                 if not masked.trained.is_meta:
                     masked.start_at_random()
-
-    def _prepare_adapter_config(self, peft_config: AdaSftConfig, model_config: dict[str, Any]) -> AdaSftConfig:
-        # The targets are known; PEFT needs some value to iterate over and to name in its errors.
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self._targets)
-        return peft_config
 
     def _check_target_module_exists(self, peft_config: AdaSftConfig, key: str) -> Any:
         if path_in_base(key) in self._targets:
@@ -123,19 +106,6 @@ class AdaSftModel(WeightTuner):
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Put merged weights in the place of the base weights until `unmerge_adapter`, which puts those back.
-
-        Args:
-            adapter_names: the adapters to merge; the active ones if None.
-            safe_merge: refuse values that are not finite, before any layer is touched.
-
-        Cost: while merged, a second copy of the targeted weights.
-        """
-        if safe_merge:
-            self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
     def _check_merge_allowed(self) -> None:
         # Called by PEFT before the first layer is merged. Its own version warns about tied embeddings; here merging
         # unties them.
@@ -149,24 +119,15 @@ class AdaSftModel(WeightTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            self._check_merge_allowed()
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+        self._check_unloading(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         if not merge:
-            for _, layer in iter_masked_layers(self.model):
-                if layer.merged:
-                    layer.unmerge()
+            self._restore()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if merge:
             forget_broken_ties(model)
         return model
-
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for _, layer in iter_masked_layers(self.model):
-            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
 
     @classmethod
     def _get_adapter_state_dict(

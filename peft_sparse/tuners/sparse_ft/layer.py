@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ...core.observer import GradientObserver
 from ...core.overlay import Overlay, add_deltas
 from ...core.sharded import how_sharded, is_sharded
-from ...errors import ConfigError
-from ..weight_layer import WeightLayer
+from ..weight_layer import WeightLayer, not_finite, not_whole
 from .adapter_delta import AdapterDelta
 from .packed import parameter_device, parameter_shape
 
@@ -262,14 +261,9 @@ class SparseLayer(WeightLayer):
             for delta in self.active_deltas(parameter, adapters):
                 how = how_sharded(own)
                 if is_sharded(own) or (how is not None and not _is_all_there(own, delta.shape)):
-                    raise ConfigError(
-                        f"the {parameter} of {name} is {how}, and merging needs all of it. Save the adapter "
-                        "(model.save_pretrained, on every process), load it onto the base model in a single process, "
-                        "and merge there."
-                    )
+                    raise not_whole(f"{parameter} of {name}", how)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
-        """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
         for parameter in PARAMETERS:
             values = [delta.values for delta in self.active_deltas(parameter, adapters)]
             if not values:
@@ -279,19 +273,7 @@ class SparseLayer(WeightLayer):
             if not bool(torch.isfinite(merged).all()):
                 overflows = all(bool(torch.isfinite(v).all()) for v in values)
                 why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
-                # The first sentences are PEFT's: its tests match them for every tuner.
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}."
-                    " The base model is unchanged."
-                )
-
-    def unmerge(self) -> None:
-        """Restore the base parameters bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.merged_adapters.clear()
-        self.restore()
+                raise not_finite(adapters, why)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's delta on the weight as a dense tensor, zeros where this layer has none of it."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..weight_tuner import WeightTuner, with_heads
+from ..weight_tuner import WeightTuner
 from . import compose, drivers, state
 from .config import CHANCE, SparseConfig
 from .dense import Dequantization
@@ -39,7 +38,6 @@ class SparseModel(WrappedInTraining, WeightTuner):
 
     prefix = "sparse_ft_"
     tuner_layer_cls = SparseLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # ---- injection -------------------------------------------------------------------------------
 
@@ -62,14 +60,9 @@ class SparseModel(WrappedInTraining, WeightTuner):
         # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
-        config = self.peft_config[adapter_name] = copy.deepcopy(requested)
-        config.modules_to_save = with_heads(config)
-        if state_dict is not None:
-            config.counts = state.counts_of(state_dict)
-        if len(self.peft_config) == 1:
-            # What a refused file gives back: PEFT freezes the base model before it opens the file.
-            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
-        try:
+        with self._adding(model, adapter_name) as config:
+            if state_dict is not None:
+                config.counts = state.counts_of(state_dict)
             planned = plan(config, model)
             self._targets, self._counts = planned.targets, planned.counts or {}
             super().inject_adapter(
@@ -79,11 +72,6 @@ class SparseModel(WrappedInTraining, WeightTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        except ValueError:
-            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
-            if len(self.peft_config) > 1:
-                del self.peft_config[adapter_name]
-            raise
         config.target_modules = stored_target_modules(requested, self._targets)
         mark_tied(model, adapter_name, self.active_adapters)
         hold_layouts(model)
@@ -106,12 +94,6 @@ class SparseModel(WrappedInTraining, WeightTuner):
         is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
         if is_known and not config.inference_mode:
             set_supports(config, {name: d for name, _, _, d in iter_deltas(model, adapter_name)}, planned.chosen)
-
-    def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
-        # The targets are known; PEFT needs some value to iterate over and to name in its errors.
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self._targets)
-        return peft_config
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
         if path_in_base(key) in self._targets:
@@ -178,8 +160,6 @@ class SparseModel(WrappedInTraining, WeightTuner):
             adapter_names: the adapters to merge; the active ones if None.
             safe_merge: refuse values that are not finite, before any layer is touched.
         """
-        if safe_merge:
-            self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         warn_of_loss(iter_layers(self.model), way_back="unmerge_adapter() gives the old ones back bit for bit; ")
 
@@ -217,16 +197,11 @@ class SparseModel(WrappedInTraining, WeightTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            self._check_merge_allowed()
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+        self._check_unloading(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         drivers.stop(self.model)
         layers = list(iter_layers(self.model))
         if not merge:
-            for _, layer in layers:
-                layer.merged_adapters.clear()
-                layer.restore()
+            self._restore()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -235,10 +210,6 @@ class SparseModel(WrappedInTraining, WeightTuner):
             forget_broken_ties(model)
         release_layouts(model)
         return model
-
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for _, layer in iter_layers(self.model):
-            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
 
     @classmethod
     def _get_adapter_state_dict(
