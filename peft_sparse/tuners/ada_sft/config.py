@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
-
 from ..._peft_bridge import add_peft_type
-from ...checkpoints.card import update_card
 from ...errors import ConfigError
 from ..sparse_ft.config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
+from ..weight_config import WeightConfig
 
 ADA_SFT = add_peft_type("ADA_SFT")
 MASK, WEIGHTS, COMPOSED = "mask", "weights", "composed"
@@ -19,7 +17,7 @@ HELD = {MASK: ("scores",), WEIGHTS: ("scores", "difference"), COMPOSED: ("differ
 
 
 @dataclass
-class AdaSftConfig(PeftConfig):
+class AdaSftConfig(WeightConfig):
     """Ada-SFT: learn a soft mask M = sigmoid(S) over frozen linear weights, then the weights under the fixed mask.
 
     In the first phase a targeted weight acts as W * M and S trains; in the second one (W + D) * M acts and D trains,
@@ -87,8 +85,7 @@ class AdaSftConfig(PeftConfig):
 
     # PEFT asks every config for it.
     target_parameters = None
-    # Not fields: see `SparseConfig.saved_as`; and whether the file that this config came with is still to be loaded.
-    saved_as = "default"
+    # Not a field: whether the file that this config came with is still to be loaded.
     awaits_file = False
 
     def __post_init__(self) -> None:
@@ -146,12 +143,3 @@ class AdaSftConfig(PeftConfig):
         config = super().from_pretrained(*args, **kwargs)
         config.awaits_file = True
         return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields; sets as sorted lists, so that equal configs give equal files."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)

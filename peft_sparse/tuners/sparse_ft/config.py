@@ -8,13 +8,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft import PeftConfig
-
 from ..._peft_bridge import add_peft_type
-from ...checkpoints.card import update_card
 from ...checkpoints.files import verify_before_loading
 from ...errors import ConfigError
 from ...selection.budget import check_budget, check_request
+from ..weight_config import WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
 ALL_PARAMETERS = "all"
@@ -45,7 +43,7 @@ def method_name(name: str):
 
 @method_name(BASE_METHOD)
 @dataclass
-class SparseConfig(PeftConfig):
+class SparseConfig(WeightConfig):
     """A sparse delta on a model's own weights: how many (budget), which (method), on what (targets).
 
     `SparseConfig(method="lottery_ticket", ...)` gives a `LotteryTicketConfig`, as does loading a file that says so;
@@ -121,9 +119,6 @@ class SparseConfig(PeftConfig):
     default_method: ClassVar[str] = "rand"
     # What chooses the support of this method; until then an adapter holds no weight.
     selected_by: ClassVar[str] = NOTHING
-    # Not a field: the name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
-    # tells `save_pretrained` only a folder.
-    saved_as = "default"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         if cls is SparseConfig:
@@ -190,15 +185,6 @@ class SparseConfig(PeftConfig):
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
         verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
         return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields; sets as sorted lists, so that equal configs give equal files."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
 
 def _check_regex(name: str, pattern: str) -> None:
