@@ -16,6 +16,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..errors import ConfigError
 from .tasks import BASE_CLASSES
 
+# How many names an error lists.
+_LISTED = 10
+
 
 def read_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:
     """A model's config, from a directory or the Hub; its weights are not looked at, and no code beside them is run.
@@ -144,8 +147,8 @@ def labels_of_head(config: PretrainedConfig, model: nn.Module, heads: Mapping[st
     return found.pop() if len(found) == 1 else None
 
 
-def listed(items: Iterable[str], *, at_most: int = 10) -> str:
-    """Names for an error, one a line."""
+def listed(items: Iterable[str]) -> str:
+    """Names for an error, one a line, and how many more there are."""
     names = list(items)
-    more = [f"... and {len(names) - at_most} more"] if len(names) > at_most else []
-    return "".join(f"\n  {line}" for line in [*names[:at_most], *more])
+    more = [f"... and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return "".join(f"\n  {line}" for line in [*names[:_LISTED], *more])

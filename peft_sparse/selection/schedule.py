@@ -91,10 +91,6 @@ class Schedule:
         """Whether this update's first backward pass nominates the candidates."""
         return self.window_end(update) == update + self.estimation_steps - 1
 
-    def is_first_selection(self, update: int) -> bool:
-        """Whether the reselection after this update is the first one."""
-        return update == self.estimation_steps and self.selects_after(update)
-
     def rate(self, update: int) -> float:
         """Share of a tensor's weights that the reselection after this update replaces, in [0, 1]."""
         return float(self._rate(update))

@@ -46,7 +46,7 @@ class AdaSftConfig(WeightConfig):
         from_identity: masks relative to their start, as above. False takes the paper's formula to the letter: masks in
             [0, 1], and a start at which every targeted weight is `initial_mask` times itself; use 0.99 or more then.
         density: share of the targeted weights that `sparse_from_ada` keeps, in (0, 1], where its caller names none.
-        budget: how those are spread over tensors: "uniform", "global" or {regex: share}; likewise.
+        budget: how those are spread over tensors, see `SparseConfig`; likewise.
         init_weights: False starts from random scores (for tests: the adapter is then not the identity).
         phase: the answer, not a request: "mask" (the first phase), "weights" (the second, and after it) or "composed"
             (a sum that `add_weighted_adapter` made), filled in by the library and saved in the file.

@@ -84,12 +84,6 @@ def test_counts_are_exact_where_floats_are_not() -> None:
     assert Schedule(initial_rate=0.29).num_replaced(25, 100) == 29
 
 
-def test_first_selection_is_known() -> None:
-    schedule = Schedule(total_steps=100)
-    assert [u for u in range(1, 100) if schedule.is_first_selection(u)] == [5]
-    assert not Schedule(total_steps=5).is_first_selection(5)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
