@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
-from .files import fetch, load_tensors
+from .files import fetch, load_tensors, read_json
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
@@ -102,14 +101,7 @@ def read_config(where: str | os.PathLike[str], *, revision: str | None = None) -
         ConfigError: there is no such adapter.
         FormatError: the file is damaged.
     """
-    path = need_file(where, CONFIG_FILE, revision=revision)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not valid JSON ({error}). Download or save the adapter again.") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} is not the configuration of an adapter. Download or save the adapter again.")
-    return config
+    return read_json(need_file(where, CONFIG_FILE, revision=revision))
 
 
 def find_file(where: str | os.PathLike[str], name: str, *, revision: str | None = None) -> Path | None:

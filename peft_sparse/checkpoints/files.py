@@ -1,7 +1,8 @@
-"""Single files of adapters: found on disk or on the Hub, and checked before a model is touched."""
+"""Single files: found on disk or on the Hub, read, and adapters' checked before a model is touched."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -96,3 +97,18 @@ def fetch(root: str | os.PathLike[str], name: str, *, subfolder: str | None = No
             raise EntryNotFoundError(f"{folder} has no {name}")
         return folder / name
     return Path(hf_hub_download(os.fspath(root), name, subfolder=subfolder, **download_kwargs))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that describes an adapter or a checkpoint.
+
+    Raises:
+        FormatError: it is damaged, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not valid JSON ({error}). Download or save it again.") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a JSON object, got {type(content).__name__}. Download or save it again.")
+    return content

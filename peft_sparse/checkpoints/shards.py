@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, FormatError
+from .files import read_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_SHARD_BYTES = 10**9
@@ -125,7 +126,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The content of config.json; empty if there is none."""
         path = self.folder / CONFIG
-        return _read_json(path, self.source) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def companions(self) -> list[Path]:
         """The files beside the weights that a copy needs: configs, tokenizer, chat template, code; no weights."""
@@ -158,7 +159,7 @@ def _find_shards(folder: Path, source: str) -> dict[str, set[str]]:
             f"{source} has no safetensors weights ({WEIGHTS} or {INDEX}){reason}. Load the model and save it again: "
             "AutoModel.from_pretrained(...).save_pretrained(directory)."
         )
-    weight_map = _read_json(folder / INDEX, source).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{source}: {INDEX} has no 'weight_map'. Download or save the checkpoint again.")
     shards: dict[str, set[str]] = {}
@@ -167,16 +168,6 @@ def _find_shards(folder: Path, source: str) -> dict[str, set[str]]:
             raise FormatError(f"{source}: {INDEX} says that '{name}' is in {shard!r}, no safetensors file beside it.")
         shards.setdefault(shard, set()).add(name)
     return shards
-
-
-def _read_json(path: Path, source: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{source}: {path.name} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{source}: {path.name} must hold a JSON object, got {type(content).__name__}.")
-    return content
 
 
 class ShardWriter:

@@ -104,7 +104,7 @@ def test_lora_is_refused(tmp_path):
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "adapter_config.json is not the configuration of an adapter"),
+        ("[]", "adapter_config.json must hold a JSON object, got list"),
         ("{}", "is no sparse adapter: adapter_config.json says peft_type None"),
         ('{"peft_type": "SPARSE_FT", "counts": [1]}', "counts must map parameter names to numbers"),
         ('{"peft_type": "SPARSE_FT", "counts": {"a": -1}}', "counts must map parameter names to numbers"),

@@ -292,7 +292,7 @@ def test_where_nothing_can_be_measured(tmp_path):
         layer_budget_from(get_peft_model(bert(), RandConfig(density=0.1)), "other")
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
         layer_budget_from(tmp_path)
-    for content, message in [("{", "is not valid JSON"), ("[]", "not the configuration")]:
+    for content, message in [("{", "is not valid JSON"), ("[]", "must hold a JSON object, got list")]:
         (tmp_path / "adapter_config.json").write_text(content)
         with pytest.raises(FormatError, match=message):
             layer_budget_from(tmp_path)
