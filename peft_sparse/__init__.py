@@ -11,6 +11,10 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .training.reselector import Reselection, Reselector, iter_reselectors
+from .tuners.bottleneck.adapter import BottleneckWeights
+from .tuners.bottleneck.config import BottleneckConfig
+from .tuners.bottleneck.model import BottleneckModel
+from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.model import SparseModel
@@ -31,6 +35,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SM3",
+    "BottleneckConfig",
+    "BottleneckModel",
+    "BottleneckWeights",
     "ConfigError",
     "DensePhase",
     "FormatError",
@@ -47,12 +54,16 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "bottleneck_weights",
+    "generated_weights",
+    "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
     "load_training_state",
     "resident",
     "save_training_state",
     "select",
+    "set_bottleneck_weights",
     "sparse_trainer",
     "start_dense_phase",
     "start_sparse_phase",
@@ -72,6 +83,7 @@ _LAZY = {
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)
+register("BOTTLENECK", BottleneckConfig, BottleneckModel)
 
 
 def __getattr__(name: str) -> Any:

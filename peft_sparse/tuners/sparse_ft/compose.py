@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peft.utils.other import ModulesToSaveWrapper
-
 from ...composition.combine import combine
 from ...core.delta import SparseDelta
-from ...errors import ConfigError
+from ..heads import check_names, choose_head, copy_heads
 from .config import SparseConfig
 from .iteration import iter_deltas
 
@@ -44,8 +42,8 @@ def add_weighted_adapter(
         ConfigError: an unknown or missing name, a name that is taken, or heads in several adapters without `head_from`.
         ValueError: an argument that `combine` refuses.
     """
-    _check_names(tuner, adapters, weights, adapter_name)
-    head = _choose_head(tuner, adapters, head_from)
+    check_names(tuner, adapters, weights, adapter_name)
+    head = choose_head(tuner, adapters, head_from)
     parts = [{name: delta.delta for name, _, _, delta in iter_deltas(tuner, adapter)} for adapter in adapters]
     shapes = {name: delta.shape for part in parts for name, delta in part.items()}
     combined = {
@@ -76,39 +74,5 @@ def add_weighted_adapter(
     for name, _, _, delta in iter_deltas(tuner, adapter_name):
         delta.set_support(combined[name].indices, combined[name].values)
     if head:
-        _copy_heads(tuner, head, adapter_name)
+        copy_heads(tuner, head, adapter_name)
     tuner.set_requires_grad(adapter_name, requires_grad=False)
-
-
-def _check_names(tuner: SparseModel, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    known = sorted(tuner.peft_config)
-    unknown = [name for name in adapters if name not in tuner.peft_config]
-    if unknown or not adapters:
-        raise ConfigError(f"adapters must name adapters of this model, got {adapters}. It has {known}.")
-    if len(adapters) != len(weights):
-        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
-    if adapter_name in tuner.peft_config:
-        raise ConfigError(
-            f"adapter_name {adapter_name!r} is taken; this model has {known}. Delete it first, or choose another name."
-        )
-
-
-def _choose_head(tuner: SparseModel, adapters: list[str], head_from: str | None) -> str | None:
-    having = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
-    if head_from is not None:
-        if head_from not in having:
-            raise ConfigError(
-                f"head_from must be one of the combined adapters that have heads ({having}), got {head_from!r}."
-            )
-        return head_from
-    if len(having) > 1:
-        raise ConfigError(
-            f"the adapters {having} all have heads (modules_to_save): say whose to keep with head_from=..."
-        )
-    return having[0] if having else None
-
-
-def _copy_heads(tuner: SparseModel, source: str, target: str) -> None:
-    for module in tuner.model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-            module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())

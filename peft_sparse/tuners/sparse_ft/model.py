@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..heads import with_heads
+from ..mixed_batches import give_names, names_by_module
 from . import compose, drivers, state
 from .config import SparseConfig
 from .dense import Dequantization
@@ -26,9 +26,6 @@ from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
-
-# What PEFT adds to `modules_to_save` of the config that it was given once the adapter is in: too late for our copy.
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class SparseModel(WrappedInTraining, BaseTuner):
@@ -68,7 +65,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
         config = self.peft_config[adapter_name] = copy.deepcopy(requested)
-        config.modules_to_save = _with_heads(config)
+        config.modules_to_save = with_heads(config)
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
         if len(self.peft_config) == 1:
@@ -265,22 +262,10 @@ class SparseModel(WrappedInTraining, BaseTuner):
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = []
-        for module in self.model.modules():
-            if isinstance(module, (SparseLayer, AuxiliaryTrainingWrapper)):
-                # Beam search repeats every example inside the decoder, not in the encoder.
-                names = (
-                    list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
-                )
-                handles.append(module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True))
+        handles = [
+            give_names(module, names)
+            for module, names in names_by_module(self, list(adapter_names), kwargs, SparseLayer)
+        ]
         try:
             yield
         finally:
@@ -329,13 +314,3 @@ class SparseModel(WrappedInTraining, BaseTuner):
             majority_sign_method=majority_sign_method,
             head_from=head_from,
         )
-
-
-def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _with_heads(config: SparseConfig) -> list[str] | None:
-    own = list(config.modules_to_save or ())
-    heads = _HEADS.get(config.task_type or "", ())
-    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save
