@@ -280,8 +280,8 @@ def _unknown(config: BottleneckConfig, model: nn.Module, model_type: str) -> str
     return (
         f"it is not known where bottleneck adapters go in {model_type!r} (known: {', '.join(sorted(ANATOMIES))}). "
         'Name the modules with target_modules: for kind="pfeiffer" the norm behind the feed-forward\'s residual if the '
-        'model has one there (placement="norm"), else the feed-forward module (placement="block"); for "houlsby" the last '
-        'modules of attention and feed-forward (placement="output"); for "parallel" the feed-forward module '
+        'model has one there (placement="norm"), else the feed-forward module (placement="block"); for "houlsby" the '
+        'last modules of attention and feed-forward (placement="output"); for "parallel" the feed-forward module '
         f'(placement="parallel"). {_candidates(dict(named_targets(model)))}'
     )
 
