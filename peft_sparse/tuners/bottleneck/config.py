@@ -65,8 +65,10 @@ class BottleneckConfig(PeftConfig):
 
     Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247 (thesis equation 2.8); He et
     al. 2022, arXiv:2110.04366 (parallel); Pfeiffer et al. 2020, arXiv:2005.00052 (MAD-X). Differs from the `adapters`
-    library in presets (there "houlsby" has swish, "parallel" has reduction factor 2 and scaling 4), and on pre-norm
-    models in the input of "parallel": here the feed-forward's own, after the norm; there the residual before it.
+    library in presets (there "houlsby" has swish, "parallel" has reduction factor 2 and scaling 4); on pre-norm models
+    in the input of "parallel" (here the feed-forward's own, after the norm; there the residual before it); and in
+    stacks with invertible adapters (here all of them act; there the first adapter's alone, and it is undone in the
+    library's own heads only).
     """
 
     kind: str = field(default="pfeiffer", metadata={"help": "'pfeiffer', 'houlsby' or 'parallel'."})
