@@ -13,6 +13,7 @@ from .optim.sparse_adamw import SparseAdamW
 from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.bottleneck.adapter import BottleneckWeights
 from .tuners.bottleneck.config import BottleneckConfig
+from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
 from .tuners.bottleneck.model import BottleneckModel
 from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
 from .tuners.sparse_ft.config import SparseConfig
@@ -59,8 +60,10 @@ __all__ = [
     "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
+    "load_adapter_hub",
     "load_training_state",
     "resident",
+    "save_adapter_hub",
     "save_training_state",
     "select",
     "set_bottleneck_weights",

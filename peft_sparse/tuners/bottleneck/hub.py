@@ -84,7 +84,7 @@ def load_adapter_hub(
 
 
 def save_adapter_hub(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
-    """Write an adapter as the `adapters` library loads it (`model.load_adapter(folder)`), without heads.
+    """Write an adapter for the `adapters` library: `load_adapter(folder, use_safetensors=True)` there. Without heads.
 
     Args:
         model: the `PeftModel`, on BERT, RoBERTa, XLM-R, ELECTRA or DistilBERT.
