@@ -11,10 +11,11 @@ import shutil
 import pytest
 import torch
 from adapters_library_case import ADAPTERS, MODELS, ROOT, STACKS, base_model, expected
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_sparse import FormatError, iter_bottlenecks, load_adapter_hub, save_adapter_hub
+from peft_sparse import BottleneckConfig, FormatError, iter_bottlenecks, load_adapter_hub, save_adapter_hub
 from peft_sparse.checkpoints.adapter_hub import read_adapter_hub
 from peft_sparse.tuners.bottleneck.invertible import Nice
 
@@ -115,6 +116,15 @@ def test_exported_files_are_the_librarys_own(name, adapter, tmp_path):
         assert value == theirs["config"][key] or key == "init_weights", key
     again = load_adapter_hub(base_model(name), tmp_path)
     close(logits(again, expected(name)["input_ids"]), expected(name)[adapter])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11, 16, 20])
+def test_exported_reduction_factor_gives_the_size_back(size, tmp_path):
+    # The library has no field for the size: it computes int(width // reduction_factor).
+    model = get_peft_model(base_model("bert"), BottleneckConfig(bottleneck_size=size))
+    save_adapter_hub(model, tmp_path)
+    factor = json.loads((tmp_path / "adapter_config.json").read_text())["config"]["reduction_factor"]
+    assert int(16 // factor) == size
 
 
 def test_legacy_names(tmp_path):

@@ -133,7 +133,8 @@ def save_adapter_hub(model: nn.Module, folder: str | os.PathLike[str], *, adapte
         "ln_after": False,
         "init_weights": "bert",
         "non_linearity": "leakyrelu" if config.activation == "leaky_relu" else config.activation,
-        "reduction_factor": width / size,
+        # The library computes int(width // factor); half a unit more keeps rounding from giving the next smaller size.
+        "reduction_factor": width // size if width % size == 0 else width / (size + 0.5),
         "scaling": LEARNED if config.scaling == LEARNED else float(config.scaling),
         "dropout": config.dropout,
         "inv_adapter": config.invertible,
