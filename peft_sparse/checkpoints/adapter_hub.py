@@ -224,7 +224,7 @@ def _kind(config: Mapping[str, Any], adapter: HubAdapter) -> str:
 
 
 def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, path_of: Callable[[Place], str]) -> None:
-    """Write an adapter for the `adapters` library: `load_adapter(folder, use_safetensors=True)` there. Without its head.
+    """Write an adapter, without its head, for the `adapters` library: `load_adapter(folder, use_safetensors=True)`.
 
     Args:
         folder: made if it does not exist; files of the same names are replaced.
