@@ -39,16 +39,21 @@ class Coupling(nn.Module):
         for net in (self.first, self.second):
             init_linears(net.down, net.up, init=init, random=random)
 
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both halves in the finer of the dtypes of `x` and the weights: what is added to zero must stay what it is."""
+        one, two = x.to(torch.promote_types(x.dtype, self.first.down.weight.dtype)).split(self.split, dim=-1)
+        return one, two
+
     def forward(self, x: Tensor) -> Tensor:
         """The coupling: [..., h] to [..., h], in the dtype of `x`."""
-        one, two = x.to(self.first.down.weight.dtype).split(self.split, dim=-1)
+        one, two = self._halves(x)
         one = self.change(one, self.first(two))
         two = self.change(two, self.second(one))
         return torch.cat([one, two], dim=-1).to(x.dtype)
 
     def inverse(self, y: Tensor) -> Tensor:
         """What `forward` was given: exact but for rounding."""
-        one, two = y.to(self.first.down.weight.dtype).split(self.split, dim=-1)
+        one, two = self._halves(y)
         two = self.change_back(two, self.second(one))
         one = self.change_back(one, self.first(two))
         return torch.cat([one, two], dim=-1).to(y.dtype)
@@ -103,7 +108,7 @@ class _Subnet(nn.Module):
         self.up = nn.Linear(size, outputs, device=device, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.activation(self.down(x)))
+        return self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
 
 
 COUPLINGS: dict[str, type[Coupling]] = {"nice": Nice, "glow": Glow}

@@ -16,6 +16,9 @@ from .invertible import COUPLINGS
 from .placement import INVERTIBLE, Site
 from .sites import PerExample, apply, attach
 
+# The attribute that holds a layer's adapters; transformers looks for the prefix of the tuner type in it.
+ADAPTERS = "bottleneck_adapters"
+
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """Stands around the module of a site; see `placement.py` for what happens there.
@@ -26,7 +29,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         row_names: while a mixed batch is computed, the adapter of each example; None otherwise.
     """
 
-    adapter_layer_names = ("bottleneck_adapters",)
+    adapter_layer_names = (ADAPTERS,)
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, *, reference: Tensor) -> None:

@@ -19,7 +19,7 @@ from ..sparse_ft.iteration import path_in_base
 from . import compose
 from .bake import bake, output_embeddings
 from .config import BottleneckConfig
-from .layer import CANNOT_MERGE, BottleneckLayer
+from .layer import ADAPTERS, CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
 from .state import check_loaded
@@ -238,6 +238,11 @@ class BottleneckModel(BaseTuner):
         config.saved_as = adapter_name
         keep_card_when_pushing(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's version looks for the name before the last part of the key; here modules stand between.
+        return key.replace(f".{ADAPTERS}.{adapter_name}.", f".{ADAPTERS}.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 from ...errors import FormatError
 from ..sparse_ft.state import discard
-from .layer import BottleneckLayer
-
-_PART = ".bottleneck_adapters."
+from .layer import ADAPTERS, BottleneckLayer
 
 
 def check_loaded(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -28,8 +26,8 @@ def check_loaded(model: nn.Module, adapter_name: str, state_dict: dict[str, Tens
     for name, layer in layers.items():
         if adapter_name in layer.bottleneck_adapters:
             for key, parameter in layer.bottleneck_adapters[adapter_name].named_parameters():
-                own[f"{name}{_PART}{adapter_name}.{key}"] = tuple(parameter.shape)
-    given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if _PART in key}
+                own[f"{name}.{ADAPTERS}.{adapter_name}.{key}"] = tuple(parameter.shape)
+    given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if f".{ADAPTERS}." in key}
     problem = _problem(own, given)
     if problem is None:
         return

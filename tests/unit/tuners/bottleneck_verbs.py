@@ -191,8 +191,10 @@ def one_adapter_per_example(case: Case, folder: Path) -> None:
         logits(model, adapter_names=["nobody", "a", "a"])
     with pytest.raises(ValueError, match=r"one adapter per example \(3\), got 2"):
         logits(model, adapter_names=["a", "b"])
-    with model.disable_adapter(), pytest.raises(ValueError, match="while adapters are disabled"):
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="while adapters are disabled"):
         logits(model, adapter_names=["a", "b", "b"])
+    model.base_model.enable_adapter_layers()
     close(logits(model), case.expected(tensors_of(model, "a")))
 
 
