@@ -48,6 +48,8 @@ class Baked(nn.Module):
 def bake(model: nn.Module, adapter_names: list[str] | None = None) -> None:
     """Put a `Baked` module in the place of every tuned layer that has one of the adapters, in place.
 
+    What an invertible adapter undoes before the output embeddings is left to `bake_inverse`.
+
     Args:
         model: the base model with its tuned layers.
         adapter_names: the adapters; the active ones if None. The others are dropped.
@@ -67,8 +69,14 @@ def bake(model: nn.Module, adapter_names: list[str] | None = None) -> None:
         setattr(parent, child, baked)
         for placement in dict.fromkeys(placements):
             attach(baked, placement, parent)
-        if INVERTIBLE in placements and (output := output_embeddings(model)) is not None:
-            attach_inverse(baked, output)
+
+
+def bake_inverse(model: nn.Module) -> None:
+    """Hook the invertible adapters of a baked model into its output embeddings, once nothing else replaces these."""
+    output = output_embeddings(model)
+    for module in model.modules():
+        if isinstance(module, Baked) and INVERTIBLE in module.placements and output is not None:
+            attach_inverse(module, output)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

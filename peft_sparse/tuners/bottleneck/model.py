@@ -17,7 +17,7 @@ from ..heads import with_heads
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
 from . import compose
-from .bake import bake, output_embeddings
+from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
 from .layer import ADAPTERS, CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
@@ -183,9 +183,11 @@ class BottleneckModel(BaseTuner):
             bake(self.model, adapter_names)
         for _, layer in layers:
             layer.detach_hooks()
-        return super()._unload_and_optionally_merge(
+        model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        bake_inverse(model)
+        return model
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for path, layer in iter_layers(self.model):

@@ -13,7 +13,7 @@ from peft_sparse.tuners.bottleneck.layer import BottleneckLayer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-# All verbs on one request for each way of standing in a model; those that depend on what happens there on the others too.
+# All verbs on one request for each way of standing in a model; on the others those that depend on what happens there.
 THOROUGH = ("pfeiffer on post-norm", "pfeiffer on pre-norm", "nice on a decoder")
 EVERYWHERE = (
     "add_adapter, set_adapter",
