@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapter import Bottleneck, init_linears
@@ -32,7 +32,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = (ADAPTERS,)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, *, reference: Tensor) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
@@ -44,7 +44,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._made: dict[str, tuple[int, ...]] = {}
         # What hooks this layer into modules around it: {placement: handles}.
         self.hooks: dict[str, list[RemovableHandle]] = {}
-        self._reference = (reference.device, reference.dtype)
+        # Device and dtype of the model around this layer: dropouts have no parameter to read them off.
+        self._around = (torch.device("cpu"), torch.float32)
         # PEFT's own checks read them off every tuned layer.
         self.in_features = self.out_features = None
 
@@ -58,6 +59,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             parent: the module that holds the site's module.
         """
         placement, width = site.placement, site.width
+        self._around = _around(parent)
         adapter = make_adapter(config, placement=placement, width=width, device=self._device())
         self.bottleneck_adapters[adapter_name] = adapter
         self._made[adapter_name] = _versions(adapter)
@@ -105,7 +107,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def _device(self) -> torch.device:
         parameter = next(self.base_layer.parameters(), None)
-        return self._reference[0] if parameter is None else parameter.device
+        return self._around[0] if parameter is None else parameter.device
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the dtype of the weight, and finds no device where the base module has no weight.
@@ -116,8 +118,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def cast(self, adapter_name: str) -> None:
         """Bring an adapter to the base model's dtype, which PEFT does where `autocast_adapter_dtype` is False."""
-        if adapter_name in self.bottleneck_adapters and self._reference[1].is_floating_point:
-            self.bottleneck_adapters[adapter_name].to(self._reference[1])
+        if adapter_name in self.bottleneck_adapters:
+            self.bottleneck_adapters[adapter_name].to(self._around[1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -131,6 +133,18 @@ CANNOT_MERGE = (
     "bottleneck adapters cannot be merged: they are functions with a nonlinearity, which no weight of the base model "
     "can take in. merge_and_unload() gives a model of plain modules that has them built in."
 )
+
+
+def _around(parent: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's parameters, adapters not counted; float32 where all of them are packed."""
+    device = None
+    for name, parameter in parent.named_parameters():
+        if f"{ADAPTERS}." in name:
+            continue
+        device = device or parameter.device
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return device or torch.device("cpu"), torch.float32
 
 
 def _versions(adapter: nn.Module) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         is_new = not isinstance(target, BottleneckLayer)
-        layer = BottleneckLayer(target, reference=_reference(parent, self.model)) if is_new else target
+        layer = BottleneckLayer(target) if is_new else target
         layer.update_layer(adapter_name, peft_config, site=self._sites[path_in_base(current_key)], parent=parent)
         if is_new:
             if adapter_name not in self.active_adapters:
@@ -275,12 +275,3 @@ class BottleneckModel(BaseTuner):
                 "their parameters are averaged."
             )
         compose.add_weighted_adapter(self, list(adapters), list(weights), adapter_name, head_from=head_from)
-
-
-def _reference(parent: nn.Module, model: nn.Module) -> Tensor:
-    """A parameter near a site, whose device and dtype are the model's there."""
-    for module in (parent, model):
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                return parameter
-    return torch.empty(0)
