@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig
+from peft_sparse import LotteryTicketConfig, save_adapter_hub
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, STACKING, ADAPTER_HUB = BLOCKS
 
 
 @pytest.fixture
@@ -78,6 +79,29 @@ def test_two_phases_and_adding_up(folder):
     model.base_model.set_adapter(["language", "task"])
     torch.testing.assert_close(output(model), both, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(both, language)
+
+
+def test_stacking_and_adapter_hub(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
+    names: dict = {"base": base}
+    exec(STACKING, names)
+    model = names["model"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split("bottleneck_adapters.")[1].split(".")[0] for name in trained} == {"quechua", "task"}
+    assert not any(".task." in name for name in trained if "layer.1." in name)
+
+    save_adapter_hub(model, "quechua-from-adapterhub", adapter_name="quechua")
+    model.set_adapter("quechua")
+    expected = output(model)
+    names = {"base": model.unload()}
+    exec(ADAPTER_HUB, names)
+    assert torch.equal(output(names["model"]), expected)
+    assert sorted(path.name for path in (folder / "back-to-adapterhub").iterdir()) == [
+        "adapter.safetensors",
+        "adapter_config.json",
+    ]
 
 
 def test_ci_runs_the_documented_test_command():
