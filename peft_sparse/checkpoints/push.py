@@ -19,7 +19,7 @@ from .bottleneck_card import update_bottleneck_card
 from .card import update_card
 
 # {tuner type: what writes its part of a card}
-_WRITERS = {"SPARSE_FT": update_card, "BOTTLENECK": update_bottleneck_card}
+_WRITERS = {"SPARSE_FT": update_card, "ADA_SFT": update_card, "BOTTLENECK": update_bottleneck_card}
 
 
 def keep_card_when_pushing(model: nn.Module) -> None:
