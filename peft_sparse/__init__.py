@@ -15,6 +15,11 @@ from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel
 from .tuners.ada_sft.to_sparse import sparse_from_ada
+from .tuners.bottleneck.adapter import BottleneckWeights
+from .tuners.bottleneck.config import BottleneckConfig
+from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
+from .tuners.bottleneck.model import BottleneckModel
+from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.measured_budget import layer_budget_from
@@ -47,6 +52,9 @@ __all__ = [
     "SM3",
     "AdaSftConfig",
     "AdaSftModel",
+    "BottleneckConfig",
+    "BottleneckModel",
+    "BottleneckWeights",
     "ConfigError",
     "Criterion",
     "DeftXConfig",
@@ -70,20 +78,26 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "bottleneck_weights",
     "conflicts",
     "extract_adapter",
+    "generated_weights",
     "inspect_adapter",
+    "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
     "layer_budget_from",
+    "load_adapter_hub",
     "load_training_state",
     "merge_checkpoint",
     "plan_memory",
     "plot_adapters",
     "resident",
+    "save_adapter_hub",
     "save_training_state",
     "select",
     "select_by_gradients",
+    "set_bottleneck_weights",
     "sparse_from_ada",
     "sparse_trainer",
     "start_dense_phase",
@@ -115,6 +129,7 @@ _LAZY = {
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)
+register("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import LotteryTicketConfig, RandConfig, save_adapter_hub
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +29,7 @@ PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merg
 ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
 EXTRACTING = snippet("extract_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
+STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 
 
 @pytest.fixture
@@ -92,6 +93,29 @@ def test_two_phases_and_adding_up(folder):
     assert not torch.allclose(both, language)
 
 
+def test_stacking_and_adapter_hub(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
+    names: dict = {"base": base}
+    exec(STACKING, names)
+    model = names["model"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split("bottleneck_adapters.")[1].split(".")[0] for name in trained} == {"quechua", "task"}
+    assert not any(".task." in name for name in trained if "layer.1." in name)
+
+    save_adapter_hub(model, "quechua-from-adapterhub", adapter_name="quechua")
+    model.set_adapter("quechua")
+    expected = output(model)
+    names = {"base": model.unload()}
+    exec(ADAPTER_HUB, names)
+    assert torch.equal(output(names["model"]), expected)
+    assert sorted(path.name for path in (folder / "back-to-adapterhub").iterdir()) == [
+        "adapter.safetensors",
+        "adapter_config.json",
+    ]
+
+
 def test_looking_at_adapters(folder):
     for seed, name in enumerate(["language", "task"]):
         config = RandConfig(density=0.1, target_modules="all", init_weights=False, seed=seed)
@@ -137,7 +161,7 @@ def test_criteria_of_gradients(folder):
 
 
 def test_every_snippet_is_run():
-    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT]
+    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
     assert sorted(SNIPPETS) == sorted(run)
 
 
