@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .training.lottery import select, start_dense_phase, start_sparse_phase
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
+    from .typology import Typology, load_typology
 
 __version__ = "0.1.0"
 
@@ -50,11 +51,13 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "Typology",
     "conflicts",
     "inspect_adapter",
     "iter_deltas",
     "iter_reselectors",
     "load_training_state",
+    "load_typology",
     "plot_adapters",
     "resident",
     "save_training_state",
@@ -69,9 +72,11 @@ _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
+    "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "load_training_state": "training.callback.load_state",
+    "load_typology": "typology.table.load_typology",
     "plot_adapters": "inspection.page.plot_adapters",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
