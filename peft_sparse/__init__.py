@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
+    from .training.language_switch import LanguageSwitch, language_below_task
     from .training.lottery import select, start_dense_phase, start_sparse_phase
+    from .training.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
+    from .tuners.for_language import for_language
     from .typology import Typology, load_typology
 
 __version__ = "0.1.0"
@@ -38,7 +41,10 @@ __all__ = [
     "ConfigError",
     "DensePhase",
     "FormatError",
+    "LanguageSwitch",
     "LotteryTicketConfig",
+    "MultiSourceCollator",
+    "MultiSourceDataset",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -53,9 +59,12 @@ __all__ = [
     "SpielMAConfig",
     "Typology",
     "conflicts",
+    "evaluation_batches",
+    "for_language",
     "inspect_adapter",
     "iter_deltas",
     "iter_reselectors",
+    "language_below_task",
     "load_training_state",
     "load_typology",
     "plot_adapters",
@@ -70,11 +79,17 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
+    "LanguageSwitch": "training.language_switch.LanguageSwitch",
+    "MultiSourceCollator": "training.multisource.MultiSourceCollator",
+    "MultiSourceDataset": "training.multisource.MultiSourceDataset",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
+    "evaluation_batches": "training.multisource.evaluation_batches",
+    "for_language": "tuners.for_language.for_language",
     "inspect_adapter": "inspection.report.inspect_adapter",
+    "language_below_task": "training.language_switch.language_below_task",
     "load_training_state": "training.callback.load_state",
     "load_typology": "typology.table.load_typology",
     "plot_adapters": "inspection.page.plot_adapters",

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import LotteryTicketConfig, RandConfig, Typology
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +19,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = SNIPPETS[:4]
 (LOOKING,) = [snippet for snippet in SNIPPETS if "conflicts(" in snippet]
+(UNSEEN_LANGUAGE,) = [snippet for snippet in SNIPPETS if "load_typology(" in snippet]
+(SEVERAL_LANGUAGES,) = [snippet for snippet in SNIPPETS if "MultiSourceDataset(" in snippet]
 
 
 @pytest.fixture
@@ -91,6 +93,27 @@ def test_looking_at_adapters(folder):
     assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
     assert 0 < names["found"].total.cancelled < 0.5
     assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_languages(folder, monkeypatch):
+    vectors = {"ind": [0.0, 1, 1], "jav": [0.0, 1, 1], "eng": [1.0, 1, 0], "ace": [0.0, 1, 1]}
+    monkeypatch.setattr("peft_sparse.typology.table.load_typology", lambda: Typology.from_vectors(vectors))
+    model = get_peft_model(tiny_model(), RandConfig(density=0.05), adapter_name="task")
+    for seed, name in enumerate(["indonesian", "javanese", "english"]):
+        model.add_adapter(name, RandConfig(density=0.05, init_weights=False, seed=seed))
+    names: dict = {"model": model}
+    exec(UNSEEN_LANGUAGE, names)
+    assert model.active_adapters == ["acehnese"]
+    assert names["weights"]["ind"] == names["weights"]["jav"] > names["weights"]["en"]
+
+    model.set_adapter("task")
+    args = TrainingArguments(
+        output_dir="out", max_steps=4, per_device_train_batch_size=1, report_to="none", save_strategy="no"
+    )
+    names |= {"args": args, "collate": collate, "indonesian_rows": rows(20), "javanese_rows": rows(9)}
+    exec(SEVERAL_LANGUAGES, names)
+    assert sum(names["switch"].counts.values()) == 4
+    assert model.active_adapters[1] == "task"
 
 
 def test_ci_runs_the_documented_test_command():
