@@ -7,11 +7,12 @@ import shutil
 import pytest
 import torch
 from tiny_languages import SIZES, make_languages_and_task, make_sources, stack, train_languages
-from tiny_training import assert_same_tensors, deltas
+from tiny_training import assert_same_tensors, base_weights, deltas
 
 from peft_sparse import (
     ConfigError,
     LanguageSwitch,
+    LotteryTicketConfig,
     MultiSourceCollator,
     MultiSourceDataset,
     SparseTrainer,
@@ -24,6 +25,10 @@ ADAPTERS = {language: f"{language}-adapter" for language in SIZES}
 
 def batch_of(language: str) -> dict:
     return MultiSourceCollator(stack)(evaluation_batches({language: make_sources()[language]}, batch_size=3)[:1])
+
+
+def frozen_weights(model) -> dict:
+    return {name: weight for name, weight in base_weights(model).items() if "modules_to_save" not in name}
 
 
 def test_the_batch_is_computed_under_its_language():
@@ -100,6 +105,32 @@ def test_the_task_learns_and_the_languages_stay(tmp_path):
     for adapter in ADAPTERS.values():
         assert_same_tensors(deltas(model, adapter), deltas(start, adapter))
     assert any(values.any() for _, values in deltas(model, "task").values())
+
+
+def test_resident_mode_changes_nothing(tmp_path):
+    plain = train_languages(tmp_path / "plain")
+    resident = train_languages(tmp_path / "resident", trainer_class=SparseTrainer)
+    for (name, (indices, values)), (_, found) in zip(
+        deltas(plain.model, "task").items(), deltas(resident.model, "task").items(), strict=True
+    ):
+        assert torch.equal(found[0], indices), name
+        torch.testing.assert_close(found[1], values, rtol=1e-4, atol=1e-5)
+    assert_same_tensors(frozen_weights(resident.model), frozen_weights(make_languages_and_task()))
+
+
+def test_both_phases_of_a_lottery_ticket(tmp_path):
+    ticket = LotteryTicketConfig(num_weights=100, modules_to_save=["classifier"])
+    trainer = train_languages(tmp_path, trainer_class=SparseTrainer, task=ticket)
+    found = deltas(trainer.model, "task")
+    assert sum(len(indices) for indices, _ in found.values()) == 100
+    assert_same_tensors(frozen_weights(trainer.model), frozen_weights(make_languages_and_task()))
+    for adapter in ADAPTERS.values():
+        assert_same_tensors(deltas(trainer.model, adapter), deltas(make_languages_and_task(), adapter))
+    dense, sparse = trainer.seen[:8], trainer.seen[8:]
+    assert [(language, ids.tolist()) for language, ids, _ in dense] == [
+        (language, ids.tolist()) for language, ids, _ in sparse
+    ]
+    assert sum(trainer.switch.counts.values()) == 8  # of the phase that ran last
 
 
 def test_resumed_equals_uninterrupted(tmp_path):

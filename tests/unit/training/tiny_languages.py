@@ -10,7 +10,14 @@ from tiny_training import make_args, make_bert
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from peft_sparse import LanguageSwitch, MultiSourceCollator, MultiSourceDataset, RandConfig, language_below_task
+from peft_sparse import (
+    LanguageSwitch,
+    MultiSourceCollator,
+    MultiSourceDataset,
+    RandConfig,
+    SparseConfig,
+    language_below_task,
+)
 
 SIZES = {"eng": 12, "ind": 5, "quy": 3}
 
@@ -33,11 +40,10 @@ def stack(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def make_languages_and_task() -> PeftModel:
+def make_languages_and_task(task: SparseConfig | None = None) -> PeftModel:
     """Three frozen language adapters of different content, and a task adapter with a head, which trains."""
-    model = get_peft_model(
-        make_bert(), RandConfig(num_weights=100, modules_to_save=["classifier"]), adapter_name="task"
-    )
+    task = task or RandConfig(num_weights=100, modules_to_save=["classifier"])
+    model = get_peft_model(make_bert(), task, adapter_name="task")
     for seed, language in enumerate(SIZES):
         model.add_adapter(f"{language}-adapter", RandConfig(num_weights=100, init_weights=False, seed=seed))
     model.set_adapter("task")
@@ -58,7 +64,7 @@ class Seen(TrainerCallback):
 
 def train_languages(folder: Any, *, resume: bool = False, trainer_class: type = Trainer, **changes: Any) -> Any:
     """A trained trainer; `trainer.seen` are its batches, `trainer.switch` its LanguageSwitch."""
-    model = make_languages_and_task()
+    model = make_languages_and_task(changes.pop("task", None))
     batches = MultiSourceDataset(make_sources(), num_batches=16, batch_size=4, seed=3)
     seen = Seen(model)
     adapters = {language: f"{language}-adapter" for language in SIZES}
