@@ -40,11 +40,15 @@ if TYPE_CHECKING:
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
+    from .training.language_switch import LanguageSwitch, language_below_task
     from .training.lottery import select, start_dense_phase, start_sparse_phase
     from .training.mask_phase import start_weight_phase
+    from .training.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
     from .training.one_shot import select_by_gradients
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
+    from .tuners.for_language import for_language
+    from .typology import Typology, load_typology
 
 __version__ = "0.1.0"
 
@@ -63,8 +67,11 @@ __all__ = [
     "FormatError",
     "GivenConfig",
     "GradientMeans",
+    "LanguageSwitch",
     "LotteryTicketConfig",
     "MemoryPlan",
+    "MultiSourceCollator",
+    "MultiSourceDataset",
     "OneShotConfig",
     "RandConfig",
     "Reselection",
@@ -78,17 +85,22 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "Typology",
     "bottleneck_weights",
     "conflicts",
+    "evaluation_batches",
     "extract_adapter",
+    "for_language",
     "generated_weights",
     "inspect_adapter",
     "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
+    "language_below_task",
     "layer_budget_from",
     "load_adapter_hub",
     "load_training_state",
+    "load_typology",
     "merge_checkpoint",
     "plan_memory",
     "plot_adapters",
@@ -109,13 +121,21 @@ __all__ = [
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "Extraction": "extraction.report.Extraction",
+    "LanguageSwitch": "training.language_switch.LanguageSwitch",
     "MemoryPlan": "inspection.planner.MemoryPlan",
+    "MultiSourceCollator": "training.multisource.MultiSourceCollator",
+    "MultiSourceDataset": "training.multisource.MultiSourceDataset",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
+    "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
+    "evaluation_batches": "training.multisource.evaluation_batches",
     "extract_adapter": "extraction.extract.extract_adapter",
+    "for_language": "tuners.for_language.for_language",
     "inspect_adapter": "inspection.report.inspect_adapter",
+    "language_below_task": "training.language_switch.language_below_task",
     "load_training_state": "training.callback.load_state",
+    "load_typology": "typology.table.load_typology",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
     "plan_memory": "inspection.planner.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
