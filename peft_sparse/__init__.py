@@ -15,6 +15,11 @@ from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel
 from .tuners.ada_sft.to_sparse import sparse_from_ada
+from .tuners.bottleneck.adapter import BottleneckWeights
+from .tuners.bottleneck.config import BottleneckConfig
+from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
+from .tuners.bottleneck.model import BottleneckModel
+from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.measured_budget import layer_budget_from
@@ -35,11 +40,15 @@ if TYPE_CHECKING:
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
+    from .training.language_switch import LanguageSwitch, language_below_task
     from .training.lottery import select, start_dense_phase, start_sparse_phase
     from .training.mask_phase import start_weight_phase
+    from .training.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
     from .training.one_shot import select_by_gradients
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
+    from .tuners.for_language import for_language
+    from .typology import Typology, load_typology
 
 __version__ = "0.1.0"
 
@@ -47,6 +56,9 @@ __all__ = [
     "SM3",
     "AdaSftConfig",
     "AdaSftModel",
+    "BottleneckConfig",
+    "BottleneckModel",
+    "BottleneckWeights",
     "ConfigError",
     "Criterion",
     "DeftXConfig",
@@ -55,8 +67,11 @@ __all__ = [
     "FormatError",
     "GivenConfig",
     "GradientMeans",
+    "LanguageSwitch",
     "LotteryTicketConfig",
     "MemoryPlan",
+    "MultiSourceCollator",
+    "MultiSourceDataset",
     "OneShotConfig",
     "RandConfig",
     "Reselection",
@@ -70,20 +85,31 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "Typology",
+    "bottleneck_weights",
     "conflicts",
+    "evaluation_batches",
     "extract_adapter",
+    "for_language",
+    "generated_weights",
     "inspect_adapter",
+    "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
+    "language_below_task",
     "layer_budget_from",
+    "load_adapter_hub",
     "load_training_state",
+    "load_typology",
     "merge_checkpoint",
     "plan_memory",
     "plot_adapters",
     "resident",
+    "save_adapter_hub",
     "save_training_state",
     "select",
     "select_by_gradients",
+    "set_bottleneck_weights",
     "sparse_from_ada",
     "sparse_trainer",
     "start_dense_phase",
@@ -95,13 +121,21 @@ __all__ = [
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "Extraction": "extraction.report.Extraction",
+    "LanguageSwitch": "training.language_switch.LanguageSwitch",
     "MemoryPlan": "inspection.planner.MemoryPlan",
+    "MultiSourceCollator": "training.multisource.MultiSourceCollator",
+    "MultiSourceDataset": "training.multisource.MultiSourceDataset",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
+    "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
+    "evaluation_batches": "training.multisource.evaluation_batches",
     "extract_adapter": "extraction.extract.extract_adapter",
+    "for_language": "tuners.for_language.for_language",
     "inspect_adapter": "inspection.report.inspect_adapter",
+    "language_below_task": "training.language_switch.language_below_task",
     "load_training_state": "training.callback.load_state",
+    "load_typology": "typology.table.load_typology",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
     "plan_memory": "inspection.planner.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
@@ -115,6 +149,7 @@ _LAZY = {
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)
+register("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 

@@ -27,7 +27,7 @@ _SPARSE_TEXT = (
 )
 _ADA_SFT_TEXT = "This adapter multiplies the base model's own linear weights by soft masks, or adds to them, or both."
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_DEFAULT = "default"
+DEFAULT = "default"
 
 
 def layer_table(counts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> str:
@@ -94,22 +94,13 @@ def card_text(
         sizes: number of elements of each tuned parameter; None leaves the densities out.
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
-    base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
-    place = f', subfolder="{subfolder}"' if subfolder else ""
     heads = config.get("modules_to_save")
     facts = _mask_facts(config) if _is_ada_sft(config) else _sparse_facts(config, sizes)
     if heads:
         facts.append(f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}")
     return "\n".join(
         [
-            "```python",
-            "import peft_sparse  # pip install peft-sparse; registers the adapter type with PEFT",
-            "from peft import PeftModel",
-            f"from transformers import {base_class}",
-            "",
-            f'base = {base_class}.from_pretrained("{config.get("base_model_name_or_path") or "<base model>"}")',
-            f'model = PeftModel.from_pretrained(base, "<this repository or folder>"{place})',
-            "```",
+            *loading_snippet(config, subfolder=subfolder),
             "",
             f"## Sparse fine-tuning{f': {subfolder}' if subfolder else ''}",
             "",
@@ -119,6 +110,27 @@ def card_text(
             *([] if _is_ada_sft(config) else ["", layer_table(config["counts"], sizes)]),
         ]
     )
+
+
+def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) -> list[str]:
+    """The lines of markdown that show how to load an adapter.
+
+    Args:
+        config: the adapter's configuration (`config.to_dict()`).
+        subfolder: folder of the repository that the adapter lies in, None for its root.
+    """
+    base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
+    place = f', subfolder="{subfolder}"' if subfolder else ""
+    return [
+        "```python",
+        "import peft_sparse  # pip install peft-sparse; registers the adapter type with PEFT",
+        "from peft import PeftModel",
+        f"from transformers import {base_class}",
+        "",
+        f'base = {base_class}.from_pretrained("{config.get("base_model_name_or_path") or "<base model>"}")',
+        f'model = PeftModel.from_pretrained(base, "<this repository or folder>"{place})',
+        "```",
+    ]
 
 
 def _is_ada_sft(config: Mapping[str, Any]) -> bool:
@@ -198,8 +210,12 @@ def card_tags(config: Mapping[str, Any]) -> list[str]:
     """Tags for the Hub: the library, the family, the method, and the base model if its name is one on the Hub."""
     method = "ada_sft" if _is_ada_sft(config) else _plain(config.get("method"))
     tags = ["peft-sparse", "sparse-fine-tuning", method.replace("_", "-")]
+    return [*tags, *_base_tags(config)]
+
+
+def _base_tags(config: Mapping[str, Any]) -> list[str]:
     base = config.get("base_model_name_or_path")
-    return [*tags, f"base_model:adapter:{base}"] if _is_hub_id(base) else tags
+    return [f"base_model:adapter:{base}"] if _is_hub_id(base) else []
 
 
 def _is_hub_id(name: Any) -> bool:
@@ -211,7 +227,7 @@ def update_card(
     config: Mapping[str, Any],
     *,
     sizes: Mapping[str, int] | None = None,
-    adapter_name: str = _DEFAULT,
+    adapter_name: str = DEFAULT,
 ) -> None:
     """Write the library's part into the model card of a saved adapter, and keep everything else that stands there.
 
@@ -232,20 +248,31 @@ def update_card(
     folder = Path(directory)
     if sizes is None and counts:
         sizes = sizes_in_file(folder / SOURCE, counts)
-    _write_block(folder, config, sizes, subfolder=None)
-    if adapter_name != _DEFAULT and folder.name == adapter_name and (folder.parent / README).is_file():
-        _write_block(folder.parent, config, sizes, subfolder=adapter_name)
+    tags = card_tags(config)
+    write_block(folder, card_text(config, sizes=sizes), config, tags=tags)
+    if adapter_name != DEFAULT and folder.name == adapter_name and (folder.parent / README).is_file():
+        text = card_text(config, sizes=sizes, subfolder=adapter_name)
+        write_block(folder.parent, text, config, tags=tags, subfolder=adapter_name)
 
 
-def _write_block(
-    folder: Path, config: Mapping[str, Any], sizes: Mapping[str, int] | None, *, subfolder: str | None
+def write_block(
+    folder: Path, block: str, config: Mapping[str, Any], *, tags: Sequence[str], subfolder: str | None = None
 ) -> None:
+    """Write the library's part into the card of a folder, new or not.
+
+    Args:
+        folder: where the card lies or will lie.
+        block: the part, in markdown.
+        config: the adapter's configuration, for the base model's name.
+        tags: tags for the Hub, added to those that are there.
+        subfolder: where the part's adapter lies, None for `folder` itself.
+    """
     path = folder / README
     try:
         existing = path.read_bytes().decode("utf-8-sig") if path.is_file() else "---\nlibrary_name: peft\n---\n"
         card = ModelCard(existing)
-        tags = card.data.tags or []
-        card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), *card_tags(config)})
+        old = card.data.tags or []
+        card.data.tags = sorted({*([old] if isinstance(old, str) else old), *tags, *_base_tags(config)})
     except (ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("The model card %s was left as it is: its metadata cannot be read (%s).", path, error)
         return
@@ -253,7 +280,7 @@ def _write_block(
     if card.data.base_model is None and _is_hub_id(base):
         card.data.base_model = base
     card.data.library_name = "peft"  # as PEFT does; a card that transformers made says "transformers"
-    card.text = place_block(card.text, card_text(config, sizes=sizes, subfolder=subfolder), subfolder=subfolder)
+    card.text = place_block(card.text, block, subfolder=subfolder)
     write_atomically(path, str(card).encode())
 
 

@@ -15,9 +15,11 @@ from typing import Any
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from .bottleneck_card import update_bottleneck_card
 from .card import update_card
 
-_PEFT_TYPES = ("SPARSE_FT", "ADA_SFT")
+# {tuner type: what writes its part of a card}
+_WRITERS = {"SPARSE_FT": update_card, "ADA_SFT": update_card, "BOTTLENECK": update_bottleneck_card}
 
 
 def keep_card_when_pushing(model: nn.Module) -> None:
@@ -44,5 +46,6 @@ def update_cards(directory: str | os.PathLike[str]) -> None:
         if not path.is_file():
             continue
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("peft_type") in _PEFT_TYPES:
-            update_card(folder, config, adapter_name="default" if folder == root else folder.name)
+        writer = _WRITERS.get(config.get("peft_type"))
+        if writer is not None:
+            writer(folder, config, adapter_name="default" if folder == root else folder.name)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..checkpoints.tasks import HEADS
+from .mixed_batches import give_names, names_by_module
 from .weight_layer import WeightLayer
 
 
@@ -103,31 +102,15 @@ class WeightTuner(BaseTuner):
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = []
-        for module in self.model.modules():
-            if isinstance(module, (WeightLayer, AuxiliaryTrainingWrapper)):
-                # Beam search repeats every example inside the decoder, not in the encoder.
-                names = (
-                    list(adapter_names) if module in in_encoder else [n for n in adapter_names for _ in range(beams)]
-                )
-                handles.append(module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True))
+        handles = [
+            give_names(module, names)
+            for module, names in names_by_module(self, list(adapter_names), kwargs, WeightLayer)
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def with_heads(config: PeftConfig) -> list[str] | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import LotteryTicketConfig, RandConfig, Typology, save_adapter_hub
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +29,8 @@ PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merg
 ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
 EXTRACTING = snippet("extract_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
+STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
+UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("load_typology("), snippet("MultiSourceDataset(")
 
 
 @pytest.fixture
@@ -92,6 +94,29 @@ def test_two_phases_and_adding_up(folder):
     assert not torch.allclose(both, language)
 
 
+def test_stacking_and_adapter_hub(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
+    names: dict = {"base": base}
+    exec(STACKING, names)
+    model = names["model"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split("bottleneck_adapters.")[1].split(".")[0] for name in trained} == {"quechua", "task"}
+    assert not any(".task." in name for name in trained if "layer.1." in name)
+
+    save_adapter_hub(model, "quechua-from-adapterhub", adapter_name="quechua")
+    model.set_adapter("quechua")
+    expected = output(model)
+    names = {"base": model.unload()}
+    exec(ADAPTER_HUB, names)
+    assert torch.equal(output(names["model"]), expected)
+    assert sorted(path.name for path in (folder / "back-to-adapterhub").iterdir()) == [
+        "adapter.safetensors",
+        "adapter_config.json",
+    ]
+
+
 def test_looking_at_adapters(folder):
     for seed, name in enumerate(["language", "task"]):
         config = RandConfig(density=0.1, target_modules="all", init_weights=False, seed=seed)
@@ -101,6 +126,27 @@ def test_looking_at_adapters(folder):
     assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
     assert 0 < names["found"].total.cancelled < 0.5
     assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_languages(folder, monkeypatch):
+    vectors = {"ind": [0.0, 1, 1], "jav": [0.0, 1, 1], "eng": [1.0, 1, 0], "ace": [0.0, 1, 1]}
+    monkeypatch.setattr("peft_sparse.typology.table.load_typology", lambda: Typology.from_vectors(vectors))
+    model = get_peft_model(tiny_model(), RandConfig(density=0.05), adapter_name="task")
+    for seed, name in enumerate(["indonesian", "javanese", "english"]):
+        model.add_adapter(name, RandConfig(density=0.05, init_weights=False, seed=seed))
+    names: dict = {"model": model}
+    exec(UNSEEN_LANGUAGE, names)
+    assert model.active_adapters == ["acehnese"]
+    assert names["weights"]["ind"] == names["weights"]["jav"] > names["weights"]["en"]
+
+    model.set_adapter("task")
+    args = TrainingArguments(
+        output_dir="out", max_steps=4, per_device_train_batch_size=1, report_to="none", save_strategy="no"
+    )
+    names |= {"args": args, "collate": collate, "indonesian_rows": rows(20), "javanese_rows": rows(9)}
+    exec(SEVERAL_LANGUAGES, names)
+    assert sum(names["switch"].counts.values()) == 4
+    assert model.active_adapters[1] == "task"
 
 
 def test_soft_masks(folder):
@@ -137,7 +183,8 @@ def test_criteria_of_gradients(folder):
 
 
 def test_every_snippet_is_run():
-    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT]
+    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
+    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES]
     assert sorted(SNIPPETS) == sorted(run)
 
 

@@ -1,0 +1,176 @@
+"""The tuned layer: holds the adapters of one site, and applies the active ones one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .adapter import Bottleneck, init_linears
+from .config import BottleneckConfig
+from .invertible import COUPLINGS
+from .placement import INVERTIBLE, Site
+from .sites import PerExample, apply, attach
+
+# The attribute that holds a layer's adapters; transformers looks for the prefix of the tuner type in it.
+ADAPTERS = "bottleneck_adapters"
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """Stands around the module of a site; see `placement.py` for what happens there.
+
+    Attributes:
+        bottleneck_adapters: {adapter name: `Bottleneck`, or a `Coupling` behind the embeddings}.
+        placements: {adapter name: what it does here}.
+        row_names: while a mixed batch is computed, the adapter of each example; None otherwise.
+    """
+
+    adapter_layer_names = (ADAPTERS,)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_adapters = nn.ModuleDict()
+        self.placements: dict[str, str] = {}
+        self.row_names: list[str] | None = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # {adapter name: versions of its tensors when it was made}
+        self._made: dict[str, tuple[int, ...]] = {}
+        # What hooks this layer into modules around it: {placement: handles}.
+        self.hooks: dict[str, list[RemovableHandle]] = {}
+        # Device and dtype of the model around this layer: dropouts have no parameter to read them off.
+        self._around = (torch.device("cpu"), torch.float32)
+        # PEFT's own checks read them off every tuned layer.
+        self.in_features = self.out_features = None
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig, *, site: Site, parent: nn.Module) -> None:
+        """Give this site a new adapter with its starting values.
+
+        Args:
+            adapter_name: its name.
+            config: its resolved config.
+            site: what it does here, and how wide the hidden states are.
+            parent: the module that holds the site's module.
+        """
+        placement, width = site.placement, site.width
+        self._around = _around(parent)
+        adapter = make_adapter(config, placement=placement, width=width, device=self._device())
+        self.bottleneck_adapters[adapter_name] = adapter
+        self._made[adapter_name] = _versions(adapter)
+        self.placements[adapter_name] = placement
+        self.in_features = self.out_features = width
+        if placement not in self.hooks:
+            self.hooks[placement] = attach(self, placement, parent)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.placements.pop(adapter_name, None)
+        self._made.pop(adapter_name, None)
+
+    def is_fresh(self, adapter_name: str) -> bool:
+        """Whether nothing has written into an adapter's parameters since it was made, or this site has none."""
+        held = self.bottleneck_adapters
+        return adapter_name not in held or _versions(held[adapter_name]) == self._made[adapter_name]
+
+    def at(self, placement: str, adapters: Sequence[str] | None = None) -> list[Any]:
+        """What acts at a placement now, in order: the adapters of that name that this site has.
+
+        Args:
+            placement: the placement.
+            adapters: names; the active ones if None, or those of the mixed batch that is being computed.
+        """
+        if adapters is None and self.row_names is not None:
+            chosen = {name: found[0] for name in self.row_names if (found := self.at(placement, [name]))}
+            return [PerExample(self.row_names, chosen, replaces=placement == INVERTIBLE)] if chosen else []
+        if adapters is None:
+            adapters = [] if self.disable_adapters else self.active_adapters
+        held = self.bottleneck_adapters
+        return [held[name] for name in adapters if name in held and self.placements[name] == placement]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base module's output with what the active adapters make of it."""
+        return apply(self.base_layer, self, args, kwargs)
+
+    def detach_hooks(self) -> None:
+        """Take this layer out of the modules around it."""
+        for handles in self.hooks.values():
+            for handle in handles:
+                handle.remove()
+        self.hooks.clear()
+
+    def _device(self) -> torch.device:
+        parameter = next(self.base_layer.parameters(), None)
+        return self._around[0] if parameter is None else parameter.device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the dtype of the weight, and finds no device where the base module has no weight.
+        if adapter_name in self.bottleneck_adapters:
+            adapter = self.bottleneck_adapters[adapter_name]
+            if not any(parameter.is_meta for parameter in adapter.parameters()):
+                adapter.to(device if device is not None else self._device())
+
+    def cast(self, adapter_name: str) -> None:
+        """Bring an adapter to the base model's dtype, which PEFT does where `autocast_adapter_dtype` is False."""
+        if adapter_name in self.bottleneck_adapters:
+            self.bottleneck_adapters[adapter_name].to(self._around[1])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No weight is changed that LoRA could approximate."""
+        return False
+
+
+CANNOT_MERGE = (
+    "bottleneck adapters cannot be merged: they are functions with a nonlinearity, which no weight of the base model "
+    "can take in. merge_and_unload() gives a model of plain modules that has them built in."
+)
+
+
+def _around(parent: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's parameters, adapters not counted; float32 where all of them are packed."""
+    device = None
+    for name, parameter in parent.named_parameters():
+        if f"{ADAPTERS}." in name:
+            continue
+        device = device or parameter.device
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return device or torch.device("cpu"), torch.float32
+
+
+def _versions(adapter: nn.Module) -> tuple[int, ...]:
+    return tuple(parameter._version for parameter in adapter.parameters())
+
+
+def make_adapter(
+    config: BottleneckConfig, *, placement: str, width: int, device: torch.device | None = None
+) -> nn.Module:
+    """A new adapter module with its starting values, in float32."""
+    if placement == INVERTIBLE:
+        coupling = COUPLINGS[config.invertible](
+            width,
+            activation=config.activation,
+            reduction_factor=config.invertible_reduction_factor,
+            device=device,
+        )
+        coupling.reset(init=config.init, random=not config.init_weights)
+        return coupling
+    bottleneck = Bottleneck(
+        width,
+        config.size_for(width),
+        activation=config.activation,
+        scaling=config.scaling,
+        dropout=config.dropout,
+        device=device,
+    )
+    init_linears(bottleneck.down, bottleneck.up, init=config.init, random=not config.init_weights)
+    return bottleneck

@@ -1,0 +1,54 @@
+"""`adapter_names`: one adapter per example of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+# What a mixed batch calls an example without an adapter (PEFT's own word).
+BASE = "__base__"
+
+
+def names_by_module(
+    tuner: BaseTuner, adapter_names: list[str], kwargs: dict[str, Any], kind: type[nn.Module]
+) -> Iterator[tuple[nn.Module, list[str]]]:
+    """The adapter of each example that each tuned layer and each head will see.
+
+    Args:
+        tuner: the model.
+        adapter_names: one name per example of the batch; "__base__" stands for none.
+        kwargs: what else the forward or generate call was given.
+        kind: class of the tuned layers.
+
+    Raises:
+        ValueError: a name is unknown, or the model is in training.
+    """
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    unknown = sorted(set(adapter_names) - set(tuner.peft_config) - {BASE})
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    beams = kwargs.get("num_beams") or 1
+    model = tuner.model
+    encoder = model.get_encoder() if beams > 1 and hasattr(model, "get_encoder") else None
+    in_encoder = set(encoder.modules()) if encoder is not None and encoder is not model else set()
+    for module in model.modules():
+        if isinstance(module, (kind, AuxiliaryTrainingWrapper)):
+            # Beam search repeats every example inside the decoder, not in the encoder.
+            repeats = 1 if module in in_encoder else beams
+            yield module, [name for name in adapter_names for _ in range(repeats)]
+
+
+def give_names(module: nn.Module, names: list[str]) -> RemovableHandle:
+    """Hand a module the names as an argument of every forward, until the handle is removed."""
+    return module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True)
+
+
+def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
