@@ -16,28 +16,29 @@ from .mixed_batches import give_names, names_by_module
 from .weight_layer import WeightLayer
 
 
+@contextmanager
+def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
+    """Give an adapter that PEFT adds to a tuner a config of its own, and forget the adapter if it is refused."""
+    config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
+    config.modules_to_save = with_heads(config)
+    if len(tuner.peft_config) == 1:
+        # What a refused file gives back: PEFT freezes the base model before it opens the file.
+        tuner.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        yield config
+    except ValueError:
+        # PEFT has entered the name already; without an adapter behind it the model would be unusable.
+        if len(tuner.peft_config) > 1:
+            del tuner.peft_config[adapter_name]
+        raise
+
+
 class WeightTuner(BaseTuner):
     """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     # Paths of the modules that the adapter being added targets.
     _targets: Collection[str]
-
-    @contextmanager
-    def _adding(self, model: nn.Module, adapter_name: str) -> Iterator[Any]:
-        """Give an adapter that PEFT adds a config of its own, and forget the adapter if it is refused."""
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        config.modules_to_save = with_heads(config)
-        if len(self.peft_config) == 1:
-            # What a refused file gives back: PEFT freezes the base model before it opens the file.
-            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
-        try:
-            yield config
-        except ValueError:
-            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
-            if len(self.peft_config) > 1:
-                del self.peft_config[adapter_name]
-            raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # The targets are known; PEFT needs some value to iterate over and to name in its errors.

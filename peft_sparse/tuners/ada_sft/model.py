@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..sparse_ft.ties import forget_broken_ties
-from ..weight_tuner import WeightTuner
+from ..weight_tuner import WeightTuner, adding
 from . import compose, state
 from .config import AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers
@@ -52,7 +52,7 @@ class AdaSftModel(WeightTuner):
         Raises:
             ConfigError: a targeted module is no linear layer, or is quantised.
         """
-        with self._adding(model, adapter_name) as config:
+        with adding(self, model, adapter_name) as config:
             if state_dict is not None:
                 config.phase = state.phase_of(state_dict)
             self._request = config.as_sparse()

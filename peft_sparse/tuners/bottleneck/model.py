@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from ...checkpoints.push import keep_card_when_pushing
 from ...errors import ConfigError
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
-from ..weight_tuner import with_heads
+from ..weight_tuner import adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
@@ -59,27 +58,17 @@ class BottleneckModel(BaseTuner):
         Raises:
             ConfigError: it is not known where the adapter goes in this model, or it cannot go there.
         """
-        requested: BottleneckConfig = self.peft_config[adapter_name]
-        config = self.peft_config[adapter_name] = copy.deepcopy(requested)
-        config.modules_to_save = with_heads(config)
-        if len(self.peft_config) == 1:
-            # What a refused file gives back: PEFT freezes the base model before it opens the file.
-            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            self._sites: dict[str, Site] = find_sites(resolve(config, model), model)
-            self._detach_inverse()
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except ValueError:
-            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
-            if len(self.peft_config) > 1:
-                del self.peft_config[adapter_name]
-            raise
+            with adding(self, model, adapter_name) as config:
+                self._sites: dict[str, Site] = find_sites(resolve(config, model), model)
+                self._detach_inverse()
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
         finally:
             self._attach_inverse(model)
 

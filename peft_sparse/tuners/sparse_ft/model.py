@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..weight_tuner import WeightTuner
+from ..weight_tuner import WeightTuner, adding
 from . import compose, drivers, state
 from .config import CHANCE, SparseConfig
 from .dense import Dequantization
@@ -60,7 +60,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
         # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
-        with self._adding(model, adapter_name) as config:
+        with adding(self, model, adapter_name) as config:
             if state_dict is not None:
                 config.counts = state.counts_of(state_dict)
             planned = plan(config, model)
