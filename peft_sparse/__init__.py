@@ -16,6 +16,10 @@ from .tuners.bottleneck.config import BottleneckConfig
 from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
 from .tuners.bottleneck.model import BottleneckModel
 from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
+from .tuners.madg.config import MadGConfig
+from .tuners.madg.generated import GeneratedAdapter
+from .tuners.madg.importance import FeatureImportance
+from .tuners.madg.model import MadGModel, generate_adapter, set_language
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.model import SparseModel
@@ -25,6 +29,7 @@ from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .inspection.feature_importance import importance_table, plot_importance
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -41,8 +46,12 @@ __all__ = [
     "BottleneckWeights",
     "ConfigError",
     "DensePhase",
+    "FeatureImportance",
     "FormatError",
+    "GeneratedAdapter",
     "LotteryTicketConfig",
+    "MadGConfig",
+    "MadGModel",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -56,17 +65,21 @@ __all__ = [
     "SpielAGConfig",
     "SpielMAConfig",
     "bottleneck_weights",
+    "generate_adapter",
     "generated_weights",
+    "importance_table",
     "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
     "load_adapter_hub",
     "load_training_state",
+    "plot_importance",
     "resident",
     "save_adapter_hub",
     "save_training_state",
     "select",
     "set_bottleneck_weights",
+    "set_language",
     "sparse_trainer",
     "start_dense_phase",
     "start_sparse_phase",
@@ -77,7 +90,9 @@ _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
+    "importance_table": "inspection.feature_importance.importance_table",
     "load_training_state": "training.callback.load_state",
+    "plot_importance": "inspection.feature_importance.plot_importance",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "sparse_trainer": "training.trainer.sparse_trainer",
@@ -87,6 +102,7 @@ _LAZY = {
 
 register("SPARSE_FT", SparseConfig, SparseModel)
 register("BOTTLENECK", BottleneckConfig, BottleneckModel)
+register("MAD_G", MadGConfig, MadGModel)
 
 
 def __getattr__(name: str) -> Any:

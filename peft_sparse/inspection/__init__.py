@@ -1,0 +1,1 @@
+"""Looking at adapters: what is in them, how they relate, and pictures of both."""
