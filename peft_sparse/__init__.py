@@ -29,13 +29,17 @@ from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
 from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .inspection.conflicts import conflicts
     from .inspection.feature_importance import importance_table, plot_importance
+    from .inspection.page import plot_adapters
+    from .inspection.report import inspect_adapter
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
     from .training.lottery import select, start_dense_phase, start_sparse_phase
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
+    from .typology import Typology, load_typology
 
 __version__ = "0.1.0"
 
@@ -64,15 +68,20 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "Typology",
     "bottleneck_weights",
+    "conflicts",
     "generate_adapter",
     "generated_weights",
     "importance_table",
+    "inspect_adapter",
     "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
     "load_adapter_hub",
     "load_training_state",
+    "load_typology",
+    "plot_adapters",
     "plot_importance",
     "resident",
     "save_adapter_hub",
@@ -93,6 +102,12 @@ _LAZY = {
     "importance_table": "inspection.feature_importance.importance_table",
     "load_training_state": "training.callback.load_state",
     "plot_importance": "inspection.feature_importance.plot_importance",
+    "Typology": "typology.table.Typology",
+    "conflicts": "inspection.conflicts.conflicts",
+    "inspect_adapter": "inspection.report.inspect_adapter",
+    "load_training_state": "training.callback.load_state",
+    "load_typology": "typology.table.load_typology",
+    "plot_adapters": "inspection.page.plot_adapters",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "sparse_trainer": "training.trainer.sparse_trainer",

@@ -15,23 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.gaps import read_header
 from ..errors import FormatError
+from ..selection.anatomy import PARTS, place_of
 from .native import SOURCE, canonical_name, parameter_of, tensor_names
 
 logger = logging.getLogger(__name__)
 
 README = "README.md"
-KINDS = ("attention", "feed-forward", "embeddings", "norms", "other")
-# Norms first: `post_attention_layernorm` is a norm. Each pattern is searched in the parameter's lower-case path.
-_KIND_PATTERNS = {
-    "norms": r"norm|(^|\.)ln(_\w+|\d+)?\.",
-    "embeddings": r"embed|(^|\.)(wte|wpe|shared)\.",
-    "attention": r"attention|attn|(^|\.)([qkvo]|out|qkv|q_a|q_b|kv_a|kv_b)_proj\.|(^|\.)(query|key|value|qkv)\.",
-    "feed-forward": r"mlp|ffn|feed_?forward|moe|expert|intermediate|dense(gated)?(re|ge|act)|_proj\."
-    r"|(^|\.)(fc\d|fc_in|fc_out|w[123io](_\d)?)\.",
-}
-_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
-# The second dense of a BERT layer, whose name says neither attention nor feed-forward.
-_ENCODER_OUTPUT = re.compile(r"(^|\.)\d+\.output\.")
 _BASE_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -43,17 +32,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DEFAULT = "default"
 
 
-def kind_of(parameter: str) -> str:
-    """What part of a transformer a parameter belongs to, one of `KINDS`, judged by its name."""
-    path = parameter.lower()
-    for kind, pattern in _KIND_PATTERNS.items():
-        if re.search(pattern, path):
-            return kind
-    return "feed-forward" if _ENCODER_OUTPUT.search(path) else "other"
-
-
 def layer_table(counts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> str:
-    """A markdown table of tuned weights: a row per layer (equal neighbours share one), a column per kind of parameter.
+    """A markdown table of tuned weights: a row per layer (equal neighbours share one), a column per part.
 
     Args:
         counts: tuned weights by parameter name.
@@ -61,22 +41,22 @@ def layer_table(counts: Mapping[str, int], sizes: Mapping[str, int] | None = Non
     """
     rows: dict[tuple[str, int], dict[str, list[str]]] = {}
     for parameter in counts:
-        found = _LAYER.match(parameter)
-        place = (found["stack"], int(found["index"])) if found else ("", -1)
-        rows.setdefault(place, {}).setdefault(kind_of(parameter), []).append(parameter)
-    kinds = [kind for kind in KINDS if any(kind in row for row in rows.values())]
+        place = place_of(parameter)
+        row = (place.stack, -1 if place.layer is None else place.layer)
+        rows.setdefault(row, {}).setdefault(place.part, []).append(parameter)
+    parts = [part for part in PARTS if any(part in row for row in rows.values())]
 
     def cells(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        columns = [groups.get(kind, ()) for kind in kinds]
+        columns = [groups.get(part, ()) for part in parts]
         everything = [parameter for column in columns for parameter in column]
         return tuple(_cell(column, counts, sizes) for column in [*columns, everything])
 
-    header = ["layer", *kinds, "all"]
+    header = ["layer", *parts, "all"]
     lines = [header, ["---", *(["---:"] * (len(header) - 1))]]
     for label, row in _merged((place, cells(rows[place])) for place in sorted(rows)):
         lines.append([label, *row])
     if len(rows) > 1:
-        lines.append(["total", *cells({kind: [p for p in counts if kind_of(p) == kind] for kind in kinds})])
+        lines.append(["total", *cells({part: [p for p in counts if place_of(p).part == part] for part in parts})])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

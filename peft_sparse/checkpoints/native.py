@@ -278,6 +278,19 @@ def _parse_digest(tensor: Tensor | None, source: str) -> tuple[int, bytes, set[s
     return version, payload[_HEADER_SIZE:names_at], set(names)
 
 
+def stored_digest(tensor: Tensor, *, source: str = SOURCE) -> str:
+    """The digest that a file carries, in hexadecimal: what tells one adapter from another.
+
+    Args:
+        tensor: the file's tensor `DIGEST_KEY`.
+        source: what errors call the file.
+
+    Raises:
+        FormatError: the tensor is none of ours.
+    """
+    return _parse_digest(tensor, source)[1].hex()
+
+
 def _read_version_1(named: Mapping[str, Tensor], source: str) -> dict[str, SparseDelta]:
     deltas: dict[str, SparseDelta] = {}
     for parameter in sorted({parameter for name in named if (parameter := parameter_of(name)) is not None}):

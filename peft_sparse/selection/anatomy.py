@@ -14,9 +14,10 @@ PARTS = (EMBEDDINGS, ATTENTION, FEED_FORWARD, NORM, OTHER)
 _LAYER = re.compile(r"^(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<index>\d+)\.")
 _NORM = re.compile(r"norm|^ln|_ln$|^ln_", re.IGNORECASE)
 _EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$|^shared$", re.IGNORECASE)
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|^[qkvo]_proj$", re.IGNORECASE)
 _FEED_FORWARD = re.compile(
-    r"mlp|ffn|feed_?forward|dense|^fc\d?$|^c_fc$|intermediate|output|expert|^lin\d$|^w[io](_\d)?$", re.IGNORECASE
+    r"mlp|ffn|^ff$|moe|feed_?forward|dense|^fc\d?$|^c_fc$|intermediate|output|expert|^lin\d$|^w[io](_\d)?$",
+    re.IGNORECASE,
 )
 
 
@@ -57,8 +58,11 @@ def place_of(name: str) -> Place:
         in_embeddings = any(_EMBEDDINGS.search(module) for module in modules)
         is_norm = bool(modules) and bool(_NORM.search(modules[-1]))
         return Place("", None, EMBEDDINGS if in_embeddings else NORM if is_norm else OTHER)
+    stack = found["stack"].rstrip(".")
     inside = name[found.end() :].split(".")[:-1]
-    return Place(found["stack"].rstrip("."), int(found["index"]), _part_inside(inside))
+    # XLM has a list of layers for each part ("attentions.3.q_lin"): there the list's own name says which.
+    part = _part_inside(inside)
+    return Place(stack, int(found["index"]), part if part != OTHER else _part_inside(stack.split(".")[-1:]))
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
@@ -68,6 +72,24 @@ def depths(names: Iterable[str]) -> dict[str, int]:
         if place.layer is not None:
             found[place.stack] = max(found.get(place.stack, 0), place.layer + 1)
     return found
+
+
+def by_group(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of parameters by the group that they lie in (`Place.group`), in the order in which a model computes.
+
+    Embeddings, then layers by number, encoders before decoders, then the rest; names keep their order inside a group.
+    """
+    places = {name: place_of(name) for name in names}
+    groups: dict[str, list[str]] = {}
+    for name in sorted(places, key=lambda name: _order(places[name])):
+        groups.setdefault(places[name].group, []).append(name)
+    return groups
+
+
+def _order(place: Place) -> tuple[int, bool, str, int]:
+    if place.layer is not None:
+        return 1, "decoder" in place.stack, place.stack, place.layer
+    return 0 if place.part == EMBEDDINGS else 2, False, "", 0
 
 
 def _part_inside(modules: list[str]) -> str:

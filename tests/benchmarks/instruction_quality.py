@@ -20,8 +20,6 @@ differences to LoRA are taken seed by seed.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import sys
@@ -32,17 +30,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 import transformers
+from _bench_runs import Results, ShowSteps, spread
 from _instruction_rows import collate, read_rows, row_losses
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig
@@ -124,14 +123,6 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class ShowSteps(TrainerCallback):
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self.advance = advance
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.advance()
-
-
 def train(
     method: Method, rate: float, seed: int, rows: list[dict], options: argparse.Namespace, advance: Callable[[], None]
 ) -> tuple[nn.Module, int]:
@@ -179,41 +170,13 @@ def finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-# ---- results that are kept -------------------------------------------------------------------------
+# ---- which runs, and in which order ----------------------------------------------------------------
 
 
-class Results:
-    """The runs in a file, one JSON object a line; those of other settings are there but not looked at."""
-
-    def __init__(self, path: Path, settings: Callable[[str], dict]) -> None:
-        self._path, self._settings = path, settings
-        self._runs: dict[tuple, dict] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            # A run that was killed while it wrote leaves half a line.
-            with contextlib.suppress(json.JSONDecodeError):
-                self._keep(json.loads(line))
-
-    def _keep(self, run: dict) -> None:
-        if run["settings"] == self._settings(run["method"]):
-            self._runs[run["method"], run["learning_rate"], run["seed"]] = run
-
-    def add(self, run: dict) -> None:
-        """Append a finished run, by one write."""
-        run = {**run, "settings": self._settings(run["method"])}
-        self._keep(run)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "ab+", buffering=0) as file:
-            torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-            file.write(b"\n" * bool(torn) + json.dumps(run).encode() + b"\n")
-            os.fsync(file.fileno())
-
-    def get(self, method: str, rate: float, seed: int) -> dict | None:
-        return self._runs.get((method, rate, seed))
-
-    def best_rate(self, name: str, method: Method, seed: int) -> float | None:
-        """The learning rate with the lower loss at this seed, of those that have run."""
-        found = {rate: run["loss"] for rate in method.learning_rates if (run := self.get(name, rate, seed))}
-        return min(found, key=lambda rate: finite(found[rate])) if found else None
+def best_rate(results: Results, name: str, method: Method, seed: int) -> float | None:
+    """The learning rate with the lower loss at this seed, of those that have run."""
+    found = {rate: run["loss"] for rate in method.learning_rates if (run := results.get(name, rate, seed))}
+    return min(found, key=lambda rate: finite(found[rate])) if found else None
 
 
 def plan(methods: dict[str, Method], seeds: list[int], results: Results) -> Iterator[tuple[str, float, int]]:
@@ -224,7 +187,7 @@ def plan(methods: dict[str, Method], seeds: list[int], results: Results) -> Iter
             yield name, method.learning_rates[number], seeds[0]
     for seed in seeds[1:]:
         for name, method in methods.items():
-            rate = results.best_rate(name, method, seeds[0])
+            rate = best_rate(results, name, method, seeds[0])
             assert rate is not None
             yield name, rate, seed
 
@@ -262,10 +225,6 @@ def paired(runs: list[dict], others: list[dict]) -> str:
     return f"{mean(differences):+.4f} ({spread(differences)}; {error:.4f})"
 
 
-def spread(numbers: list[float]) -> str:
-    return f"{stdev(numbers):.4f}" if len(numbers) > 1 else "-"
-
-
 def table(methods: dict[str, Method], seeds: list[int], results: Results, options: argparse.Namespace) -> Table:
     """What has run so far, best first."""
     caption = "loss: mean (standard deviation over seeds). - LoRA: mean (same, over seeds; standard error over rows)"
@@ -280,7 +239,7 @@ def table(methods: dict[str, Method], seeds: list[int], results: Results, option
         shown.add_row(UNTUNED, "0", "", "", "", f"{untuned['loss']:.4f}", "", "")
 
     def runs_of(name: str) -> dict[int, dict]:
-        rate = results.best_rate(name, methods[name], seeds[0])
+        rate = best_rate(results, name, methods[name], seeds[0])
         return {seed: run for seed in seeds if rate is not None and (run := results.get(name, rate, seed))}
 
     found = {name: runs for name in methods if (runs := runs_of(name))}
@@ -385,7 +344,7 @@ def main() -> None:
         max_length=options.max_length,
         valid_rows=options.valid_rows,
     )
-    results = Results(options.output, settings_of(options, checksum))
+    results = Results(options.output, ("method", "learning_rate", "seed"), settings_of(options, checksum))
     # Wide enough for the table also where the output is a file.
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"{len(train_rows)} rows to train on, {len(valid_rows)} held out; results in {options.output}")

@@ -21,7 +21,7 @@ ROOT = Path(peft_sparse.__file__).parent
 RANKS = [
     ["errors", "_peft_bridge"],
     ["core"],
-    ["selection"],
+    ["selection", "typology"],
     ["composition"],
     ["checkpoints"],
     ["tuners"],

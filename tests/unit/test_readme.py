@@ -11,12 +11,14 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig
+from peft_sparse import LotteryTicketConfig, RandConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = SNIPPETS[:4]
+(LOOKING,) = [snippet for snippet in SNIPPETS if "conflicts(" in snippet]
 
 
 @pytest.fixture
@@ -78,6 +80,17 @@ def test_two_phases_and_adding_up(folder):
     model.base_model.set_adapter(["language", "task"])
     torch.testing.assert_close(output(model), both, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(both, language)
+
+
+def test_looking_at_adapters(folder):
+    for seed, name in enumerate(["language", "task"]):
+        config = RandConfig(density=0.1, target_modules="all", init_weights=False, seed=seed)
+        get_peft_model(tiny_model(), config).save_pretrained(name)
+    names: dict = {}
+    exec(LOOKING, names)
+    assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
+    assert 0 < names["found"].total.cancelled < 0.5
+    assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ci_runs_the_documented_test_command():

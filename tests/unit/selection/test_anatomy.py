@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_sparse.selection.anatomy import Place, depths, place_of
+from peft_sparse.selection.anatomy import Place, by_group, depths, place_of
 
 CASES = {
     # BERT, RoBERTa, XLM-R
@@ -41,6 +41,7 @@ CASES = {
     "shared.weight": Place("", None, "embeddings"),
     "encoder.block.1.layer.0.SelfAttention.q.weight": Place("encoder.block", 1, "attention"),
     "decoder.block.1.layer.2.DenseReluDense.wi_0.weight": Place("decoder.block", 1, "feed-forward"),
+    "decoder.block.0.layer.1.EncDecAttention.o.weight": Place("decoder.block", 0, "attention"),
     "decoder.block.1.layer.1.layer_norm.weight": Place("decoder.block", 1, "norm"),
     "model.decoder.layers.4.fc1.weight": Place("model.decoder.layers", 4, "feed-forward"),
     "model.decoder.embed_positions.weight": Place("", None, "embeddings"),
@@ -52,8 +53,17 @@ CASES = {
     "albert.encoder.albert_layer_groups.0.albert_layers.0.full_layer_layer_norm.weight": Place(
         "albert.encoder.albert_layer_groups", 0, "norm"
     ),
+    # RecurrentGemma, Granite MoE, XLNet, XLM
+    "model.layers.2.temporal_block.q_proj.weight": Place("model.layers", 2, "attention"),
+    "model.layers.2.temporal_block.linear_x.weight": Place("model.layers", 2, "other"),
+    "model.layers.1.block_sparse_moe.router.layer.weight": Place("model.layers", 1, "feed-forward"),
+    "transformer.layer.0.ff.layer_1.weight": Place("transformer.layer", 0, "feed-forward"),
+    "transformer.attentions.3.q_lin.weight": Place("transformer.attentions", 3, "attention"),
+    "transformer.ffns.3.lin1.weight": Place("transformer.ffns", 3, "feed-forward"),
+    "transformer.layer_norm1.3.weight": Place("transformer.layer_norm1", 3, "norm"),
     # names without a path
     "weight": Place("", None, "other"),
+    "lin0.weight": Place("", None, "other"),
     "0.weight": Place("", 0, "other"),
 }
 
@@ -73,3 +83,15 @@ def test_depths_of_each_stack():
     names = ["shared.weight", "encoder.block.1.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.x.weight"]
     assert depths([*names, "decoder.block.4.layer.0.x.weight"]) == {"encoder.block": 2, "decoder.block": 5}
     assert depths(["shared.weight"]) == {}
+
+
+def test_groups_come_in_the_order_of_the_model():
+    names = ["decoder.block.0.a.weight", "encoder.block.10.a.weight", "encoder.block.2.b.weight", "lm_head.weight"]
+    found = by_group([*names, "shared.weight", "encoder.block.2.a.weight", "decoder.final_layer_norm.weight"])
+    assert list(found.items()) == [
+        ("embeddings", ["shared.weight"]),
+        ("encoder.block.2", ["encoder.block.2.b.weight", "encoder.block.2.a.weight"]),
+        ("encoder.block.10", ["encoder.block.10.a.weight"]),
+        ("decoder.block.0", ["decoder.block.0.a.weight"]),
+        ("other", ["lm_head.weight", "decoder.final_layer_norm.weight"]),
+    ]

@@ -1,0 +1,246 @@
+"""Reports as tables of text, the same for the terminal and for a web page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..composition.report import Interference, Overlap
+from .conflicts import Conflicts
+from .report import AdapterReport, Tally
+
+_BAR_WIDTH = 8
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: the first column and those without a heading are text, the others are numbers.
+
+    Attributes:
+        title: what stands above it.
+        columns: their headings.
+        rows: one text per column.
+        has_total: whether the last row is a sum of the others.
+        note: what stands below it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    has_total: bool = False
+    note: str = ""
+
+    @property
+    def is_text(self) -> tuple[bool, ...]:
+        """Of each column, whether it is text."""
+        return tuple(position == 0 or not heading for position, heading in enumerate(self.columns))
+
+
+def report_sheets(reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap]) -> list[Sheet]:
+    """Everything about some adapters: each by itself, then each two together."""
+    sheets = [sheet for report in reports for sheet in adapter_sheets(report)]
+    return [*sheets, pairs_sheet(pairs)] if pairs else sheets
+
+
+def adapter_sheets(report: AdapterReport) -> list[Sheet]:
+    """Everything about one adapter."""
+    sheets = [facts_sheet(report), parts_sheet(report), layers_sheet(report)]
+    if report.budget_shares:
+        sheets.append(budget_sheet(report))
+    if report.heads:
+        sheets.append(heads_sheet(report))
+    return sheets
+
+
+def facts_sheet(report: AdapterReport) -> Sheet:
+    """Provenance, size and values."""
+    total = report.total
+    facts = {
+        "from": report.source,
+        "method": report.method,
+        "base model": " @ ".join(text for text in (report.base_model, report.revision) if text) or "not said",
+        "asked for": ", ".join(f"{key}={value}" for key, value in report.request.items()) or "not said",
+        "budget": "shares per group, below" if report.budget_shares else str(report.budget),
+        "tuned": f"{total.count:,} weights in {report.tensors} tensors, {_percent(total.density)} of their elements",
+        **({"file": _file_text(report)} if report.file_bytes is not None else {}),
+        "values": _values_text(report),
+        "|change|": _quantiles_text(report),
+        "settings": ", ".join(f"{key}={_short(value)}" for key, value in report.settings.items()) or "none",
+        "written by": f"PEFT {report.peft_version}" if report.peft_version else "not said",
+        **({"digest": report.digest} if report.digest else {}),
+    }
+    return Sheet(report.name, ("", ""), tuple(facts.items()))
+
+
+def parts_sheet(report: AdapterReport) -> Sheet:
+    """Weights by part of a transformer."""
+    rows = [_tally_row(part, tally, report) for part, tally in report.parts.items()]
+    return Sheet(
+        f"{report.name}: tuned weights by part",
+        ("part", "weights", "of", "density", "share"),
+        (*rows, _tally_row("all", report.total, report)),
+        has_total=True,
+        note="of: elements of the tuned tensors. share: of the adapter's weights.",
+    )
+
+
+def _tally_row(name: str, tally: Tally, report: AdapterReport) -> tuple[str, ...]:
+    share = tally.count / report.total.count if report.total.count else None
+    return name, f"{tally.count:,}", f"{tally.numel:,}", _percent(tally.density), _percent(share)
+
+
+def layers_sheet(report: AdapterReport) -> Sheet:
+    """Weights by layer, and inside layers by part."""
+    stack, labels = _labels([group.name for group in report.groups])
+    # What lies outside of layers is one part, or next to nothing: its sum says it.
+    inside = [group.parts if group.layer is not None else {} for group in report.groups]
+    parts = [part for part in report.parts if any(part in found for found in inside)]
+    total = report.total.count
+    largest = max((group.all.count for group in report.groups), default=0)
+    rows = [
+        (
+            label,
+            *(f"{found[part].count:,}" if part in found else "" for part in parts),
+            f"{group.all.count:,}",
+            _percent(group.all.density),
+            _percent(group.all.count / total if total else None),
+            _bar(group.all.count / largest if largest else 0),
+        )
+        for label, group, found in zip(labels, report.groups, inside, strict=True)
+    ]
+    return Sheet(
+        f"{report.name}: tuned weights by layer{stack}", ("", *parts, "all", "density", "share", ""), tuple(rows)
+    )
+
+
+def _labels(groups: Sequence[str]) -> tuple[str, list[str]]:
+    """Where the layers are, for the title, and short names of the groups; long ones if there are several stacks."""
+    stacks = {group.rpartition(".")[0] for group in groups} - {""}
+    if len(stacks) != 1:
+        return "", list(groups)
+    stack = stacks.pop()
+    return f" of {stack}", [group.replace(f"{stack}.", "layer ") for group in groups]
+
+
+def budget_sheet(report: AdapterReport) -> Sheet:
+    """What each group of the budget asked for and got."""
+    total = report.total.count
+    rows = [
+        (
+            group.pattern,
+            _percent(group.asked),
+            _percent(group.found.count / total if total else None),
+            f"{group.found.count:,}",
+            _percent(group.found.density),
+        )
+        for group in report.budget_shares
+    ]
+    return Sheet(f"{report.name}: budget", ("group", "asked", "share", "weights", "density"), tuple(rows))
+
+
+def heads_sheet(report: AdapterReport) -> Sheet:
+    """Tensors that are saved whole."""
+    rows = [(head.name, " x ".join(map(str, head.shape)), head.dtype, f"{head.bytes:,}") for head in report.heads]
+    return Sheet(f"{report.name}: saved whole (heads)", ("tensor", "shape", "dtype", "bytes"), tuple(rows))
+
+
+def pairs_sheet(pairs: Mapping[tuple[str, str], Overlap]) -> Sheet:
+    """Overlap, opposite signs and cosine of each two adapters."""
+    rows = [
+        (
+            f"{a} and {b}",
+            f"{found.shared:,}",
+            _percent(found.share),
+            _percent(found.chance),
+            _percent(found.jaccard),
+            _percent(found.opposite_share),
+            _NOTHING if found.cosine is None else f"{found.cosine:+.3f}",
+        )
+        for (a, b), found in pairs.items()
+    ]
+    strangers = [f"{a} and {b}" for (a, b), found in pairs.items() if not found.tensors]
+    note = (
+        "overlap: shared / weights of the smaller adapter. by chance: had both drawn at random within every tensor. "
+        "opposite: share of the shared weights that change in opposite directions."
+    )
+    if strangers:
+        note += f" No tensor in common ({', '.join(strangers)}): tuned through different model classes?"
+    columns = ("adapters", "shared", "overlap", "by chance", "Jaccard", "opposite", "cosine")
+    return Sheet("Each two adapters", columns, tuple(rows), note=note)
+
+
+def conflict_sheets(found: Conflicts) -> list[Sheet]:
+    """What adapters undo of each other, per layer group, and the overlap of each two."""
+    stack, labels = _labels(list(found.groups))
+    rows = [_interference_row(label, part) for label, part in zip(labels, found.groups.values(), strict=True)]
+    terms = [
+        name if weight == 1 else f"{weight:g} x {name}"
+        for name, weight in zip(found.adapters, found.weights, strict=True)
+    ]
+    main = Sheet(
+        f"{' + '.join(terms)}, by layer{stack}",
+        ("", "tuned", "shared", "of tuned", "opposite", "cancelled", "norm", "gain"),
+        (*rows, _interference_row("all", found.total)),
+        has_total=True,
+        note="opposite: share of the shared weights that are pulled in opposite directions. cancelled: share of all "
+        "change that another adapter undoes. norm: the size of what is undone, in the units of the weights. "
+        "gain: norm of the sum over that of adapters without a shared weight; below 1 they weaken each other.",
+    )
+    return [main, pairs_sheet(found.pairs)]
+
+
+def _interference_row(name: str, found: Interference) -> tuple[str, ...]:
+    return (
+        name,
+        f"{found.count:,}",
+        f"{found.shared:,}",
+        _percent(found.shared_share),
+        _percent(found.opposite_share),
+        _percent(found.cancelled),
+        f"{found.norm:.3g}",
+        _NOTHING if found.gain is None else f"{found.gain:.3f}",
+    )
+
+
+def _file_text(report: AdapterReport) -> str:
+    heads = sum(head.bytes for head in report.heads)
+    size = f"{report.file_bytes:,} bytes"
+    if heads:
+        size += f", of which heads {heads:,}"
+    each = report.bytes_per_weight
+    return size if each is None else f"{size}; {each:.2f} bytes a tuned weight"
+
+
+def _values_text(report: AdapterReport) -> str:
+    values = report.values
+    if values.zeros is None:
+        return "none"
+    return f"{values.dtype}, norm {values.norm:.4g}, {_percent(values.zeros)} exactly 0"
+
+
+def _quantiles_text(report: AdapterReport) -> str:
+    named = {0.0: "min", 0.5: "median", 1.0: "max"}
+    found = report.values.quantiles.items()
+    return ", ".join(f"{named.get(q, f'{q:.0%}')} {value:.2g}" for q, value in found) or "none"
+
+
+def _short(value: Any) -> str:
+    """A value in a line: of a long list, its length."""
+    if isinstance(value, (list, Mapping)) and len(value) > 4:
+        return f"({len(value)} entries)"
+    return str(value)
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return _NOTHING
+    digits = 0 if share in (0, 1) else 1 if share >= 0.0995 else 2
+    return f"{share:.{digits}%}"
+
+
+def _bar(share: float) -> str:
+    whole, rest = divmod(round(share * _BAR_WIDTH * 8), 8)
+    return _EIGHTHS[8] * whole + _EIGHTHS[rest].strip()
