@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import LotteryTicketConfig, RandConfig, save_adapter_hub
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = SNIPPETS[:4]
-(LOOKING,) = [snippet for snippet in SNIPPETS if "conflicts(" in snippet]
+LOOKING, STACKING, ADAPTER_HUB = (
+    next(snippet for snippet in SNIPPETS if word in snippet)
+    for word in ("conflicts(", "BottleneckConfig", "load_adapter_hub(")
+)
 
 
 @pytest.fixture
@@ -91,6 +94,29 @@ def test_looking_at_adapters(folder):
     assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
     assert 0 < names["found"].total.cancelled < 0.5
     assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stacking_and_adapter_hub(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
+    names: dict = {"base": base}
+    exec(STACKING, names)
+    model = names["model"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split("bottleneck_adapters.")[1].split(".")[0] for name in trained} == {"quechua", "task"}
+    assert not any(".task." in name for name in trained if "layer.1." in name)
+
+    save_adapter_hub(model, "quechua-from-adapterhub", adapter_name="quechua")
+    model.set_adapter("quechua")
+    expected = output(model)
+    names = {"base": model.unload()}
+    exec(ADAPTER_HUB, names)
+    assert torch.equal(output(names["model"]), expected)
+    assert sorted(path.name for path in (folder / "back-to-adapterhub").iterdir()) == [
+        "adapter.safetensors",
+        "adapter_config.json",
+    ]
 
 
 def test_ci_runs_the_documented_test_command():

@@ -13,12 +13,12 @@ from peft import PeftConfig
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.madg_card import update_madg_card
 from ...errors import ConfigError
+from ...typology import Typology
+from ...typology.table import DEFAULT_FEATURES
 from ..bottleneck.adapter import LEARNED
 from ..bottleneck.config import BottleneckConfig
-from .typology import OwnVectors, Typology
 
 MAD_G = add_peft_type("MAD_G")
-FEATURES = ("syntax_knn", "phonology_knn", "inventory_knn")
 # What a generated adapter has of its own, whatever the hypernetwork's.
 _NOT_PASSED_ON = ("peft_type", "modules_to_save", "trainable_token_indices", "inference_mode", "init_weights")
 
@@ -61,7 +61,9 @@ class MadGConfig(BottleneckConfig):
     bottleneck_size: int | None = field(default=384, metadata={"help": "Width inside the adapters."})
     language_dim: int = field(default=32, metadata={"help": "Size of a language embedding."})
     layer_dim: int | None = field(default=None, metadata={"help": "Size of a layer embedding (MAD-G-LS), or None."})
-    features: list[str] = field(default_factory=lambda: list(FEATURES), metadata={"help": "Sets of features to read."})
+    features: list[str] = field(
+        default_factory=lambda: list(DEFAULT_FEATURES), metadata={"help": "Sets of features to read."}
+    )
     typology: Any = field(default=None, compare=False, metadata={"help": "Vectors, a file of them, or None."})
     language: str | None = field(default=None, metadata={"help": "The language to start with."})
     saved_typology: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the tuner."})
@@ -85,7 +87,7 @@ class MadGConfig(BottleneckConfig):
         if not self.features or not all(isinstance(name, str) for name in self.features):
             raise ConfigError(f"features must name sets of typological features, got {self.features!r}.")
         if isinstance(self.typology, Mapping):
-            self.typology = OwnVectors(self.typology)
+            self.typology = Typology.from_vectors(self.typology)
         if not (self.typology is None or isinstance(self.typology, (str, PathLike, Typology))):
             raise ConfigError(
                 "typology must be what load_typology() gives, a dictionary {language code: vector}, the path of a file "

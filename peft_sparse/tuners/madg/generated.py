@@ -50,7 +50,7 @@ class GeneratedAdapter:
         """
         config = copy.deepcopy(self.config)
         if not isinstance(model, PeftModel):
-            model = get_peft_model(model, config, adapter_name=self.name, autocast_adapter_dtype=False)
+            model = get_peft_model(model, config, adapter_name=self.name)
             undo = model.unload
         else:
             if next(iter(model.peft_config.values())).peft_type != BOTTLENECK:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ...typology import Typology
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
 from ..bottleneck.sites import PerExample
 from .config import MadGConfig
 from .languages import MadGState
-from .typology import Typology, as_typology, check_same, digest_of, pack, unpack, vector_of
+from .typology import as_typology, digest_of, save_vector, saved_vectors
 
 
 class SharedPart(nn.Module):
@@ -39,7 +40,7 @@ class SharedPart(nn.Module):
             init_generator(self.generator, config)
         self.register_buffer("features", digest_of(names))
         nn.init.normal_(self.language_projection, std=1 / math.sqrt(len(names)))
-        self._vectors: dict[str, Tensor] = {}
+        self._vectors = saved_vectors(config.saved_typology)
         self._typology: Typology | None = None
 
     def embeddings(self, languages: list[str]) -> Tensor:
@@ -60,10 +61,9 @@ class SharedPart(nn.Module):
             ConfigError: it is neither saved nor in the typology, or that is another typology than the adapter's.
         """
         if code not in self._vectors:
-            saved = self.config.saved_typology["vectors"]
-            if code not in saved:
-                saved[code] = pack(vector_of(code, self._source(code)))
-            self._vectors[code] = unpack(saved[code])
+            vector = self._source(code).vector(code)
+            save_vector(self.config.saved_typology, code, vector)
+            self._vectors[code] = vector
         return self._vectors[code]
 
     def set_typology(self, typology: Typology) -> None:
@@ -72,7 +72,7 @@ class SharedPart(nn.Module):
         Raises:
             ConfigError: it is not the typology that the adapter was trained on.
         """
-        check_same(self.config.saved_typology, typology)
+        typology.require_same(self.config.saved_typology)
         self._typology = typology
 
     def _source(self, code: str) -> Typology:
@@ -80,7 +80,7 @@ class SharedPart(nn.Module):
             try:
                 self.set_typology(as_typology(self.config.typology, self.config.features))
             except (ImportError, OSError, ValueError) as error:
-                known = sorted(self.config.saved_typology["vectors"])
+                known = sorted(self._vectors)
                 raise ConfigError(
                     f"the vector of {code!r} is not saved with the adapter, which has {known}, and no typology could "
                     f"be had: {error} Give the one that it was trained on with model.set_typology(...)."

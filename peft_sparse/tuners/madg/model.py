@@ -21,7 +21,7 @@ from .generator import SiteGenerator
 from .importance import FeatureImportance, feature_importance
 from .languages import Languages, LanguageSwitch, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
-from .typology import as_typology, check_same, new_record
+from .typology import as_typology
 
 
 class MadGModel(BottleneckModel):
@@ -65,9 +65,9 @@ class MadGModel(BottleneckModel):
                 f"have {widths}. Use layer_dim=None."
             )
         if config.saved_typology is None:
-            config.saved_typology = new_record(as_typology(config.typology, config.features))
+            config.saved_typology = as_typology(config.typology, config.features).to_dict()
         elif config.typology is not None:
-            check_same(config.saved_typology, as_typology(config.typology, config.features))
+            as_typology(config.typology, config.features).require_same(config.saved_typology)
         self._state = state_of(model) or MadGState()
         return sites
 
@@ -113,7 +113,7 @@ class MadGModel(BottleneckModel):
         chosen = [shared[name] for name in ([*shared] if adapter_name is None else [adapter_name])]
         found = [as_typology(typology, part.config.features) for part in chosen]
         for part, one in zip(chosen, found, strict=True):
-            check_same(part.config.saved_typology, one)
+            one.require_same(part.config.saved_typology)
         for part, one in zip(chosen, found, strict=True):
             part.set_typology(one)
 
