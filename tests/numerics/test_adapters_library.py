@@ -147,6 +147,24 @@ def test_legacy_names(tmp_path):
     close(logits(model, expected("bert")["input_ids"]), expected("bert")["language"])
 
 
+def _edit_tensors(folder, change):
+    path = folder / "pytorch_adapter.bin"
+    tensors = torch.load(path, weights_only=True)
+    torch.save({key: change(key, tensor) for key, tensor in tensors.items()}, path)
+
+
+def test_an_invertible_adapter_of_another_shape_is_refused(tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(ROOT / "bert" / "language", folder)
+    _edit_tensors(folder, lambda key, t: t[:2] if "invertible" in key else t)
+    base = base_model("bert")
+    with pytest.raises(FormatError, match=r"at bert.embeddings.dropout it has tensors of the shapes"):
+        load_adapter_hub(base, folder)
+    assert not hasattr(base, "peft_config")
+    with pytest.raises(FormatError, match=r"adapter_name 'a\.b' has a dot"):
+        load_adapter_hub(base, ROOT / "bert" / "language", adapter_name="a.b")
+
+
 class _Bomb:
     def __reduce__(self):
         return (exec, ("raise SystemExit('a pickle was executed')",))
@@ -195,7 +213,7 @@ def test_a_model_of_another_width_or_architecture_is_refused(tmp_path):
     config = transformers.BertConfig(
         vocab_size=24, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
     )
-    with pytest.raises(FormatError, match=r"is for a model of width 16; this BertModel has 8"):
+    with pytest.raises(FormatError, match=r"does not fit this BertModel of width 8: at .* shapes .*\(4, 16\)"):
         load_adapter_hub(transformers.BertModel(config), ROOT / "bert" / "pfeiffer")
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 24}
     model = load_adapter_hub(transformers.GPT2Model(transformers.GPT2Config(**sizes)), ROOT / "bert" / "pfeiffer")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -22,13 +24,17 @@ from ...errors import FormatError
 from ..sparse_ft.iteration import base_model_of
 from .adapter import LEARNED
 from .config import BottleneckConfig
+from .layer import make_adapter
 from .placement import INVERTIBLE, find_sites, resolve
 from .weights import iter_bottlenecks, iter_layers
 
 # The head of each of transformers' classes that the library's head types stand for.
 _HEADS = {"classification": "classifier", "tagging": "classifier", "question_answering": "qa_outputs"}
-_TASKS = {"classification": "ForSequenceClassification", "tagging": "ForTokenClassification"}
-_TASKS["question_answering"] = "ForQuestionAnswering"
+_TASKS = {
+    "classification": "ForSequenceClassification",
+    "tagging": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
 _PRESETS = {
     "pfeiffer": {"original_ln_before": True, "mh_adapter": False, "output_adapter": True, "is_parallel": False},
     "houlsby": {"original_ln_before": False, "mh_adapter": True, "output_adapter": True, "is_parallel": False},
@@ -62,6 +68,8 @@ def load_adapter_hub(
     """
     adapter = read_adapter_hub(folder)
     name = adapter_name or adapter.name
+    if "." in name:
+        raise FormatError(f"adapter_name {name!r} has a dot, which no module's name may have: give another one.")
     base = base_model_of(model)
     head = _find_head(base, adapter) if with_head else None
     config = BottleneckConfig(**config_fields(adapter), modules_to_save=[head] if head else None)
@@ -113,18 +121,22 @@ def save_adapter_hub(model: nn.Module, folder: str | os.PathLike[str], *, adapte
         root = roots[place]
         return f"{root if root.startswith(f'{prefix}.') else f'{prefix}.{root}'}.{holders[place.position]}"
 
-    tensors: dict[Place, dict[str, Tensor]] = {
-        _place(path): dict(module.named_parameters()) for path, module in bottlenecks.items()
-    }
-    width = next(iter(tensors.values()))["down.weight"].shape[1]
-    size = next(iter(tensors.values()))["down.weight"].shape[0]
+    tensors = {_place(path): dict(module.named_parameters()) for path, module in bottlenecks.items()}
     invertible: dict[str, Tensor] = {}
     for _, layer in iter_layers(model):
         if layer.placements.get(adapter_name) == INVERTIBLE:
             invertible = dict(layer.bottleneck_adapters[adapter_name].named_parameters())
-    layers = getattr(base.config, "num_hidden_layers", 0)
+    size, width = next(iter(tensors.values()))["down.weight"].shape
     present = {place.layer for place in tensors}
-    theirs = {
+    left_out = [index for index in range(getattr(base.config, "num_hidden_layers", 0)) if index not in present]
+    theirs = _library_config(config, width=width, size=size, left_out=left_out)
+    about = {"hidden_size": width, "model_type": model_type, "model_class": type(base).__name__, "model_name": ""}
+    write_adapter_hub(folder, HubAdapter(adapter_name, theirs, tensors, invertible, about), path_of=path_of)
+
+
+def _library_config(config: BottleneckConfig, *, width: int, size: int, left_out: list[int]) -> dict[str, Any]:
+    """The library's config for an adapter of ours."""
+    return {
         **_PRESETS[config.kind],
         "original_ln_after": True,
         "residual_before_ln": True,
@@ -139,13 +151,10 @@ def save_adapter_hub(model: nn.Module, folder: str | os.PathLike[str], *, adapte
         "dropout": config.dropout,
         "inv_adapter": config.invertible,
         "inv_adapter_reduction_factor": config.invertible_reduction_factor if config.invertible else None,
-        "leave_out": [index for index in range(layers) if index not in present],
+        "leave_out": left_out,
         "phm_layer": False,
         "use_gating": False,
     }
-    about = {"hidden_size": width, "model_type": model_type, "model_class": type(base).__name__, "model_name": ""}
-    name = adapter_name.replace(".", "_")
-    write_adapter_hub(folder, HubAdapter(name, theirs, tensors, invertible, about), path_of=path_of)
 
 
 def _place(path: str) -> Place:
@@ -157,8 +166,7 @@ def _place(path: str) -> Place:
 
 def _check_fits(base: nn.Module, config: BottleneckConfig, adapter: HubAdapter) -> None:
     """Refuse a file before the model is touched."""
-    resolved = resolve(BottleneckConfig(**{**config.to_dict(), "peft_type": None}), base)
-    sites = find_sites(resolved, base)
+    sites = find_sites(resolve(copy.deepcopy(config), base), base)
     places = {_place(path): site for path, site in sites.items() if site.placement != INVERTIBLE}
     if places.keys() != adapter.tensors.keys():
         lacking, more = sorted(places.keys() - adapter.tensors.keys()), sorted(adapter.tensors.keys() - places.keys())
@@ -166,12 +174,15 @@ def _check_fits(base: nn.Module, config: BottleneckConfig, adapter: HubAdapter) 
             f"adapter {adapter.name!r} does not fit this {type(base).__name__}: it lacks {[*map(tuple, lacking)]} and "
             f"has {[*map(tuple, more)]} too many (stack, layer, position)."
         )
-    for place, site in places.items():
-        width = adapter.tensors[place]["down.weight"].shape[1]
-        if width != site.width:
+    for path, site in sites.items():
+        module = make_adapter(config, placement=site.placement, width=site.width, device=torch.device("meta"))
+        own = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+        tensors = adapter.invertible if site.placement == INVERTIBLE else adapter.tensors[_place(path)]
+        file = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if own != file:
             raise FormatError(
-                f"adapter {adapter.name!r} is for a model of width {width}; this {type(base).__name__} has "
-                f"{site.width}."
+                f"adapter {adapter.name!r} does not fit this {type(base).__name__} of width {site.width}: at {path} it "
+                f"has tensors of the shapes {file} where {own} are needed."
             )
 
 

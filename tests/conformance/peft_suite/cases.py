@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseConfig
+from peft_sparse import BottleneckConfig, LotteryTicketConfig, RandConfig, SparseConfig
 
 # Most test models have layers of a few dozen weights: a density that leaves several in each.
 DENSITY = 0.3
@@ -17,6 +17,8 @@ _DENSE = {"density": DENSITY}
 _DENSER = {"density": 0.7}
 # Before its dense phase a lottery ticket holds no weight at all; this one holds a random ticket, as after it.
 _LOTTERY = {**_DENSE, "init_weights": False}
+# The tests want a fresh adapter to be the identity. Not relu: three dead units have no gradient.
+_BOTTLENECK = {"bottleneck_size": 3, "activation": "tanh", "init": "identity"}
 
 
 def _custom(model: str, *requests: dict[str, Any]) -> list[tuple[str, str, type, dict[str, Any]]]:
@@ -67,6 +69,15 @@ CUSTOM_MODELS = [
     *_custom(
         "MLP_LayerNorm", {"target_modules": ["layernorm0", "lin0"]}, {"target_modules": ["lin0"], "target_norms": True}
     ),
+    *[
+        (f"{model} {kind} Bottleneck", model, BottleneckConfig, {**_BOTTLENECK, "kind": kind, **request})
+        for model, kind, request in (
+            ("MLP", "houlsby", {"target_modules": ["lin0", "lin1"]}),
+            ("MLP", "houlsby", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+            # From the exact identity one step does not move the down-projections far enough for the test.
+            ("MLP_LayerNorm", "pfeiffer", {"target_modules": ["layernorm0"], "init": "near_identity"}),
+        )
+    ],
 ]
 
 
@@ -100,6 +111,7 @@ def on_hub_models(task_type: str) -> list[tuple[type, dict[str, Any]]]:
         "density": 0.6,
     }
     return [
+        (BottleneckConfig, {"task_type": task_type, "bottleneck_size": 4, "activation": "tanh"}),
         (RandConfig, task),
         (RandConfig, {**task, **every_kind}),
         (SparseConfig, {**task, "target_modules": "all"}),

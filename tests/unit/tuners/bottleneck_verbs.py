@@ -339,8 +339,11 @@ def reference_for_dpo(case: Case, folder: Path) -> None:
 
 
 def hidden_states(case: Case, folder: Path) -> None:
-    model = case.model()
-    case.base()(input_ids=IDS, output_hidden_states=True)
+    base = case.base()
+    # The first such call hooks what records the states into the model: before our hooks.
+    base(input_ids=IDS, output_hidden_states=True)
+    model = get_peft_model(base, case.config(), autocast_adapter_dtype=False).eval()
+    fill(model, "default", 0)
     twin = case.twin(tensors_of(model, "default"))
     for one in (model, model.merge_and_unload()):
         found = one(input_ids=IDS, output_hidden_states=True).hidden_states
