@@ -331,10 +331,9 @@ def _check(table: Table) -> None:
             raise ConfigError(
                 f"{field_name} of {table.source} must be one or more and all different, got {twice} twice"
             )
-    if table.values.shape != (len(table.languages), len(table.feature_names)):
-        raise ConfigError(
-            f"feature_names must be one per feature, got {len(table.feature_names)} for {table.values.shape[1]} features"
-        )
+    width = table.values.shape[1]
+    if len(table.feature_names) != width:
+        raise ConfigError(f"feature_names must be one per feature, got {len(table.feature_names)} names for {width}")
     infinite = [table.languages[row] for row in np.flatnonzero(np.isinf(table.values).any(axis=1))]
     if infinite:
         raise ConfigError(f"vectors must be finite, or NaN where a value is missing; those of {infinite[:5]} are not")
