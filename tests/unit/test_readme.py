@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig, save_adapter_hub
+from peft_sparse import LotteryTicketConfig, RandConfig, Typology, save_adapter_hub
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = SNIPPETS[:4]
-LOOKING, STACKING, ADAPTER_HUB = (
+LOOKING, STACKING, ADAPTER_HUB, GENERATING, FEATURES = (
     next(snippet for snippet in SNIPPETS if word in snippet)
-    for word in ("conflicts(", "BottleneckConfig", "load_adapter_hub(")
+    for word in ("conflicts(", "BottleneckConfig", "load_adapter_hub(", "MadGConfig", "plot_importance(")
 )
 
 
@@ -117,6 +117,25 @@ def test_stacking_and_adapter_hub(folder):
         "adapter.safetensors",
         "adapter_config.json",
     ]
+
+
+def test_generating_adapters(folder, monkeypatch):
+    made = torch.Generator().manual_seed(0)
+    vectors = {code: (torch.rand(289, generator=made) < 0.5).float() for code in ("eng", "quy", "ace")}
+    monkeypatch.setattr("peft_sparse.load_typology", lambda: Typology.from_vectors(vectors), raising=False)
+    batches = [{**collate(rows(2)), "language": code} for code in ("eng", ["eng", "quy"])]
+    ids = torch.arange(8)[None]
+    names: dict = {"base": tiny_model(), "batches": batches, "ids": ids}
+    exec(GENERATING, names)
+    trained = {name: p for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert all(parameter.grad is not None for parameter in trained.values())
+    loaded = PeftModel.from_pretrained(tiny_model(), "acehnese")
+    names["model"].eval().set_language("ace")
+    torch.testing.assert_close(output(loaded), output(names["model"]))
+    assert (folder / "mad-g" / "adapter_model.safetensors").is_file()
+    exec(FEATURES, names)
+    assert len(names["importance"].top()) == 289
+    assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ci_runs_the_documented_test_command():

@@ -379,6 +379,19 @@ def test_building_in_needs_one_language():
     close(logits(model), PLAIN.expected(model, "quy"))
 
 
+def test_the_language_of_a_batch_is_over_with_it():
+    model = PLAIN.model(language="eng")
+    expected = PLAIN.expected(model, "ace")
+    logits(model, language="quy")
+    with torch.no_grad():
+        # A part of the model by itself, as generate() runs encoders: it never sees the inputs of the whole.
+        inside = model.base_model.model.bert(input_ids=IDS).last_hidden_state
+        with model.set_language("quy"):
+            assert not torch.allclose(inside, model.base_model.model.bert(input_ids=IDS).last_hidden_state)
+    model.set_language("ace")
+    close(logits(model.merge_and_unload()), expected)
+
+
 def test_averaging_is_refused():
     model = PLAIN.model("one", "two")
     with pytest.raises(ConfigError, match="MAD-G adapters cannot be averaged"):
