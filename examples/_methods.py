@@ -10,7 +10,16 @@ from _instructions import collate
 from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig, iter_reselectors
+from peft_sparse import (
+    DeftXConfig,
+    LotteryTicketConfig,
+    OneShotConfig,
+    RandConfig,
+    SparseTrainer,
+    SpielAGConfig,
+    SpielMAConfig,
+    iter_reselectors,
+)
 
 
 class Method(str, Enum):
@@ -18,9 +27,13 @@ class Method(str, Enum):
     spiel_ma = "spiel_ma"
     rand = "rand"
     lottery_ticket = "lottery_ticket"
+    deft_x = "deft_x"
+    fisher = "fisher"
     lora = "lora"
 
 
+# Those with a dense phase, which trains the base weights themselves.
+TWO_PHASES = (Method.lottery_ticket, Method.deft_x)
 # SM3, which SpIEL-MA trains with, divides by the root of a sum, not of a mean: its steps shrink, so they start larger.
 LEARNING_RATES = {Method.spiel_ma: 8e-3}
 LEARNING_RATE = 2e-3
@@ -39,6 +52,10 @@ def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Mo
         return RandConfig(density=density, seed=seed, **common)
     if method is Method.lottery_ticket:
         return LotteryTicketConfig(density=density, **common)
+    if method is Method.deft_x:
+        return DeftXConfig(density=density, **common)
+    if method is Method.fisher:
+        return OneShotConfig(density=density, criterion="fisher", selection_batches=16, **common)
     output = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
     shapes = [(m.out_features, m.in_features) for m in linear]
@@ -71,8 +88,8 @@ def train(model, rows: list[dict], method: Method, dense_learning_rate: float, *
     if method is Method.lora:
         Trainer(**common).train()
     else:
-        # A plain Trainer does for all but LT-SFT. Ours writes the weights in place while it trains, so a step costs
-        # less, and picks the optimizer that SpIEL is made with.
+        # A plain Trainer does for all without a dense phase or a criterion of gradients. Ours writes the weights in
+        # place while it trains, so a step costs less, and picks the optimizer that SpIEL is made with.
         SparseTrainer(**common, dense_args={"learning_rate": dense_learning_rate}).train()
 
 

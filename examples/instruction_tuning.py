@@ -3,8 +3,9 @@
     python examples/instruction_tuning.py
 
 tunes SmolLM2-135M-Instruct by SpIEL-AG on 180 built-in questions, whose answers are one short sentence and a subject
-in brackets. `--model` and `--data` take your own; `--method` compares SpIEL-MA, Rand-SFT, LT-SFT and LoRA at the same
-number of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were grown.
+in brackets. `--model` and `--data` take your own; `--method` compares SpIEL-MA, Rand-SFT, LT-SFT, DeFT-X and LoRA at
+the same number of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were
+grown.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from _instructions import answers, encode, held_out_loss, logits, read_pairs
-from _methods import LEARNING_RATE, LEARNING_RATES, Method, adapter_config, four_bit, plot_ages, train
+from _methods import LEARNING_RATE, LEARNING_RATES, TWO_PHASES, Method, adapter_config, four_bit, plot_ages, train
 from _models import smollm2
 from peft import PeftModel, get_peft_model
 from rich.console import Console
@@ -46,11 +47,11 @@ def main(
     data: Annotated[str, typer.Option(help="A .jsonl file or hub id. \\[default: a built-in house style]")] = "",
     method: Annotated[Method, typer.Option(help="How the trained weights are chosen.")] = Method.spiel_ag,
     density: Annotated[float, typer.Option(help="Share of the linear layers' weights to train.")] = 0.01,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; LT-SFT takes them in each of its phases.")] = 40,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; LT-SFT and DeFT-X take them in each phase.")] = 40,
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 4,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: the method's]")] = None,
-    dense_learning_rate: Annotated[float, typer.Option(help="The same, in the dense phase of LT-SFT.")] = 5e-5,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16; LT-SFT float32]")] = None,
+    dense_learning_rate: Annotated[float, typer.Option(help="The same, in a dense phase.")] = 5e-5,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16; two phases float32]")] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantise the base to NF4 (needs bitsandbytes).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw when the tuned weights were grown (SpIEL).")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out questions to answer before and after.")] = 3,
@@ -61,8 +62,8 @@ def main(
     start = time.perf_counter()
     set_seed(seed)
     source = model or smollm2()
-    # The dense phase of LT-SFT moves the weights themselves, by steps too small for bfloat16.
-    dtype = dtype or (Dtype.float32 if method is Method.lottery_ticket else Dtype.bfloat16)
+    # A dense phase moves the weights themselves, by steps too small for bfloat16.
+    dtype = dtype or (Dtype.float32 if method in TWO_PHASES else Dtype.bfloat16)
     loading = {"dtype": getattr(torch, dtype.value)}
     if load_in_4bit:
         loading |= {"quantization_config": four_bit(), "device_map": "cuda" if torch.cuda.is_available() else "cpu"}

@@ -10,7 +10,11 @@ from .core.delta import SparseDelta
 from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
+from .selection.saliency import Criterion, GradientMeans
 from .training.reselector import Reselection, Reselector, iter_reselectors
+from .tuners.ada_sft.config import AdaSftConfig
+from .tuners.ada_sft.model import AdaSftModel
+from .tuners.ada_sft.to_sparse import sparse_from_ada
 from .tuners.bottleneck.adapter import BottleneckWeights
 from .tuners.bottleneck.config import BottleneckConfig
 from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
@@ -22,21 +26,28 @@ from .tuners.madg.importance import FeatureImportance
 from .tuners.madg.model import MadGModel, generate_adapter, set_language
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
+from .tuners.sparse_ft.measured_budget import layer_budget_from
 from .tuners.sparse_ft.model import SparseModel
-from .tuners.sparse_ft.one_shot_configs import RandConfig
+from .tuners.sparse_ft.one_shot_configs import GivenConfig, OneShotConfig, RandConfig
 from .tuners.sparse_ft.resident import resident
 from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
-from .tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
+from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
 
 if TYPE_CHECKING:
+    from .checkpoints.merge import merge_checkpoint
+    from .extraction.extract import extract_adapter
+    from .extraction.report import Extraction
     from .inspection.conflicts import conflicts
     from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
+    from .inspection.planner import MemoryPlan, plan_memory
     from .inspection.report import inspect_adapter
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
     from .training.lottery import select, start_dense_phase, start_sparse_phase
+    from .training.mask_phase import start_weight_phase
+    from .training.one_shot import select_by_gradients
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
     from .typology import Typology, load_typology
@@ -45,17 +56,26 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SM3",
+    "AdaSftConfig",
+    "AdaSftModel",
     "BottleneckConfig",
     "BottleneckModel",
     "BottleneckWeights",
     "ConfigError",
+    "Criterion",
+    "DeftXConfig",
     "DensePhase",
+    "Extraction",
     "FeatureImportance",
     "FormatError",
     "GeneratedAdapter",
+    "GivenConfig",
+    "GradientMeans",
     "LotteryTicketConfig",
     "MadGConfig",
     "MadGModel",
+    "MemoryPlan",
+    "OneShotConfig",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -71,6 +91,7 @@ __all__ = [
     "Typology",
     "bottleneck_weights",
     "conflicts",
+    "extract_adapter",
     "generate_adapter",
     "generated_weights",
     "importance_table",
@@ -78,45 +99,59 @@ __all__ = [
     "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
+    "layer_budget_from",
     "load_adapter_hub",
     "load_training_state",
     "load_typology",
+    "merge_checkpoint",
+    "plan_memory",
     "plot_adapters",
     "plot_importance",
     "resident",
     "save_adapter_hub",
     "save_training_state",
     "select",
+    "select_by_gradients",
     "set_bottleneck_weights",
     "set_language",
+    "sparse_from_ada",
     "sparse_trainer",
     "start_dense_phase",
     "start_sparse_phase",
+    "start_weight_phase",
 ]
 
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
+    "Extraction": "extraction.report.Extraction",
+    "MemoryPlan": "inspection.planner.MemoryPlan",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
+    "extract_adapter": "extraction.extract.extract_adapter",
     "importance_table": "inspection.feature_importance.importance_table",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "load_training_state": "training.callback.load_state",
     "load_typology": "typology.table.load_typology",
+    "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
+    "plan_memory": "inspection.planner.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
     "plot_importance": "inspection.feature_importance.plot_importance",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
+    "select_by_gradients": "training.one_shot.select_by_gradients",
     "sparse_trainer": "training.trainer.sparse_trainer",
     "start_dense_phase": "training.lottery.start_dense_phase",
     "start_sparse_phase": "training.lottery.start_sparse_phase",
+    "start_weight_phase": "training.mask_phase.start_weight_phase",
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)
 register("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register("MAD_G", MadGConfig, MadGModel)
+register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,13 +21,17 @@ from .native import SOURCE, canonical_name, parameter_of, tensor_names
 logger = logging.getLogger(__name__)
 
 README = "README.md"
-_BASE_CLASSES = {
+BASE_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_SPARSE_TEXT = (
+    "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each."
+)
+_ADA_SFT_TEXT = "This adapter multiplies the base model's own linear weights by soft masks, or adds to them, or both."
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DEFAULT = "default"
 
@@ -92,32 +96,24 @@ def card_text(
     """The library's part of a model card, in markdown; its first lines load the adapter.
 
     Args:
-        config: the adapter's configuration (`config.to_dict()`), with `counts` filled in.
+        config: the adapter's configuration (`config.to_dict()`), with `counts` filled in if it is a sparse one.
         sizes: number of elements of each tuned parameter; None leaves the densities out.
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
-    counts: Mapping[str, int] = config["counts"]
-    total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
-    share = f", {total / size:.2%} of their elements" if size else ""
     heads = config.get("modules_to_save")
-    facts = [
-        f"Method: `{_plain(config.get('method'))}`",
-        f"Density: {_request(config)}",
-        f"Budget: {_budget(config.get('budget'))}",
-        f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
-        *([f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}"] if heads else []),
-    ]
+    facts = _mask_facts(config) if _is_ada_sft(config) else _sparse_facts(config, sizes)
+    if heads:
+        facts.append(f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}")
     return "\n".join(
         [
             *loading_snippet(config, subfolder=subfolder),
             "",
             f"## Sparse fine-tuning{f': {subfolder}' if subfolder else ''}",
             "",
-            "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each.",
+            _ADA_SFT_TEXT if _is_ada_sft(config) else _SPARSE_TEXT,
             "",
             *(f"- {fact}" for fact in facts),
-            "",
-            layer_table(counts, sizes),
+            *([] if _is_ada_sft(config) else ["", layer_table(config["counts"], sizes)]),
         ]
     )
 
@@ -129,7 +125,7 @@ def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) 
         config: the adapter's configuration (`config.to_dict()`).
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
-    base_class = _BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
+    base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
     place = f', subfolder="{subfolder}"' if subfolder else ""
     return [
         "```python",
@@ -143,9 +139,53 @@ def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) 
     ]
 
 
+def _is_ada_sft(config: Mapping[str, Any]) -> bool:
+    return _plain(config.get("peft_type")) == "ADA_SFT"
+
+
+def _sparse_facts(config: Mapping[str, Any], sizes: Mapping[str, int] | None) -> list[str]:
+    counts: Mapping[str, int] = config["counts"]
+    total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
+    share = f", {total / size:.2%} of their elements" if size else ""
+    return [
+        f"Method: `{_plain(config.get('method'))}`{_criterion(config)}",
+        *([f"Denoised before the choice: {_denoising(config)}"] if config.get("method") == "deft_x" else []),
+        f"Density: {_request(config)}",
+        f"Budget: {_budget(config.get('budget'))}",
+        f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
+        *_origin(config.get("provenance")),
+    ]
+
+
+def _mask_facts(config: Mapping[str, Any]) -> list[str]:
+    kind = "divided by its start" if config.get("from_identity") else "as it is"
+    return [
+        "Method: `ada_sft`",
+        f"Phase: `{config.get('phase')}`",
+        f"Mask: sigmoid, from {config.get('initial_mask')} on, {kind}",
+    ]
+
+
+def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
+    """Where an adapter comes from that was taken out of a tuned model instead of trained."""
+    if not provenance or "tuned" not in provenance:
+        return []
+    revision = f" ({provenance['tuned_revision']})" if provenance.get("tuned_revision") else ""
+    share = (
+        f", which hold {provenance['share_kept']:.1%} of the squared difference" if "share_kept" in provenance else ""
+    )
+    origin = f"Extracted without training from `{provenance['tuned']}`{revision}"
+    return [f"{origin}: the weights that rank highest by `{provenance.get('criterion')}`{share}"]
+
+
 def _plain(value: Any) -> str:
     """Text of a string or of an enum member."""
     return str(getattr(value, "value", value))
+
+
+def _criterion(config: Mapping[str, Any]) -> str:
+    criterion = config.get("criterion")
+    return f", by the criterion `{_plain(criterion)}`" if criterion is not None else ""
 
 
 def _request(config: Mapping[str, Any]) -> str:
@@ -159,6 +199,13 @@ def _request(config: Mapping[str, Any]) -> str:
     return "as given"
 
 
+def _denoising(config: Mapping[str, Any]) -> str:
+    rank = config.get("rank")
+    meaning = "directions of each matrix" if isinstance(rank, int) else "of the squared singular values of each matrix"
+    embeddings = "embeddings too" if config.get("denoise_embeddings") else "embeddings as they were"
+    return f"rank {rank} ({meaning}), residual density {config.get('residual_density')}, {embeddings}"
+
+
 def _budget(budget: Any) -> str:
     if not isinstance(budget, Mapping):
         return f"`{_plain(budget)}`"
@@ -167,7 +214,8 @@ def _budget(budget: Any) -> str:
 
 def card_tags(config: Mapping[str, Any]) -> list[str]:
     """Tags for the Hub: the library, the family, the method, and the base model if its name is one on the Hub."""
-    tags = ["peft-sparse", "sparse-fine-tuning", _plain(config.get("method")).replace("_", "-")]
+    method = "ada_sft" if _is_ada_sft(config) else _plain(config.get("method"))
+    tags = ["peft-sparse", "sparse-fine-tuning", method.replace("_", "-")]
     return [*tags, *_base_tags(config)]
 
 
@@ -194,16 +242,18 @@ def update_card(
 
     Args:
         directory: where the adapter was saved.
-        config: the adapter's configuration (`config.to_dict()`); without `counts` nothing is written.
+        config: the adapter's configuration (`config.to_dict()`); a sparse one without `counts` writes nothing.
         sizes: number of elements of each tuned parameter; None reads them from the adapter file if it is there.
         adapter_name: the name under which the adapter was saved.
 
     A card that cannot be understood is left as it is, with a warning: trained weights must not be lost over it.
     """
-    if not config.get("counts"):
+    counts = config.get("counts")
+    if not counts and not _is_ada_sft(config):
         return
     folder = Path(directory)
-    sizes = sizes if sizes is not None else sizes_in_file(folder / SOURCE, config["counts"])
+    if sizes is None and counts:
+        sizes = sizes_in_file(folder / SOURCE, counts)
     tags = card_tags(config)
     write_block(folder, card_text(config, sizes=sizes), config, tags=tags)
     if adapter_name != DEFAULT and folder.name == adapter_name and (folder.parent / README).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
 from .native import SOURCE, verify
+
+_CONFIG = "adapter_config.json"
 
 
 def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
@@ -62,14 +66,68 @@ def verify_before_loading(
     Raises:
         FormatError: the file is damaged or does not fit `counts`.
     """
+    # Without such a file: a pickled adapter_model.bin, checked when its tensors are loaded; or no weights at all.
+    path = _find(model_id, SOURCE, subfolder=subfolder, **download_kwargs)
+    if path is not None:
+        verify_file(path, counts=counts)
+
+
+def read_counts(
+    model_id: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, int]:
+    """How many weights of each parameter a saved adapter tunes, without opening its weights.
+
+    Args:
+        model_id: directory or Hub repository of a sparse adapter.
+        subfolder: folder in it.
+        revision: of the repository.
+
+    Raises:
+        FormatError: there is no adapter_config.json, or it is not that of a sparse adapter with weights.
+    """
+    path = _find(model_id, _CONFIG, subfolder=subfolder, revision=revision)
+    if path is None:
+        raise FormatError(f"{os.fspath(model_id)} holds no {_CONFIG}: name the folder or repository of an adapter.")
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8")).get("counts")
+    except (ValueError, AttributeError) as error:
+        raise FormatError(f"{path} is not the configuration of an adapter ({error}).") from error
+    if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
+        raise FormatError(
+            f"{path} says of no parameter how many weights are tuned (counts={counts!r}): it is not that of a sparse "
+            "adapter whose weights have been selected."
+        )
+    return counts
+
+
+def read_supports(
+    model_id: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, Tensor]:
+    """Which weights a saved adapter tunes.
+
+    Args:
+        model_id, subfolder, revision: as in `read_counts`.
+
+    Returns:
+        {parameter name: [k] sorted flat indices}, on the CPU.
+
+    Raises:
+        FormatError: there are no weights, or the file is damaged.
+    """
+    path = _find(model_id, SOURCE, subfolder=subfolder, revision=revision)
+    if path is None:
+        raise FormatError(
+            f"{os.fspath(model_id)} holds no {SOURCE}: name the folder or repository of a sparse adapter."
+        )
+    return {name: delta.indices for name, delta in verify_file(path).items()}
+
+
+def _find(model_id: str | os.PathLike[str], name: str, *, subfolder: str | None, **download_kwargs: Any) -> Path | None:
+    """A file of a saved adapter, in a directory or on the Hub; None if it is not there."""
     folder = Path(model_id, subfolder or "")
     if folder.is_dir():
-        path = folder / SOURCE
-        if not path.is_file():  # a pickled adapter_model.bin, checked when its tensors are loaded; or no weights at all
-            return
-    else:
-        try:
-            path = Path(hf_hub_download(os.fspath(model_id), SOURCE, subfolder=subfolder, **download_kwargs))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            return
-    verify_file(path, counts=counts)
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **download_kwargs))
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None

@@ -43,7 +43,7 @@ _DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # Names
@@ -314,7 +314,7 @@ _READERS: dict[int, Callable[[Mapping[str, Tensor], str], dict[str, SparseDelta]
 def _check_values(values: Tensor, name: str, source: str) -> None:
     if values.dtype not in _VALUE_DTYPES or values.dim() != 1:
         found = f"{values.dtype} of shape {tuple(values.shape)}"
-        rule = "one-dimensional float32, bfloat16 or float16"
+        rule = "one-dimensional float32, bfloat16, float16 or float64"
         raise FormatError(f"{source}: tensor '{name}' must be {rule}, got {found}. {_REMEDY}")
     # A digest can be right and the run that wrote the file diverged: one such weight makes every output NaN.
     if broken := int((~values.isfinite()).sum()):

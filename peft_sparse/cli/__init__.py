@@ -12,8 +12,11 @@ from ..errors import SparseError
 
 # Modules of this package, each of which adds its command to `app`, in the order in which --help lists them.
 COMMANDS: tuple[str, ...] = (
+    "diff",
     "inspect",
     "plot",
+    "merge",
+    "plan",
 )
 
 app = typer.Typer(name="peft-sparse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

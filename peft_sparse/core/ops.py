@@ -88,7 +88,7 @@ def _is_autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast `x` to, None if it would leave it alone (it leaves float64 alone)."""
     device_type = x.device.type
     if x.dtype == torch.float64 or not _is_autocast_enabled(device_type):
@@ -96,7 +96,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """For a backward that was called inside autocast, which would cast its products again."""
     return torch.autocast(device_type, enabled=False) if _is_autocast_enabled(device_type) else nullcontext()
 
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
         weight = make_weight()
         ctx.shape = tuple(weight.shape)
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-        ctx.autocast_dtype = dtype = _autocast_dtype(x)
+        ctx.autocast_dtype = dtype = autocast_dtype(x)
         if dtype is not None:
             x = x.to(dtype) if shared is None else shared.cast(x, dtype)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -141,7 +141,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         indices, values = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             grad_x = _grad_input(ctx, grad).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
             flat = grad.reshape(-1, grad.shape[-1])
             grad_bias = flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None

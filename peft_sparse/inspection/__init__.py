@@ -1,1 +1,3 @@
-"""Looking at adapters: what is in them, how they relate, and pictures of both."""
+"""Looking at adapters (what is in them, how they relate, pictures of both), and ahead: what a training will take."""
+
+from __future__ import annotations

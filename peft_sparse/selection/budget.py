@@ -1,8 +1,9 @@
 """How many: what a density is a fraction of, and how a total is spread over tensors.
 
 A budget turns a total into groups of tensors with a count each; inside a group the selection is joint. "uniform" makes
-a group of each tensor, "global" one group of all, {regex: share} one group for each regex. Criteria that rank weights
-make one joint top-k per group; criteria that need no scores draw with `draw_counts` how many fall to each tensor.
+a group of each tensor, "global" one group of all, {regex: share} one group for each regex, and the names of
+`LAYER_BUDGETS` one for each part of the model's depth. Criteria that rank weights make one joint top-k per group;
+criteria that need no scores draw with `draw_counts` how many fall to each tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from fractions import Fraction
 from math import floor, lcm, prod
 
 from ..errors import ConfigError
-from .criteria import random_counts
+from .criteria import bernoulli_count, random_counts
+from .layer_budgets import LAYER_BUDGETS, Zone, zones_of
 
 Budget = str | Mapping[str, float]
 
+# The budgets that have a name.
+BUDGETS = ("uniform", "global", *LAYER_BUDGETS)
 # How far the shares of a budget may sum from 1, for shares such as three times 0.333333.
 SHARE_TOLERANCE = Fraction(1, 10**6)
 
@@ -27,7 +31,7 @@ class Group:
     """Tensors that share a count.
 
     Attributes:
-        name: what errors and reports call it: the parameter, "global", or the regex.
+        name: what errors and reports call it: the parameter, "global", the regex, or the part of the depth.
         members: parameter names, in the order of the model.
         count: how many weights to select in all members together.
     """
@@ -79,11 +83,12 @@ def check_budget(budget: Budget) -> None:
     """Check a budget by itself, before any model is known.
 
     Raises:
-        ConfigError: an unknown name, an invalid regex, a share outside (0, 1], or shares that do not sum to 1.
+        ConfigError: an unknown name, an invalid regex, a share outside [0, 1], or shares that do not sum to 1.
     """
     if not isinstance(budget, Mapping):
-        if budget not in ("uniform", "global"):
-            raise ConfigError(f"budget must be 'uniform', 'global' or {{regex: share}}, got {budget!r}")
+        if budget not in BUDGETS:
+            known = ", ".join(map(repr, BUDGETS))
+            raise ConfigError(f"budget must be one of {known} or {{regex: share}}, got {budget!r}")
         return
     for pattern in budget:
         _compiled(pattern)
@@ -147,8 +152,9 @@ def groups_of(budget: Budget, total: int, sizes: Mapping[str, int]) -> list[Grou
     """Spread a total over groups of tensors.
 
     Args:
-        budget: "uniform" (the same density in every tensor), "global" (one group of all tensors), or {regex: share of
-            the total}; a regex is searched for in the parameter's full name.
+        budget: "uniform" (the same density in every tensor), "global" (one group of all tensors), {regex: share of the
+            total}, or one of `LAYER_BUDGETS` (see `zones_of`). A regex is searched for in the parameter's full name; a
+            group of share 0 gets no weight.
         total: how many weights, 0 <= total <= sum of the sizes.
         sizes: parameter name -> number of elements.
 
@@ -157,8 +163,9 @@ def groups_of(budget: Budget, total: int, sizes: Mapping[str, int]) -> list[Grou
         rounded down or up; what rounding leaves goes to the largest remainders, ties to the first.
 
     Raises:
-        ConfigError: an unknown budget; shares outside (0, 1] or that do not sum to 1; a parameter that matches no regex
-            or several; a regex that matches no parameter; a group with fewer weights than its share asks for.
+        ConfigError: an unknown budget; shares outside [0, 1] or that do not sum to 1; a parameter that matches no regex
+            or several; a regex that matches no parameter; a group with fewer weights than its share asks for; a model
+            of too few layers for one of `LAYER_BUDGETS`.
 
     Cost: O(tensors * regexes), whatever their sizes.
     """
@@ -167,7 +174,9 @@ def groups_of(budget: Budget, total: int, sizes: Mapping[str, int]) -> list[Grou
         raise ConfigError(f"total must be between 0 and the {targeted} targeted weights, got {total}")
     check_budget(budget)
     if isinstance(budget, Mapping):
-        return _share_groups(budget, total, sizes)
+        return _share_groups(_zones_by_pattern(budget, sizes), total, sizes)
+    if budget in LAYER_BUDGETS:
+        return _share_groups(zones_of(budget, sizes), total, sizes)
     if budget == "global":
         return [Group("global", tuple(sizes), total)]
     counts = _apportion(total, list(sizes.values()))
@@ -210,20 +219,44 @@ def draw_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int)
     return {name: counts[name] for name in sizes}
 
 
-def _share_groups(shares: Mapping[str, float], total: int, sizes: Mapping[str, int]) -> list[Group]:
-    """One group for each regex."""
-    exact = [_checked_share(pattern, share) for pattern, share in shares.items()]
+def bernoulli_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int) -> dict[str, int]:
+    """Counts per tensor when every weight is drawn by itself, with the probability count / size of its group.
+
+    Args:
+        groups: of `groups_of`.
+        sizes: parameter name -> number of elements.
+        seed: a tensor's count is a function of it, of the probability, and of the tensor's name and size alone.
+
+    Returns:
+        parameter name -> count, in the order of `sizes`; they sum to about the groups' counts.
+    """
+    counts: dict[str, int] = {}
+    for group in groups:
+        held = sum(sizes[name] for name in group.members)
+        for name in group.members:
+            probability = group.count / held if held else 0.0
+            counts[name] = bernoulli_count(sizes[name], probability, seed=seed, name=name)
+    return {name: counts[name] for name in sizes}
+
+
+def _zones_by_pattern(shares: Mapping[str, float], sizes: Mapping[str, int]) -> list[Zone]:
+    """One part of the model for each regex."""
     members = _members_by_pattern(list(shares), sizes)
+    return [Zone(pattern, _checked_share(pattern, shares[pattern]), tuple(members[pattern])) for pattern in shares]
+
+
+def _share_groups(zones: Sequence[Zone], total: int, sizes: Mapping[str, int]) -> list[Group]:
+    """One group for each part of the model."""
     groups = []
-    scale = lcm(*(share.denominator for share in exact))
-    counts = _apportion(total, [int(share * scale) for share in exact])
-    for (pattern, names), count in zip(members.items(), counts, strict=True):
-        held = sum(sizes[name] for name in names)
+    scale = lcm(*(zone.share.denominator for zone in zones))
+    counts = _apportion(total, [int(zone.share * scale) for zone in zones])
+    for zone, count in zip(zones, counts, strict=True):
+        held = sum(sizes[name] for name in zone.members)
         if count > held:
-            asked = f"its share {shares[pattern]:g} of {total} asks for {count}"
+            asked = f"its share {float(zone.share):g} of {total} asks for {count}"
             way_out = f"Give it a share of at most {held / total:.4g}, or lower the density"
-            raise ConfigError(f"budget group {pattern!r} holds {held} weights, but {asked}. {way_out}")
-        groups.append(Group(pattern, tuple(names), count))
+            raise ConfigError(f"budget group {zone.name!r} holds {held} weights, but {asked}. {way_out}")
+        groups.append(Group(zone.name, zone.members, count))
     return groups
 
 
@@ -278,8 +311,8 @@ def _check_density(density: float) -> None:
 
 
 def _checked_share(pattern: str, share: float) -> Fraction:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ConfigError(f"the share of budget group {pattern!r} must be in (0, 1], got {share}")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ConfigError(f"the share of budget group {pattern!r} must be in [0, 1], got {share}")
     return _decimal(share)
 
 

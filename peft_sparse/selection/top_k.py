@@ -7,7 +7,7 @@ collection of what lies above, go through the scores in chunks, so nothing of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,13 +70,85 @@ def joint_top_k(scores: Mapping[str, Tensor], k: int, *, min_score: float | None
         return _sorted_top_k(scores, k, min_score)
     threshold = _find_threshold(scores, k)
     if min_score is not None and k > 0 and threshold.key <= _key_of(min_score):
-        raise _too_few(scores, k, min_score)
+        raise _too_few(scores, k, min_score, *_count_eligible(scores, min_score))
     selected: dict[str, Tensor] = {}
     num_left, ties_left = k, threshold.num_ties
     for name in scores:
         selected[name], ties_left = _collect(scores[name], _Threshold(threshold.key, ties_left), num_left)
         num_left -= selected[name].numel()
     return selected
+
+
+def streamed_top_k(
+    scores: Iterable[tuple[str, Tensor]], k: int, *, min_score: float | None = None
+) -> dict[str, Tensor]:
+    """`joint_top_k` of tensors that come one after the other and are seen once: for scores that are dear to compute.
+
+    What is among the k largest so far is remembered with its score; everything else of a tensor can go.
+
+    Args:
+        scores: name and scores of each tensor, no name twice; otherwise as in `joint_top_k`, whose answer it gives.
+        k, min_score: as there.
+
+    Returns, Raises: as `joint_top_k`; `k` above the number of scores is only noticed at the end.
+
+    Cost: three passes over each tensor, and at most 40 bytes for each of the k weights besides one tensor.
+    """
+    best = Best(k, min_score)
+    devices: dict[str, torch.device] = {}
+    total = 0
+    for name, tensor in scores:
+        devices[name] = tensor.device
+        total += tensor.numel()
+        best.add(name, tensor)
+        del tensor  # or it would still be there while the next one is made
+    _check_count(best.scores, k, total)
+    best.drop_all_but_k()
+    found = sum(positions.numel() for positions in best.positions.values())
+    if min_score is not None and found < k:
+        raise _too_few(best.scores, k, min_score, found, total)
+    return {name: positions.to(devices[name]) for name, positions in best.positions.items()}
+
+
+class Best:
+    """The k largest of the scores so far, and up to as many more.
+
+    Attributes:
+        positions: name -> [c] where they stand in their tensors.
+        scores: name -> [c] what they are, on the CPU.
+    """
+
+    def __init__(self, k: int, min_score: float | None) -> None:
+        self.positions: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
+        self._k = k
+        # Only what exceeds it can still be among the k.
+        self._bar = min_score
+        self._held = 0
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take the scores of one more tensor."""
+        positions = top_k(scores, min(self._k, scores.numel()), name=name)
+        values = scores.detach().reshape(-1).index_select(0, positions).to("cpu", torch.float32)
+        positions = positions.cpu()
+        if self._bar is not None:
+            above = values > self._bar
+            positions, values = positions[above], values[above]
+        self.positions[name], self.scores[name] = positions, values
+        self._held += values.numel()
+        if self._held > 2 * self._k:
+            self.drop_all_but_k()
+
+    def drop_all_but_k(self) -> None:
+        """Keep no more than the k largest."""
+        if self._held <= self._k:
+            return
+        for name, chosen in joint_top_k(self.scores, self._k).items():
+            self.positions[name] = self.positions[name].index_select(0, chosen)
+            self.scores[name] = self.scores[name].index_select(0, chosen)
+        self._held = self._k
+        # Of equal scores the first count, so a later one has to be larger.
+        self._bar = min((float(values.min()) for values in self.scores.values() if values.numel()), default=self._bar)
 
 
 def _sorted_top_k(scores: dict[str, Tensor], k: int, min_score: float | None) -> dict[str, Tensor]:
@@ -87,7 +159,7 @@ def _sorted_top_k(scores: dict[str, Tensor], k: int, min_score: float | None) ->
     _check_count(scores, k, together.numel())
     order = together.argsort(descending=True, stable=True)[:k]
     if min_score is not None and k > 0 and int(together[order[-1]]) <= _key_of(min_score):
-        raise _too_few(scores, k, min_score)
+        raise _too_few(scores, k, min_score, *_count_eligible(scores, min_score))
     chosen = torch.zeros_like(together, dtype=torch.bool)
     chosen[order] = True
     return {
@@ -202,14 +274,19 @@ def _key_of(score: float) -> int:
     return int(_keys(torch.tensor([score], dtype=torch.float32))[0])
 
 
-def _too_few(scores: Mapping[str, Tensor], k: int, min_score: float) -> SelectionError:
-    """The error that says how many scores are eligible."""
+def _count_eligible(scores: Mapping[str, Tensor], min_score: float) -> tuple[int, int]:
+    """How many scores exceed `min_score`, and how many there are."""
     limit = _key_of(min_score)
     eligible = total = 0
     for name in scores:
         for _, chunk in _chunks(scores[name]):
             eligible += int((_keys(chunk) > limit).sum())
             total += chunk.numel()
+    return eligible, total
+
+
+def _too_few(scores: Mapping[str, Tensor], k: int, min_score: float, eligible: int, total: int) -> SelectionError:
+    """The error that says how many scores are eligible."""
     moved = "moved" if min_score == 0.0 else f"scored above {min_score}"
     return SelectionError(
         f"{k} weights are asked from {_label(scores)}, but only {eligible} of {total} {moved}. Train longer, "

@@ -1,27 +1,29 @@
-"""The dense phase of LT-SFT: targeted base parameters train, are compared with where they started, and are rewound."""
+"""The dense phase of LT-SFT and DeFT-X: base parameters train, are compared with their start, and are rewound."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..core.indices import index_dtype
 from ..errors import SelectionError
-from ..selection.criteria import change
-from ..selection.top_k import joint_top_k
+from ..selection.criteria import difference
+from ..selection.top_k import streamed_top_k
 from ..tuners.sparse_ft import regularization
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of
 from ..tuners.sparse_ft.layer import SparseLayer
-from ..tuners.sparse_ft.support import model_numel, plan_groups
+from ..tuners.sparse_ft.support import model_numel, plan_groups, targets_of
+from ..tuners.sparse_ft.two_phase_configs import DeftXConfig
+from .denoiser import Denoiser
 from .distributed import from_first_rank
+from .progress import progress_bar
 from .ties import Ties
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Target:
 
 
 class DensePhase:
-    """The first phase of LT-SFT, in which how far each targeted base parameter moves decides what to tune.
+    """The first phase of LT-SFT and DeFT-X, in which how far each targeted base parameter moves decides what to tune.
 
     Made by `start_dense_phase`. As a context manager it never leaves a moved weight behind: leaving the block starts
     the sparse phase if `select` was called in it, and takes everything back otherwise, so also after an exception.
@@ -74,6 +76,8 @@ class DensePhase:
     of the base parameter under them.
 
     Attributes:
+        name, next_name: what a trainer calls this phase and the one after it.
+        args_name: the trainer's argument for how this phase's training arguments differ.
         model: the model it was started on.
         adapter_name: the adapter that it chooses weights for.
         targets: the parameters that train.
@@ -83,6 +87,10 @@ class DensePhase:
         l1_coefficient: lambda/N of the penalty lambda/N * sum |theta - theta0|; 0 for none.
         is_open: False once the phase was left.
     """
+
+    name: ClassVar = "dense"
+    next_name: ClassVar = "sparse"
+    args_name: ClassVar = "dense_args"
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig, targets: list[Target]) -> None:
         self.model = model
@@ -109,10 +117,15 @@ class DensePhase:
             regularization.penalised.add(self)
         self._root.__dict__[PHASE_ATTRIBUTE] = self
 
+    @property
+    def numel(self) -> int:
+        """How many base weights train."""
+        return sum(target.delta.numel for target in self.targets)
+
     # ---- selection ---------------------------------------------------------------------------------
 
     def scores(self) -> Mapping[str, Tensor]:
-        """|theta - theta0| of every target, float32, in the parameter's shape.
+        """|theta - theta0| of every target, float32, in the parameter's shape; for DeFT-X, denoised before |.|.
 
         Computed when asked for, one tensor at a time, and not kept.
 
@@ -120,7 +133,10 @@ class DensePhase:
             SelectionError: (when a tensor is asked for) the training diverged to an infinite weight.
         """
         self._check_open("score")
-        return _Scores(self.targets, self.originals)
+        return _Scores(self.targets, self.originals, self._new_denoiser())
+
+    def _new_denoiser(self) -> Denoiser | None:
+        return Denoiser(self._config) if isinstance(self._config, DeftXConfig) else None
 
     def select(self) -> dict[str, Tensor]:
         """Choose the weights that moved most: exactly as many as the adapter's config asks for.
@@ -131,26 +147,28 @@ class DensePhase:
             {parameter name: [k_i] sorted flat indices}; also what the sparse phase will tune.
 
         Raises:
-            SelectionError: fewer weights moved than are asked for, or the training diverged. The phase stays open:
-                train on, or leave it.
+            SelectionError: fewer weights moved than are asked for (DeFT-X: have a non-zero denoised difference), or the
+                training diverged. The phase stays open: train on, or leave it.
 
-        Cost: four passes over the change of all targets; one tensor's scores in memory at a time.
+        Cost: each target is scored once, and one tensor's scores are in memory at a time; besides, up to 40 bytes for
+        each of the K weights, on the CPU. DeFT-X decomposes each matrix: see `selection.denoise.denoise`.
         """
         self._check_open("select")
-        scores = self.scores()
-        parts: dict[str, tuple[str, ...]] = {}
-        for target in self.targets:
-            path = target.name.rpartition(".")[0]
-            parts[path] = (*parts.get(path, ()), target.which)
+        denoiser = self._new_denoiser()
+        scores = _Scores(self.targets, self.originals, denoiser)
         indices: dict[str, Tensor] = {}
-        for group in plan_groups(self._config, parts, self._root):
-            indices.update(joint_top_k(_Subset(scores, group.members), group.count, min_score=0.0))
+        with progress_bar("selecting weights", len(self.targets)) as advance:
+            for group in plan_groups(self._config, targets_of(t.name for t in self.targets), self._root):
+                stream = _scored(group.members, scores, advance)
+                indices.update(streamed_top_k(stream, group.count, min_score=0.0))
+        if denoiser is not None:
+            denoiser.log()
         self._selection = from_first_rank({target.name: indices[target.name] for target in self.targets})
         logger.info(
             "dense phase of adapter %r: selected %d of %d weights",
             self.adapter_name,
             sum(chosen.numel() for chosen in self._selection.values()),
-            sum(target.delta.numel for target in self.targets),
+            self.numel,
         )
         return self._selection
 
@@ -225,19 +243,23 @@ class DensePhase:
 class _Scores(Mapping[str, Tensor]):
     """Scores that are computed when they are asked for."""
 
-    def __init__(self, targets: list[Target], originals: dict[str, Tensor]) -> None:
+    def __init__(self, targets: list[Target], originals: dict[str, Tensor], denoiser: Denoiser | None) -> None:
         self._targets = {t.name: t for t in targets}
         self._originals = originals
+        self._denoiser = denoiser
 
     def __getitem__(self, name: str) -> Tensor:
-        parameter = self._targets[name].parameter.detach()
-        scores = change(parameter, self._originals[name].to(parameter.device))
-        if scores.numel() and bool(scores.max() == torch.inf):
+        target = self._targets[name]
+        parameter = target.parameter.detach()
+        moved = difference(parameter, self._originals[name].to(parameter.device))
+        if moved.numel() and any(extreme.isinf() for extreme in moved.aminmax()):
             raise SelectionError(
                 f"the dense phase diverged: {name} holds an infinite weight. Lower its learning rate, or clip "
                 "gradients."
             )
-        return scores
+        if self._denoiser is not None:
+            moved = self._denoiser(name, target.module, moved)
+        return moved.abs_()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -246,21 +268,12 @@ class _Scores(Mapping[str, Tensor]):
         return len(self._targets)
 
 
-class _Subset(Mapping[str, Tensor]):
-    """Some of the tensors of another mapping, still computed when they are asked for."""
-
-    def __init__(self, scores: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self._scores = scores
-        self._names = tuple(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._scores[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _scored(
+    names: Sequence[str], scores: Mapping[str, Tensor], advance: Callable[[], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        yield name, scores[name]
+        advance()
 
 
 def _copy(tensor: Tensor, *, stay: bool = False) -> Tensor:

@@ -146,17 +146,22 @@ def refuse_processes(adapter_name: str, budget: object, deltas: Mapping[str, Ada
             )
 
 
-def refuse_sharded(name: str, parameter: Tensor) -> None:
+def refuse_sharded(name: str, parameter: Tensor, *, why: str = "the dense phase compares") -> None:
     """Raise a ConfigError if this process holds only a part of a parameter, or none of it.
+
+    Args:
+        name: of the parameter.
+        parameter: it.
+        why: what needs whole weights, for the message.
 
     Raises:
         ConfigError: the parameter is a DTensor, part of an FSDP unit, sharded by ZeRO-3, or on the meta device.
     """
     if parameter.is_meta:
-        raise ConfigError(f"{name} is on the meta device: load the base model's weights before the dense phase.")
+        raise ConfigError(f"{name} is on the meta device: load the base model's weights first, for {why} weights.")
     sharding = how_sharded(parameter)
     if sharding is not None:
         raise ConfigError(
-            f"{name} is {sharding}: the dense phase compares whole weights. Run it with one process per replica (DDP) "
+            f"{name} is {sharding}: {why} whole weights. Run it with one process per replica (DDP) "
             "or in a single process; the sparse phase may then be sharded."
         )

@@ -11,15 +11,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError
-from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.config import DENSE_PHASE, GRADIENTS, SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas, iter_layers
 from ..tuners.sparse_ft.packed import find_backend, is_packed
 from .dense_phase import PHASE_ATTRIBUTE, DensePhase, Target
 from .distributed import refuse_sharded
 
 logger = logging.getLogger(__name__)
-
-TWO_PHASE_METHODS = ("lottery_ticket",)
 
 
 def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DensePhase:
@@ -47,12 +45,13 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     K moved weights are an error, weights are restored from copies and never by subtraction, and only what is targeted
     is unfrozen.
     """
-    _refuse_wrapper(model)
+    refuse_wrapper(model)
     config = adapter_config(model, adapter_name)
-    targets = [Target(*found) for found in iter_deltas(model, adapter_name)]
+    targets = targets_of_adapter(model, adapter_name)
     _check_adapter(model, adapter_name, config)
     for target in targets:
-        _check_target(adapter_name, target)
+        check_active(adapter_name, target)
+        _check_target(target)
     for _, layer in iter_layers(model):
         layer.restore()
     _warn_of_low_precision(targets)
@@ -70,7 +69,7 @@ def start_sparse_phase(model: nn.Module, adapter_name: str = "default") -> dict[
     Raises:
         ConfigError: the model is still wrapped in DDP, DeepSpeed or FSDP.
     """
-    _refuse_wrapper(model)
+    refuse_wrapper(model)
     return _open_phase(model, adapter_name).start_sparse_phase()
 
 
@@ -80,23 +79,29 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
     Raises:
         ConfigError: the model has no such adapter, or it is none of ours.
     """
-    configs = _peft_configs(model)
+    configs = peft_configs(model)
     if adapter_name not in configs:
         raise ConfigError(f"adapter_name must be one of {sorted(configs)}, got {adapter_name!r}.")
     config = configs[adapter_name]
     if not isinstance(config, SparseConfig):
         raise ConfigError(
-            f"adapter {adapter_name!r} has a {type(config).__name__}; a dense phase needs a LotteryTicketConfig."
+            f"adapter {adapter_name!r} has a {type(config).__name__}, and its weights are not selected by this "
+            "library. Of ours are LotteryTicketConfig and OneShotConfig."
         )
     return config
 
 
 def is_unselected(config: Any) -> bool:
-    """Whether a config belongs to an adapter that a dense phase has yet to choose the weights of."""
-    return isinstance(config, SparseConfig) and config.method in TWO_PHASE_METHODS and config.counts is None
+    """Whether a config belongs to an adapter that a dense phase or gradients have yet to choose the weights of."""
+    return isinstance(config, SparseConfig) and config.selected_by in (DENSE_PHASE, GRADIENTS) and config.counts is None
 
 
-def _refuse_wrapper(model: nn.Module) -> None:
+def targets_of_adapter(model: nn.Module, adapter_name: str) -> list[Target]:
+    """Every parameter that an adapter may tune."""
+    return [Target(*found) for found in iter_deltas(model, adapter_name)]
+
+
+def refuse_wrapper(model: nn.Module) -> None:
     """Refuse what averages the gradients of the parameters that were trainable when it was made, and of no others."""
     if not isinstance(model, (PeftModel, BaseTuner)) and isinstance(getattr(model, "module", None), nn.Module):
         raise ConfigError(
@@ -106,14 +111,19 @@ def _refuse_wrapper(model: nn.Module) -> None:
         )
 
 
-def _peft_configs(model: nn.Module) -> dict[str, Any]:
+def peft_configs(model: nn.Module) -> dict[str, Any]:
+    """{adapter name: config} of a model, whatever it is wrapped in.
+
+    Raises:
+        ConfigError: it carries no adapter.
+    """
     wrapped: Any = model
     while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
         wrapped = getattr(wrapped, "module", None)
     if wrapped is None:
         raise ConfigError(
-            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, "
-            "LotteryTicketConfig(...))"
+            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
+            "with a LotteryTicketConfig or an AdaSftConfig."
         )
     return wrapped.peft_config
 
@@ -129,10 +139,11 @@ def _open_phase(model: nn.Module, adapter_name: str) -> DensePhase:
 
 
 def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
-    if config.method not in TWO_PHASE_METHODS:
+    if config.selected_by != DENSE_PHASE:
+        what_then = "call select_by_gradients(model, batches)" if is_unselected(config) else "train it in any loop"
         raise ConfigError(
-            f"adapter {adapter_name!r} has the method {config.method!r}, whose weights need no dense phase: train it "
-            "in any loop. For LT-SFT use LotteryTicketConfig(...)"
+            f"adapter {adapter_name!r} has the method {config.method!r}, whose weights need no dense phase: "
+            f"{what_then}. For LT-SFT use LotteryTicketConfig(...)"
         )
     if not is_unselected(config):
         raise ConfigError(
@@ -147,16 +158,21 @@ def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) ->
         )
 
 
-def _check_target(adapter_name: str, target: Target) -> None:
+def check_active(adapter_name: str, target: Target) -> None:
+    """Raise a ConfigError if an adapter does not act on a target, or another one stands in its weights."""
     layer: Any = target.layer
     if adapter_name not in layer.active_adapters or layer.disable_adapters:
         raise ConfigError(
-            f"adapter {adapter_name!r} must be active for its dense phase: model.set_adapter({adapter_name!r})"
+            f"adapter {adapter_name!r} must be active while its weights are selected (in its dense phase, or by "
+            f"gradients): model.set_adapter({adapter_name!r})"
         )
     if layer.merged:
         raise ConfigError(
             f"adapters {layer.merged_adapters} are merged into {target.name}: model.unmerge_adapter() first."
         )
+
+
+def _check_target(target: Target) -> None:
     if (target.which == "weight" and find_backend(target.module) is not None) or is_packed(target.parameter):
         raise ConfigError(
             f"{target.name} is quantised, and a dense phase trains the base weights themselves. Load the base "

@@ -1,4 +1,4 @@
-"""dense_args: the training arguments of the dense phase, as changes to those of the sparse phase."""
+"""dense_args and mask_args: the training arguments of a first phase, as changes to those of the second one."""
 
 from __future__ import annotations
 
@@ -63,15 +63,17 @@ PER_PHASE = frozenset(
 )
 
 
-def make_dense_args(args: TrainingArguments, changes: Mapping[str, Any] | None) -> TrainingArguments:
-    """The training arguments of the dense phase.
+def make_first_args(args: TrainingArguments, changes: Mapping[str, Any] | None, *, name: str) -> TrainingArguments:
+    """The training arguments of the first of two phases.
 
-    Weight decay is 0 unless `changes` says otherwise: it moves every weight, and the selection would take that for
-    learning. A length given in epochs replaces one given in steps. Nothing of the dense phase is pushed to the Hub.
+    Weight decay is 0 unless `changes` says otherwise: in a dense phase it moves every weight, and the selection would
+    take that for learning. A length given in epochs replaces one given in steps. Nothing of the first phase is pushed
+    to the Hub.
 
     Args:
-        args: the trainer's own arguments, which the sparse phase uses. They are not changed.
-        changes: {field: value} for the dense phase.
+        args: the trainer's own arguments, which the second phase uses. They are not changed.
+        changes: {field: value} for the first phase.
+        name: what the user calls them: "dense_args" or "mask_args".
 
     Returns:
         New arguments of the same class.
@@ -81,13 +83,12 @@ def make_dense_args(args: TrainingArguments, changes: Mapping[str, Any] | None) 
     """
     if changes is not None and not isinstance(changes, Mapping):
         raise ConfigError(
-            f"dense_args must be a mapping {{field: value}}, got a {type(changes).__name__}. Name what differs from "
-            "args."
+            f"{name} must be a mapping {{field: value}}, got a {type(changes).__name__}. Name what differs from args."
         )
     changes = dict(changes or {})
-    for name in changes:
-        _check_name(args, name)
-    if changes.get("weight_decay"):
+    for field in changes:
+        _check_field(args, field, name)
+    if changes.get("weight_decay") and name == "dense_args":
         logger.warning(
             "dense_args: weight_decay=%s moves every weight in the dense phase, the largest most, and the selection "
             "cannot tell that from learning.",
@@ -97,36 +98,35 @@ def make_dense_args(args: TrainingArguments, changes: Mapping[str, Any] | None) 
         changes.setdefault("max_steps", -1)
     # Not dataclasses.replace: making training arguments anew resets the state of the accelerator that the trainer has
     # by now.
-    dense = copy.copy(args)
-    for name, value in {"weight_decay": 0.0, "push_to_hub": False, **changes}.items():
-        current = getattr(args, name)
-        setattr(dense, name, type(current)(value) if isinstance(current, Enum) else value)
-    _derive(dense, changes)
-    return dense
+    first = copy.copy(args)
+    for field, value in {"weight_decay": 0.0, "push_to_hub": False, **changes}.items():
+        current = getattr(args, field)
+        setattr(first, field, type(current)(value) if isinstance(current, Enum) else value)
+    _derive(first, changes)
+    return first
 
 
-def _derive(dense: TrainingArguments, changes: dict[str, Any]) -> None:
+def _derive(first: TrainingArguments, changes: dict[str, Any]) -> None:
     """What the arguments derive from each other when they are made."""
-    if dense.eval_strategy == "steps" and not dense.eval_steps:
-        dense.eval_steps = dense.logging_steps
-    if dense.load_best_model_at_end and dense.metric_for_best_model is None:
-        dense.metric_for_best_model = "loss"
-    if dense.metric_for_best_model is not None and (
-        "metric_for_best_model" in changes or dense.greater_is_better is None
+    if first.eval_strategy == "steps" and not first.eval_steps:
+        first.eval_steps = first.logging_steps
+    if first.load_best_model_at_end and first.metric_for_best_model is None:
+        first.metric_for_best_model = "loss"
+    if first.metric_for_best_model is not None and (
+        "metric_for_best_model" in changes or first.greater_is_better is None
     ):
-        dense.greater_is_better = changes.get("greater_is_better", not dense.metric_for_best_model.endswith("loss"))
-    if hasattr(dense, "_validate_args"):
-        dense._validate_args()
+        first.greater_is_better = changes.get("greater_is_better", not first.metric_for_best_model.endswith("loss"))
+    if hasattr(first, "_validate_args"):
+        first._validate_args()
 
 
-def _check_name(args: TrainingArguments, name: str) -> None:
-    known = {field.name for field in dataclasses.fields(args) if field.init}
-    if name not in known:
-        close = difflib.get_close_matches(name, sorted(known & PER_PHASE), n=1)
+def _check_field(args: TrainingArguments, field: str, name: str) -> None:
+    known = {own.name for own in dataclasses.fields(args) if own.init}
+    if field not in known:
+        close = difflib.get_close_matches(field, sorted(known & PER_PHASE), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {sorted(known & PER_PHASE)}."
-        raise ConfigError(f"dense_args: {name!r} is no field of {type(args).__name__}; {hint}")
-    if name not in PER_PHASE:
+        raise ConfigError(f"{name}: {field!r} is no field of {type(args).__name__}; {hint}")
+    if field not in PER_PHASE:
         raise ConfigError(
-            f"dense_args: {name!r} is read when the trainer is made, so it holds for both phases. Set it in args "
-            "instead."
+            f"{name}: {field!r} is read when the trainer is made, so it holds for both phases. Set it in args instead."
         )

@@ -13,14 +13,17 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import FormatError
-from .dense_checkpoint import FILE_NAME
+from . import dense_checkpoint, mask_phase
 
-# Inside the output folder. The Hub's upload leaves out what starts with an underscore.
-DENSE_FOLDER = "_dense"
+# {first phase: its folder inside the output folder}. The Hub's upload leaves out what starts with an underscore.
+FIRST_FOLDERS = {"dense": "_dense", "mask": "_mask"}
+# {first phase: the file that tells its checkpoints from others}
+_FILES = {"dense": dense_checkpoint.FILE_NAME, "mask": mask_phase.FILE_NAME}
 SELECTION_FOLDER = "selection"
 SELECTION_FILE = "selection.json"
 _STATE = "trainer_state.json"
-Phase = Literal["dense", "selection", "sparse"]
+FirstPhase = Literal["dense", "mask"]
+Phase = Literal["dense", "mask", "selection", "second"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class ResumePoint:
     """A checkpoint to go on from.
 
     Attributes:
-        phase: "dense"; "selection": at the boundary, with the support chosen and nothing else done; or "sparse".
+        phase: "dense" or "mask"; "selection": at the boundary, with the support chosen or the masks fixed and nothing
+            else done; or "second".
         path: its folder.
     """
 
@@ -36,11 +40,18 @@ class ResumePoint:
     path: str
 
 
-def find_resume_point(output_dir: str, resume_from_checkpoint: str | bool | None) -> ResumePoint | None:
+def find_resume_point(
+    output_dir: str, resume_from_checkpoint: str | bool | None, first: FirstPhase = "dense"
+) -> ResumePoint | None:
     """What `resume_from_checkpoint` means for a two-phase run; None for a fresh start.
 
     True takes the complete checkpoint that was written last, of whichever phase. One that was interrupted in the
     writing is passed over.
+
+    Args:
+        output_dir: of the trainer.
+        resume_from_checkpoint: a path, or True.
+        first: which first phase the run has.
 
     Raises:
         FormatError: a path that is no checkpoint of ours.
@@ -49,23 +60,24 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | bool | None
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
     if resume_from_checkpoint is not True:
-        return _classify(str(resume_from_checkpoint))
-    points = [(written, i, p) for i, p in enumerate(_all_points(output_dir)) if (written := _written_at(p)) is not None]
+        return _classify(str(resume_from_checkpoint), first)
+    every = enumerate(_all_points(output_dir, first))
+    points = [(written, i, p) for i, p in every if (written := _written_at(p)) is not None]
     if not points:
         raise ValueError(
-            f"No valid checkpoint found in output directory ({output_dir}) nor in its folder {DENSE_FOLDER}: train "
-            "without resume_from_checkpoint, or name a checkpoint."
+            f"No valid checkpoint found in output directory ({output_dir}) nor in its folder {FIRST_FOLDERS[first]}: "
+            "train without resume_from_checkpoint, or name a checkpoint."
         )
     return max(points, key=lambda found: found[:2])[2]
 
 
-def _all_points(output_dir: str) -> list[ResumePoint]:
+def _all_points(output_dir: str, first: FirstPhase) -> list[ResumePoint]:
     """Every checkpoint of both phases, in the order in which one run would write them."""
-    dense = os.path.join(output_dir, DENSE_FOLDER)
+    folder = os.path.join(output_dir, FIRST_FOLDERS[first])
     return [
-        *(ResumePoint("dense", path) for path in _numbered(dense)),
-        *(ResumePoint("selection", path) for path in [os.path.join(dense, SELECTION_FOLDER)] if os.path.isdir(path)),
-        *(ResumePoint("sparse", path) for path in _numbered(output_dir)),
+        *(ResumePoint(first, path) for path in _numbered(folder)),
+        *(ResumePoint("selection", path) for path in [os.path.join(folder, SELECTION_FOLDER)] if os.path.isdir(path)),
+        *(ResumePoint("second", path) for path in _numbered(output_dir)),
     ]
 
 
@@ -86,19 +98,19 @@ def _written_at(point: ResumePoint) -> float | None:
     return last.stat().st_mtime
 
 
-def _classify(path: str) -> ResumePoint:
+def _classify(path: str, first: FirstPhase) -> ResumePoint:
     def has(name: str) -> bool:
         return os.path.isfile(os.path.join(path, name))
 
-    if has(FILE_NAME):
-        return ResumePoint("dense", path)
+    if has(_FILES[first]):
+        return ResumePoint(first, path)
     if has(SELECTION_FILE):
         return ResumePoint("selection", path)
     if has(_STATE):
-        return ResumePoint("sparse", path)
+        return ResumePoint("second", path)
     raise FormatError(
-        f"resume_from_checkpoint: {path} holds none of {FILE_NAME} (dense phase), {SELECTION_FILE} (boundary) and "
-        f"{_STATE} (sparse phase)."
+        f"resume_from_checkpoint: {path} holds none of {_FILES[first]} ({first} phase), {SELECTION_FILE} (boundary) "
+        f"and {_STATE} (second phase)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Trainers for sparse fine-tuning: any Hugging Face trainer, with LT-SFT's two phases in its `train`."""
+"""Trainers for sparse fine-tuning: any Hugging Face trainer, going through the two phases of LT-SFT or of Ada-SFT."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.push import update_cards
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
+from ..tuners.sparse_ft.config import GRADIENTS
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
 from .dense_phase import DensePhase
 from .lottery import is_unselected, start_dense_phase
-from .phase_args import make_dense_args
+from .mask_phase import MaskPhase, is_in_mask_phase
+from .one_shot import select_in_trainer
+from .phase_args import make_first_args
 from .resume import ResumePoint, find_resume_point, is_finished
 from .spiel_in_trainer import figures, optimizer_for
 from .trainer_checkpoints import PhaseCheckpoints
@@ -33,28 +36,34 @@ class TwoPhaseTraining(PhaseCheckpoints):
     """What `sparse_trainer` adds to a trainer class.
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
-    the rewind and the sparse phase run one after the other; any other model trains as ever, only in `resident` mode.
+    the rewind and the sparse phase run one after the other; if it is one of Ada-SFT that has yet to learn its masks,
+    the mask phase and the weight phase do (see `start_weight_phase`). If gradients are to choose its weights
+    (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as ever,
+    only in `resident` mode.
 
     Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
     sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
     "phase") and progress bar. Checkpoints of the dense phase lie in `_dense/checkpoint-N` in the output folder, the
     selection in `_dense/selection`, and those of the sparse phase in `checkpoint-N` as ever; `resume_from_checkpoint`
     finds the phase. `load_best_model_at_end` works in each phase: the best dense weights are what the selection looks
-    at. The dense folder may be deleted once the sparse phase has a checkpoint.
+    at. The dense folder may be deleted once the sparse phase has a checkpoint. With Ada-SFT the phases are called
+    "mask" and "weights" and the folder is `_mask`; the best masks are the ones that get fixed.
 
     Args:
         args, kwargs: of the trainer class.
         dense_args: {field: value}, where the training arguments of the dense phase differ from `args`: learning_rate,
             max_steps, num_train_epochs, lr_scheduler_type, ... Weight decay is 0 in the dense phase unless it stands
             here.
+        mask_args: the same for the mask phase of Ada-SFT.
 
     Attributes:
         dense_state: TrainerState at the end of the dense phase (its `log_history`, ...); None before it, or if it was
             not run here.
         dense_output: what the dense phase's training returned; likewise.
+        mask_state, mask_output: the same of the mask phase of Ada-SFT.
 
     Raises:
-        ConfigError: `dense_args` names an unknown field, or one that holds for both phases.
+        ConfigError: `dense_args` or `mask_args` names an unknown field, or one that holds for both phases.
     """
 
     # The trainer's own, which the phases exchange.
@@ -62,15 +71,25 @@ class TwoPhaseTraining(PhaseCheckpoints):
     model_init: Any
     _train_batch_size: int
 
-    def __init__(self, *args: Any, dense_args: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._phase: DensePhase | None = None
+    def __init__(
+        self,
+        *args: Any,
+        dense_args: Mapping[str, Any] | None = None,
+        mask_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._phase: DensePhase | MaskPhase | None = None
         self._phase_name: str | None = None
         self.dense_state: TrainerState | None = None
         self.dense_output: TrainOutput | None = None
+        self.mask_state: TrainerState | None = None
+        self.mask_output: TrainOutput | None = None
         self._logged_update = 0
         self.dense_args: Mapping[str, Any] | None = dense_args
+        self.mask_args: Mapping[str, Any] | None = mask_args
         super().__init__(*args, **kwargs)
-        make_dense_args(self.args, dense_args)
+        make_first_args(self.args, dense_args, name="dense_args")
+        make_first_args(self.args, mask_args, name="mask_args")
         self.add_callback(_NamePhase(self))
 
     # ---- the run -------------------------------------------------------------------------------------
@@ -81,7 +100,8 @@ class TwoPhaseTraining(PhaseCheckpoints):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; in two phases if the active adapter is a lottery ticket without weights.
+        """Train: in two phases if the active adapter has its first one before it, after the selection if gradients are
+        to choose its weights.
 
         Args:
             resume_from_checkpoint: a checkpoint of either phase; True for the last one that is complete.
@@ -89,7 +109,7 @@ class TwoPhaseTraining(PhaseCheckpoints):
             ignore_keys_for_eval: outputs of the model that evaluation leaves out.
 
         Returns:
-            What the trainer class returns, for the sparse phase.
+            What the trainer class returns, for the second phase.
 
         Raises:
             ConfigError: the two phases cannot run under this trainer's settings; see `start_dense_phase` for those of
@@ -100,45 +120,74 @@ class TwoPhaseTraining(PhaseCheckpoints):
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
             for _, layer in iter_layers(self.model):
                 layer.keep_dtypes()
-            adapter = self._unselected_adapter()
-            if adapter is None:
+            found = self._adapter_before_its_phases()
+            if found is None:
                 with resident(self.model):
                     return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            self._check_two_phases()
-            point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint)
-            if point is None or point.phase == "dense":
-                self._train_dense(adapter, point, trial, ignore_keys_for_eval)
+            adapter, kind = found
+            by_gradients = getattr(self.model.peft_config[adapter], "selected_by", None) == GRADIENTS
+            if not by_gradients:
+                self._check_two_phases(kind)
+            point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint, kind.name)
+            if by_gradients and (point is None or point.phase == kind.name):
+                self._select_by_gradients(adapter, point, trial)
+            elif point is None or point.phase == kind.name:
+                self._train_first(adapter, kind, point, trial, ignore_keys_for_eval)
             elif point.phase == "selection":
                 self._load_adapters(point.path, [adapter])
-            checkpoint = point.path if point is not None and point.phase == "sparse" else None
-            return self._train_sparse(checkpoint, trial, ignore_keys_for_eval)
+            checkpoint = point.path if point is not None and point.phase == "second" else None
+            return self._train_second(kind.next_name, checkpoint, trial, ignore_keys_for_eval)
 
-    def _train_dense(
-        self, adapter: str, point: ResumePoint | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    def _train_first(
+        self,
+        adapter: str,
+        kind: type[DensePhase] | type[MaskPhase],
+        point: ResumePoint | None,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
     ) -> None:
-        """Dense phase, selection, rewind. Whatever leaves this method, the base weights are where they were."""
-        with start_dense_phase(self.model, adapter) as phase, self._named("dense"), self._with_args_of(phase):
-            logger.info("dense phase: %d targeted weights train", sum(t.delta.numel for t in phase.targets))
+        """Dense phase, selection, rewind; or mask phase. Whatever leaves this method, the base weights are where they
+        were.
+        """
+        start: Any = MaskPhase if kind is MaskPhase else start_dense_phase
+        with start(self.model, adapter) as phase, self._named(phase.name), self._with_args_of(phase):
+            logger.info("%s phase: %d targeted weights", phase.name, phase.numel)
             checkpoint = point.path if point is not None else None
-            self.dense_output = super().train(checkpoint, trial, ignore_keys_for_eval)
-            self.dense_state = self.state
-            # Its moments are two copies of the model; the selection should not have to fit beside them.
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            if kind is MaskPhase:
+                self.mask_output, self.mask_state = output, self.state
+            else:
+                self.dense_output, self.dense_state = output, self.state
+            # Its moments are two copies of the targets; what comes next should not have to fit beside them.
             self._drop_optimizer()
             self.accelerator.free_memory()
             phase.select()
-        self._save_selection(adapter, trial)
+        self._save_selection(adapter, kind.name, trial)
 
-    def _train_sparse(self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+    def _select_by_gradients(self, adapter: str, point: ResumePoint | None, trial: Any) -> None:
+        """Choose the support by the gradients of the first batches, and keep it for a run that is resumed."""
+        if point is not None:
+            raise FormatError(
+                f"resume_from_checkpoint: {point.path} is of a dense phase, which adapter {adapter!r} "
+                f"({type(self.model.peft_config[adapter]).__name__}) does not have."
+            )
+        self._seed()
+        select_in_trainer(self, adapter)
+        self._save_selection(adapter, DensePhase.name, trial)
+
+    def _train_second(
+        self, name: str, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         self._drop_optimizer()
-        with self._named("sparse"), resident(self.model):
+        with self._named(name), resident(self.model):
             self._seed()
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     @contextmanager
-    def _with_args_of(self, phase: DensePhase) -> Iterator[None]:
-        """The trainer with the dense phase's arguments and checkpoints."""
+    def _with_args_of(self, phase: DensePhase | MaskPhase) -> Iterator[None]:
+        """The trainer with the first phase's arguments and checkpoints."""
         args, batch_size = self.args, self._train_batch_size
-        self.args = make_dense_args(args, self.dense_args)
+        self.args = make_first_args(args, getattr(self, phase.args_name), name=phase.args_name)
         self._train_batch_size = self.args.train_batch_size
         self._phase = phase
         self._drop_optimizer()
@@ -190,16 +239,32 @@ class TwoPhaseTraining(PhaseCheckpoints):
 
     # ---- what can run --------------------------------------------------------------------------------
 
-    def _unselected_adapter(self) -> str | None:
-        """The active lottery ticket that has no weights yet."""
+    def _adapter_before_its_phases(self) -> tuple[str, type[DensePhase] | type[MaskPhase]] | None:
+        """The active adapter that has its first phase before it (or in progress), and which phase that is. One whose
+        weights gradients choose counts as before a dense phase.
+        """
         if not isinstance(self.model, PeftModel):
             return None
-        found = [name for name in self.model.active_adapters if is_unselected(self.model.peft_config[name])]
-        if len(found) > 1:
-            raise ConfigError(f"one adapter at a time can go through its dense phase, got the active adapters {found}.")
-        return found[0] if found else None
+        kinds: dict[str, type[DensePhase] | type[MaskPhase]] = {}
+        for name in self.model.active_adapters:
+            if is_unselected(self.model.peft_config[name]):
+                kinds[name] = DensePhase
+            elif is_in_mask_phase(self.model, name):
+                kinds[name] = MaskPhase
+        if len(kinds) > 1:
+            raise ConfigError(
+                "one adapter at a time can go through its phases or have its weights selected, got the active adapters "
+                f"{list(kinds)}."
+            )
+        return next(iter(kinds.items()), None)
 
-    def _check_two_phases(self) -> None:
+    def _check_two_phases(self, kind: type[DensePhase] | type[MaskPhase]) -> None:
+        other = DensePhase if kind is MaskPhase else MaskPhase
+        if getattr(self, other.args_name) is not None and getattr(self, kind.args_name) is None:
+            raise ConfigError(
+                f"{other.args_name} is for a {other.name} phase, and the active adapter begins with a {kind.name} "
+                f"phase: {kind.args_name}={{...}}"
+            )
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise ConfigError(
                 "optimizers= gives one optimizer, and each phase trains other parameters with an optimizer of its own. "
@@ -207,10 +272,10 @@ class TwoPhaseTraining(PhaseCheckpoints):
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
-                "fsdp and deepspeed shard the weights that the dense phase compares. Run LT-SFT under DDP, or in one "
-                "process."
+                f"fsdp and deepspeed shard the weights that the {kind.name} phase works on. Run it under DDP, or in "
+                "one process."
             )
-        if getattr(self, "ref_model", self) is None and getattr(self, "beta", 1.0) != 0:
+        if kind is DensePhase and getattr(self, "ref_model", self) is None and getattr(self, "beta", 1.0) != 0:
             raise ConfigError(
                 f"{type(self).__name__} takes the model without its adapter as its reference, which in the dense phase "
                 "is what trains. Select with SparseSFTTrainer or the verbs in peft_sparse.training.lottery first; an "

@@ -12,12 +12,15 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import Trainer
 
+from ..tuners.ada_sft.config import AdaSftConfig
+from ..tuners.ada_sft.iteration import iter_masked
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
 from .callback import STATE_FILE, load_state
 from .dense_checkpoint import load_dense_phase, save_dense_phase
 from .dense_phase import DensePhase
-from .resume import DENSE_FOLDER, SELECTION_FILE, SELECTION_FOLDER
+from .mask_phase import MaskPhase, check_mask_checkpoint, save_mask_phase
+from .resume import FIRST_FOLDERS, SELECTION_FILE, SELECTION_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -30,26 +33,30 @@ else:
 class PhaseCheckpoints(_Base):
     """Saving and loading of `TwoPhaseTraining`.
 
-    The dense phase's checkpoints lie in a folder of their own; those of the sparse phase are a trainer's ordinary ones.
+    The first phase's checkpoints lie in a folder of their own; those of the second one are a trainer's ordinary ones.
     """
 
-    # The dense phase that is under way.
-    _phase: DensePhase | None
+    # The first phase that is under way.
+    _phase: DensePhase | MaskPhase | None
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return folder if self._phase is None else os.path.join(folder, DENSE_FOLDER)
+        return folder if self._phase is None else os.path.join(folder, FIRST_FOLDERS[self._phase.name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._phase is not None and self.args.should_save:
-            save_dense_phase(self._phase, output_dir if output_dir is not None else self.args.output_dir)
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            if isinstance(self._phase, MaskPhase):
+                save_mask_phase(self._phase, folder)
+            else:
+                save_dense_phase(self._phase, folder)
 
-    def _save_selection(self, adapter: str, trial: Any) -> None:
-        """Keep support and heads at the boundary, for a run that stops before its first sparse checkpoint."""
+    def _save_selection(self, adapter: str, first: str, trial: Any) -> None:
+        """Keep adapter and heads at the boundary, for a run that stops before the second phase's first checkpoint."""
         if not self.args.should_save or self.args.save_strategy == "no":
             return
-        folder = os.path.join(self._get_output_dir(trial), DENSE_FOLDER, SELECTION_FOLDER)
+        folder = os.path.join(self._get_output_dir(trial), FIRST_FOLDERS[first], SELECTION_FOLDER)
         temporary = f"{folder}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         self.model.save_pretrained(temporary, selected_adapters=[adapter])
@@ -60,7 +67,7 @@ class PhaseCheckpoints(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._phase is not None:
-            load_dense_phase(self._phase, resume_from_checkpoint)
+            self._load_first_phase(self._phase, resume_from_checkpoint)
         elif model is None and (adapters := self._trained_adapters()):
             self._load_adapters(resume_from_checkpoint, adapters)
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
@@ -69,34 +76,43 @@ class PhaseCheckpoints(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best, score = self.state.best_model_checkpoint, self.state.best_metric
         if self._phase is not None and best is not None:
-            logger.info("Loading the best dense weights from %s (score: %s).", best, self.state.best_metric)
-            load_dense_phase(self._phase, best)
+            logger.info("Loading the best of the %s phase from %s (score: %s).", self._phase.name, best, score)
+            self._load_first_phase(self._phase, best)
         elif (
             best is not None
             and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
             and (adapters := self._trained_adapters())
         ):
-            logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)
+            logger.info("Loading the best adapter from %s (score: %s).", best, score)
             self._load_adapters(best, adapters)
         else:
             super()._load_best_model()
 
+    def _load_first_phase(self, phase: DensePhase | MaskPhase, folder: str) -> None:
+        if isinstance(phase, MaskPhase):
+            check_mask_checkpoint(phase, folder)
+            self._load_adapters(folder, [phase.adapter_name])
+        else:
+            load_dense_phase(phase, folder)
+
     def _trained_adapters(self) -> list[str]:
-        """The sparse adapters that are active and trainable.
+        """The adapters of ours that are active and trainable.
 
         The trainer's own loading takes the first active adapter for the only one, and so a frozen language adapter for
         the task's.
         """
         if not isinstance(self.model, PeftModel):
             return []
-        return [
-            name
-            for name in self.model.active_adapters
-            if isinstance(self.model.peft_config.get(name), SparseConfig)
-            and any(delta.values.requires_grad for _, _, _, delta in iter_deltas(self.model, name))
-        ]
+        return [name for name in self.model.active_adapters if self._trains(name)]
+
+    def _trains(self, name: str) -> bool:
+        config = self.model.peft_config.get(name)
+        if isinstance(config, AdaSftConfig):
+            return any(masked.trained.requires_grad for _, _, masked in iter_masked(self.model, name))
+        deltas = iter_deltas(self.model, name) if isinstance(config, SparseConfig) else ()
+        return any(delta.values.requires_grad for _, _, _, delta in deltas)
 
     def _load_adapters(self, folder: str, adapters: list[str]) -> None:
         for name in adapters:

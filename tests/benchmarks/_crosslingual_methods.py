@@ -67,7 +67,7 @@ class Method:
         config: the adapter's; None where the dense phase itself is the result.
         selects: whether the shared dense phase chooses the weights.
         is_ours: whether `SparseTrainer` trains it.
-        dense_args: where a first phase that the trainer runs itself differs.
+        mask_args: where a mask phase, which the trainer runs itself, differs.
         needs: the name in peft_sparse without which the method is left out.
     """
 
@@ -76,7 +76,7 @@ class Method:
     config: Callable[[Request], PeftConfig] | None
     selects: bool = False
     is_ours: bool = True
-    dense_args: dict[str, Any] = field(default_factory=dict)
+    mask_args: dict[str, Any] = field(default_factory=dict)
     needs: str = "SparseConfig"
 
 
@@ -120,7 +120,7 @@ METHODS = {
         needs="DeftXConfig",
     ),
     "Rand-SFT": Method((1e-3, 2e-3), 1e-3, lambda r: RandConfig(**r.everything, seed=r.seed)),
-    "Ada-SFT": Method((2e-4,), None, ada_sft, dense_args={"learning_rate": 1e-2}, needs="AdaSftConfig"),
+    "Ada-SFT": Method((2e-4,), None, ada_sft, mask_args={"learning_rate": 1e-2}, needs="AdaSftConfig"),
     "BitFit": Method((2e-3, 5e-3), 2e-3, biases),
     "LoRA": Method((1e-3, 2e-3), 1e-3, lora, is_ours=False),
     FULL: Method((2e-4,), 2e-4, None),

@@ -189,7 +189,7 @@ class Bench:
             tuned = get_peft_model(model, method.config(self._request(model, corpus, seed)))
             if method.selects:
                 self._select(tuned, self._dense(corpus, seed))
-            trainer = partial(SparseTrainer, dense_args=method.dense_args) if method.is_ours else Trainer
+            trainer = partial(SparseTrainer, mask_args=method.mask_args or None) if method.is_ours else Trainer
             self._fit(tuned, corpus.rows, corpus.collator, corpus.steps, rate, seed, trainer=trainer)
             _write(path, tuned.save_pretrained)
         return path

@@ -131,7 +131,7 @@ def steps_of(options: argparse.Namespace) -> dict[str, int]:
 
     def phases(method: Method) -> int:
         # Full fine-tuning is the dense phase; a method with a first phase of its own trains twice.
-        return 0 if method.config is None else 2 if method.dense_args else 1
+        return 0 if method.config is None else 2 if method.mask_args else 1
 
     runs = {name: len(options.rates[name]) + len(options.seeds) - 1 for name in methods}
     task = sum(runs[name] * phases(method) for name, method in methods.items()) + shares * len(options.seeds)

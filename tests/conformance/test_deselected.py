@@ -42,7 +42,7 @@ def test_entries_that_match_nothing_are_reported(monkeypatch):
 def test_parameters_are_ours_and_other_tuners_rows_are_left_out():
     from peft import IA3Config, LoraConfig
 
-    from peft_sparse import BottleneckConfig, RandConfig, SparseConfig
+    from peft_sparse import AdaSftConfig, BottleneckConfig, RandConfig, SparseConfig
 
     lora = LoraConfig(target_modules=["a"], r=3, init_lora_weights=False)
     rows = translated([("x", lora), ("y", IA3Config()), ("z", LoraConfig(use_dora=True))])
@@ -52,5 +52,5 @@ def test_parameters_are_ours_and_other_tuners_rows_are_left_out():
     assert translated([1, 2]) is None
     values = our_values("test_decoder_models::T::t", ["config_cls", "config_kwargs"], [])
     assert values
-    ours = (SparseConfig, BottleneckConfig)
+    ours = (SparseConfig, AdaSftConfig, BottleneckConfig)
     assert all(issubclass(cls, ours) and fields["task_type"] == "CAUSAL_LM" for cls, fields in values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from comparison import assert_joined, assert_replicas
 from processes import run
-from training_cases import several
+from training_cases import several, unequal_batches
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -32,6 +32,8 @@ def trained(tmp_path_factory):
         for name, (method, optimizer, options) in CASES.items()
     }
     variants["lottery"] = ("lottery_ddp", {})
+    variants["fisher"] = ("one_shot_ddp", {"criterion": "fisher"})
+    variants["snip"] = ("one_shot_ddp", {"criterion": "weight_times_gradient"})
     folder = tmp_path_factory.mktemp("ddp")
     return (
         run(several, folder / "two", variants=variants),
@@ -39,7 +41,7 @@ def trained(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("name", [*CASES, "lottery"])
+@pytest.mark.parametrize("name", [*CASES, "lottery", "fisher", "snip"])
 def test_two_processes_equal_one_on_the_joined_batch(trained, name):
     two, one = trained
     assert_replicas([process[name] for process in two])
@@ -47,3 +49,10 @@ def test_two_processes_equal_one_on_the_joined_batch(trained, name):
     if name.startswith(("ag", "ma")):
         assert [update for update, _ in one[name]["replaced"]] == [2, 6]
         assert all(share > 0 for _, share in one[name]["replaced"])
+
+
+def test_processes_with_different_numbers_of_batches_are_told(tmp_path):
+    with pytest.raises(
+        AssertionError, match=r"the processes do not agree on the gradient of bert.* in batch 1 of [23]"
+    ):
+        run(unequal_batches, tmp_path)

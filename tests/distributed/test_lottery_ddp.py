@@ -1,11 +1,11 @@
-"""LT-SFT on two processes: both choose the same weights, and a killed run resumes to the same end."""
+"""Selections on two processes: both choose the same weights, and a killed run of LT-SFT resumes to the same end."""
 
 from __future__ import annotations
 
 import pytest
 from comparison import assert_replicas
 from processes import run
-from trainer_cases import train_lottery
+from trainer_cases import train_lottery, train_one_shot
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -21,3 +21,10 @@ def test_replicas_agree_and_a_killed_run_resumes_to_the_same_end(tmp_path):
             run(train_lottery, tmp_path / f"killed_{phase}", folder=folder, stop=phase)
         resumed = run(train_lottery, tmp_path / f"resumed_{phase}", folder=folder, resume=True)
         assert_replicas([*whole, *resumed])
+
+
+def test_replicas_select_alike_by_their_gradients(tmp_path):
+    found = run(train_one_shot, tmp_path / "run", folder=str(tmp_path / "out"))
+    assert_replicas(found)
+    assert found[0]["wrapper"] == "DistributedDataParallel"
+    assert sum(t.numel() for name, t in found[0].items() if name.startswith("values.")) == 200

@@ -13,7 +13,7 @@ from tiny_training import Labelled, make_args, make_bert, make_trainer
 from training_cases import make_config, rank_and_world, result
 from transformers import Trainer, TrainerCallback
 
-from peft_sparse import SparseTrainer
+from peft_sparse import OneShotConfig, SparseTrainer
 from peft_sparse.training import callback
 
 
@@ -104,4 +104,18 @@ def train_lottery(folder: str, *, stop: str = "", resume: bool = False) -> dict[
     )
     stopper.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
+    return {**result(trainer.model), "wrapper": type(trainer.model_wrapped).__name__}
+
+
+def train_one_shot(folder: str) -> dict[str, Any]:
+    """A trainer that selects by the gradients of its own batches."""
+    config = OneShotConfig(num_weights=200, selection_batches=3, modules_to_save=["classifier"])
+    trainer = make_trainer(
+        folder,
+        model=get_peft_model(make_bert(), config),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
+    )
+    trainer.train()
     return {**result(trainer.model), "wrapper": type(trainer.model_wrapped).__name__}

@@ -18,6 +18,7 @@ import peft_sparse
 from peft_sparse import (
     SM3,
     LotteryTicketConfig,
+    OneShotConfig,
     RandConfig,
     SparseAdamW,
     SpielAGConfig,
@@ -25,13 +26,20 @@ from peft_sparse import (
     iter_deltas,
     iter_reselectors,
     select,
+    select_by_gradients,
     start_dense_phase,
     start_sparse_phase,
 )
 from peft_sparse.core.sharded import whole
 
 QUICK = {"reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}
-CONFIGS = {"rand": RandConfig, "lottery": LotteryTicketConfig, "ag": SpielAGConfig, "ma": SpielMAConfig}
+CONFIGS = {
+    "rand": RandConfig,
+    "lottery": LotteryTicketConfig,
+    "one shot": OneShotConfig,
+    "ag": SpielAGConfig,
+    "ma": SpielMAConfig,
+}
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -130,6 +138,27 @@ def lottery_ddp(steps: int = 6) -> dict[str, Any]:
             select(wrapped)
             start_sparse_phase(model)
     return result(model, made)
+
+
+def one_shot_ddp(criterion: str, steps: int = 4) -> dict[str, Any]:
+    """Weights chosen by the gradients of three batches, of which each process has its share; then DDP."""
+    model = get_peft_model(
+        make_bert(dropout=0.0, dtype=torch.float64), make_config("one shot", criterion=criterion, selection_batches=3)
+    )
+    select_by_gradients(model, [batch(number) for number in range(3)])
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    made = make_optimizer("adamw", model, lr=1e-3)
+    for step in range(steps):
+        wrapped(**batch(step)).loss.backward()
+        made.step()
+        made.zero_grad()
+    return result(model, made)
+
+
+def unequal_batches() -> None:
+    """One process has a batch more than the other."""
+    model = get_peft_model(make_bert(dropout=0.0), make_config("one shot"))
+    select_by_gradients(model, [batch(number) for number in range(2 + rank_and_world()[0])])
 
 
 def shard(model: nn.Module, **options: Any) -> None:

@@ -77,7 +77,7 @@ def losses(output: str) -> tuple[float, float]:
     return float(before), float(after)
 
 
-@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "rand", "lottery_ticket", "lora"])
+@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "rand", "lottery_ticket", "deft_x", "fisher", "lora"])
 def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
     options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--steps", 8]
     options += ["--learning-rate", 0.02, "--dense-learning-rate", 0.02, "--samples", 1]

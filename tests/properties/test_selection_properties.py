@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from peft_sparse import SelectionError
 from peft_sparse.core.indices import check_indices
 from peft_sparse.selection.budget import allocate, draw_counts, groups_of, round_density, total_from_request
 from peft_sparse.selection.criteria import random_counts, random_indices
-from peft_sparse.selection.top_k import joint_top_k, top_k
+from peft_sparse.selection.top_k import joint_top_k, streamed_top_k, top_k
 
 # Few different values, so that most examples have ties; all float32 otherwise.
 floats = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45]), st.floats(width=32, allow_nan=False)
 )
 size_maps = st.lists(st.integers(0, 400), min_size=1, max_size=12).map(lambda s: {f"p{i}": n for i, n in enumerate(s)})
+
+
+def outcome(select: Callable[..., dict[str, Tensor]], scores: Any, k: int, min_score: float | None) -> object:
+    """What a selection gives: names, dtypes and positions in order, or the words of its error."""
+    try:
+        return [(name, i.dtype, i.tolist()) for name, i in select(scores, k, min_score=min_score).items()]
+    except SelectionError as error:
+        return str(error)
 
 
 def by_sorting(scores: list[float], k: int) -> list[int]:
@@ -43,6 +56,24 @@ def test_joint_top_k_equals_top_k_of_the_concatenation(parts: list[list[float]],
     starts = np.cumsum([0, *map(len, parts)])
     found = [int(starts[i]) + j for i in range(len(parts)) for j in result[f"p{i}"].tolist()]
     assert found == by_sorting(flat, k)
+
+
+# Steps of one, so that the k-th largest so far often stands close to what comes next.
+steps = st.integers(-3, 12).map(float)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(floats, steps), max_size=15), max_size=8), st.sampled_from([None, 0.0, -1.0]), st.data()
+)
+def test_streamed_top_k_equals_joint_top_k(
+    parts: list[list[float]], min_score: float | None, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(0, min(9, sum(map(len, parts)))))
+    scores = {f"p{i}": torch.tensor(part, dtype=torch.float32) for i, part in enumerate(parts)}
+    expected = outcome(joint_top_k, scores, k, min_score)
+    found = outcome(streamed_top_k, iter(scores.items()), k, min_score)
+    assert found == expected
 
 
 @settings(max_examples=200, deadline=None)

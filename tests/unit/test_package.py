@@ -26,7 +26,7 @@ RANKS = [
     ["checkpoints"],
     ["tuners"],
     ["optim", "training"],
-    ["distillation", "inspection"],
+    ["distillation", "inspection", "extraction"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -95,6 +95,13 @@ def test_sparse_ft_is_a_real_peft_type():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is peft_sparse.SparseConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is peft_sparse.SparseModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "sparse_ft_"
+
+
+def test_ada_sft_is_a_real_peft_type():
+    member = PeftType("ADA_SFT")
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is peft_sparse.AdaSftConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[member] is peft_sparse.AdaSftModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "ada_sft_"
 
 
 def test_registering_again_changes_nothing():

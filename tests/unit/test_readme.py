@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from peft_sparse import LotteryTicketConfig, RandConfig, Typology, save_adapter_hub
@@ -17,11 +17,20 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP = SNIPPETS[:4]
-LOOKING, STACKING, ADAPTER_HUB, GENERATING, FEATURES = (
-    next(snippet for snippet in SNIPPETS if word in snippet)
-    for word in ("conflicts(", "BottleneckConfig", "load_adapter_hub(", "MadGConfig", "plot_importance(")
-)
+
+
+def snippet(marker: str) -> str:
+    """The one snippet of the README that contains a text."""
+    (found,) = [text for text in SNIPPETS if marker in text]
+    return found
+
+
+PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merge_and_unload()"), snippet("dense_args=")
+ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
+EXTRACTING = snippet("extract_adapter(")
+ONE_SHOT = snippet("select_by_gradients")
+STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
+GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 
 
 @pytest.fixture
@@ -30,10 +39,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=layers, **sizes))
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:
@@ -85,17 +94,6 @@ def test_two_phases_and_adding_up(folder):
     assert not torch.allclose(both, language)
 
 
-def test_looking_at_adapters(folder):
-    for seed, name in enumerate(["language", "task"]):
-        config = RandConfig(density=0.1, target_modules="all", init_weights=False, seed=seed)
-        get_peft_model(tiny_model(), config).save_pretrained(name)
-    names: dict = {}
-    exec(LOOKING, names)
-    assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
-    assert 0 < names["found"].total.cancelled < 0.5
-    assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_stacking_and_adapter_hub(folder):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -119,6 +117,50 @@ def test_stacking_and_adapter_hub(folder):
     ]
 
 
+def test_looking_at_adapters(folder):
+    for seed, name in enumerate(["language", "task"]):
+        config = RandConfig(density=0.1, target_modules="all", init_weights=False, seed=seed)
+        get_peft_model(tiny_model(), config).save_pretrained(name)
+    names: dict = {}
+    exec(LOOKING, names)
+    assert [group.name for group in names["report"].groups][:2] == ["embeddings", "model.layers.0"]
+    assert 0 < names["found"].total.cancelled < 0.5
+    assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_soft_masks(folder):
+    args = TrainingArguments(output_dir=str(folder / "out"), max_steps=2, report_to="none", save_strategy="no")
+    names: dict = {"base": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
+    exec(SOFT_MASKS, names)
+    assert names["trainer"].mask_state.global_step == names["trainer"].state.global_step == 2
+    sparse = PeftModel.from_pretrained(tiny_model(), "task")
+    counts = sparse.peft_config["default"].counts
+    linear = sum(tiny_model().get_parameter(name).numel() for name in counts)
+    assert sum(counts.values()) == round(0.05 * linear)
+    assert not torch.equal(output(sparse), output(tiny_model()))
+
+
+def test_extracting(folder, capsys):
+    base, tuned = tiny_model(), tiny_model()
+    tuned.model.layers[0].mlp.up_proj.weight.data += torch.randn(64, 32)
+    base.save_pretrained("base-model")
+    tuned.save_pretrained("tuned-model")
+    exec(EXTRACTING, {})
+    assert "% of the squared difference, in " in capsys.readouterr().out
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base-model"), "extracted")
+    assert not torch.equal(output(model), output(base))
+
+
+def test_criteria_of_gradients(folder):
+    names: dict = {"base": tiny_model(layers=3), "batches": [collate(rows(4)[i : i + 2]) for i in (0, 2)]}
+    exec(ONE_SHOT, names)
+    counts = PeftConfig.from_pretrained("one-shot").counts
+    linear = sum(p.numel() for n, p in tiny_model(layers=3).named_parameters() if "_proj" in n)
+    assert sum(counts.values()) == round(0.01 * linear)
+    last = sum(count for name, count in counts.items() if "layers.2." in name)
+    assert last == round(sum(counts.values()) * 0.02 / 0.98)
+
+
 def test_generating_adapters(folder, monkeypatch):
     made = torch.Generator().manual_seed(0)
     vectors = {code: (torch.rand(289, generator=made) < 0.5).float() for code in ("eng", "quy", "ace")}
@@ -136,6 +178,12 @@ def test_generating_adapters(folder, monkeypatch):
     exec(FEATURES, names)
     assert len(names["importance"].top()) == 289
     assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_snippet_is_run():
+    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
+    run += [GENERATING, FEATURES]
+    assert sorted(SNIPPETS) == sorted(run)
 
 
 def test_ci_runs_the_documented_test_command():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from threading import local
 
@@ -22,6 +23,23 @@ _SAMPLED_DTYPES = (torch.float32, torch.float64)
 # Rows of the batch that are transposed and multiplied at a time, so that both transposes stay in the processor's cache:
 # on [4096 x 2048] by [4096 x 2048] at density 0.05 blocks of 512 take 60 ms on one core, everything at once 126 ms.
 _BLOCK_ROWS = 512
+
+
+# The kind of device that tensors without data are treated as being on.
+_meta_stands_for = "meta"
+
+
+@contextmanager
+def meta_stands_for(device_type: str) -> Iterator[None]:
+    """Let tensors on the meta device take the way that they would take on another one (the memory planner runs steps
+    there).
+    """
+    global _meta_stands_for
+    before, _meta_stands_for = _meta_stands_for, device_type
+    try:
+        yield
+    finally:
+        _meta_stands_for = before
 
 
 def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> bool:
@@ -41,7 +59,7 @@ def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, de
         dtype: of the factors.
         device: of the factors.
     """
-    if device.type != "cpu":
+    if (_meta_stands_for if device.type == "meta" else device.type) != "cpu":
         return False
     entry, line = (15, 90) if dtype == torch.bfloat16 else (4, 30)
     rows, columns = shape

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...checkpoints.push import keep_card_when_pushing
 from ...errors import ConfigError
-from ..heads import with_heads
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
+from ..weight_tuner import with_heads
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig

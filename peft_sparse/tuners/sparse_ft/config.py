@@ -20,7 +20,11 @@ SPARSE_FT = add_peft_type("SPARSE_FT")
 ALL_PARAMETERS = "all"
 ALL_LINEAR = "all-linear"
 BASE_METHOD = "fixed"
-VALUE_DTYPES = ("float32", "bfloat16", "float16")
+# What chooses an adapter's support: nothing (it comes with the adapter), random draws or the base model's weights when
+# the adapter is made, the user, a dense phase, or gradients over some batches.
+NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
+DENSE_PHASE, GRADIENTS = "dense phase", "gradients"
+VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
 
@@ -58,7 +62,8 @@ class SparseConfig(PeftConfig):
             base model).
         budget: how the total is spread: "uniform" (the same density in every tensor), "global" (one joint selection
             over all targets) or {regex: share} (shares of the total per group of parameter names; a joint selection
-            inside each group: SC-SFT).
+            inside each group: SC-SFT). "sc_sft_nli", "sc_sft_sentiment" and "sc_sft_mlm" are SC-SFT's own shares, by
+            depth (`peft_sparse.selection.layer_budgets.zones_of`); `layer_budget_from` measures those of an adapter.
         target_modules: names (a module matches if its path ends with one), a regex for the whole path, "all-linear"
             (the default), or "all" (every parameter of the base model without its head: embeddings, biases, norms,
             convolutions).
@@ -77,6 +82,8 @@ class SparseConfig(PeftConfig):
         init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
         counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved
             in the file.
+        provenance: not a request either: how an adapter came about that no training here made, such as {"tuned": ...,
+            "criterion": "change", "share_kept": 0.41}; filled in by the library and told by the model card.
 
     Raises:
         ConfigError: a field has a value that no run can honour; the message says which rule it breaks and what to write
@@ -90,7 +97,7 @@ class SparseConfig(PeftConfig):
     density_of: str = field(default="targets", metadata={"help": "What density is a share of: 'targets' or 'model'."})
     budget: str | dict[str, float] = field(
         default="uniform",
-        metadata={"help": "How the total is spread over tensors: 'uniform', 'global' or {regex: share}."},
+        metadata={"help": "How the total is spread: 'uniform', 'global', 'sc_sft_...' or {regex: share}."},
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex, 'all-linear' (the default) or 'all'."}
@@ -109,10 +116,11 @@ class SparseConfig(PeftConfig):
     l1: float = field(default=0.0, metadata={"help": "Weight of the L1 penalty on the delta."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
 
     default_method: ClassVar[str] = "rand"
-    # Whether an adapter of this method starts on a random support.
-    starts_random: ClassVar[bool] = False
+    # What chooses the support of this method; until then an adapter holds no weight.
+    selected_by: ClassVar[str] = NOTHING
     # Not a field: the name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
     # tells `save_pretrained` only a folder.
     saved_as = "default"
@@ -141,12 +149,7 @@ class SparseConfig(PeftConfig):
                 f"method must be {own!r} for a {type(self).__name__}, got {self.method!r}. "
                 "SparseConfig(method=...) picks the class."
             )
-        check_request(
-            density=self.density,
-            num_weights=self.num_weights,
-            equivalent_rank=self.equivalent_rank,
-            density_of=self.density_of,
-        )
+        self._check_request()
         check_budget(self.budget)
         self._check_targets()
         if self.values_dtype not in VALUE_DTYPES:
@@ -154,6 +157,14 @@ class SparseConfig(PeftConfig):
         if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 < math.inf):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
+
+    def _check_request(self) -> None:
+        check_request(
+            density=self.density,
+            num_weights=self.num_weights,
+            equivalent_rank=self.equivalent_rank,
+            density_of=self.density_of,
+        )
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ALL_PARAMETERS):

@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...core.observer import GradientObserver
 from ...core.overlay import Overlay, add_deltas
 from ...core.sharded import how_sharded, is_sharded
 from ...errors import ConfigError
+from ..weight_layer import WeightLayer
 from .adapter_delta import AdapterDelta
 from .packed import parameter_device, parameter_shape
 
@@ -44,7 +45,7 @@ class Written:
     shape: tuple[int, ...] = ()
 
 
-class SparseLayer(nn.Module, BaseTunerLayer):
+class SparseLayer(WeightLayer):
     """Base class of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own
     parameters.
 
@@ -146,43 +147,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 if delta.values.dtype != delta.values_dtype:
                     delta.keep_dtype(in_forward=in_forward)
 
-    def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes with a delta")
-
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """One adapter per example of the batch; "__base__" stands for none."""
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names must name one adapter per example ({len(x)}), "
-                f"got {len(adapter_names)} names: {adapter_names}"
-            )
-        if self.merged:
-            raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
-        if self.disable_adapters:
-            raise ValueError(
-                "adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first."
-            )
-        self.restore()
-        result = self.base_layer(x, *args, **kwargs)
-        if len(result) != len(x):
-            raise ValueError(
-                f"adapter_names cannot be given: {type(self.get_base_layer()).__name__} mixes the examples."
-            )
-        for name in dict.fromkeys(adapter_names):
-            if not any(self.active_deltas(parameter, [name]) for parameter in PARAMETERS):
-                continue
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-
-            def part(value: Any, rows: Tensor = rows) -> Any:
-                """What belongs to the rows, of a tensor with one entry per example; anything else as it is."""
-                is_per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(x)
-                return value[rows.to(value.device)] if is_per_example else value
-
-            others, named = [part(value) for value in args], {key: part(value) for key, value in kwargs.items()}
-            tuned = self._delta_forward([name], x[rows], *others, **named)
-            result = result.index_copy(0, rows, tuned.to(result.dtype))
-        return result
+    def acts(self, adapter_name: str) -> bool:
+        return any(self.active_deltas(parameter, [adapter_name]) for parameter in PARAMETERS)
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
         """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..heads import with_heads
-from ..mixed_batches import give_names, names_by_module
+from ..weight_tuner import WeightTuner, with_heads
 from . import compose, drivers, state
-from .config import SparseConfig
+from .config import CHANCE, SparseConfig
 from .dense import Dequantization
 from .iteration import iter_deltas, iter_layers, path_in_base
 from .layer import SparseLayer
 from .packed import hold_layouts, release_layouts
 from .quantized import warn_of_loss
-from .support import model_numel, plan, select_random
+from .support import Plan, model_numel, plan, set_supports
 from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
 
-class SparseModel(WrappedInTraining, BaseTuner):
+class SparseModel(WrappedInTraining, WeightTuner):
     """Sparse deltas on the targeted parameters of a model.
 
     Args:
@@ -72,8 +70,8 @@ class SparseModel(WrappedInTraining, BaseTuner):
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            self._targets, counts = plan(config, model)
-            self._counts = counts or {}
+            planned = plan(config, model)
+            self._targets, self._counts = planned.targets, planned.counts or {}
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -93,19 +91,21 @@ class SparseModel(WrappedInTraining, BaseTuner):
             for name, _, _, delta in iter_deltas(model, adapter_name):
                 if not delta.values.is_meta:
                     delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
-        elif counts is not None:
-            config.counts = counts
-            self._fill(model, config, adapter_name)
+        elif planned.counts is not None:
+            config.counts = planned.counts
+            self._fill(model, adapter_name, planned)
         if config.l1:
             coefficient = config.l1 / model_numel(model)
             for _, _, _, delta in iter_deltas(model, adapter_name):
                 delta.penalise(coefficient)
         drivers.start(model, adapter_name, config)
 
-    def _fill(self, model: nn.Module, config: SparseConfig, adapter_name: str) -> None:
-        """Choose the random supports, and the random values if the adapter is not to start from the identity."""
-        if not config.inference_mode and (config.starts_random or not config.init_weights):
-            select_random(config, {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)})
+    def _fill(self, model: nn.Module, adapter_name: str, planned: Plan) -> None:
+        """Set the supports that are known or random, and random values if the adapter is not to be the identity."""
+        config: SparseConfig = self.peft_config[adapter_name]
+        is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
+        if is_known and not config.inference_mode:
+            set_supports(config, {name: d for name, _, _, d in iter_deltas(model, adapter_name)}, planned.chosen)
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         # The targets are known; PEFT needs some value to iterate over and to name in its errors.
@@ -152,16 +152,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
-        # an adapter on the meta device if its layer is one of bitsandbytes' 8-bit ones. Ours lie where they belong.
-        setattr(parent, child_name, new_module)
-
     # ---- PEFT's hooks ----------------------------------------------------------------------------
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: SparseConfig) -> None:
-        # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
-        return
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         dtype = getattr(torch, self.peft_config[adapter_name].values_dtype)
@@ -176,13 +167,7 @@ class SparseModel(WrappedInTraining, BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and whatever drives it; if it alone was active, the first that is left takes over."""
         drivers.stop(self.model, adapter_name)
-        left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        left = left or list(self.peft_config)[:1]
-        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
-        # and the model on none if its first layer has none.
-        if any(layer.active_adapters != left for _, layer in iter_layers(self.model)):
-            self.set_adapter(left)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
@@ -254,23 +239,6 @@ class SparseModel(WrappedInTraining, BaseTuner):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in iter_layers(self.model):
             layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one per example, to every layer for the length of one forward or generate call."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        handles = [
-            give_names(module, names)
-            for module, names in names_by_module(self, list(adapter_names), kwargs, SparseLayer)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _get_adapter_state_dict(

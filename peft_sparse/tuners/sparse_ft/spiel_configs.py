@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...errors import ConfigError
-from .config import SparseConfig, method_name
+from .config import CHANCE, SparseConfig, method_name
 
 
 @dataclass
@@ -48,7 +48,7 @@ class SpielConfig(SparseConfig):
     total_steps: int | None = field(default=None, metadata={"help": "Updates in all of training."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "What the loop clips gradients to."})
 
-    starts_random: ClassVar[bool] = True
+    selected_by: ClassVar[str] = CHANCE
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...selection.budget import Group, draw_counts, groups_of, total_from_request
+from ...selection.budget import Group, bernoulli_counts, draw_counts, groups_of, total_from_request
 from ...selection.criteria import random_indices
 from .adapter_delta import AdapterDelta
-from .config import SparseConfig
+from .chosen import checked_support, choose_by_weights, given_support
+from .config import CHANCE, NOTHING, WEIGHTS, SparseConfig
+from .one_shot_configs import GivenConfig
 from .packed import own_parameters, parameter_numel, parameter_shape
 from .targets import Targets, find_targets, named_targets
 from .wrap import is_linear, wrapper_for
 
 
-def plan(config: SparseConfig, model: nn.Module) -> tuple[Targets, dict[str, int] | None]:
-    """The targets of a config on a model and, where they are known before training, the counts.
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on a model.
+
+    Attributes:
+        targets: what it tunes.
+        counts: {parameter: number of weights}; None where only training can tell.
+        chosen: {parameter: [k] indices} where they are known before the adapter is made, else None.
+    """
+
+    targets: Targets
+    counts: dict[str, int] | None = None
+    chosen: dict[str, Tensor] | None = None
+
+
+def plan(config: SparseConfig, model: nn.Module) -> Plan:
+    """The targets of a config on a model and, where they are known before training, counts and indices.
+
+    A support that the user gives is put into `counts` of the config, which then says by itself what is targeted.
 
     Raises:
         ConfigError: whatever can be refused before the model is touched.
+        SelectionError: the base model's weights have no order.
     """
+    support = given_support(config) if isinstance(config, GivenConfig) else None
+    if support is not None:
+        config.counts = {name: indices.numel() for name, indices in support.items()}
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
     for name, parameters in targets.items():
@@ -33,7 +57,16 @@ def plan(config: SparseConfig, model: nn.Module) -> tuple[Targets, dict[str, int
                 f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
             )
     # PEFT has a good error for an empty match, and gives it before it touches the model.
-    return targets, plan_counts(config, targets, model) if targets else None
+    if not targets:
+        return Plan(targets)
+    chosen = None
+    if support is not None:
+        chosen = checked_support(support, modules)
+    elif config.counts is None and config.selected_by == WEIGHTS:
+        chosen = choose_by_weights(config, plan_groups(config, targets, model), modules)
+    if chosen is not None:
+        return Plan(targets, {name: chosen[name].numel() for name in parameters_of(targets)}, chosen)
+    return Plan(targets, plan_counts(config, targets, model))
 
 
 def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> list[Group]:
@@ -43,7 +76,7 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
         ConfigError: the request is larger than the targets, or the budget's groups do not fit them.
     """
     modules = dict(named_targets(model))
-    owners = {f"{name}.{p}": modules[name] for name, parts in targets.items() for p in parts}
+    owners = {name: modules[name.rpartition(".")[0]] for name in parameters_of(targets)}
     shapes = {name: parameter_shape(module, name.rpartition(".")[2]) for name, module in owners.items()}
     total = total_from_request(
         density=config.density,
@@ -65,23 +98,52 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     """
     if config.counts is not None:
         return dict(config.counts)
-    if config.method == "fixed":
+    if config.selected_by == NOTHING:
         raise ConfigError(
             'method="fixed" has no way to select weights: it is what composed and imported adapters carry. Try "rand".'
         )
     groups = plan_groups(config, targets, model)
-    if not config.starts_random and config.init_weights:
+    if config.selected_by != CHANCE and config.init_weights:
         return None
     modules = dict(named_targets(model))
-    sizes = {f"{name}.{p}": parameter_numel(modules[name], p) for name, parts in targets.items() for p in parts}
-    return draw_counts(groups, sizes, seed=getattr(config, "seed", 0))
+    sizes = {
+        name: parameter_numel(modules[path], which)
+        for name in parameters_of(targets)
+        for path, _, which in [name.rpartition(".")]
+    }
+    seed = getattr(config, "seed", 0)
+    if getattr(config, "draw", "exact") == "exact":
+        return draw_counts(groups, sizes, seed=seed)
+    counts = bernoulli_counts(groups, sizes, seed=seed)
+    if not any(counts.values()):
+        raise ConfigError(
+            f"draw='bernoulli' drew no weight at all with seed={seed}. Take another seed, a higher density, or "
+            "draw='exact'."
+        )
+    return counts
 
 
-def select_random(config: SparseConfig, deltas: Mapping[str, AdapterDelta]) -> None:
-    """Give every delta a random support of its own size, and random values unless the adapter starts from the identity.
+def parameters_of(targets: Targets) -> list[str]:
+    """Names of all targeted parameters, in the order of the model."""
+    return [f"{name}.{which}" for name, parts in targets.items() for which in parts]
 
-    The support of a parameter depends on the seed, its name and its count alone; the values come from torch's global
-    generator, as those of PEFT's other tuners do.
+
+def targets_of(parameters: Iterable[str]) -> Targets:
+    """The targets that parameters of these names are."""
+    targets: Targets = {}
+    for parameter in parameters:
+        name, _, which = parameter.rpartition(".")
+        targets[name] = (*targets.get(name, ()), which)
+    return targets
+
+
+def set_supports(
+    config: SparseConfig, deltas: Mapping[str, AdapterDelta], chosen: Mapping[str, Tensor] | None = None
+) -> None:
+    """Give every delta its support, and random values unless the adapter starts from the identity.
+
+    Without `chosen` supports are random: that of a parameter depends on the seed, its name and its count alone. Random
+    values come from torch's global generator, as those of PEFT's other tuners do.
     """
     seed = getattr(config, "seed", 0)
     for name, delta in deltas.items():
@@ -89,7 +151,8 @@ def select_random(config: SparseConfig, deltas: Mapping[str, AdapterDelta]) -> N
         if delta.values.is_meta:
             continue
         values = None if config.init_weights else torch.randn(delta.count)
-        delta.set_support(random_indices(delta.numel, delta.count, seed=seed, name=name), values)
+        indices = random_indices(delta.numel, delta.count, seed=seed, name=name) if chosen is None else chosen[name]
+        delta.set_support(indices, values)
 
 
 def model_numel(model: nn.Module) -> int:

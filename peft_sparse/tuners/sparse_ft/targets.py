@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
 
 from ...errors import ConfigError
-from .config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
+from .config import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
 from .iteration import path_in_base
 from .layer import PARAMETERS
 from .packed import own_parameters
@@ -76,6 +76,8 @@ def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | 
     name or by a regex.
     """
     requested = config.target_modules
+    if config.selected_by == GIVEN:
+        return set(targets)
     if requested is None:
         return set() if config.target_parameters else ALL_LINEAR
     embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}

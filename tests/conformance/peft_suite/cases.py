@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse import BottleneckConfig, LotteryTicketConfig, MadGConfig, RandConfig, SparseConfig
+from peft_sparse import (
+    AdaSftConfig,
+    BottleneckConfig,
+    DeftXConfig,
+    LotteryTicketConfig,
+    MadGConfig,
+    OneShotConfig,
+    RandConfig,
+    SparseConfig,
+)
 
 # Most test models have layers of a few dozen weights: a density that leaves several in each.
 DENSITY = 0.3
@@ -50,6 +59,18 @@ CUSTOM_MODELS = [
     ("MLP 13 Rand", "MLP", RandConfig, {"equivalent_rank": 1, "target_modules": ["lin0"]}),
     ("MLP 1 Sparse", "MLP", SparseConfig, {**_DENSE, "target_modules": ["lin0"]}),
     ("MLP 1 LotteryTicket", "MLP", LotteryTicketConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    ("MLP 1 DeftX", "MLP", DeftXConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    ("MLP 1 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0"]}),
+    ("MLP 2 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0", "lin1"], "phase": "weights"}),
+    ("MLP 3 Ada", "MLP", AdaSftConfig, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("EmbConv1D 1 Ada", "EmbConv1D", AdaSftConfig, {"target_modules": ["conv1d"]}),
+    ("MLP 1 OneShot", "MLP", OneShotConfig, {**_LOTTERY, "target_modules": ["lin0", "lin1"]}),
+    (
+        "MLP 2 OneShot",
+        "MLP",
+        OneShotConfig,
+        {**_DENSE, "target_modules": ["lin0", "lin1"], "criterion": "largest_weight", "budget": "uniform"},
+    ),
     *_custom(
         "EmbConv1D",
         {"target_modules": ["emb"]},
@@ -123,6 +144,8 @@ def on_hub_models(task_type: str) -> list[tuple[type, dict[str, Any]]]:
         (RandConfig, {**task, **every_kind}),
         (SparseConfig, {**task, "target_modules": "all"}),
         (LotteryTicketConfig, {**task, "init_weights": False}),
+        (AdaSftConfig, task),
+        (OneShotConfig, {**task, "criterion": "smallest_weight"}),
     ]
 
 
@@ -139,7 +162,10 @@ class Rand:
 # "config_cls": tests that make the config themselves, from nothing but target_modules.
 CLASSES = [Rand]
 # "config_class, mandatory_kwargs"
-WITH_MANDATORY = [(cls, dict(_DENSE)) for cls in (RandConfig, SparseConfig, LotteryTicketConfig)]
+WITH_MANDATORY = [
+    (cls, dict(_DENSE))
+    for cls in (RandConfig, SparseConfig, LotteryTicketConfig, DeftXConfig, OneShotConfig, AdaSftConfig)
+]
 
 _SHARED_FIELDS = (
     "task_type",

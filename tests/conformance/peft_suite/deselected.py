@@ -124,6 +124,10 @@ _UNKNOWN_TO_BOTTLENECKS = Fails(
     ConfigError, "Not in the table of architectures for bottleneck adapters: refused, with what to name instead."
 )
 _NO_MERGE = Fails(ValueError, "A bottleneck adapter cannot be merged into weights: refused, and baked in instead.")
+_SMALL = Fails(
+    AssertionError,
+    "The test wants every random adapter to change what is generated; masks over tiny GPT2's small weights do not.",
+)
 _WORDING = Fails(AssertionError, "The wording of LoRA's error; ours says the same and the way out.")
 EXPECTED_FAILURES = {
     r".*\[(.*-)?BottleneckConfig-.*(OPTFor|opt-125m|GPTJFor|BloomFor|GPTNeoXFor).*\]": _UNKNOWN_TO_BOTTLENECKS,
@@ -144,10 +148,11 @@ EXPECTED_FAILURES = {
     ),
     r".*::test_mixed_adapter_batches\[SparseConfig-.*(OPT|GPT2|T5|Bart).*\]": _POSITIONS,
     r".*::test_generate_with_mixed_adapter_batches\[SparseConfig-.*(OPT|T5|Bart).*\]": _POSITIONS,
-    r".*::test_(mixed_adapter_batches|generate_with_mixed_adapter_batches)\[(Rand|Lottery).*OPT.*\]": _FLAT,
+    r".*::test_(mixed_adapter_batches|generate_with_mixed_adapter_batches)\[(Rand|Lottery|OneShot|Ada).*OPT.*\]": _FLAT,
+    r".*::test_generate_with_mixed_adapter_batches\[Ada.*GPT2.*\]": _SMALL,
     r".*::test_mixed_adapter_batches_(length_mismatch|merged)_raises.*": _WORDING,
     r".*::test_(mixed_adapter_batches_mha_raises|mha_gradients_.*|unload_adapter_multihead_attention).*": _MHA,
-    r"test_custom_models::.*::test_disable_adapters(_with_merging)?\[.*LotteryTicketConfig.*\]": Fails(
+    r"test_custom_models::.*::test_disable_adapters(_with_merging)?\[MLP 1 (LotteryTicket|DeftX|OneShot)-.*\]": Fails(
         AssertionError, "The test wants a fresh adapter to be the identity; this one is a random ticket (see cases.py)."
     ),
     r"test_custom_models::TestDefaultTargetModules::.*": _DEFAULT_TARGETS,
@@ -178,7 +183,7 @@ EXPECTED_FAILURES = {
     r"test_low_level_api::.*::test_save_pretrained_warns_for_unsharded_state_dict": _LORA_NAMES,
     r"test_other::.*::test_targeting_trainable_tokens_raises": _WORDING,
     r"test_config::.*::test_from_peft_type": Fails(ConfigError, "A config of ours must say how many weights to tune."),
-    r"test_config::.*::test_from_pretrained_forward_compatible(_load_from_peft_config)?\[(?!Sparse).*": Fails(
+    r"test_config::.*::test_from_pretrained_forward_compatible(_load_from_peft_config)?\[(?!Sparse|Ada).*": Fails(
         AssertionError, "PEFT's warning names the class that the type is registered with, SparseConfig."
     ),
     r"test_config::.*::test_(lora_config_layers_to_transform_validation|regex_with_layer_indexing_lora)": Fails(

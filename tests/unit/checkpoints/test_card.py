@@ -66,6 +66,25 @@ def test_layer_table_without_sizes_and_with_two_stacks():
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"rank": 0.9, "residual_density": 0.05, "denoise_embeddings": False},
+            "rank 0.9 (of the squared singular values of each matrix), residual density 0.05, embeddings as they were",
+        ),
+        (
+            {"rank": 64, "residual_density": 0.0, "denoise_embeddings": True},
+            "rank 64 (directions of each matrix), residual density 0.0, embeddings too",
+        ),
+    ],
+)
+def test_a_deft_x_card_says_how_it_denoised(fields, text):
+    lines = card.card_text({**CONFIG, "method": "deft_x", **fields}).splitlines()
+    assert f"- Denoised before the choice: {text}" in lines
+    assert not any("Denoised" in line for line in card.card_text(CONFIG).splitlines())
+
+
 def test_card_text_starts_with_code_that_loads():
     lines = card.card_text(CONFIG, sizes=SIZES).splitlines()
     assert lines[0] == "```python"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_sparse.errors import SelectionError
 from peft_sparse.selection import top_k as module
-from peft_sparse.selection.top_k import joint_top_k, top_k
+from peft_sparse.selection.top_k import joint_top_k, streamed_top_k, top_k
 
 
 def by_sorting(scores: Tensor, k: int) -> list[int]:
@@ -162,6 +163,39 @@ def test_lazy_scores_are_computed_three_times_and_never_kept() -> None:
 
     assert {n: i.tolist() for n, i in joint_top_k(Lazy(), 5).items()} == {"a": [3], "b": [0, 1, 2, 3]}
     assert asked == ["a", "b"] * 3
+
+
+def test_streamed_scores_are_seen_once_and_dropped() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for i in range(20):
+            assert all(seen() is None for seen in alive), "a tensor was kept"
+            scores = torch.arange(1000.0).roll(i) + i
+            alive.append(weakref.ref(scores))
+            yield f"p{i}", scores
+            del scores
+
+    found = streamed_top_k(stream(), 100)
+    expected = joint_top_k({f"p{i}": torch.arange(1000.0).roll(i) + i for i in range(20)}, 100)
+    assert len(alive) == 20
+    assert {name: indices.tolist() for name, indices in found.items()} == {n: i.tolist() for n, i in expected.items()}
+
+
+def test_streamed_errors_are_those_of_the_joint_selection() -> None:
+    def stream(*scores: float) -> Iterator[tuple[str, Tensor]]:
+        for i, score in enumerate(scores):
+            yield f"p{i}", torch.tensor([score])
+
+    with pytest.raises(SelectionError, match="scores of p1 contain NaN"):
+        streamed_top_k(stream(1.0, float("nan"), 2.0), 1)
+    with pytest.raises(SelectionError, match=r"9 weights are asked from p0 and 2 more: ask for 0 to 3"):
+        streamed_top_k(stream(0.0, 0.0, 1.0), 9)
+    with pytest.raises(SelectionError, match=r"2 weights are asked from p0 and 2 more, but only 1 of 3 moved"):
+        streamed_top_k(stream(0.0, 1.0, 0.0), 2, min_score=0.0)
+    with pytest.raises(SelectionError, match=r"1 weights are asked from no tensor"):
+        streamed_top_k(stream(), 1)
+    assert streamed_top_k(stream(), 0) == {}
 
 
 class LargestNewTensor(TorchDispatchMode):

@@ -364,7 +364,7 @@ def test_other_methods_are_refused():
     with pytest.raises(ConfigError, match=r"has the method 'rand', whose weights need no dense phase"):
         start_dense_phase(model)
     model = get_peft_model(make_bert(), LoraConfig(task_type="SEQ_CLS"))
-    with pytest.raises(ConfigError, match=r"has a LoraConfig; a dense phase needs a LotteryTicketConfig"):
+    with pytest.raises(ConfigError, match=r"has a LoraConfig, and its weights are not selected by this library"):
         start_dense_phase(model)
     with pytest.raises(ConfigError, match=r"model must carry a PEFT adapter, got a BertForSequenceClassification"):
         start_dense_phase(make_bert())
@@ -391,11 +391,9 @@ def test_one_dense_phase_at_a_time():
 def test_inactive_disabled_and_merged_adapters_are_refused():
     model = make_adapted()
     model.add_adapter("other", LotteryTicketConfig(density=0.1))
-    with pytest.raises(
-        ConfigError, match=r"adapter 'other' must be active for its dense phase: model.set_adapter\('other'\)"
-    ):
+    with pytest.raises(ConfigError, match=r"adapter 'other' must be active while .*: model.set_adapter\('other'\)"):
         start_dense_phase(model, "other")
-    with model.disable_adapter(), pytest.raises(ConfigError, match="must be active for its dense phase"):
+    with model.disable_adapter(), pytest.raises(ConfigError, match="must be active while its weights are selected"):
         start_dense_phase(model)
     model.add_adapter("language", RandConfig(density=0.1, init_weights=False))
     model.merge_adapter(["language"])

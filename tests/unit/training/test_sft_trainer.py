@@ -11,7 +11,8 @@ from tiny_training import assert_same_tensors, base_weights, deltas
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, RandConfig
+from peft_sparse.tuners.ada_sft.iteration import iter_masked
 
 trl = pytest.importorskip("trl")
 
@@ -51,7 +52,7 @@ def make_data():
     return Dataset.from_dict({"text": TEXTS * 3})
 
 
-def make_trainer(folder, model, *, peft_config=None, dense_args=None, callbacks=None, **changes):
+def make_trainer(folder, model, *, peft_config=None, dense_args=None, mask_args=None, callbacks=None, **changes):
     from peft_sparse.training.trainer import SparseSFTTrainer
 
     settings = {
@@ -75,9 +76,36 @@ def make_trainer(folder, model, *, peft_config=None, dense_args=None, callbacks=
         train_dataset=make_data(),
         processing_class=make_tokenizer(),
         peft_config=peft_config,
-        dense_args=dense_args or {"max_steps": 3},
+        dense_args=None if mask_args else dense_args or {"max_steps": 3},
+        mask_args=mask_args,
         callbacks=callbacks,
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_selection_by_gradients(tmp_path, checkpointing):
+    config = OneShotConfig(num_weights=60, criterion="weight_times_gradient", selection_batches=2)
+    trainer = make_trainer(
+        tmp_path / "run", make_llama(), peft_config=config, gradient_checkpointing=checkpointing, max_steps=2
+    )
+    trainer.train()
+    chosen = deltas(trainer.model)
+    assert sum(values.numel() for _, values in chosen.values()) == 60
+    assert all((values != 0).all() for _, values in chosen.values())
+    # By hand: the mean gradients of the same two batches.
+    twin = make_trainer(tmp_path / "twin", make_llama(), peft_config=config, max_steps=2)
+    plain = make_llama().requires_grad_(True)
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    torch.manual_seed(twin.args.seed)
+    batches = [batch for batch, _ in zip(twin.get_train_dataloader(), range(2), strict=False)]
+    for batch in batches:
+        plain(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        ).loss.backward()
+    scores = {n: (plain.get_parameter(n) * plain.get_parameter(n).grad).abs().flatten() for n in chosen}
+    threshold = torch.cat(list(scores.values())).topk(60).values.min()
+    for name, (indices, _) in chosen.items():
+        assert set(indices.tolist()) == set((scores[name] >= threshold).nonzero().squeeze(1).tolist()), name
 
 
 @pytest.mark.parametrize("wrapped_by", ["trainer", "user"])
@@ -95,6 +123,19 @@ def test_two_phases(tmp_path, wrapped_by):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["phase"] == "sparse" and "mean_token_accuracy" in entry for entry in logged)
     assert all((values != 0).all() for _, values in deltas(trainer.model).values())
+
+
+def test_soft_masks_and_gradient_checkpointing(tmp_path):
+    config = AdaSftConfig()
+    masks = {"max_steps": 3, "learning_rate": 1e-1}
+    trainer = make_trainer(tmp_path, make_llama(), peft_config=config, mask_args=masks, gradient_checkpointing=True)
+    trainer.train()
+    assert (trainer.mask_state.global_step, trainer.state.global_step) == (3, 4)
+    assert trainer.model.peft_config["default"].phase == "weights"
+    for _, _, masked in iter_masked(trainer.model):
+        assert masked.scores.any()
+        assert masked.difference.any()
+    assert all(entry["phase"] == "weights" for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_embeddings_tied_to_the_output(tmp_path):

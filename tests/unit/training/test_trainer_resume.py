@@ -207,7 +207,7 @@ def test_explicit_paths_of_every_kind(tmp_path, whole):
     for path, phase in (
         ("_dense/checkpoint-2", "dense"),
         ("_dense/selection", "selection"),
-        ("checkpoint-2", "sparse"),
+        ("checkpoint-2", "second"),
     ):
         point = find_resume_point(str(tmp_path), str(tmp_path / path))
         assert (point.phase, point.path) == (phase, str(tmp_path / path))

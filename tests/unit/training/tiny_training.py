@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, iter_deltas
+from peft_sparse import SparseConfig, iter_deltas
 from peft_sparse.training.trainer import SparseTrainer
 
 VOCAB = 40
@@ -38,8 +38,8 @@ def make_adapted(
     *, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.1, **config: Any
 ) -> PeftModel:
     """The classifier with an unselected lottery ticket of 200 weights and a trainable head."""
-    settings: dict[str, Any] = {"num_weights": 200, "modules_to_save": ["classifier"], **config}
-    return get_peft_model(make_bert(seed=seed, dtype=dtype, dropout=dropout), LotteryTicketConfig(**settings))
+    ticket = {"method": "lottery_ticket", "num_weights": 200, "modules_to_save": ["classifier"]}
+    return get_peft_model(make_bert(seed=seed, dtype=dtype, dropout=dropout), SparseConfig(**{**ticket, **config}))
 
 
 class Labelled(torch.utils.data.Dataset):
@@ -73,7 +73,9 @@ def make_args(folder: Any, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **settings)
 
 
-def make_trainer(folder: Any, *, model: PeftModel | None = None, dense_args: Any = None, **changes: Any) -> Any:
+def make_trainer(
+    folder: Any, *, model: PeftModel | None = None, dense_args: Any = None, mask_args: Any = None, **changes: Any
+) -> Any:
     callbacks = changes.pop("callbacks", None)
     optimizers = changes.pop("optimizers", (None, None))
     return SparseTrainer(
@@ -82,6 +84,7 @@ def make_trainer(folder: Any, *, model: PeftModel | None = None, dense_args: Any
         train_dataset=Labelled(),
         eval_dataset=Labelled(8, seed=2),
         dense_args=dense_args,
+        mask_args=mask_args,
         callbacks=callbacks,
         optimizers=optimizers,
     )

@@ -20,23 +20,33 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
-from verbs_case import IDS, Case, base_parameters, close, dense_deltas, fill, logits, untouched
-
-from peft_sparse import SparseModel, iter_deltas
+from verbs_case import (
+    IDS,
+    Case,
+    base_parameters,
+    close,
+    dense_deltas,
+    fill,
+    gradients_by_the_twin,
+    logits,
+    trained_values,
+    untouched,
+)
 
 
 def get(case: Case, folder: Path) -> None:
     base, config = case.base(), case.config(init_weights=True)
     request = copy.deepcopy(config)
     model = get_peft_model(case.base(), config).eval()
-    assert isinstance(model.base_model, SparseModel)
+    assert type(model.base_model) is PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     assert torch.equal(logits(model), logits(base)), "a fresh adapter is the identity, bit for bit"
     assert config == request, "the user's config is not changed"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
-    assert all("sparse_ft_" in name for name in trained)
+    assert all(model.base_model.prefix in name for name in trained)
     model = case.model()
     close(logits(model), case.expected(dense_deltas(model, "default")))
 
@@ -67,17 +77,11 @@ def frozen_beside_training(case: Case, folder: Path) -> None:
     language, task = dense_deltas(model, "language"), dense_deltas(model, "task")
     twin = case.dense(language, task).train()
     twin(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(delta.values.grad is None for _, _, _, delta in iter_deltas(model, "language"))
-    for name, _, _, delta in iter_deltas(model, "task"):
-        if delta.count:
-            expected = twin.get_parameter(name).grad.flatten()[delta.indices.long()]
-            torch.testing.assert_close(
-                delta.values.grad.double(), expected, rtol=1e-2 if bf16(delta) else 1e-5, atol=1e-6
-            )
-
-
-def bf16(delta: torch.nn.Module) -> bool:
-    return delta.values.dtype is torch.bfloat16
+    assert all(values.grad is None for values in trained_values(model, "language"))
+    found, expected = trained_values(model, "task"), gradients_by_the_twin(model, "task", twin)
+    for values, gradient in zip(found, expected, strict=True):
+        rtol = 1e-2 if values.dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(values.grad.double(), gradient, rtol=rtol, atol=1e-6)
 
 
 def disable(case: Case, folder: Path) -> None:
@@ -120,7 +124,9 @@ def save_and_load(case: Case, folder: Path) -> None:
         close(logits(loaded), case.expected(b))
         untouched(loaded, case.base())
     loaded = PeftModel.from_pretrained(case.base(), folder / "a", is_trainable=True)
-    assert all(d.values.requires_grad for _, _, _, d in iter_deltas(loaded, "default") if d.count)
+    assert all(values.requires_grad for values in trained_values(loaded))
+    trainable = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    assert trainable == sum(values.numel() for values in trained_values(loaded))
 
 
 def merge_and_unmerge(case: Case, folder: Path) -> None:
@@ -161,7 +167,7 @@ def merge_and_unload(case: Case, folder: Path) -> None:
 
 def safe_merge_refuses_nan(case: Case, folder: Path) -> None:
     model = case.model()
-    next(d for _, _, _, d in iter_deltas(model, "default") if d.count).values.data[0] = torch.nan
+    trained_values(model)[0].data.view(-1)[0] = torch.nan
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
             merge(safe_merge=True)
@@ -249,11 +255,11 @@ def status(case: Case, folder: Path) -> None:
     whole = get_model_status(model)
     assert (whole.active_adapters, whole.enabled, whole.merged_adapters) == (["a"], True, [])
     assert sorted(whole.available_adapters) == ["a", "b"]
-    assert whole.peft_types == {"a": "SPARSE_FT", "b": "SPARSE_FT"}
-    count = {name: sum(d.count for _, _, _, d in iter_deltas(model, name)) for name in "ab"}
-    assert whole.trainable_params == count["a"]
+    assert whole.peft_types == dict.fromkeys("ab", case.config().peft_type.value)
+    assert whole.trainable_params == sum(values.numel() for values in trained_values(model, "a"))
     # PEFT calls everything with the prefix in its name an adapter parameter.
-    assert whole.total_params == sum(p.numel() for p in case.base().parameters()) + count["a"] + count["b"]
+    own = [p for name, p in model.named_parameters() if model.base_model.prefix in name]
+    assert whole.total_params == sum(p.numel() for p in [*case.base().parameters(), *own])
     layers = get_layer_status(model)
     assert len(layers) == len({name.rpartition(".")[0] for name in dense_deltas(model, "a")})
     model.merge_adapter(adapter_names=["b"])
@@ -269,8 +275,8 @@ def reference_for_dpo(case: Case, folder: Path) -> None:
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
     model.set_adapter("ref")
     close(logits(model), case.expected(dense_deltas(model, "default")))
-    for _, _, _, delta in iter_deltas(model, "default"):
-        delta.values.data += 1
+    for values in trained_values(model):
+        values.data += 1
     close(logits(model), case.expected(dense_deltas(model, "ref")))
 
 
@@ -282,8 +288,8 @@ def deep_copy(case: Case, folder: Path) -> None:
             model.merge_adapter()
         twin = copy.deepcopy(model)
         for name in "ab":
-            for _, _, _, delta in iter_deltas(model, name):
-                delta.values.data.mul_(-3)
+            for values in trained_values(model, name):
+                values.data.mul_(-3)
         close(logits(twin), case.expected(a))
         if merged:
             twin.unmerge_adapter()
@@ -309,7 +315,7 @@ def gradient_checkpointing(case: Case, folder: Path) -> None:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(input_ids=IDS, labels=IDS).loss.backward()
-        found.append([d.values.grad.clone() for _, _, _, d in iter_deltas(model, "default") if d.count])
+        found.append([values.grad.clone() for values in trained_values(model)])
     for plain, first, second in zip(*found, strict=True):
         assert plain.abs().sum() > 0
         torch.testing.assert_close(first, plain, rtol=1e-6, atol=1e-9)

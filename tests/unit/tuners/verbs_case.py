@@ -15,7 +15,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from peft_sparse import SparseConfig, iter_deltas
+from peft_sparse import AdaSftConfig, SparseConfig, iter_deltas
+from peft_sparse.tuners.ada_sft.iteration import iter_masked
 from peft_sparse.tuners.sparse_ft.config import METHODS
 
 _TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
@@ -40,7 +41,7 @@ def _original(kind: str) -> nn.Module:
 
 # What each config asks for. The methods themselves stand at density 0.1; the rest says where and how much.
 REQUESTS: dict[str, dict[str, Any]] = {
-    **{method: {"method": method, "density": 0.1} for method in METHODS if method != "fixed"},
+    **{method: {"method": method, "density": 0.1} for method in METHODS if method not in ("fixed", "given")},
     "global budget, norms and biases": {
         "density": 0.3,
         "budget": "global",
@@ -51,11 +52,19 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "every parameter": {"density": 0.3, "target_modules": "all"},
     "one layer, rank for rank": {"equivalent_rank": 1, "layers_to_transform": [1]},
     "embedding by name": {"num_weights": 50, "target_modules": r".*(embed_tokens|wte)"},
+    "largest weights": {"method": "one_shot", "criterion": "largest_weight", "density": 0.1, "target_biases": True},
+    "given support": {
+        "method": "given",
+        "support": {"model.layers.1.mlp.up_proj.weight": [3, 20, 7], "model.norm.weight": [1, 2]},
+    },
     "bfloat16 values": {"density": 0.1, "values_dtype": "bfloat16"},
     "single parameters": {"density": 0.3, "target_parameters": ["layers.1.mlp.up_proj.weight", "norm.weight"]},
+    "soft masks": {"kind": AdaSftConfig},
+    "weights under soft masks": {"kind": AdaSftConfig, "phase": "weights", "initial_mask": 0.5},
 }
 # The same names in the other model.
 _GPT2_NAMES = {"layers.1.mlp.up_proj.weight": "h.1.mlp.c_fc.bias", "norm.weight": "ln_f.weight"}
+_GPT2_NAMES.update({f"model.{name}": f"transformer.{other}" for name, other in _GPT2_NAMES.items()})
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,13 @@ class Case:
         """A fresh copy of the base model."""
         return copy.deepcopy(_original(self.kind))
 
-    def config(self, **changes: Any) -> SparseConfig:
+    def config(self, **changes: Any) -> SparseConfig | AdaSftConfig:
         fields = {"init_weights": False, "task_type": "CAUSAL_LM", **REQUESTS[self.request], **changes}
         if self.kind == "gpt2" and "target_parameters" in fields:
             fields["target_parameters"] = [_GPT2_NAMES[name] for name in fields["target_parameters"]]
-        return SparseConfig(**fields)
+        if self.kind == "gpt2" and "support" in fields:
+            fields["support"] = {_GPT2_NAMES[name]: indices for name, indices in fields["support"].items()}
+        return fields.pop("kind", SparseConfig)(**fields)
 
     def model(self, *adapters: str) -> PeftModel:
         """A model with adapters of different values (and, where chance chooses, different supports)."""
@@ -99,8 +110,11 @@ class Case:
 
 
 def fill(model: nn.Module, adapter: str, number: int) -> None:
-    """Give an adapter other values and another support than any other number does."""
+    """Give an adapter other values (and another support, if it has one) than any other number does."""
     generator = torch.Generator().manual_seed(100 + number)
+    for _, _, masked in iter_masked(model, adapter):
+        for parameter in masked.parameters():
+            parameter.data = torch.randn(masked.shape, generator=generator)
     for _, _, _, delta in iter_deltas(model, adapter):
         support = torch.randperm(delta.numel, generator=generator)[: delta.count].sort().values
         delta.set_support(support.to(delta.indices.dtype), 0.3 * torch.randn(delta.count, generator=generator))
@@ -109,11 +123,41 @@ def fill(model: nn.Module, adapter: str, number: int) -> None:
 def dense_deltas(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """{parameter: dense delta} of an adapter: copies, in float64."""
     found = {}
+    for name, layer, masked in iter_masked(model, adapter):
+        weight = layer.original.detach()
+        found[name] = masked_by_the_paper(masked, weight, *masked.parameters()).detach() - weight
     for name, _, _, delta in iter_deltas(model, adapter):
         dense = torch.zeros(delta.numel, dtype=torch.float64)
         dense[delta.indices.long()] = delta.values.detach().double()
         found[name] = dense.view(delta.shape)
     assert sum(int(d.count_nonzero()) for d in found.values()) > 0, "an adapter without weights would prove nothing"
+    return found
+
+
+def masked_by_the_paper(masked: nn.Module, weight: Tensor, *held: Tensor) -> Tensor:
+    """W * M with M = sigmoid(S), in float64; `held` are scores, or scores and the difference, in any dtype."""
+    start = torch.logit(torch.tensor(masked.initial_mask, dtype=torch.float64))
+    mask = torch.sigmoid(start + held[0].double())
+    tuned = weight.double() + (held[1].double() if len(held) > 1 else 0)
+    return tuned * mask / (masked.initial_mask if masked.from_identity else 1)
+
+
+def trained_values(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+    """What training changes of an adapter, where it has anything."""
+    values = [delta.values for _, _, _, delta in iter_deltas(model, adapter) if delta.count]
+    return values + [masked.trained for _, _, masked in iter_masked(model, adapter)]
+
+
+def gradients_by_the_twin(model: nn.Module, adapter: str, twin: nn.Module) -> list[Tensor]:
+    """What the gradients of `trained_values` have to be, from those of the dense twin's weights."""
+    found = []
+    for name, _, _, delta in iter_deltas(model, adapter):
+        if delta.count:
+            found.append(twin.get_parameter(name).grad.flatten()[delta.indices.long()])
+    for name, layer, masked in iter_masked(model, adapter):
+        held = [p.detach().double().requires_grad_(p is masked.trained) for p in masked.parameters()]
+        masked_by_the_paper(masked, layer.original.detach(), *held).backward(twin.get_parameter(name).grad)
+        found += [leaf.grad for leaf in held if leaf.grad is not None]
     return found
 
 
@@ -131,7 +175,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {
         name.removeprefix("base_model.model.").replace("base_layer.", ""): parameter
         for name, parameter in model.named_parameters()
-        if "sparse_ft_" not in name
+        if "sparse_ft_" not in name and "ada_sft_" not in name
     }
 
 

@@ -1,0 +1,333 @@
+"""Merging adapters into a checkpoint on disk, a tensor at a time, for models that do not fit into memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..composition.combine import combine
+from ..core.delta import SparseDelta
+from ..core.overlay import Overlay
+from ..errors import ConfigError, FormatError
+from .adapter_files import AdapterFiles, read_adapter
+from .architecture import Names, class_name_of, labels_of_head, listed, read_config, skeleton, tied_groups
+from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_checkpoint` wrote.
+
+    Attributes:
+        directory: where.
+        num_weights: how many weights the adapters changed.
+        changed: names of the tensors that hold a delta or are a head, in the checkpoint.
+        added: those of them that the base checkpoint did not have (heads, and matrices that were tied).
+    """
+
+    directory: Path
+    num_weights: int
+    changed: list[str]
+    added: list[str]
+
+
+@dataclass(eq=False)
+class _Change:
+    """What becomes of one tensor: deltas to add, or a head to put in its place."""
+
+    deltas: list[SparseDelta] = field(default_factory=list)
+    head: Tensor | None = None
+
+    def apply(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if self.head is not None:
+            tensor = self.head.to(tensor.dtype)
+        elif self.deltas:
+            # Rounded once: to the tensor's own dtype, or to the one that was asked for.
+            wide = tensor if dtype is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            tensor = Overlay([d.indices for d in self.deltas]).add(wide, [d.values for d in self.deltas])
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    head_from: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> Merged:
+    """Write a checkpoint with adapters in its weights, without loading the model.
+
+    The tensors are, bit for bit, those that `PeftModel.merge_and_unload` and `save_pretrained` give. Whatever else the
+    base checkpoint holds is copied. All that can be refused is refused before anything is written, and the output
+    appears only when it is complete.
+
+    Args:
+        base: the base model's checkpoint: a directory or a repository on the Hub, in safetensors.
+        adapters: directories or repositories of sparse adapters, at least one.
+        output: directory to write into.
+        weights: one factor per adapter, of any sign, as for `add_weighted_adapter`; None adds all of them as they are,
+            as `merge_and_unload(adapter_names=...)` does.
+        head_from: the one of `adapters` whose heads (`modules_to_save`) the result gets, if several have some.
+        dtype: dtype of the result's floating-point tensors; None keeps each as it is. Sums are rounded once, to it.
+        revision: of the base model on the Hub.
+        max_shard_bytes: size of the files.
+        overwrite: replace a checkpoint that lies in `output`.
+        show_progress: show a progress bar on stderr.
+
+    Raises:
+        FormatError: a file is damaged, or the adapters do not fit the checkpoint; the message lists the tensors.
+        ConfigError: the output exists, the base is quantised, or arguments do not fit each other.
+
+    Cost: the memory of the adapters, one shard of the result and the largest tensor.
+    """
+    parts = [read_adapter(os.fspath(adapter)) for adapter in adapters]
+    factors = _check_factors(parts, weights)
+    head = _choose_head(parts, None if head_from is None else os.fspath(head_from))
+    checkpoint = Checkpoint(base, revision=revision)
+    if checkpoint.folder.resolve() == Path(output).resolve():
+        raise ConfigError(f"the output {os.fspath(output)!r} is the base checkpoint itself. Give another directory.")
+    if checkpoint.config.get("quantization_config"):
+        raise ConfigError(
+            f"{checkpoint.source} is quantised, and a delta would be lost in rounding. Merge into the unquantised "
+            "checkpoint, or load the model and call merge_and_unload(dequantize=True)."
+        )
+    plan = _Plan(checkpoint, parts, factors, head)
+    writer = ShardWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
+        task = progress.add_task("merging", total=len(checkpoint.names()))
+        for name in checkpoint.names():
+            change = plan.changes.get(plan.model_name[name], _Change())
+            writer.add(name, change.apply(checkpoint.tensor(name), dtype))
+            progress.advance(task)
+        for name in plan.added:
+            writer.add(name, plan.changes.get(name, _Change()).apply(plan.original(name), dtype))
+        copy_companions(checkpoint, writer.staging, changed=plan.config_changes(dtype))
+    changed = [name for name in checkpoint.names() if plan.model_name[name] in plan.changes]
+    num_weights = sum(delta.count for change in set(plan.changes.values()) for delta in change.deltas)
+    logger.info("Merged %d weights into %d tensors of %s", num_weights, len(changed), checkpoint.source)
+    return Merged(Path(output), num_weights, [*changed, *plan.added], plan.added)
+
+
+def _check_factors(parts: list[AdapterFiles], weights: Sequence[float] | None) -> list[float] | None:
+    if not parts:
+        raise ConfigError("at least one adapter is needed to merge, got none.")
+    if weights is not None and len(weights) != len(parts):
+        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(parts)} adapters.")
+    return None if weights is None else list(weights)
+
+
+def _choose_head(parts: list[AdapterFiles], head_from: str | None) -> AdapterFiles | None:
+    having = [part for part in parts if part.heads]
+    if head_from is not None:
+        chosen = [part for part in having if part.source == head_from]
+        if not chosen:
+            sources = [part.source for part in having]
+            raise ConfigError(f"head_from must be one of the adapters that have heads ({sources}), got {head_from!r}.")
+        return chosen[0]
+    if len(having) > 1:
+        sources = [part.source for part in having]
+        raise ConfigError(f"the adapters {sources} all have heads (modules_to_save): say whose to keep with head_from.")
+    return having[0] if having else None
+
+
+class _Plan:
+    """Which tensor of a checkpoint gets what; everything is checked when it is made.
+
+    Attributes:
+        model_name: {name in the checkpoint: name in the model}.
+        changes: by name in the model.
+        added: names in the model of tensors that the result has and the base checkpoint has not.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, parts: list[AdapterFiles], factors: list[float] | None, head: AdapterFiles | None
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = read_config(checkpoint.folder)
+        self._num_labels: int | None = None
+        self._model, self._class_name = self._fitting_model(parts, head)
+        self._tied = tied_groups(self._model)
+        self._has_head = head is not None
+        names = Names(self._model)
+        mapped = {name: names.of_checkpoint(name) for name in checkpoint.names()}
+        self.model_name = {name: own for name, (own, _) in mapped.items()}
+        self._stored: dict[str, list[str]] = {}
+        for name, own in self.model_name.items():
+            self._stored.setdefault(own, []).append(name)
+        self._check_targets(parts, names, {own for own, is_whole in mapped.values() if not is_whole})
+        self.changes = {name: _Change(deltas) for name, deltas in _add_up(parts, factors, names).items()}
+        for name, tensor in ({} if head is None else head.heads).items():
+            self.changes[names.of_adapter(name)] = _Change(head=tensor)
+        heads = [name for name, change in self.changes.items() if change.head is not None]
+        self.is_untied = self._follow_ties()
+        self._check_heads(heads)
+        tied = [name for group in self._tied for name in group] if self.is_untied else []
+        self.added = [name for name in dict.fromkeys([*heads, *tied]) if name not in self._stored]
+        missing = [name for name in names.parameters if self._stored_as(name) is None and name not in self.changes]
+        if missing:
+            logger.warning(
+                "These parameters of %s are neither in the checkpoint nor in the adapters, and will be random:%s",
+                self._class_name,
+                listed(missing),
+            )
+
+    def original(self, name: str) -> Tensor:
+        """The tensor of the base model behind a name that the checkpoint may store under another one."""
+        stored = self._stored_as(name)
+        if stored is not None:
+            return self._checkpoint.tensor(stored).clone()
+        head = self.changes[name].head
+        assert head is not None  # `_check_targets` has seen to deltas
+        return head.to(self._config.dtype) if self._config.dtype is not None else head
+
+    def config_changes(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """What config.json says otherwise than the base model's."""
+        changed: dict[str, Any] = {}
+        if dtype is not None:
+            changed["torch_dtype" if "torch_dtype" in self._checkpoint.config else "dtype"] = str(dtype).split(".")[-1]
+        if self.is_untied:
+            changed["tie_word_embeddings"] = False
+        if self._has_head:
+            changed["architectures"] = [self._class_name]
+        if self._num_labels is not None:
+            labels = {i: f"LABEL_{i}" for i in range(self._num_labels)}
+            changed.update(id2label=labels, label2id={label: i for i, label in labels.items()})
+        return changed
+
+    def _fitting_model(self, parts: list[AdapterFiles], head: AdapterFiles | None) -> tuple[PreTrainedModel, str]:
+        """The architecture on the meta device: the checkpoint's own, or an adapter's if a head or a name needs it."""
+        own = [name for name in self._config.architectures or () if hasattr(transformers, name)][:1]
+        trained_on = [name for part in ([head] if head else parts) if (name := _class_of(part, self._config))]
+        candidates = list(dict.fromkeys([*trained_on, *own] if head else [*own, *trained_on]))
+        candidates = candidates or [class_name_of(self._config)]
+        wanted = {name for part in parts for name in part.deltas} | set(head.heads if head else ())
+        failures = []
+        for class_name in candidates:
+            model = skeleton(self._config, class_name)
+            shapes = {name: tuple(tensor.shape) for name, tensor in (head.heads if head else {}).items()}
+            self._num_labels = labels_of_head(self._config, model, shapes)
+            if self._num_labels is not None:
+                self._config.num_labels = self._num_labels
+                model = skeleton(self._config, class_name)
+            names = Names(model)
+            unknown = sorted(name for name in wanted if names.of_adapter(name) not in names.parameters)
+            if not unknown:
+                return model, type(model).__name__
+            failures.append(f"{class_name} has no parameters of these names:{listed(unknown)}")
+        raise FormatError(
+            f"the adapters do not fit {self._checkpoint.source}. Nothing was written. " + "\n".join(failures)
+        )
+
+    def _check_targets(self, parts: list[AdapterFiles], names: Names, in_pieces: set[str]) -> None:
+        wrong = []
+        for part in parts:
+            for name, delta in part.deltas.items():
+                if misfit := self._misfit(names.of_adapter(name), delta.shape, in_pieces):
+                    wrong.append(f"{name} of {part.source}: {misfit}")
+            wrong += self._differing_passengers(part, names)
+        if wrong:
+            raise FormatError(
+                f"the adapters do not fit {self._checkpoint.source}. Nothing was written. These tensors do not match:"
+                + listed(wrong)
+            )
+
+    def _misfit(self, own: str, shape: tuple[int, ...], in_pieces: set[str]) -> str | None:
+        """Why a delta cannot be added to a parameter, if so."""
+        stored = self._stored_as(own)
+        if stored is None:
+            return "the checkpoint has no tensor for it"
+        if self.model_name[stored] in in_pieces:
+            return "the checkpoint stores it in pieces, which are joined only when it is loaded"
+        if len(same := self._stored[self.model_name[stored]]) > 1:
+            return f"the checkpoint has it more than once, as {', '.join(same)}"
+        if self._checkpoint.shape(stored) != shape:
+            return f"it has shape {shape} there, {self._checkpoint.shape(stored)} in the checkpoint"
+        if self._checkpoint.dtype(stored) not in _FLOATS:
+            return f"it is quantised in the checkpoint, of dtype {self._checkpoint.dtype(stored)}"
+        return None
+
+    def _stored_as(self, own: str) -> str | None:
+        """The name under which the checkpoint holds a parameter of the model, or what it is tied to."""
+        twins = next((group for group in self._tied if own in group), [])
+        return next((self._stored[name][0] for name in [own, *twins] if name in self._stored), None)
+
+    def _differing_passengers(self, part: AdapterFiles, names: Names) -> list[str]:
+        """Embeddings that PEFT saved beside the adapter, where they are not those of the checkpoint."""
+        wrong = []
+        for name in part.others.keys() - part.heads.keys():
+            stored = self._stored_as(names.of_adapter(name))
+            if stored is None or not torch.equal(self._checkpoint.tensor(stored), part.others[name]):
+                wrong.append(f"{name}: {part.source} brings one of its own; load it with PEFT and merge_and_unload()")
+        return sorted(wrong)
+
+    def _check_heads(self, heads: list[str]) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._model.state_dict().items()}
+        wrong = []
+        for name in heads:
+            head = self.changes[name].head
+            if head is not None and tuple(head.shape) != shapes[name]:
+                wrong.append(f"{name}: of shape {tuple(head.shape)} in the adapter, {shapes[name]} in the model")
+        if wrong:
+            raise FormatError(f"the head does not fit {self._class_name}. Nothing was written.{listed(wrong)}")
+
+    def _follow_ties(self) -> bool:
+        """Let embeddings that share a tuned matrix follow it, as the tuner does; whether a tie is broken then."""
+        is_broken = False
+        for group in self._tied:
+            changed = [name for name in group if name in self.changes]
+            lookups = [name for name in group if self._is_embedding(name)]
+            for name in changed:
+                if self.changes[name].deltas and name in lookups:
+                    self.changes.update(dict.fromkeys(lookups, self.changes[name]))
+            kinds = {id(self.changes[name]) if name in self.changes else None for name in group}
+            is_broken |= len(kinds) > 1
+        return is_broken
+
+    def _is_embedding(self, parameter: str) -> bool:
+        return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
+
+
+def _class_of(part: AdapterFiles, config: PretrainedConfig) -> str | None:
+    mapping = part.config.get("auto_mapping") or {}
+    if mapping.get("parent_library", "").startswith("transformers"):
+        return str(mapping["base_model_class"])
+    task = part.config.get("task_type")
+    return class_name_of(config, task_type=task) if task is not None else None
+
+
+def _add_up(parts: list[AdapterFiles], factors: list[float] | None, names: Names) -> dict[str, list[SparseDelta]]:
+    """{name in the model: deltas to add}: one per adapter, or their weighted sum."""
+    found: dict[str, list[tuple[SparseDelta, float]]] = {}
+    for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
+        for name, delta in part.deltas.items():
+            found.setdefault(names.of_adapter(name), []).append((delta, factor))
+    if factors is None:
+        return {name: [delta for delta, _ in pairs] for name, pairs in found.items()}
+    dtypes = {part.config.get("values_dtype", "float32") for part in parts}
+    dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
+    summed: dict[str, list[SparseDelta]] = {}
+    for name, pairs in found.items():
+        combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
+        summed[name] = [SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)]
+    return summed

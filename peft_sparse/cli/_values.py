@@ -1,0 +1,41 @@
+"""Values that several commands take as text: sizes and dtypes."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from ..errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_size(text: str, *, name: str) -> int:
+    """Bytes of a size such as "24GB", "500 MB" or "80GiB".
+
+    Args:
+        text: what the user wrote.
+        name: what the error calls it.
+
+    Raises:
+        ConfigError: it is no such size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise ConfigError(f"{name} must be a size such as 24GB, 500MB or 80GiB, got {text!r}.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ConfigError: it is none of those that models are trained in.
+    """
+    if text not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {list(_DTYPES)}, got {text!r}.")
+    return _DTYPES[text]

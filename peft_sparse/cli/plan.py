@@ -1,0 +1,105 @@
+"""`peft-sparse plan`: memory of a training, before it."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Annotated
+
+import typer
+from peft import LoraConfig, PeftConfig
+from rich.console import Console
+
+from ..errors import ConfigError
+from ..inspection.fitting import fitting_methods, largest_density
+from ..inspection.plan_table import describe_fit, plan_table
+from ..inspection.planner import MemoryPlan, plan_memory
+from ..tuners.sparse_ft.config import METHODS, SparseConfig
+from . import app
+from ._values import parse_dtype, parse_size
+
+_LORA, _FULL = "lora", "full"
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Model: directory or Hub id. Only its config is read.")],
+    method: Annotated[str, typer.Option(help="rand, lottery_ticket, spiel_ag, spiel_ma, ..., lora or full.")] = "rand",
+    density: Annotated[float, typer.Option(help="Share of the targeted weights to tune.")] = 0.01,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
+    target_modules: Annotated[
+        str | None, typer.Option(help='"all", "all-linear", a regex, or names with commas between them.')
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a micro-batch.")] = 1,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in an example.")] = 512,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. The model's own by default.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again in the backward pass.")
+    ] = False,
+    gradient_accumulation: Annotated[
+        bool, typer.Option("--gradient-accumulation", help="Several micro-batches make an update.")
+    ] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to NF4.")] = False,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw_8bit, sparse_adamw, sm3 or sgd. The method's own by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    task: Annotated[str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS, ... The model's own class by default.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Memory there is, such as 24GB. Says what fits.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say how much memory a training will need, and for what."""
+    limit = None if gpu is None else parse_size(gpu, name="--gpu")
+    targets = _parse_targets(target_modules)
+    plan_with = partial(
+        plan_memory,
+        model,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_accumulation=gradient_accumulation,
+        load_in_4bit=load_in_4bit,
+        device=device,
+        task_type=task,
+    )
+    config = _config(method, density, rank, targets)
+    found = plan_with(config, optimizer=optimizer)
+    best: tuple[float, MemoryPlan] | None = None
+    others: dict[str, MemoryPlan] = {}
+    if limit is not None:
+        if isinstance(config, SparseConfig):
+            best = largest_density(config, partial(plan_with, optimizer=optimizer), limit)
+        if not found.fits(limit):
+            names = [name for name in ("rand", "spiel_ag", "spiel_ma", _LORA) if name != method]
+            others = fitting_methods(
+                {name: partial(plan_with, _config(name, density, rank, targets)) for name in names}, limit
+            )
+    if as_json:
+        content = found.to_dict()
+        if limit is not None:
+            content |= {"limit": limit, "fits": found.fits(limit), "largest_density": best[0] if best else None}
+            content["methods_that_fit"] = {name: other.peak for name, other in others.items()}
+        typer.echo(json.dumps(content, indent=2))
+        return
+    console = Console()
+    console.print(plan_table(found))
+    if limit is not None:
+        console.print(describe_fit(found, limit, best=best, others=others), highlight=False)
+
+
+def _parse_targets(text: str | None) -> str | list[str] | None:
+    return text.split(",") if text is not None and "," in text else text
+
+
+def _config(method: str, density: float, rank: int, targets: str | list[str] | None) -> PeftConfig | None:
+    if method == _FULL:
+        return None
+    if method == _LORA:
+        return LoraConfig(r=rank, target_modules="all-linear" if targets in (None, "all") else targets)
+    # Of these two the weights are given, and no density says how many.
+    methods = METHODS.keys() - {"fixed", "given"}
+    if method not in methods:
+        known = sorted([*methods, _LORA, _FULL])
+        raise ConfigError(f"--method must be one of {known}, got {method!r}.")
+    return SparseConfig(method=method, density=density, target_modules=targets)

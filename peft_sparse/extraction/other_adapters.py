@@ -1,0 +1,233 @@
+"""Differences that PEFT's own adapters stand for: LoRA, SHiRA and Super-Tuning, a layer at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..checkpoints.native import PREFIX
+from ..checkpoints.native import SOURCE as WEIGHTS
+from ..errors import FormatError
+from .pairing import LISTED
+from .skeleton import Skeleton, skeleton_of
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+_ADAPTER = "extracted"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_WAY_OUT = (
+    "Merge it and give the result instead: PeftModel.from_pretrained(base, ...).merge_and_unload().save_pretrained(...)"
+)
+# Initialisations that leave the base model as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) write into it, so
+# that the adapter is no difference from the base that is on disk.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+# What a config may not say, by type: {field: values under which the adapter is nothing but a difference of weights}.
+_PURE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "LORA": {
+        "use_dora": (False,),
+        "use_qalora": (False,),
+        "lora_bias": (False,),
+        "bias": ("none",),
+        "alora_invocation_tokens": (None,),
+        "arrow_config": (None,),
+        "layer_replication": (None,),
+        "target_parameters": (None, []),
+        "trainable_token_indices": (None,),
+        "init_lora_weights": _PLAIN_STARTS,
+    },
+    "SHIRA": {},
+    "SUPERTUNING": {"save_precomputed_indices": (True,)},
+}
+
+
+def find_file(source: str, name: str, *, revision: str | None = None) -> Path | None:
+    """A file of a directory or of a repository on the Hub; None if there is none of that name."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError:  # also when it is not in the cache and the Hub cannot be reached
+        return None
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FormatError(
+            f"{source!r} is neither a directory nor a repository on the Hub that can be reached ({error})."
+        ) from error
+
+
+class AdapterOnBase:
+    """What an adapter of PEFT's adds to the weights of its base model. No weight of the base is read.
+
+    Args:
+        base: directory or Hub repository of the base model, of which only config.json is needed.
+        adapter: directory or Hub repository of the adapter.
+        base_revision: branch, tag or commit of the base on the Hub.
+        tuned_revision: the same of the adapter.
+
+    Raises:
+        FormatError: a type other than LoRA, SHiRA and Super-Tuning; a variant that is more than a difference of weights
+            (DoRA, trained biases, ...); a pickled file; or tensors that do not fit the base model.
+
+    Cost: the adapter's own weights in memory; for each difference asked for, one dense tensor and, with LoRA, the
+        product of its factors.
+    """
+
+    def __init__(
+        self, base: str, adapter: str, *, base_revision: str | None = None, tuned_revision: str | None = None
+    ) -> None:
+        self.adapter = adapter
+        self.base_revision, self.tuned_revision = base_revision, tuned_revision
+        settings = _read_settings(adapter, tuned_revision)
+        _check_pure(settings, adapter)
+        config = PeftConfig.from_pretrained(adapter, revision=tuned_revision)
+        self.skeleton = _skeleton(base, settings, base_revision)
+        kept, config.modules_to_save = list(config.modules_to_save or ()), None
+        if settings["peft_type"] == "LORA":
+            config.init_lora_weights = True
+        state = _read_weights(adapter, tuned_revision)
+        self._heads = _split_heads(state, kept, adapter)
+        self.heads = [head for head in kept if any(_is_inside(name, head) for name in self._heads)]
+        _fill_with_nothing(self.skeleton.model)
+        self._layers = _inject(self.skeleton, config, state, base, adapter)
+        self.names = [name for name in self.skeleton.shapes if name in self._layers]
+
+    def difference(self, name: str) -> Tensor:
+        """See `Source`."""
+        with torch.no_grad():
+            difference = self._layers[name]()
+        difference = (difference.to_dense() if difference.is_sparse else difference).to(torch.float32)
+        if not bool(difference.isfinite().all()):
+            raise FormatError(f"{self.adapter}: its difference on '{name}' holds NaN or infinity. Nothing was written.")
+        return difference
+
+    def values(self, name: str, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """See `Source`. The differences themselves: there is no tuned weight that a sum could miss."""
+        return self.difference(name).reshape(-1)[indices.long()].to(dtype), 0
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """See `Source`."""
+        return self._heads
+
+
+def _read_settings(adapter: str, revision: str | None) -> dict[str, Any]:
+    path = find_file(adapter, CONFIG, revision=revision)
+    if path is None:
+        raise FormatError(f"{adapter} has no {CONFIG}, so it is no adapter.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is not valid JSON ({error}). Download the adapter again.") from error
+
+
+def _check_pure(settings: dict[str, Any], adapter: str) -> None:
+    kind = settings.get("peft_type")
+    if kind not in _PURE:
+        raise FormatError(
+            f"{adapter} is an adapter of type {kind}; differences can be had of {', '.join(_PURE)}. {_WAY_OUT}"
+        )
+    for field, plain in _PURE[kind].items():
+        if field in settings and settings[field] not in plain:
+            raise FormatError(
+                f"{adapter} has {field}={settings[field]!r}, so it is more than a difference that could be computed "
+                f"from its own weights. {_WAY_OUT}"
+            )
+
+
+def _skeleton(base: str, settings: dict[str, Any], revision: str | None) -> Skeleton:
+    config, _ = PretrainedConfig.get_config_dict(base, revision=revision)
+    config.pop("_commit_hash", None)
+    architecture = (settings.get("auto_mapping") or {}).get("base_model_class")
+    auto = getattr(transformers, _AUTO_CLASSES.get(settings.get("task_type") or "", ""), None)
+    if architecture is None and auto is not None:
+        kind = type(transformers.AutoConfig.for_model(**config))
+        architecture = auto._model_mapping[kind].__name__ if kind in auto._model_mapping else None
+    return skeleton_of(config, source=base, architecture=architecture)
+
+
+def _read_weights(adapter: str, revision: str | None) -> dict[str, Tensor]:
+    path = find_file(adapter, WEIGHTS, revision=revision)
+    if path is None:
+        raise FormatError(
+            f"{adapter} has no {WEIGHTS}. A pickled adapter_model.bin is not read, since that runs the code in it: "
+            "load the adapter with PEFT and save it again."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is not a readable safetensors file ({error}). Download the adapter again."
+        ) from error
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return re.search(rf"(^|\.){re.escape(module)}\.", name) is not None
+
+
+def _split_heads(state: dict[str, Tensor], modules_to_save: list[str], adapter: str) -> dict[str, Tensor]:
+    """Take out of a state dict what are not the tuner's own tensors; returns the heads among them."""
+    heads: dict[str, Tensor] = {}
+    for key in list(state):
+        name = key.removeprefix(PREFIX)
+        if any(_is_inside(name, module) for module in modules_to_save):
+            heads[name] = state.pop(key)
+        elif ".base_layer." in name or not re.search(r"lora_|shira_|supertuning_", name):
+            # PEFT's save_embedding_layers adds the base model's own embeddings.
+            logger.warning("%s: %s belongs to the base model and was left out.", adapter, key)
+            del state[key]
+    return heads
+
+
+def _fill_with_nothing(model: nn.Module) -> None:
+    """Give every parameter zeros that take no memory: PEFT puts an adapter where its layer's weight is."""
+    zero = torch.zeros((), dtype=torch.float32)
+    filled: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+                module._parameters[name] = filled.setdefault(id(parameter), empty)
+
+
+def _inject(
+    skeleton: Skeleton, config: PeftConfig, state: dict[str, Tensor], base: str, adapter: str
+) -> dict[str, Callable[[], Tensor]]:
+    """{parameter: function that gives its difference}, from the adapter's layers around those of the skeleton."""
+    try:
+        model = PeftModel(skeleton.model, config, adapter_name=_ADAPTER)
+        loaded = set_peft_model_state_dict(model, dict(state), adapter_name=_ADAPTER)
+        own = (f".{_ADAPTER}", model.base_model.prefix)
+        problems = [f"{key}: surplus" for key in loaded.unexpected_keys]
+        problems += [f"{key}: missing" for key in loaded.missing_keys if all(part in key for part in own)]
+    except (ValueError, RuntimeError, KeyError) as error:
+        problems = [str(error)]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
+        raise FormatError(f"{adapter} does not fit {base}. Give the base model that it was trained on.{listed}")
+    layers: dict[str, Callable[[], Tensor]] = {}
+    for path, layer in model.base_model.model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            layers[f"{path}.weight"] = lambda layer=layer: layer.get_delta_weight(_ADAPTER)
+    return layers

@@ -1,0 +1,179 @@
+"""The architecture of a checkpoint without its weights: what parameters there are, and what can be done with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from ..errors import ConfigError, FormatError
+from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.layer import PARAMETERS
+from ..tuners.sparse_ft.targets import find_targets, is_excluded
+from ..tuners.sparse_ft.wrap import is_linear, wrapper_for
+
+# PEFT's task type by the ending of the architecture's name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# What PEFT's model classes for these tasks add to `modules_to_save`: never tuned sparsely.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model whose parameters have shapes and no data.
+
+    Attributes:
+        model: the transformers model, on the meta device.
+        architecture: the name of its class.
+        task_type: PEFT's; None where it has none for this architecture.
+        shapes: {name: shape} of all parameters, in the order of the model, tied ones under each of their names.
+        aliases: {name of a parameter: names of all that share its memory, itself included}.
+    """
+
+    model: nn.Module
+    architecture: str
+    task_type: str | None
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, tuple[str, ...]]
+
+    @property
+    def prefix(self) -> str:
+        """Path of the model without its head, with a dot; of a model without a head, what a headed one would have."""
+        return f"{self.model.base_model_prefix}."
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is anything beside the model of that path."""
+        return isinstance(getattr(self.model, self.model.base_model_prefix, None), nn.Module)
+
+    def spellings(self, name: str) -> list[str]:
+        """The names under which a checkpoint of the same model, with another head or none, may have this parameter."""
+        others = [alias for alias in self.aliases[name] if alias != name]
+        bare = [n.removeprefix(self.prefix) if n.startswith(self.prefix) else self.prefix + n for n in (name, *others)]
+        return [name, *others, *bare]
+
+    def names_in(self, names: Iterable[str]) -> dict[str, str]:
+        """{name in the model: name in the checkpoint}, after the renamings that transformers does when it loads one.
+
+        Tensors that it cuts up or joins as it loads them (fused experts) keep their names, which no parameter has.
+        """
+        renamings = [t for t in get_model_conversion_mapping(self.model) if isinstance(t, WeightRenaming)]
+        found = {name: name for name in names}
+        for name in list(found):
+            renamed = name
+            for renaming in renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            found[renamed] = name
+        return found
+
+    def forced_heads(self) -> list[str]:
+        """The modules that PEFT saves whole whatever the config says, for this task."""
+        return [name for name in _HEADS.get(self.task_type or "", ()) if hasattr(self.model, name)]
+
+    def tunable(self) -> dict[str, tuple[str, ...]]:
+        """The parameters that a sparse adapter can hold, in the order of the model, each with those it stands for.
+
+        Of embeddings that share one matrix the first stands for all, as in the tuner. An output layer tied to it is
+        listed beside it, for an adapter acts on each of the two uses by itself.
+        """
+        modules = dict(self.model.named_modules())
+        found: dict[str, tuple[str, ...]] = {}
+        done: set[str] = set()
+        for name in self.shapes:
+            path, _, part = name.rpartition(".")
+            if part not in PARAMETERS or not path or name in done:
+                continue
+            try:
+                wrapper_for(modules[path], path, parent=modules[path.rpartition(".")[0]])
+            except ConfigError:
+                continue
+            same = [n for n in self.aliases[name] if isinstance(modules[n.rpartition(".")[0]], nn.Embedding)]
+            found[name] = tuple(same) if name in same else (name,)
+            done.update(found[name])
+        return found
+
+    def targets(self, config: SparseConfig) -> list[str]:
+        """The tunable parameters that a config targets; all of them if it names none."""
+        if _targets_everything(config):
+            return [name for name in self.tunable() if not is_excluded(config, name.rpartition(".")[0])]
+        wanted = {f"{path}.{part}" for path, parts in find_targets(config, self.model).items() for part in parts}
+        return [name for name, same in self.tunable().items() if wanted.intersection(same)]
+
+    def untunable(self, config: SparseConfig, names: Iterable[str]) -> list[str]:
+        """Those of the names that a config would target if a sparse adapter could hold them, tied ones once.
+
+        That can only be told where the config targets everything; what rules name is known to be tunable.
+        """
+        if not _targets_everything(config):
+            return []
+        tunable = {name for same in self.tunable().values() for name in same}
+        return [
+            name
+            for name in names
+            if name == self.aliases[name][0]
+            and not tunable.intersection(self.aliases[name])
+            and not is_excluded(config, name.rpartition(".")[0])
+        ]
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def linear_names(self, names: Iterable[str]) -> set[str]:
+        """Those of the names that are two-dimensional weights of linear layers."""
+        modules = dict(self.model.named_modules())
+        return {n for n in names if len(self.shapes[n]) == 2 and is_linear(modules[n.rpartition(".")[0]])}
+
+
+def _targets_everything(config: SparseConfig) -> bool:
+    return config.target_modules is None and not (config.target_parameters or config.target_norms)
+
+
+def skeleton_of(config: Mapping[str, Any], *, source: str, architecture: str | None = None) -> Skeleton:
+    """Build the skeleton that a config.json describes.
+
+    Args:
+        config: its content.
+        source: what errors call the checkpoint.
+        architecture: class to build instead of the one that the config names.
+
+    Raises:
+        FormatError: there is no config, or the class that it names is not one of transformers' own.
+    """
+    if not config:
+        raise FormatError(
+            f"{source} has no config.json, which says what model the tensors belong to. Save the model with "
+            "save_pretrained, or put its config.json beside the weights."
+        )
+    name = architecture or next(iter(config.get("architectures") or ()), None)
+    kind = getattr(transformers, name, None) if name else None
+    if kind is None or not hasattr(kind, "base_model_prefix"):
+        raise FormatError(
+            f"{source}: config.json names the architecture {name!r}, which is none of transformers' own; code that "
+            "comes with a checkpoint is never run here. Set 'architectures' to the class that loads it, such as "
+            "['LlamaForCausalLM']."
+        )
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_dict(dict(config)))
+    named = list(model.named_parameters(remove_duplicate=False))
+    holders: dict[int, list[str]] = {}
+    for parameter, tensor in named:
+        holders.setdefault(id(tensor), []).append(parameter)
+    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    if task is None and getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
+        task = "SEQ_2_SEQ_LM"
+    shapes = {parameter: tuple(tensor.shape) for parameter, tensor in named}
+    return Skeleton(model, name, task, shapes, {parameter: tuple(holders[id(tensor)]) for parameter, tensor in named})

@@ -1,0 +1,213 @@
+"""Training steps on the meta device: what they would allocate, without weights, data or arithmetic."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..core.backends.sddmm import meta_stands_for
+
+FORWARD, BACKWARD, STEP = "forward", "backward", "step"
+
+
+@dataclass
+class _Block:
+    """A piece of memory: when it was taken and given back, in operations since the start."""
+
+    nbytes: int
+    born: int
+    during: str
+    died: int | None = None
+
+
+class Ledger(TorchDispatchMode):
+    """Keeps book of all memory that tensors take and give back while it is entered, an operation at a time.
+
+    Attributes:
+        during: the part of a step that is under way; what is taken is booked under it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.during = FORWARD
+        aten = torch.ops.aten
+        self._stand_ins: dict[Any, Callable[..., Any]] = {
+            # What a model asks of its data: whether a mask is full, whether positions are consecutive. They are.
+            aten._local_scalar_dense.default: lambda tensor: tensor.dtype == torch.bool or 1,
+            aten.sparse_sampled_addmm.out: lambda *args, out, **kwargs: out,
+        }
+        self._clock = 0
+        self._blocks: list[_Block] = []
+        self._open: dict[int, tuple[weakref.ref[Any], _Block | None]] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the memory of these."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._open[id(storage)] = weakref.ref(storage, self._closer(storage)), None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._clock += 1
+        if func in self._stand_ins:
+            return self._stand_ins[func](*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._take(tensor.untyped_storage())
+        return result
+
+    def _take(self, storage: Any) -> None:
+        if id(storage) not in self._open:
+            block = _Block(storage.nbytes(), self._clock, self.during)
+            self._blocks.append(block)
+            self._open[id(storage)] = weakref.ref(storage, self._closer(storage, block)), block
+
+    def _closer(self, storage: Any, block: _Block | None = None) -> Callable[[object], None]:
+        key = id(storage)
+
+        def close(_: object) -> None:
+            self._open.pop(key, None)
+            if block is not None:
+                block.died = self._clock
+
+        return close
+
+    def settle(self) -> int:
+        """Forget what was booked, and count from here on only what is taken anew; the bytes that are still there."""
+        left = sum(block.nbytes for _, block in self._open.values() if block is not None)
+        self._open = {key: (reference, None) for key, (reference, _) in self._open.items()}
+        self._blocks = []
+        return left
+
+    def block_of(self, tensor: Tensor) -> _Block | None:
+        """What was booked for a tensor that is still there."""
+        return self._open.get(id(tensor.untyped_storage()), (None, None))[1]
+
+    def at_peak(self) -> list[_Block]:
+        """What was there when most was."""
+        changes: dict[int, int] = {}
+        for block in self._blocks:
+            changes[block.born] = changes.get(block.born, 0) + block.nbytes
+            if block.died is not None:
+                changes[block.died + 1] = changes.get(block.died + 1, 0) - block.nbytes
+        level = peak = when = 0
+        for moment in sorted(changes):
+            level += changes[moment]
+            if level > peak:
+                peak, when = level, moment
+        return [b for b in self._blocks if b.born <= when and (b.died is None or b.died >= when)]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes at the moment of a training step when most memory is taken, beyond weights and adapters.
+
+    Attributes:
+        kept: what stays from step to step: optimizer states, what resident mode keeps.
+        activations: taken in the forward pass, logits and loss included.
+        gradients: of what is trained.
+        temporaries: taken in the backward pass or the optimizer's step, and given back in it.
+    """
+
+    kept: int
+    activations: int
+    gradients: int
+    temporaries: int
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What attention takes that never holds its scores (flash, memory-efficient): the output, and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _attention_of(device_type: str) -> Iterator[None]:
+    """Let tensors on the meta device attend as on a real one: torch has no fused kernel there.
+
+    By exchanging torch's function: a mode would not reach what gradient checkpointing computes again in a backward.
+    """
+    own = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+        # The fused kernel for processors takes no dropout. Those of accelerators need the same memory, all of them.
+        if query.is_meta and (device_type != "cpu" or not dropout_p):
+            return _FusedAttention.apply(query, key, value)
+        return own(query, key, value, *args, dropout_p=dropout_p, **kwargs)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def measure_step(
+    model: nn.Module,
+    make_loss: Callable[[], Tensor],
+    *,
+    first_update: Callable[[], object],
+    update: Callable[[], object] | None = None,
+    watch: Callable[[], object] | None = None,
+    keep_gradients: bool = False,
+    around: AbstractContextManager[object] | None = None,
+    device_type: str = "cuda",
+) -> StepMemory:
+    """Take two training steps on the meta device, and say what the second needs at most.
+
+    Args:
+        model: on the meta device, in training mode.
+        make_loss: the forward pass.
+        first_update: the optimizer's first step, which makes its states.
+        update: its second one; None for one that takes no memory (a fused optimizer).
+        watch: called before the second step.
+        keep_gradients: gradients of the step before are there when the second begins (gradient accumulation).
+        around: entered for both.
+        device_type: "cpu" or "cuda", whose kernels are assumed.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ledger = Ledger()
+    ledger.ignore([*model.parameters(), *model.buffers()])
+    with ExitStack() as stack:
+        for context in (meta_stands_for(device_type), _attention_of(device_type), around or nullcontext(), ledger):
+            stack.enter_context(context)
+        make_loss().backward()
+        first_update()
+        old_gradients = sum(p.grad.nbytes for p in trained if p.grad is not None) if keep_gradients else 0
+        for parameter in trained:
+            parameter.grad = parameter.grad if keep_gradients else None
+        kept = ledger.settle() - old_gradients
+        if watch is not None:
+            watch()
+        loss = make_loss()
+        ledger.during = BACKWARD
+        loss.backward()
+        del loss
+        ledger.during = STEP
+        if update is not None:
+            update()
+        new = {id(b) for p in trained if p.grad is not None and (b := ledger.block_of(p.grad)) is not None}
+        peak = ledger.at_peak()
+    return StepMemory(
+        kept=kept,
+        activations=sum(b.nbytes for b in peak if b.during == FORWARD),
+        gradients=old_gradients + sum(b.nbytes for b in peak if id(b) in new),
+        temporaries=sum(b.nbytes for b in peak if b.during != FORWARD and id(b) not in new),
+    )

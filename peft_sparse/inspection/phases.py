@@ -1,0 +1,381 @@
+"""The phases of each method's training, taken as dry runs, and the memory that each of them needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from transformers import PreTrainedModel
+
+from ..core.indices import index_dtype
+from ..errors import ConfigError
+from ..optim.sm3 import SM3
+from ..optim.sparse_adamw import SparseAdamW
+from ..training.ties import Ties
+from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+from ..tuners.sparse_ft.config import WEIGHTS, SparseConfig
+from ..tuners.sparse_ft.embedding import Embedding
+from ..tuners.sparse_ft.iteration import iter_deltas
+from ..tuners.sparse_ft.one_shot_configs import RandConfig
+from ..tuners.sparse_ft.resident import resident
+from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMAConfig
+from ..tuners.sparse_ft.support import Plan, plan, plan_groups
+from ..tuners.sparse_ft.targets import find_targets, named_targets
+from ..tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
+from .dry_run import StepMemory, measure_step
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "sparse_adamw", "sm3", "sgd")
+# bitsandbytes: weights that share a scale in NF4, those that share one in its 8-bit AdamW, and the smallest tensor
+# whose state that quantises.
+_NF4_BLOCK, _STATE_BLOCK, _SMALLEST_STATE = 64, 256, 4096
+# What a window of SpIEL-AG keeps of a growth candidate: its index, whether it was nominated, and three sums.
+_CANDIDATE_BYTES = 1 + 3 * 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a training is planned for; see `plan_memory`."""
+
+    batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    gradient_accumulation: bool
+    load_in_4bit: bool
+    optimizer: str | None
+    device: str
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """The most memory that one phase of a training needs at a time, in bytes.
+
+    Attributes:
+        name: "training"; "estimating gradients" (SpIEL-AG); "dense phase" and "sparse phase" (LT-SFT).
+        parts: {what takes it: bytes} at the moment when most is taken, so that they add up to the peak. "activations"
+            is what the forward pass takes, logits and loss included; "temporaries" what is taken and given back.
+        all_gradients: bytes of the gradients when all of them are there, at the end of the backward pass.
+        host: what the computer's own memory takes, where the model is trained on an accelerator.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    all_gradients: int
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+
+def phases_of(
+    make: Callable[[], PreTrainedModel], config: PeftConfig | None, workload: Workload
+) -> tuple[int, list[PhaseMemory]]:
+    """(number of trained weights, the phases of a method in the order in which they come).
+
+    Args:
+        make: makes the base model, on the meta device and in training mode.
+        config: the adapter's; None for full fine-tuning.
+        workload: what for.
+    """
+    if config is None or not isinstance(config, SparseConfig):
+        return _other_method(make(), config, workload)
+    if isinstance(config, LotteryTicketConfig) and config.counts is None:
+        dense = _dense_phase(make(), config, workload)
+        num_trained, sparse = _sparse_training(make(), config, workload, name="sparse phase")
+        return num_trained, [dense, sparse]
+    num_trained, training = _sparse_training(make(), config, workload, name="training")
+    if not isinstance(config, SpielAGConfig):
+        return num_trained, [training]
+    _, first = _sparse_training(make(), config, workload, name="estimating gradients", nominates=True)
+    candidates = round(num_trained * config.candidates_per_weight) * (_CANDIDATE_BYTES + 4)
+    later = replace(first, parts={**training.parts, "growth candidates": candidates})
+    return num_trained, [training, max(first, later, key=lambda phase: phase.total)]
+
+
+# The kinds of training
+
+
+def _other_method(
+    model: PreTrainedModel, config: PeftConfig | None, workload: Workload
+) -> tuple[int, list[PhaseMemory]]:
+    base = _base_bytes(model, workload)
+    tuned: nn.Module = model if config is None else get_peft_model(model, config, low_cpu_mem_usage=True)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = _Optimizer(workload.optimizer or "adamw", trained)
+    step = _measure(model, tuned, optimizer, workload)
+    adapter = {} if config is None else {"adapter": _bytes(trained)}
+    parts = {"base weights": base, **adapter, **_parts_of(step, optimizer)}
+    return sum(p.numel() for p in trained), [PhaseMemory("training", parts, _bytes(trained))]
+
+
+def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload) -> PhaseMemory:
+    targets = plan(config, model).targets
+    modules = dict(named_targets(model))
+    owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
+    base = _base_bytes(model, workload)
+    Ties.untie(model, owners)
+    model.requires_grad_(False)
+    trained = [getattr(module, which) for module, which in owners]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = _Optimizer(workload.optimizer or "adamw", trained)
+    step = _measure(model, model, optimizer, workload)
+    untied = _base_bytes(model, workload) - base
+    originals = {"copy of the weights": _bytes(trained)}
+    on_device = originals if workload.device == "cpu" or config.l1 else {}
+    parts = {"base weights": base + untied, **_parts_of(step, optimizer), **on_device}
+    return PhaseMemory("dense phase", parts, _bytes(trained), {} if on_device else originals)
+
+
+def _sparse_training(
+    model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str, nominates: bool = False
+) -> tuple[int, PhaseMemory]:
+    base = _base_bytes(model, workload)
+    tuned = get_peft_model(model, _static(config, model), low_cpu_mem_usage=True)
+    deltas = [(layer, delta) for _, layer, _, delta in iter_deltas(tuned)]
+    for _, delta in deltas:
+        delta.indices = delta.indices.to("meta")
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = _Optimizer(workload.optimizer or _own_optimizer(config), trained, [delta for _, delta in deltas])
+    # Looking up in a tuned embedding depends on the tokens, which a dry run has not. It only touches their rows.
+    lookups = [delta for layer, delta in deltas if isinstance(layer, Embedding)]
+    _take_out_embeddings(tuned)
+    optimizer.has_ages = isinstance(config, SpielConfig)
+    ratio = getattr(config, "candidates_per_weight", 1.0)
+    watch = partial(_watch, [delta for layer, delta in deltas if not isinstance(layer, Embedding)], ratio)
+    step = _measure(
+        model,
+        tuned,
+        optimizer,
+        workload,
+        unseen=[delta.values for delta in lookups],
+        is_resident=not workload.load_in_4bit,
+        watch=watch if nominates else None,
+    )
+    parts = {
+        "base weights": base,
+        "adapter values": _bytes(delta.values for _, delta in deltas),
+        "adapter indices": sum(delta.count * index_dtype(delta.numel).itemsize for _, delta in deltas),
+        **_parts_of(step, optimizer),
+    }
+    own = {id(delta.values) for _, delta in deltas}
+    heads = _bytes(p for p in trained if id(p) not in own)
+    if heads:
+        parts["heads"] = heads
+    if nominates and lookups:
+        # The whole gradient of an embedding, its magnitudes, and two masks of it. It comes last in the backward pass.
+        candidates = round(sum(delta.count for _, delta in deltas) * ratio) * _CANDIDATE_BYTES
+        largest = max(delta.numel for delta in lookups)
+        at_the_end = {"activations": 0, "gradients": _bytes(trained), "temporaries": 10 * largest + candidates}
+        parts = max(parts, {**parts, **at_the_end}, key=lambda moment: sum(moment.values()))
+    return sum(p.numel() for p in trained), PhaseMemory(name, parts, _bytes(trained))
+
+
+def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
+    """A config of the same request whose support is there at once: sizes are all that matters here."""
+    # Weights on the meta device cannot be ranked, and how the total falls to tensors makes little difference.
+    planned = Plan(find_targets(config, model)) if config.selected_by == WEIGHTS else plan(config, model)
+    if planned.counts is None:
+        total = sum(group.count for group in plan_groups(config, planned.targets, model))
+        return _rand_of(config, num_weights=total)
+    return _rand_of(config, counts=planned.counts, num_weights=max(1, sum(planned.counts.values())))
+
+
+def _rand_of(config: SparseConfig, **answer: Any) -> RandConfig:
+    names = (
+        "target_modules", "exclude_modules", "target_biases", "target_norms", "target_parameters",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "values_dtype", "task_type",
+    )  # fmt: skip
+    return RandConfig(**{name: getattr(config, name) for name in names}, **answer)
+
+
+# A step
+
+
+def _measure(
+    model: PreTrainedModel,
+    tuned: nn.Module,
+    optimizer: _Optimizer,
+    workload: Workload,
+    *,
+    unseen: Iterable[nn.Parameter] = (),
+    is_resident: bool = False,
+    watch: Callable[[], object] | None = None,
+) -> StepMemory:
+    if workload.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    hidden = list(unseen)
+
+    def first_update() -> None:
+        for values in hidden:
+            values.grad = torch.empty_like(values)
+        optimizer.first_step()
+
+    return measure_step(
+        tuned,
+        _loss_of(model, tuned, workload),
+        first_update=first_update,
+        update=optimizer.step if optimizer.takes_memory else None,
+        watch=watch,
+        keep_gradients=workload.gradient_accumulation,
+        around=resident(tuned) if is_resident else nullcontext(),
+        device_type=workload.device,
+    )
+
+
+def _parts_of(step: StepMemory, optimizer: _Optimizer) -> dict[str, int]:
+    return {
+        "optimizer states": optimizer.state_bytes(),
+        # The original entries of the weights that resident mode writes to.
+        "originals": step.kept - optimizer.booked_bytes(),
+        "gradients": step.gradients,
+        "activations": step.activations,
+        "temporaries": step.temporaries,
+    }
+
+
+def _loss_of(model: PreTrainedModel, tuned: nn.Module, workload: Workload) -> Callable[[], Tensor]:
+    known = inspect.signature(model.forward).parameters
+    if "input_ids" not in known:
+        raise ConfigError(f"{type(model).__name__} takes no input_ids: only models of text can be planned.")
+    shape = (workload.batch_size, workload.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids}
+    per_example = torch.zeros(workload.batch_size, dtype=torch.long, device="meta")
+    if "start_positions" in known:
+        inputs |= {"start_positions": per_example, "end_positions": per_example}
+    elif "labels" in known:
+        inputs["labels"] = per_example if "SequenceClassification" in type(model).__name__ else ids
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+
+    def loss() -> Tensor:
+        output = tuned(**inputs)
+        return output.loss if getattr(output, "loss", None) is not None else output[0].sum()
+
+    return loss
+
+
+class _Optimizer:
+    """An optimizer of some name for tensors without data.
+
+    Attributes:
+        name: one of `OPTIMIZERS`.
+        has_ages: whether weights come to have ages of their own, as they do when some are grown.
+    """
+
+    def __init__(self, name: str, parameters: Sequence[nn.Parameter], deltas: Sequence[AdapterDelta] = ()) -> None:
+        if name not in OPTIMIZERS:
+            raise ConfigError(f"optimizer must be one of {list(OPTIMIZERS)}, got {name!r}.")
+        self.name = name
+        self.has_ages = False
+        self._parameters = list(parameters)
+        makers: dict[str, Callable[[], Optimizer]] = {
+            "adamw": lambda: AdamW(self._parameters, foreach=False),
+            "sparse_adamw": lambda: SparseAdamW(self._parameters),
+            "sm3": lambda: SM3(self._parameters, lr=1.0, deltas=deltas),
+        }
+        self._optimizer = makers[name]() if name in makers else SGD(self._parameters, lr=1.0)
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether a step needs memory; torch's AdamW is taken as fused, transformers' default, which needs none."""
+        return self.name in ("sparse_adamw", "sm3")
+
+    def first_step(self) -> None:
+        """Make the states."""
+        self.step()
+        for parameter, state in self._optimizer.state.items():
+            if self.has_ages and "age" in state:
+                state["age"] = torch.zeros_like(parameter, dtype=torch.int32)
+
+    def step(self) -> None:
+        """An update."""
+        self._optimizer.step()
+
+    def booked_bytes(self) -> int:
+        """Bytes of the states that the dry run made."""
+        return sum(
+            tensor.nbytes
+            for state in self._optimizer.state.values()
+            for tensor in state.values()
+            if isinstance(tensor, Tensor) and tensor.is_meta
+        )
+
+    def state_bytes(self) -> int:
+        """Bytes of the states that a real run makes."""
+        if self.name != "adamw_8bit":
+            return self.booked_bytes()
+        sizes = [p.numel() for p in self._parameters]
+        return sum(2 * (n + 4 * ceil(n / _STATE_BLOCK)) if n >= _SMALLEST_STATE else 8 * n for n in sizes)
+
+
+def _own_optimizer(config: SparseConfig) -> str:
+    if isinstance(config, SpielMAConfig):
+        return "sm3"
+    return "sparse_adamw" if isinstance(config, SpielConfig) else "adamw"
+
+
+# What lies in memory
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _base_bytes(model: PreTrainedModel, workload: Workload) -> int:
+    """Weights and buffers of a base model; tied ones once."""
+    own = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    if workload.load_in_4bit:
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                own[id(module.weight)] = ceil(module.weight.numel() / 2) + 4 * ceil(module.weight.numel() / _NF4_BLOCK)
+    return sum(own.values())
+
+
+def _take_out_embeddings(tuned: nn.Module) -> None:
+    for name, module in list(tuned.named_modules()):
+        if isinstance(module, Embedding):
+            parent, _, child = name.rpartition(".")
+            base = module.get_base_layer()
+            setattr(tuned.get_submodule(parent), child, base)
+            # The backward pass goes all the way down, as it does for the delta.
+            base.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+
+class _Nominator:
+    """Watches a gradient as the first micro-batch of SpIEL-AG's window does: all of it, to choose candidates."""
+
+    def __init__(self, num_candidates: int) -> None:
+        self._num_candidates = num_candidates
+        self._kept: list[Tensor] = []
+
+    def wanted(self) -> Tensor | None:
+        return None
+
+    def receive(self, gradient: Tensor) -> None:
+        bool(torch.isfinite(gradient).all())
+        sizes = gradient.abs()
+        # The integer images of a piece of the scores, see `top_k`.
+        images = torch.empty(2 * min(sizes.numel(), 2**24), dtype=torch.int32, device=sizes.device)
+        del images
+        self._kept = [gradient.new_empty(self._num_candidates * _CANDIDATE_BYTES, dtype=torch.uint8)]
+
+
+def _watch(deltas: list[AdapterDelta], candidates_per_weight: float) -> None:
+    for delta in deltas:
+        delta.observer = _Nominator(round(delta.count * candidates_per_weight))

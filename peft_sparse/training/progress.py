@@ -1,0 +1,31 @@
+"""A progress bar for what takes long between two phases, where no trainer shows one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .distributed import is_distributed
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr that is gone afterwards: in the first process alone, and only where stderr is a terminal.
+
+    Args:
+        description: what is being done.
+        total: how many steps it takes.
+
+    Returns:
+        a function to call after each step.
+    """
+    console = Console(stderr=True)
+    is_hidden = not console.is_terminal or (is_distributed() and dist.get_rank() > 0)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)

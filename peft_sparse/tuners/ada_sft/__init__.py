@@ -1,0 +1,1 @@
+"""Ada-SFT: a soft mask on linear weights is learnt, then the weights under it."""

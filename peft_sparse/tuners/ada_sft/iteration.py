@@ -1,0 +1,25 @@
+"""Walking over the masks of a model, whatever it is wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..sparse_ft.iteration import base_model_of, path_in_base
+from .layer import Linear
+from .masked_weight import MaskedWeight
+
+
+def iter_masked_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """(path in the base model, layer) of every layer that carries masks."""
+    for name, module in base_model_of(model).named_modules():
+        if isinstance(module, Linear):
+            yield path_in_base(name), module
+
+
+def iter_masked(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Linear, MaskedWeight]]:
+    """(name of the parameter in the base model, its layer, what the adapter holds on it) of every masked weight."""
+    for name, layer in iter_masked_layers(model):
+        for masked in layer.masked([adapter_name]):
+            yield f"{name}.weight", layer, masked

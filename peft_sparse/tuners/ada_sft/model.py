@@ -1,0 +1,208 @@
+"""AdaSftModel: the tuner that PEFT drives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import _ExcludedModule
+from torch import Tensor, nn
+
+from ..sparse_ft.iteration import path_in_base
+from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
+from ..sparse_ft.ties import forget_broken_ties
+from ..weight_tuner import WeightTuner, with_heads
+from . import compose, state
+from .config import AdaSftConfig
+from .iteration import iter_masked, iter_masked_layers
+from .layer import Linear, check_linear
+from .masked_weight import MaskedWeight
+
+
+class AdaSftModel(WeightTuner):
+    """Soft masks on the targeted linear weights of a model.
+
+    Args:
+        model: the base model.
+        peft_config: an `AdaSftConfig`, or PEFT's dictionary of them.
+        adapter_name: name of the first adapter.
+
+    Every adapter's config is a copy of the user's, in which `phase` says how far it is.
+    """
+
+    prefix = "ada_sft_"
+    tuner_layer_cls = Linear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    # ---- injection -------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to the model (called by PEFT).
+
+        All that can be refused is refused before the first module is touched.
+
+        Raises:
+            ConfigError: a targeted module is no linear layer, or is quantised.
+        """
+        requested: AdaSftConfig = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = copy.deepcopy(requested)
+        config.modules_to_save = with_heads(config)
+        if len(self.peft_config) == 1:
+            # What a refused file gives back: PEFT freezes the base model before it opens the file.
+            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            if state_dict is not None:
+                config.phase = state.phase_of(state_dict)
+            self._request = config.as_sparse()
+            self._targets = find_targets(self._request, model)
+            modules = dict(named_targets(model))
+            for name in self._targets:
+                check_linear(modules[name], name)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except ValueError:
+            # PEFT has entered the name already; without an adapter behind it the model would be unusable.
+            if len(self.peft_config) > 1:
+                del self.peft_config[adapter_name]
+            raise
+        config.target_modules = stored_target_modules(self._request, self._targets)
+        if not config.init_weights and not config.inference_mode:
+            for _, _, masked in iter_masked(model, adapter_name):
+                if not masked.trained.is_meta:
+                    masked.start_at_random()
+
+    def _prepare_adapter_config(self, peft_config: AdaSftConfig, model_config: dict[str, Any]) -> AdaSftConfig:
+        # The targets are known; PEFT needs some value to iterate over and to name in its errors.
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self._targets)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: AdaSftConfig, key: str) -> Any:
+        if path_in_base(key) in self._targets:
+            return True
+        return _ExcludedModule() if is_excluded(self._request, key) else False
+
+    def _create_and_replace(
+        self,
+        peft_config: AdaSftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, Linear) else target
+        check_linear(base, current_key)
+        masked = MaskedWeight(
+            tuple(base.weight.shape),
+            phase=peft_config.phase,
+            initial_mask=peft_config.initial_mask,
+            from_identity=peft_config.from_identity,
+            device=base.weight.device,
+        )
+        layer = target if isinstance(target, Linear) else Linear(target)
+        layer.update_layer(adapter_name, masked, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    # ---- PEFT's hooks ----------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put merged weights in the place of the base weights until `unmerge_adapter`, which puts those back.
+
+        Args:
+            adapter_names: the adapters to merge; the active ones if None.
+            safe_merge: refuse values that are not finite, before any layer is touched.
+
+        Cost: while merged, a second copy of the targeted weights.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_merge_allowed(self) -> None:
+        # Called by PEFT before the first layer is merged. Its own version warns about tied embeddings; here merging
+        # unties them.
+        for name, layer in iter_masked_layers(self.model):
+            layer.refuse_parts(name)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        if not merge:
+            for _, layer in iter_masked_layers(self.model):
+                if layer.merged:
+                    layer.unmerge()
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if merge:
+            forget_broken_ties(model)
+        return model
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for _, layer in iter_masked_layers(self.model):
+            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdaSftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return state.for_saving(model, config, adapter_name, own)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state.before_loading(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # ---- composition -----------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        head_from: str | None = None,
+    ) -> None:
+        """Make a new adapter out of others. See `compose.add_weighted_adapter`."""
+        compose.add_weighted_adapter(
+            self,
+            list(adapters),
+            list(weights),
+            adapter_name,
+            combination_type=combination_type,
+            head_from=head_from,
+        )

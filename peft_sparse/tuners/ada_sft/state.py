@@ -1,0 +1,96 @@
+"""What PEFT's state-dict hooks do for Ada-SFT: check a file before loading, and follow its phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.native import SOURCE, canonical_name
+from ...checkpoints.push import keep_card_when_pushing
+from ...errors import FormatError
+from ..sparse_ft.state import discard
+from .config import HELD, AdaSftConfig
+from .iteration import iter_masked
+
+SLOT = "ada_sft_weight"
+_REMEDY = "Nothing was loaded. Download the adapter again, or save it again from the model that trained it."
+
+
+def for_saving(model: nn.Module, config: AdaSftConfig, adapter_name: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's own tensors; brings the config's `phase` up to date.
+
+    Args:
+        model: whatever carries the adapter.
+        config: its config, about to be written next to the tensors.
+        adapter_name: its name.
+        own: its tensors, by key of the model's state dict.
+    """
+    for _, _, masked in iter_masked(model, adapter_name):
+        config.phase = masked.phase
+    config.saved_as = adapter_name
+    keep_card_when_pushing(model)
+    return own
+
+
+def phase_of(keys: Iterable[str], *, source: str = "the state dict") -> str:
+    """The phase of the adapter whose tensors have these names.
+
+    Raises:
+        FormatError: they are none of Ada-SFT's.
+    """
+    found = {key.rpartition(".")[2] for key in keys if _is_own(key)}
+    for phase, held in HELD.items():
+        if found == set(held):
+            return phase
+    raise FormatError(
+        f"{source} must hold scores, differences or both for every masked weight, found {sorted(found) or 'neither'}. "
+        f"{_REMEDY}"
+    )
+
+
+def before_loading(model: nn.Module, config: AdaSftConfig, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Check a loaded file, and bring the adapter into its phase.
+
+    Raises:
+        FormatError: the file does not belong to this model, or holds numbers that are not finite. An adapter that was
+            added for it is taken out again.
+    """
+    own = {name: masked for name, _, masked in iter_masked(model, adapter_name)}
+    try:
+        found = {canonical_name(key): tensor for key, tensor in tensors.items() if _is_own(key)}
+        phase = phase_of(found, source=SOURCE)
+        module_of = {name: name.rpartition(".")[0] for name in own}
+        _check(found, {f"{module_of[n]}.{SLOT}.{part}": own[n].shape for n in own for part in HELD[phase]})
+    except FormatError:
+        if config.awaits_file:
+            discard(model, adapter_name)
+        raise
+    for masked in own.values():
+        masked.enter(phase)
+    config.phase = phase
+    config.awaits_file = False
+
+
+def _is_own(key: str) -> bool:
+    return key.startswith(f"{SLOT}.") or f".{SLOT}." in key
+
+
+def _check(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        what = "is missing" if name in expected else "has no place in this model"
+        raise FormatError(f"{SOURCE}: tensor '{name}' {what}. {_REMEDY}")
+    for name, shape in expected.items():
+        tensor = found[name]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise FormatError(
+                f"{SOURCE}: tensor '{name}' must be floating point of shape {shape}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}. Nothing was loaded. Load the base model that the adapter was trained on "
+                "(base_model_name_or_path in adapter_config.json)."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(
+                f"{SOURCE}: tensor '{name}' holds values that are NaN or infinite, so the run that saved it had "
+                "diverged. Nothing was loaded. Load an earlier checkpoint, or train again with a smaller learning rate."
+            )

@@ -1,0 +1,196 @@
+"""What `plan_memory` predicts beside what training takes: peak memory of real steps on the CPU.
+
+    python tests/benchmarks/plan_accuracy.py                      # ten minutes and more
+    python tests/benchmarks/plan_accuracy.py --only "bert spiel_ag"
+
+Every case trains in a process of its own, with the method's own optimizer. Measured is the high-water mark of the
+process's resident memory, as Linux keeps it, less what it held before the model was made. A step of a tiny model comes
+before that, so that code and workspaces of torch's libraries, some 100 MB, are there already. malloc is told to give
+every larger block back at once (MALLOC_MMAP_THRESHOLD_): what it keeps otherwise is no property of a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from rich.console import Console
+from step_time import resident_bytes
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import BertConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from peft_sparse import (
+    SM3,
+    LotteryTicketConfig,
+    RandConfig,
+    SparseAdamW,
+    SpielAGConfig,
+    SpielMAConfig,
+    iter_deltas,
+    plan_memory,
+    resident,
+    start_dense_phase,
+)
+from peft_sparse.checkpoints.architecture import class_name_of
+
+BATCH, LENGTH = 4, 256
+TOLERANCE = 0.10
+
+
+def llama(hidden: int, intermediate: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=4000,
+        use_cache=False,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def bert(hidden: int, intermediate: int, layers: int) -> BertConfig:
+    return BertConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=20000,
+        architectures=["BertForSequenceClassification"],
+    )
+
+
+MODELS = {"llama": llama, "bert": bert}
+SIZES = {"small": (512, 1376, 4), "tiny": (64, 128, 1)}
+SPIEL = {"density": 0.02, "total_steps": 10_000}
+METHODS: dict[str, PeftConfig | None] = {
+    "rand": RandConfig(density=0.02, target_modules="all-linear"),
+    "rand all": RandConfig(density=0.02, target_modules="all"),
+    "spiel_ag": SpielAGConfig(**SPIEL, target_modules="all-linear"),
+    "spiel_ag all": SpielAGConfig(**SPIEL, target_modules="all"),
+    "spiel_ma": SpielMAConfig(**SPIEL, target_modules="all-linear"),
+    "lottery_ticket": LotteryTicketConfig(density=0.02, target_modules="all"),
+    "lora": LoraConfig(r=8, target_modules="all-linear"),
+    "full": None,
+}
+CASES = [f"{model} {method}{way}" for model in MODELS for method in METHODS for way in ("", ", checkpointing")]
+
+
+def parse(case: str) -> tuple[str, str, bool]:
+    name, _, way = case.partition(", ")
+    model, _, method = name.partition(" ")
+    return model, method, bool(way)
+
+
+def build(config: PretrainedConfig, checkpointing: bool) -> PreTrainedModel:
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, class_name_of(config))(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def optimizer_for(model: nn.Module, method: str) -> Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if method.startswith("spiel_ma"):
+        return SM3(trained, lr=1e-2, deltas=[delta for _, _, _, delta in iter_deltas(model)])
+    if method.startswith("spiel_ag"):
+        return SparseAdamW(trained, lr=1e-4)
+    return AdamW(trained, lr=1e-4, fused=True)
+
+
+def train(model: nn.Module, method: str, steps: int) -> None:
+    optimizer = optimizer_for(model, method)
+    base = getattr(model, "base_model", model)
+    ids = torch.randint(base.config.vocab_size, (BATCH, LENGTH))
+    labels = torch.zeros(BATCH, dtype=torch.long) if base.config.model_type == "bert" else ids
+    for _ in range(steps):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(case: str, size: str) -> None:
+    """A few steps of a case; those in which SpIEL estimates gradients are among them."""
+    name, method, checkpointing = parse(case)
+    model = build(MODELS[name](*SIZES[size]), checkpointing)
+    config = METHODS[method]
+    tuned = model if config is None else get_peft_model(model, config)
+    with ExitStack() as stack:
+        if isinstance(config, LotteryTicketConfig):
+            phase = stack.enter_context(start_dense_phase(tuned))
+        elif config is not None and method != "lora":
+            stack.enter_context(resident(tuned))
+        # By then SpIEL has estimated gradients and replaced weights, and every other method all its states.
+        train(tuned, method, steps=7 if method.startswith("spiel") else 2)
+        if isinstance(config, LotteryTicketConfig):
+            phase.abort()
+
+
+def measure(case: str) -> int:
+    """Bytes that a case takes at most; for a fresh process."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    run(case, "tiny")
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The high-water mark starts over.
+    before = resident_bytes("VmRSS")
+    run(case, "small")
+    return resident_bytes("VmHWM") - before
+
+
+def measured(case: str) -> int:
+    command = [sys.executable, __file__, "--measure", case]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        sys.exit(f"{case} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def predicted(case: str) -> int:
+    name, method, checkpointing = parse(case)
+    plan = plan_memory(
+        MODELS[name](*SIZES["small"]),
+        METHODS[method],
+        batch_size=BATCH,
+        sequence_length=LENGTH,
+        gradient_checkpointing=checkpointing,
+        device="cpu",
+    )
+    # The dense phase alone is run.
+    return plan.phases[0].total if method == "lottery_ticket" else plan.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="cases whose name starts with this")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.measure is not None:
+        print(measure(options.measure))
+        return
+    if not Path("/proc/self/clear_refs").exists():
+        sys.exit("Peak memory can be measured on Linux alone.")
+    console = Console(width=100)
+    console.print("case: predicted MB, measured MB, ratio")
+    for case in [c for c in CASES if c.startswith(options.only or "")]:
+        plan, real = predicted(case), measured(case)
+        verdict = "" if abs(plan / real - 1) <= TOLERANCE else f"off by more than {TOLERANCE:.0%}"
+        console.print(f"{case:32} {plan / 2**20:6.0f} {real / 2**20:6.0f} {plan / real:7.3f}  {verdict}")
+
+
+if __name__ == "__main__":
+    main()
