@@ -45,11 +45,14 @@ if TYPE_CHECKING:
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
+    from .training.language_switch import LanguageSwitch, language_below_task
     from .training.lottery import select, start_dense_phase, start_sparse_phase
     from .training.mask_phase import start_weight_phase
+    from .training.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
     from .training.one_shot import select_by_gradients
     from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
     from .training.trainer import SparseTrainer, sparse_trainer
+    from .tuners.for_language import for_language
     from .typology import Typology, load_typology
 
 __version__ = "0.1.0"
@@ -71,10 +74,13 @@ __all__ = [
     "GeneratedAdapter",
     "GivenConfig",
     "GradientMeans",
+    "LanguageSwitch",
     "LotteryTicketConfig",
     "MadGConfig",
     "MadGModel",
     "MemoryPlan",
+    "MultiSourceCollator",
+    "MultiSourceDataset",
     "OneShotConfig",
     "RandConfig",
     "Reselection",
@@ -91,7 +97,9 @@ __all__ = [
     "Typology",
     "bottleneck_weights",
     "conflicts",
+    "evaluation_batches",
     "extract_adapter",
+    "for_language",
     "generate_adapter",
     "generated_weights",
     "importance_table",
@@ -99,6 +107,7 @@ __all__ = [
     "iter_bottlenecks",
     "iter_deltas",
     "iter_reselectors",
+    "language_below_task",
     "layer_budget_from",
     "load_adapter_hub",
     "load_training_state",
@@ -125,14 +134,20 @@ __all__ = [
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
     "Extraction": "extraction.report.Extraction",
+    "LanguageSwitch": "training.language_switch.LanguageSwitch",
     "MemoryPlan": "inspection.planner.MemoryPlan",
+    "MultiSourceCollator": "training.multisource.MultiSourceCollator",
+    "MultiSourceDataset": "training.multisource.MultiSourceDataset",
     "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.SparseTrainer",
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
+    "evaluation_batches": "training.multisource.evaluation_batches",
     "extract_adapter": "extraction.extract.extract_adapter",
+    "for_language": "tuners.for_language.for_language",
     "importance_table": "inspection.feature_importance.importance_table",
     "inspect_adapter": "inspection.report.inspect_adapter",
+    "language_below_task": "training.language_switch.language_below_task",
     "load_training_state": "training.callback.load_state",
     "load_typology": "typology.table.load_typology",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",

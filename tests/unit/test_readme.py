@@ -31,6 +31,7 @@ EXTRACTING = snippet("extract_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
+UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("for_language("), snippet("MultiSourceDataset(")
 
 
 @pytest.fixture
@@ -128,6 +129,27 @@ def test_looking_at_adapters(folder):
     assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_many_languages(folder, monkeypatch):
+    vectors = {"ind": [0.0, 1, 1], "jav": [0.0, 1, 1], "eng": [1.0, 1, 0], "ace": [0.0, 1, 1]}
+    monkeypatch.setattr("peft_sparse.typology.table.load_typology", lambda: Typology.from_vectors(vectors))
+    model = get_peft_model(tiny_model(), RandConfig(density=0.05), adapter_name="task")
+    for seed, name in enumerate(["indonesian", "javanese", "english"]):
+        model.add_adapter(name, RandConfig(density=0.05, init_weights=False, seed=seed))
+    names: dict = {"model": model}
+    exec(UNSEEN_LANGUAGE, names)
+    assert model.active_adapters == ["acehnese"]
+    assert names["weights"]["ind"] == names["weights"]["jav"] > names["weights"]["en"]
+
+    model.set_adapter("task")
+    args = TrainingArguments(
+        output_dir="out", max_steps=4, per_device_train_batch_size=1, report_to="none", save_strategy="no"
+    )
+    names |= {"args": args, "collate": collate, "indonesian_rows": rows(20), "javanese_rows": rows(9)}
+    exec(SEVERAL_LANGUAGES, names)
+    assert sum(names["switch"].counts.values()) == 4
+    assert model.active_adapters[1] == "task"
+
+
 def test_soft_masks(folder):
     args = TrainingArguments(output_dir=str(folder / "out"), max_steps=2, report_to="none", save_strategy="no")
     names: dict = {"base": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
@@ -183,6 +205,7 @@ def test_generating_adapters(folder, monkeypatch):
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
     run += [GENERATING, FEATURES]
+    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES]
     assert sorted(SNIPPETS) == sorted(run)
 
 

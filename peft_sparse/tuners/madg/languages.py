@@ -112,13 +112,13 @@ class ForgetLanguage:
         self.state.end()
 
 
-class LanguageSwitch:
+class LanguageContext:
     """What `set_language` gives back: used as a context manager it puts the language before back at the end."""
 
     def __init__(self, state: MadGState, before: Languages | None) -> None:
         self._state, self._before = state, before
 
-    def __enter__(self) -> LanguageSwitch:
+    def __enter__(self) -> LanguageContext:
         return self
 
     def __exit__(self, *exception: object) -> None:

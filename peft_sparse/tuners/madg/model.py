@@ -19,7 +19,7 @@ from .config import MadGConfig
 from .generated import GeneratedAdapter
 from .generator import SiteGenerator
 from .importance import FeatureImportance, feature_importance
-from .languages import Languages, LanguageSwitch, MadGState, as_languages
+from .languages import LanguageContext, Languages, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
 from .typology import as_typology
 
@@ -90,7 +90,7 @@ class MadGModel(BottleneckModel):
 
     # ---- languages -------------------------------------------------------------------------------
 
-    def set_language(self, language: str | Sequence[str]) -> LanguageSwitch:
+    def set_language(self, language: str | Sequence[str]) -> LanguageContext:
         """Compute with a language from now on. See `set_language`."""
         return set_language(self, language)
 
@@ -182,7 +182,7 @@ def _state(model: nn.Module) -> MadGState:
     return state
 
 
-def set_language(model: nn.Module, language: str | Sequence[str]) -> LanguageSwitch:
+def set_language(model: nn.Module, language: str | Sequence[str]) -> LanguageContext:
     """Let the MAD-G adapters of a model compute with a language from now on.
 
     Args:
@@ -204,7 +204,7 @@ def set_language(model: nn.Module, language: str | Sequence[str]) -> LanguageSwi
             for code in [languages] if isinstance(languages, str) else dict.fromkeys(languages):
                 state.shared[name].vector(code)
     before, state.chosen = state.chosen, languages
-    return LanguageSwitch(state, before)
+    return LanguageContext(state, before)
 
 
 def generate_adapter(
