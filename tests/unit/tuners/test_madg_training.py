@@ -13,7 +13,8 @@ from peft import PeftModel, get_peft_model
 from quantized_case import IDS, assert_same_bytes, load, packed_bytes
 from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, Trainer, TrainingArguments
 
-from peft_sparse import MadGConfig
+from peft_sparse import LanguageSwitch, MadGConfig, MultiSourceCollator, MultiSourceDataset
+from peft_sparse.tuners.madg.model import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -83,6 +84,24 @@ def test_the_trainer_hands_every_example_its_language(tmp_path):
     for name, parameter in generator_parameters(model):
         torch.testing.assert_close(parameter.detach(), right[name])
     assert any(not torch.allclose(right[name], wrong[name], rtol=1e-4, atol=1e-6) for name in right)
+
+
+def test_batches_of_one_language_each(tmp_path):
+    """`MultiSourceDataset` and its collator hand every batch its language, and the switch counts them."""
+    model = without_dropout()
+    seen = []
+    model.base_model.model.bert.register_forward_hook(lambda *_: seen.append(state_of(model).current()))
+    sources = {code: [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows(6)] for code in VECTORS}
+    batches = MultiSourceDataset(sources, num_batches=6, batch_size=2)
+    switch = LanguageSwitch(model, batches.languages)
+    collator = MultiSourceCollator(lambda examples: {n: torch.stack([e[n] for e in examples]) for n in examples[0]})
+    before = {name: parameter.detach().clone() for name, parameter in generator_parameters(model)}
+    options = arguments(tmp_path, per_device_train_batch_size=1, save_strategy="no")
+    Trainer(model, options, train_dataset=batches, data_collator=collator, callbacks=[switch]).train()
+    expected = {code: [batches.languages[i] for i in batches.schedule].count(code) for code in VECTORS}
+    assert switch.counts == expected
+    assert {code: seen.count(code) for code in VECTORS} == expected
+    assert all(not torch.equal(before[name], parameter) for name, parameter in generator_parameters(model))
 
 
 def without_dropout() -> PeftModel:
