@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 from peft import PeftConfig
@@ -95,9 +95,9 @@ class MadGConfig(BottleneckConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; of `typology` a path alone, for vectors are saved in `saved_typology`."""
+        """All fields but `typology`, of which `saved_typology` holds what the adapter needs."""
         plain = copy.copy(self)
-        plain.typology = fspath(self.typology) if isinstance(self.typology, (str, PathLike)) else None
+        plain.typology = None
         return super(MadGConfig, plain).to_dict()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

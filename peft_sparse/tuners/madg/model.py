@@ -81,9 +81,8 @@ class MadGModel(BottleneckModel):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for path, site in iter_sites(model, adapter_name):
             if site.shared is not None:
-                given = next(
-                    v for k, v in remapped.items() if k.endswith(f"{GENERATORS}.{adapter_name}.shared.features")
-                )
+                key = f"{path}.{GENERATORS}.{adapter_name}.shared.features"
+                given = next(tensor for name, tensor in remapped.items() if name.endswith(key))
                 if not given.cpu().equal(site.shared.features.cpu()):
                     refuse(model, adapter_name, f"the hypernetwork at {path} was trained on other typological features")
         return remapped
@@ -107,10 +106,11 @@ class MadGModel(BottleneckModel):
             adapter_name: the adapter; all if None.
 
         Raises:
-            ConfigError: an adapter was trained on another one. Nothing is changed then.
+            ConfigError: an adapter was trained on another one, or there is no such adapter. Nothing is changed then.
         """
         shared = _state(self).shared
-        chosen = [shared[name] for name in ([*shared] if adapter_name is None else [adapter_name])]
+        names = [*shared] if adapter_name is None else [_one_adapter(self, adapter_name)]
+        chosen = [shared[name] for name in names]
         found = [as_typology(typology, part.config.features) for part in chosen]
         for part, one in zip(chosen, found, strict=True):
             one.require_same(part.config.saved_typology)

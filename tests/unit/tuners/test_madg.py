@@ -246,6 +246,22 @@ def test_other_features_are_refused(tmp_path, typology, message):
     close(logits(loaded), expected)
 
 
+def test_a_file_of_vectors_need_not_come_along(tmp_path):
+    file = tmp_path / "vectors.csv"
+    names = [f"S_{i}" for i in range(NUM_FEATURES)]
+    lines = [",".join([code, *(str(float(x)) for x in vector)]) for code, vector in VECTORS.items()]
+    file.write_text("\n".join([",".join(["code", *names]), *lines]))
+    model = PLAIN.model(typology=str(file), language="quy")
+    close(logits(model), PLAIN.expected(model, "quy"))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    moved = file.rename(tmp_path / "moved.csv")
+    loaded = PeftModel.from_pretrained(PLAIN.base(), tmp_path / "adapter", autocast_adapter_dtype=False).eval()
+    close(logits(loaded), expected)
+    loaded.set_typology(moved)
+    close(logits(loaded, language="ace"), PLAIN.expected(model, "ace"))
+
+
 def test_a_refused_typology_is_given_to_no_adapter():
     model = PLAIN.model("one")
     model.add_adapter("two", PLAIN.config(typology={**VECTORS, "quy": 1 - VECTORS["quy"]}))
@@ -258,6 +274,8 @@ def test_a_refused_typology_is_given_to_no_adapter():
     model.set_adapter("one")
     with pytest.raises(ConfigError, match="'new' is not among"):
         model.set_language("new")
+    with pytest.raises(ConfigError, match="no MAD_G adapter 'three'"):
+        model.set_typology(more, adapter_name="three")
     model.set_typology(more, adapter_name="one")
     model.set_language("new")
 
