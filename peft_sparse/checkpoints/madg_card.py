@@ -21,7 +21,7 @@ def madg_card_text(config: Mapping[str, Any], *, subfolder: str | None = None) -
     languages = sorted(typology.get("vectors", {}))
     layer_dim = config.get("layer_dim")
     shown = f", layer embedding {layer_dim} (MAD-G-LS)" if layer_dim else ""
-    source = f"{typology.get('source', 'unknown')} {typology.get('version', '')}".strip()
+    source = f"{typology.get('source', 'unknown')} {typology.get('version') or ''}".strip()
     count = len(typology.get("feature_names", ()))
     facts = [
         f"Generates: `{config.get('kind')}` adapters, bottleneck size {config.get('bottleneck_size')}",

@@ -210,7 +210,7 @@ def test_vectors_of_the_languages_used_are_saved_and_no_others(tmp_path):
     assert saved["typology"] is None
     card = (tmp_path / "README.md").read_text()
     assert 'model.set_language("mlt")' in card
-    assert "7 features of own vectors" in card
+    assert "7 features of own vectors, under" in card
     loaded = PeftModel.from_pretrained(LAYERS.base(), tmp_path, autocast_adapter_dtype=False).eval()
     for language in ("quy", "mlt"):
         close(logits(loaded, language=language), expected[language])
