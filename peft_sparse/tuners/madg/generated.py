@@ -18,6 +18,7 @@ from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.layer import ADAPTERS
 from ..bottleneck.weights import set_bottleneck_weights
+from ..sparse_ft.state import discard
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class GeneratedAdapter:
         config = copy.deepcopy(self.config)
         if not isinstance(model, PeftModel):
             model = get_peft_model(model, config, adapter_name=self.name)
-            undo = model.unload
         else:
             if next(iter(model.peft_config.values())).peft_type != BOTTLENECK:
                 raise ConfigError(
@@ -64,14 +64,10 @@ class GeneratedAdapter:
                     "under another name."
                 )
             model.add_adapter(self.name, config)
-
-            def undo() -> None:
-                model.delete_adapter(self.name)
-
         try:
             set_bottleneck_weights(model, self.weights, self.name)
         except ConfigError:
-            undo()
+            discard(model, self.name)
             raise
         return model
 

@@ -82,6 +82,7 @@ def test_a_generated_adapter_that_does_not_fit_changes_nothing():
     with pytest.raises(ConfigError, match="must be"):
         network.generate_adapter("quy").add_to(wider)
     assert [name for name, _ in wider.named_modules()] == names
+    assert all(parameter.requires_grad for parameter in wider.parameters())
     tuned = get_peft_model(wider, BottleneckConfig(bottleneck_size=2), adapter_name="task")
     with pytest.raises(ConfigError, match="must be"):
         network.generate_adapter("quy").add_to(tuned)

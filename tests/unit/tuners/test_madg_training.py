@@ -11,7 +11,16 @@ from bottleneck_case import logits
 from madg_case import VECTORS, MadGCase, generator_parameters
 from peft import PeftModel, get_peft_model
 from quantized_case import IDS, assert_same_bytes, load, packed_bytes
-from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from peft_sparse import LanguageSwitch, MadGConfig, MultiSourceCollator, MultiSourceDataset
 from peft_sparse.tuners.madg.model import state_of
@@ -129,6 +138,31 @@ def test_training_a_task_above_a_generated_language(tmp_path):
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient
     assert all(".task." in name for name in with_gradient)
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "TOKEN_CLS", "SEQ_2_SEQ_LM"])
+def test_every_kind_of_peft_model_takes_the_language(task):
+    torch.manual_seed(0)
+    if task == "SEQ_2_SEQ_LM":
+        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        base: torch.nn.Module = T5ForConditionalGeneration(T5Config(vocab_size=23, **sizes))
+    else:
+        base = {"TOKEN_CLS": BertForTokenClassification, "FEATURE_EXTRACTION": BertModel}[task](BertConfig(**SIZES))
+    options = {"bottleneck_size": 3, "language_dim": 2, "typology": VECTORS, "init_weights": False}
+    model = get_peft_model(base.eval(), MadGConfig(**options, task_type=task)).eval()
+    inputs = {"input_ids": IDS, **({"labels": IDS} if task == "SEQ_2_SEQ_LM" else {})}
+
+    @torch.no_grad()
+    def output(**language: Any) -> torch.Tensor:
+        found = model(**inputs, **language)
+        return found.last_hidden_state if task == "FEATURE_EXTRACTION" else found.logits
+
+    codes = ["quy", "ace", "mlt"]
+    each = [output(language=code) for code in codes[: len(IDS)]]
+    torch.testing.assert_close(output(language=codes[: len(IDS)]), torch.stack([e[i] for i, e in enumerate(each)]))
+    with model.set_language("ace"):
+        assert torch.equal(output(), each[1])
+    assert not torch.allclose(each[0], each[1])
 
 
 @pytest.mark.parametrize("bits", ["nf4, double", "8 bit"])
