@@ -20,6 +20,10 @@ from .tuners.bottleneck.config import BottleneckConfig
 from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
 from .tuners.bottleneck.model import BottleneckModel
 from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
+from .tuners.madg.config import MadGConfig
+from .tuners.madg.generated import GeneratedAdapter
+from .tuners.madg.importance import FeatureImportance
+from .tuners.madg.model import MadGModel, generate_adapter, set_language
 from .tuners.sparse_ft.config import SparseConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.measured_budget import layer_budget_from
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from .extraction.extract import extract_adapter
     from .extraction.report import Extraction
     from .inspection.conflicts import conflicts
+    from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
     from .inspection.planner import MemoryPlan, plan_memory
     from .inspection.report import inspect_adapter
@@ -64,11 +69,15 @@ __all__ = [
     "DeftXConfig",
     "DensePhase",
     "Extraction",
+    "FeatureImportance",
     "FormatError",
+    "GeneratedAdapter",
     "GivenConfig",
     "GradientMeans",
     "LanguageSwitch",
     "LotteryTicketConfig",
+    "MadGConfig",
+    "MadGModel",
     "MemoryPlan",
     "MultiSourceCollator",
     "MultiSourceDataset",
@@ -91,7 +100,9 @@ __all__ = [
     "evaluation_batches",
     "extract_adapter",
     "for_language",
+    "generate_adapter",
     "generated_weights",
+    "importance_table",
     "inspect_adapter",
     "iter_bottlenecks",
     "iter_deltas",
@@ -104,12 +115,14 @@ __all__ = [
     "merge_checkpoint",
     "plan_memory",
     "plot_adapters",
+    "plot_importance",
     "resident",
     "save_adapter_hub",
     "save_training_state",
     "select",
     "select_by_gradients",
     "set_bottleneck_weights",
+    "set_language",
     "sparse_from_ada",
     "sparse_trainer",
     "start_dense_phase",
@@ -132,6 +145,7 @@ _LAZY = {
     "evaluation_batches": "training.multisource.evaluation_batches",
     "extract_adapter": "extraction.extract.extract_adapter",
     "for_language": "tuners.for_language.for_language",
+    "importance_table": "inspection.feature_importance.importance_table",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "language_below_task": "training.language_switch.language_below_task",
     "load_training_state": "training.callback.load_state",
@@ -139,6 +153,7 @@ _LAZY = {
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
     "plan_memory": "inspection.planner.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
+    "plot_importance": "inspection.feature_importance.plot_importance",
     "save_training_state": "training.callback.save_state",
     "select": "training.lottery.select",
     "select_by_gradients": "training.one_shot.select_by_gradients",
@@ -150,6 +165,7 @@ _LAZY = {
 
 register("SPARSE_FT", SparseConfig, SparseModel)
 register("BOTTLENECK", BottleneckConfig, BottleneckModel)
+register("MAD_G", MadGConfig, MadGModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 

@@ -17,9 +17,15 @@ from transformers.utils import PushToHubMixin
 
 from .bottleneck_card import update_bottleneck_card
 from .card import update_card
+from .madg_card import update_madg_card
 
 # {tuner type: what writes its part of a card}
-_WRITERS = {"SPARSE_FT": update_card, "ADA_SFT": update_card, "BOTTLENECK": update_bottleneck_card}
+_WRITERS = {
+    "SPARSE_FT": update_card,
+    "ADA_SFT": update_card,
+    "BOTTLENECK": update_bottleneck_card,
+    "MAD_G": update_madg_card,
+}
 
 
 def keep_card_when_pushing(model: nn.Module) -> None:

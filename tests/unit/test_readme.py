@@ -30,7 +30,8 @@ ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaS
 EXTRACTING = snippet("extract_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
-UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("load_typology("), snippet("MultiSourceDataset(")
+GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
+UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("for_language("), snippet("MultiSourceDataset(")
 
 
 @pytest.fixture
@@ -182,8 +183,28 @@ def test_criteria_of_gradients(folder):
     assert last == round(sum(counts.values()) * 0.02 / 0.98)
 
 
+def test_generating_adapters(folder, monkeypatch):
+    made = torch.Generator().manual_seed(0)
+    vectors = {code: (torch.rand(289, generator=made) < 0.5).float() for code in ("eng", "quy", "ace")}
+    monkeypatch.setattr("peft_sparse.load_typology", lambda: Typology.from_vectors(vectors), raising=False)
+    batches = [{**collate(rows(2)), "language": code} for code in ("eng", ["eng", "quy"])]
+    ids = torch.arange(8)[None]
+    names: dict = {"base": tiny_model(), "batches": batches, "ids": ids}
+    exec(GENERATING, names)
+    trained = {name: p for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert all(parameter.grad is not None for parameter in trained.values())
+    loaded = PeftModel.from_pretrained(tiny_model(), "acehnese")
+    names["model"].eval().set_language("ace")
+    torch.testing.assert_close(output(loaded), output(names["model"]))
+    assert (folder / "mad-g" / "adapter_model.safetensors").is_file()
+    exec(FEATURES, names)
+    assert len(names["importance"].top()) == 289
+    assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
+    run += [GENERATING, FEATURES]
     run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES]
     assert sorted(SNIPPETS) == sorted(run)
 

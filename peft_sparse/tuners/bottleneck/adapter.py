@@ -16,7 +16,7 @@ LEARNED = "learned"
 # Standard deviation of the weights that "near_identity" draws; cut off at two of them (Houlsby et al. 2019).
 NEAR_IDENTITY_STD = 0.01
 # Of `init_weights=False`: large enough that the adapter's effect cannot be taken for noise.
-_RANDOM_STD = 0.3
+RANDOM_STD = 0.3
 
 
 class BottleneckWeights(NamedTuple):
@@ -87,10 +87,14 @@ class Bottleneck(nn.Module):
         if self.generated is None:
             up = self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
         else:
-            down_weight, down_bias, up_weight, up_bias = self.generated
-            hidden = self.activation(_linear(x.to(down_weight.dtype), down_weight, down_bias))
-            up = _linear(hidden, up_weight, up_bias)
+            up = through(self.generated, x, self.activation)
         return self.dropout(self.scaling * up).to(x.dtype)
+
+
+def through(weights: BottleneckWeights, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """up(activation(down(x))) with weights that belong to no module: [..., h] like `x`, in the weights' dtype."""
+    hidden = activation(_linear(x.to(weights.down_weight.dtype), weights.down_weight, weights.down_bias))
+    return _linear(hidden, weights.up_weight, weights.up_bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -124,8 +128,8 @@ def init_linears(down: nn.Linear, up: nn.Linear, *, init: str, random: bool = Fa
     """
     for linear in (down, up):
         if random:
-            nn.init.normal_(linear.weight, std=_RANDOM_STD)
-            nn.init.normal_(linear.bias, std=_RANDOM_STD)
+            nn.init.normal_(linear.weight, std=RANDOM_STD)
+            nn.init.normal_(linear.bias, std=RANDOM_STD)
             continue
         nn.init.zeros_(linear.bias)
         if init == "near_identity":

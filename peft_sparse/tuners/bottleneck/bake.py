@@ -56,7 +56,7 @@ def bake(model: nn.Module, adapter_names: list[str] | None = None) -> None:
     """
     for path, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BottleneckLayer)]:
         names = layer.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in names if name in layer.bottleneck_adapters]
+        names = [name for name in names if name in layer.adapters]
         layer.detach_hooks()
         parent_path, _, child = path.rpartition(".")
         parent = model.get_submodule(parent_path)
@@ -64,7 +64,7 @@ def bake(model: nn.Module, adapter_names: list[str] | None = None) -> None:
             setattr(parent, child, layer.base_layer)
             continue
         placements = [layer.placements[name] for name in names]
-        baked = Baked(layer.base_layer, [layer.bottleneck_adapters[name] for name in names], placements)
+        baked = Baked(layer.base_layer, [layer.built_in(name) for name in names], placements)
         baked.train(layer.training).requires_grad_(False)
         setattr(parent, child, baked)
         for placement in dict.fromkeys(placements):

@@ -35,7 +35,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.bottleneck_adapters = nn.ModuleDict()
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
         self.placements: dict[str, str] = {}
         self.row_names: list[str] | None = None
         self._disable_adapters = False
@@ -49,6 +49,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         # PEFT's own checks read them off every tuned layer.
         self.in_features = self.out_features = None
 
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """{adapter name: module}, under whatever name the tuner type keeps them."""
+        return self._modules[self.adapter_layer_names[0]]
+
     def update_layer(self, adapter_name: str, config: BottleneckConfig, *, site: Site, parent: nn.Module) -> None:
         """Give this site a new adapter with its starting values.
 
@@ -59,15 +64,23 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             parent: the module that holds the site's module.
         """
         placement, width = site.placement, site.width
-        self._around = _around(parent)
-        adapter = make_adapter(config, placement=placement, width=width, device=self._device())
-        self.bottleneck_adapters[adapter_name] = adapter
+        self._around = _around(parent, self.adapter_layer_names[0])
+        adapter = self.new_adapter(adapter_name, config, site)
+        self.adapters[adapter_name] = adapter
         self._made[adapter_name] = _versions(adapter)
         self.placements[adapter_name] = placement
         self.in_features = self.out_features = width
         if placement not in self.hooks:
             self.hooks[placement] = attach(self, placement, parent)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def new_adapter(self, adapter_name: str, config: BottleneckConfig, site: Site) -> nn.Module:
+        """The module of a new adapter at this site."""
+        return make_adapter(config, placement=site.placement, width=site.width, device=self._device())
+
+    def built_in(self, adapter_name: str) -> nn.Module:
+        """The plain module that computes what an adapter computes here, for a model without PEFT."""
+        return self.adapters[adapter_name]
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -76,7 +89,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def is_fresh(self, adapter_name: str) -> bool:
         """Whether nothing has written into an adapter's parameters since it was made, or this site has none."""
-        held = self.bottleneck_adapters
+        held = self.adapters
         return adapter_name not in held or _versions(held[adapter_name]) == self._made[adapter_name]
 
     def at(self, placement: str, adapters: Sequence[str] | None = None) -> list[Any]:
@@ -91,7 +104,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             return [PerExample(self.row_names, chosen, replaces=placement == INVERTIBLE)] if chosen else []
         if adapters is None:
             adapters = [] if self.disable_adapters else self.active_adapters
-        held = self.bottleneck_adapters
+        held = self.adapters
         return [held[name] for name in adapters if name in held and self.placements[name] == placement]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,15 +124,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the dtype of the weight, and finds no device where the base module has no weight.
-        if adapter_name in self.bottleneck_adapters:
-            adapter = self.bottleneck_adapters[adapter_name]
+        if adapter_name in self.adapters:
+            adapter = self.adapters[adapter_name]
             if not any(parameter.is_meta for parameter in adapter.parameters()):
                 adapter.to(device if device is not None else self._device())
 
     def cast(self, adapter_name: str) -> None:
         """Bring an adapter to the base model's dtype, which PEFT does where `autocast_adapter_dtype` is False."""
-        if adapter_name in self.bottleneck_adapters:
-            self.bottleneck_adapters[adapter_name].to(self._around[1])
+        if adapter_name in self.adapters:
+            self.adapters[adapter_name].to(self._around[1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -135,11 +148,11 @@ CANNOT_MERGE = (
 )
 
 
-def _around(parent: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _around(parent: nn.Module, adapters: str) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a module's parameters, adapters not counted; float32 where all of them are packed."""
     device = None
     for name, parameter in parent.named_parameters():
-        if f"{ADAPTERS}." in name:
+        if f"{adapters}." in name:
             continue
         device = device or parameter.device
         if parameter.is_floating_point():

@@ -18,7 +18,7 @@ from ..weight_tuner import adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
-from .layer import ADAPTERS, CANNOT_MERGE, BottleneckLayer
+from .layer import CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
 from .state import check_loaded
@@ -60,7 +60,7 @@ class BottleneckModel(BaseTuner):
         """
         try:
             with adding(self, model, adapter_name) as config:
-                self._sites: dict[str, Site] = find_sites(resolve(config, model), model)
+                self._sites: dict[str, Site] = self._find_sites(config, model)
                 self._detach_inverse()
                 super().inject_adapter(
                     model,
@@ -71,6 +71,13 @@ class BottleneckModel(BaseTuner):
                 )
         finally:
             self._attach_inverse(model)
+
+    def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
+        """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""
+        return find_sites(resolve(config, model), model)
+
+    def _new_layer(self, target: nn.Module) -> BottleneckLayer:
+        return BottleneckLayer(target)
 
     def _detach_inverse(self) -> None:
         # A head that is about to be copied for training must not take the hook with it.
@@ -101,7 +108,7 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         is_new = not isinstance(target, BottleneckLayer)
-        layer = BottleneckLayer(target) if is_new else target
+        layer = self._new_layer(target) if is_new else target
         layer.update_layer(adapter_name, peft_config, site=self._sites[path_in_base(current_key)], parent=parent)
         if is_new:
             if adapter_name not in self.active_adapters:
@@ -181,8 +188,8 @@ class BottleneckModel(BaseTuner):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for path, layer in iter_layers(self.model):
             for name in layer.active_adapters if adapter_names is None else adapter_names:
-                if name in layer.bottleneck_adapters and not all(
-                    bool(torch.isfinite(p).all()) for p in layer.bottleneck_adapters[name].parameters()
+                if name in layer.adapters and not all(
+                    bool(torch.isfinite(p).all()) for p in layer.adapters[name].parameters()
                 ):
                     # The first words are PEFT's: its tests match them for every tuner.
                     raise ValueError(
@@ -233,14 +240,15 @@ class BottleneckModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's version looks for the name before the last part of the key; here modules stand between.
-        return key.replace(f".{ADAPTERS}.{adapter_name}.", f".{ADAPTERS}.")
+        adapters = cls.tuner_layer_cls.adapter_layer_names[0]
+        return key.replace(f".{adapters}.{adapter_name}.", f".{adapters}.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_loaded(model, adapter_name, remapped)
+        check_loaded(model, adapter_name, remapped, adapters=cls.tuner_layer_cls.adapter_layer_names[0])
         return remapped
 
     # ---- composition -----------------------------------------------------------------------------

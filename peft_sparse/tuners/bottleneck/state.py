@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor, nn
 
 from ...errors import FormatError
@@ -9,13 +11,16 @@ from ..sparse_ft.state import discard
 from .layer import ADAPTERS, BottleneckLayer
 
 
-def check_loaded(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def check_loaded(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], *, adapters: str = ADAPTERS
+) -> None:
     """Compare a file's tensors with the adapter that is about to take them.
 
     Args:
         model: whatever carries the adapter.
         adapter_name: its name, which the keys hold.
         state_dict: the tensors under the model's own keys.
+        adapters: the attribute of the layers that holds adapters.
 
     Raises:
         FormatError: tensors are missing, unknown or of another shape. An adapter that was added for them is taken out
@@ -24,14 +29,20 @@ def check_loaded(model: nn.Module, adapter_name: str, state_dict: dict[str, Tens
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
     own: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        if adapter_name in layer.bottleneck_adapters:
-            for key, parameter in layer.bottleneck_adapters[adapter_name].named_parameters():
-                own[f"{name}.{ADAPTERS}.{adapter_name}.{key}"] = tuple(parameter.shape)
-    given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if f".{ADAPTERS}." in key}
+        if adapter_name in layer.adapters:
+            for key, tensor in layer.adapters[adapter_name].state_dict().items():
+                own[f"{name}.{adapters}.{adapter_name}.{key}"] = tuple(tensor.shape)
+    given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if f".{adapters}." in key}
     problem = _problem(own, given)
     if problem is None:
         return
-    if all(layer.is_fresh(adapter_name) for layer in layers.values()):
+    refuse(model, adapter_name, problem)
+
+
+def refuse(model: nn.Module, adapter_name: str, problem: str) -> NoReturn:
+    """Raise a FormatError about a file, and take out an adapter that was added for it."""
+    layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
+    if all(layer.is_fresh(adapter_name) for layer in layers):
         discard(model, adapter_name)
     raise FormatError(
         f"the adapter file does not fit this model and config: {problem}. Nothing was loaded. Load it into the "

@@ -26,7 +26,7 @@ def iter_bottlenecks(model: nn.Module, adapter_name: str = "default") -> Iterato
     Invertible adapters are not among them.
     """
     for name, layer in iter_layers(model):
-        held = layer.bottleneck_adapters
+        held = layer.adapters
         if adapter_name in held and isinstance(held[adapter_name], Bottleneck):
             yield name, held[adapter_name]
 

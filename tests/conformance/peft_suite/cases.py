@@ -13,6 +13,7 @@ from peft_sparse import (
     BottleneckConfig,
     DeftXConfig,
     LotteryTicketConfig,
+    MadGConfig,
     OneShotConfig,
     RandConfig,
     SparseConfig,
@@ -27,6 +28,8 @@ _DENSER = {"density": 0.7}
 _LOTTERY = {**_DENSE, "init_weights": False}
 # The tests want a fresh adapter to be the identity. Not relu: three dead units have no gradient.
 _BOTTLENECK = {"bottleneck_size": 3, "activation": "tanh", "init": "identity"}
+# The tests know of no languages: one is set from the start.
+_MAD_G = {"language_dim": 2, "typology": {"eng": [1.0, 0.0, 1.0]}, "language": "eng", **_BOTTLENECK}
 
 
 def _custom(model: str, *requests: dict[str, Any]) -> list[tuple[str, str, type, dict[str, Any]]]:
@@ -98,6 +101,11 @@ CUSTOM_MODELS = [
             ("MLP_LayerNorm", "pfeiffer", {"target_modules": ["layernorm0"], "init": "near_identity"}),
         )
     ],
+    ("MLP 1 MadG", "MLP", MadGConfig, {**_MAD_G, "kind": "houlsby", "target_modules": ["lin0", "lin1"]}),
+    (
+        *("MLP 2 MadG", "MLP", MadGConfig),
+        {**_MAD_G, "kind": "houlsby", "layer_dim": 2, "target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+    ),
 ]
 
 

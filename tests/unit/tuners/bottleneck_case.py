@@ -97,14 +97,14 @@ class Case:
         fields = REQUESTS[self.request][1]
         for path in dict.fromkeys(path for part in parts for path in part):
             stack = [part[path] for part in parts if path in part]
-            _install(model, path, stack, fields)
+            install_formulas(model, path, stack, fields)
         return model
 
     def expected(self, *parts: Part) -> Tensor:
         return logits(self.twin(*parts))
 
 
-def _install(model: nn.Module, path: str, stack: list[dict[str, Tensor]], fields: dict[str, Any]) -> None:
+def install_formulas(model: nn.Module, path: str, stack: list[dict[str, Tensor]], fields: dict[str, Any]) -> None:
     """Put the formulas for one site into the base model."""
     act = {"relu": torch.relu, "gelu": nn.functional.gelu, "tanh": torch.tanh}[fields.get("activation", "relu")]
     scale = fields.get("scaling", 1.0)

@@ -1,0 +1,91 @@
+"""What a hypernetwork generated: an ordinary bottleneck adapter that is in no model yet."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save
+from torch import nn
+
+from ...checkpoints.card import write_atomically
+from ...errors import ConfigError
+from ..bottleneck.adapter import BottleneckWeights
+from ..bottleneck.config import BOTTLENECK, BottleneckConfig
+from ..bottleneck.layer import ADAPTERS
+from ..bottleneck.weights import set_bottleneck_weights
+from ..sparse_ft.state import discard
+
+
+@dataclass(frozen=True)
+class GeneratedAdapter:
+    """A bottleneck adapter for one language, independent of the hypernetwork that generated it.
+
+    Attributes:
+        language: the language's code.
+        name: the name that it gets in a model.
+        config: its config.
+        weights: {path of the site in the base model: tensors}; the biases are zeros.
+    """
+
+    language: str
+    name: str
+    config: BottleneckConfig
+    weights: dict[str, BottleneckWeights]
+
+    def add_to(self, model: nn.Module) -> PeftModel:
+        """Add it to a model, under its name.
+
+        Args:
+            model: a base model, or a `PeftModel` with bottleneck adapters, which gets one more.
+
+        Returns:
+            the `PeftModel`. The adapter is active if it is the first, and can be trained.
+
+        Raises:
+            ConfigError: the model holds another tuner type, or has other sites or widths. It is as it was then.
+        """
+        config = copy.deepcopy(self.config)
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, config, adapter_name=self.name)
+        else:
+            if next(iter(model.peft_config.values())).peft_type != BOTTLENECK:
+                raise ConfigError(
+                    "a generated adapter is of type BOTTLENECK and a PeftModel holds one type, this one "
+                    f"{next(iter(model.peft_config.values())).peft_type.value}. Add it to a copy of the base model."
+                )
+            if self.name in model.peft_config:
+                raise ConfigError(
+                    f"adapter_name {self.name!r} is taken; the model has {sorted(model.peft_config)}. Generate it "
+                    "under another name."
+                )
+            model.add_adapter(self.name, config)
+        try:
+            set_bottleneck_weights(model, self.weights, self.name)
+        except ConfigError:
+            discard(model, self.name)
+            raise
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as PEFT writes an adapter; `PeftModel.from_pretrained(base, folder)` loads it.
+
+        Args:
+            folder: made if it is not there.
+        """
+        directory = Path(folder)
+        directory.mkdir(parents=True, exist_ok=True)
+        names = {"down_weight": "down.weight", "down_bias": "down.bias", "up_weight": "up.weight", "up_bias": "up.bias"}
+        tensors = {
+            f"base_model.model.{path}.{ADAPTERS}.{names[field]}": tensor.cpu().contiguous()
+            for path, weights in self.weights.items()
+            for field, tensor in weights._asdict().items()
+        }
+        write_atomically(directory / SAFETENSORS_WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+        config = copy.deepcopy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(str(directory))

@@ -1,0 +1,199 @@
+"""The hypernetwork: typological vector -> language embedding -> weights of the adapter at each site."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import ConfigError
+from ...typology import Typology
+from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
+from ..bottleneck.sites import PerExample
+from .config import MadGConfig
+from .languages import MadGState
+from .typology import as_typology, digest_of, save_vector, saved_vectors
+
+
+class SharedPart(nn.Module):
+    """What all sites of one MAD-G adapter share; it lies in the first of them.
+
+    Attributes:
+        language_projection: V [d_l, F].
+        generator: W [2hm, d_l + d_b] with layer embeddings; None without, where every site has its own.
+        features: hash of the names of the features, uint8 [32]; a file with another one is refused.
+        config: the adapter's config in the model, whose `saved_typology` takes the vectors of the languages used.
+    """
+
+    def __init__(self, config: MadGConfig, *, width: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        names = config.saved_typology["feature_names"]
+        empty = partial(torch.empty, device=device, dtype=torch.float32)
+        self.language_projection = nn.Parameter(empty(config.language_dim, len(names)))
+        self.generator = None
+        if config.layer_dim is not None:
+            self.generator = nn.Parameter(empty(num_generated(config, width), config.language_dim + config.layer_dim))
+            init_generator(self.generator, config)
+        self.register_buffer("features", digest_of(names))
+        nn.init.normal_(self.language_projection, std=1 / math.sqrt(len(names)))
+        self._vectors = saved_vectors(config.saved_typology)
+        self._typology: Typology | None = None
+
+    def embeddings(self, languages: list[str]) -> Tensor:
+        """V t of each language: [U, d_l]."""
+        projection = self.language_projection
+        vectors = []
+        for code in languages:
+            vector = self.vector(code)
+            if vector.device != projection.device and not projection.is_meta:
+                vector = self._vectors[code] = vector.to(projection.device)
+            vectors.append(vector)
+        return F.linear(torch.stack(vectors).to(projection), projection)
+
+    def vector(self, code: str) -> Tensor:
+        """A language's typological vector [F]: the saved one, or else the typology's, which is then saved.
+
+        Raises:
+            ConfigError: it is neither saved nor in the typology, or that is another typology than the adapter's.
+        """
+        if code not in self._vectors:
+            vector = self._source(code).vector(code)
+            save_vector(self.config.saved_typology, code, vector)
+            self._vectors[code] = vector
+        return self._vectors[code]
+
+    def set_typology(self, typology: Typology) -> None:
+        """Where to look for languages that are not saved with the adapter.
+
+        Raises:
+            ConfigError: it is not the typology that the adapter was trained on.
+        """
+        typology.require_same(self.config.saved_typology)
+        self._typology = typology
+
+    def _source(self, code: str) -> Typology:
+        if self._typology is None:
+            try:
+                self.set_typology(as_typology(self.config.typology, self.config.features))
+            except (ImportError, OSError, ValueError) as error:
+                known = sorted(self._vectors)
+                raise ConfigError(
+                    f"the vector of {code!r} is not saved with the adapter, which has {known}, and no typology could "
+                    f"be had: {error} Give the one that it was trained on with model.set_typology(...)."
+                ) from error
+        return self._typology
+
+
+class SiteGenerator(nn.Module):
+    """One site of a MAD-G adapter: generates the weights of a bottleneck and computes with them.
+
+    Args:
+        config: the adapter's config.
+        shared: what its sites share.
+        state: which language it is to compute with.
+        owns_shared: whether this is the first site, in which the shared part lies.
+        width: h.
+        device: where to make the parameters.
+
+    Attributes:
+        generator: W of this site [2hm, d_l], down-projection before up-projection, row by row; without layer
+            embeddings.
+        layer_embedding: e_b [d_b]; with layer embeddings.
+    """
+
+    def __init__(
+        self,
+        config: MadGConfig,
+        *,
+        shared: SharedPart,
+        state: MadGState,
+        owns_shared: bool,
+        width: int,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.width, self._state = config, width, state
+        self.shared = shared if owns_shared else None
+        # In a tuple, so that it is not this site's module.
+        self._shared = (shared,)
+        self.activation = activation_named(config.activation)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.layer_dim is None:
+            size = (num_generated(config, width), config.language_dim)
+            self.generator = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
+            init_generator(self.generator, config)
+        else:
+            self.layer_embedding = nn.Parameter(torch.randn(config.layer_dim, device=device, dtype=torch.float32))
+
+    def generate(self, languages: list[str]) -> list[BottleneckWeights]:
+        """The weights of each language's bottleneck at this site, with gradients (equations 3.1 and 3.2).
+
+        Cost: reads W once for all the languages, 2hm(d_l + d_b) numbers.
+        """
+        shared = self._shared[0]
+        embedding = shared.embeddings(languages)
+        if self.config.layer_dim is None:
+            generator = self.generator
+        else:
+            generator = shared.generator
+            layer = self.layer_embedding.to(embedding).expand(len(languages), -1)
+            embedding = torch.cat([embedding, layer], dim=1)
+        generated = F.linear(embedding.to(generator.device), generator)
+        return [self._cut(row) for row in generated.unbind()]
+
+    def _cut(self, generated: Tensor) -> BottleneckWeights:
+        size, width = self.config.size_for(self.width), self.width
+        down, up = generated.split(size * width)
+        return BottleneckWeights(
+            down.view(size, width), generated.new_zeros(size), up.view(width, size), generated.new_zeros(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is to be added to the residual, with the language that is set: [B, ..., h] like `x`, in its dtype."""
+        current = self._state.current()
+        if isinstance(current, str):
+            return self._add(self.generate([current])[0], x)
+        if len(current) != len(x):
+            raise ConfigError(f"language must name one language per example ({len(x)}), got {len(current)}: {current}.")
+        codes = list(dict.fromkeys(current))
+        adapters = {
+            code: partial(self._add, weights) for code, weights in zip(codes, self.generate(codes), strict=True)
+        }
+        return PerExample(current, adapters, replaces=False)(x)
+
+    def _add(self, weights: BottleneckWeights, x: Tensor) -> Tensor:
+        return self.dropout(self.config.scaling * through(weights, x, self.activation)).to(x.dtype)
+
+    @torch.no_grad()
+    def built_in(self, language: str) -> Bottleneck:
+        """A plain bottleneck module with a language's weights."""
+        config, weights = self.config, self.generate([language])[0]
+        bottleneck = Bottleneck(
+            self.width,
+            config.size_for(self.width),
+            activation=config.activation,
+            scaling=config.scaling,
+            dropout=config.dropout,
+            device=weights.down_weight.device,
+        ).to(weights.down_weight.dtype)
+        bottleneck.set_weights(weights)
+        return bottleneck
+
+
+def num_generated(config: MadGConfig, width: int) -> int:
+    """Number of weights of one generated adapter module: 2hm."""
+    return 2 * width * config.size_for(width)
+
+
+@torch.no_grad()
+def init_generator(generator: Tensor, config: MadGConfig) -> None:
+    """Give W its starting values; see `MadGConfig`."""
+    std = NEAR_IDENTITY_STD if config.init_weights else RANDOM_STD
+    nn.init.normal_(generator, std=std / math.sqrt(generator.shape[1]))
+    if config.init == "identity" and config.init_weights:
+        # The second half generates the up-projection.
+        nn.init.zeros_(generator[len(generator) // 2 :])

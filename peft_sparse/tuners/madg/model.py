@@ -1,0 +1,250 @@
+"""MadGModel: the tuner that PEFT drives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ..bottleneck.config import BottleneckConfig
+from ..bottleneck.layer import BottleneckLayer
+from ..bottleneck.model import BottleneckModel
+from ..bottleneck.placement import Site
+from ..bottleneck.state import refuse
+from ..bottleneck.weights import iter_layers
+from ..sparse_ft.iteration import base_model_of
+from .config import MadGConfig
+from .generated import GeneratedAdapter
+from .generator import SiteGenerator
+from .importance import FeatureImportance, feature_importance
+from .languages import LanguageContext, Languages, MadGState, as_languages
+from .layer import GENERATORS, MadGLayer
+from .typology import as_typology
+
+
+class MadGModel(BottleneckModel):
+    """Bottleneck adapters that a hypernetwork generates from the typological vector of the language that is set.
+
+    Args:
+        model: the base model.
+        peft_config: a `MadGConfig`, or PEFT's dictionary of them.
+        adapter_name: name of the first adapter.
+
+    The language of a forward is the one that `set_language` was given, or its own: `model(..., language="quy")`, or
+    `language=["quy", "eng", ...]` with one per example, which is how a column of a batch arrives.
+    """
+
+    prefix = "mad_g_"
+    tuner_layer_cls = MadGLayer
+
+    # ---- injection -------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model (called by PEFT).
+
+        All that can be refused is refused before the first module is touched.
+
+        Raises:
+            ConfigError: it is not known where the adapter goes in this model, or it cannot go there; or there are no
+                typological vectors, or others than those that a loaded adapter was trained on.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._state.attach(model)
+        config: MadGConfig = self.peft_config[adapter_name]
+        if self._state.chosen is None:
+            self._state.chosen = config.language
+
+    def _find_sites(self, config: MadGConfig, model: nn.Module) -> dict[str, Site]:
+        sites = super()._find_sites(config, model)
+        widths = sorted({site.width for site in sites.values()})
+        if config.layer_dim is not None and len(widths) > 1:
+            raise ConfigError(
+                f"layer_dim={config.layer_dim}: one generator for all layers needs layers of one width, this model's "
+                f"have {widths}. Use layer_dim=None."
+            )
+        if config.saved_typology is None:
+            config.saved_typology = as_typology(config.typology, config.features).to_dict()
+        elif config.typology is not None:
+            as_typology(config.typology, config.features).require_same(config.saved_typology)
+        self._state = state_of(model) or MadGState()
+        return sites
+
+    def _new_layer(self, target: nn.Module) -> BottleneckLayer:
+        return MadGLayer(target, self._state)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for path, site in iter_sites(model, adapter_name):
+            if site.shared is not None:
+                key = f"{path}.{GENERATORS}.{adapter_name}.shared.features"
+                given = next(tensor for name, tensor in remapped.items() if name.endswith(key))
+                if not given.cpu().equal(site.shared.features.cpu()):
+                    refuse(model, adapter_name, f"the hypernetwork at {path} was trained on other typological features")
+        return remapped
+
+    # ---- languages -------------------------------------------------------------------------------
+
+    def set_language(self, language: str | Sequence[str]) -> LanguageContext:
+        """Compute with a language from now on. See `set_language`."""
+        return set_language(self, language)
+
+    @property
+    def language(self) -> Languages | None:
+        """The language that is set, or one for each example, or None."""
+        return _state(self).chosen
+
+    def set_typology(self, typology: Any, adapter_name: str | None = None) -> None:
+        """Where to look for languages whose vectors are not saved with the adapters.
+
+        Args:
+            typology: as in `MadGConfig`.
+            adapter_name: the adapter; all if None.
+
+        Raises:
+            ConfigError: an adapter was trained on another one, or there is no such adapter. Nothing is changed then.
+        """
+        shared = _state(self).shared
+        names = [*shared] if adapter_name is None else [_one_adapter(self, adapter_name)]
+        chosen = [shared[name] for name in names]
+        found = [as_typology(typology, part.config.features) for part in chosen]
+        for part, one in zip(chosen, found, strict=True):
+            one.require_same(part.config.saved_typology)
+        for part, one in zip(chosen, found, strict=True):
+            part.set_typology(one)
+
+    def generate_adapter(
+        self, language: str, *, adapter_name: str | None = None, source: str | None = None
+    ) -> GeneratedAdapter:
+        """An ordinary bottleneck adapter for a language. See `generate_adapter`."""
+        return generate_adapter(self, language, adapter_name=adapter_name, source=source)
+
+    def feature_importance(self, adapter_name: str | None = None) -> FeatureImportance:
+        """How much each typological feature moves the generated weights. See `importance.feature_importance`."""
+        name = _one_adapter(self, adapter_name)
+        return feature_importance(dict(iter_sites(self, name)))
+
+    # ---- PEFT's verbs ----------------------------------------------------------------------------
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        state = _state(self)
+        if merge:
+            self._check_can_build_in(kwargs.get("adapter_names"))
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        state.detach()
+        return model
+
+    def _check_can_build_in(self, adapter_names: list[str] | None) -> None:
+        """Refuse before the first layer is replaced."""
+        state = _state(self)
+        language = state.current()
+        if not isinstance(language, str):
+            raise ConfigError(
+                f"one language must be set to build its adapter in, got {list(language)}: call "
+                'set_language("quy") first.'
+            )
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in state.shared:
+                state.shared[name].vector(language)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the mean of two hypernetworks generates no mean of their adapters.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "MAD-G adapters cannot be averaged: the weights that they generate are a product of two of their tensors. "
+            "Generate bottleneck adapters with generate_adapter() and average those."
+        )
+
+
+def iter_sites(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, SiteGenerator]]:
+    """(path of the site in the base model, its generator) of a MAD-G adapter, in the order of the model."""
+    for path, layer in iter_layers(model):
+        if isinstance(layer, MadGLayer) and adapter_name in layer.adapters:
+            yield path, layer.adapters[adapter_name]
+
+
+def state_of(model: nn.Module) -> MadGState | None:
+    """What the MAD-G layers of a model share, None if it has none."""
+    return next((module.state for module in base_model_of(model).modules() if isinstance(module, MadGLayer)), None)
+
+
+def _state(model: nn.Module) -> MadGState:
+    state = state_of(model)
+    if state is None:
+        raise ConfigError("this model has no MAD_G adapter: add one with get_peft_model(model, MadGConfig(...)).")
+    return state
+
+
+def set_language(model: nn.Module, language: str | Sequence[str]) -> LanguageContext:
+    """Let the MAD-G adapters of a model compute with a language from now on.
+
+    Args:
+        model: a PeftModel, or any model with MAD-G adapters in it.
+        language: a code that the typology knows or that is saved with the adapter, or a list with one code for each
+            example of the batches to come.
+
+    Returns:
+        a context manager: `with set_language(model, "quy"): ...` puts the language before back at the end.
+
+    Raises:
+        ConfigError: an active adapter has no vector for it. The language stays the one before.
+    """
+    state = _state(model)
+    languages = as_languages(language)
+    layer = next(module for module in base_model_of(model).modules() if isinstance(module, MadGLayer))
+    for name in layer.active_adapters:
+        if name in state.shared:
+            for code in [languages] if isinstance(languages, str) else dict.fromkeys(languages):
+                state.shared[name].vector(code)
+    before, state.chosen = state.chosen, languages
+    return LanguageContext(state, before)
+
+
+def generate_adapter(
+    model: nn.Module, language: str, *, adapter_name: str | None = None, source: str | None = None
+) -> GeneratedAdapter:
+    """An ordinary bottleneck adapter for a language, whether there was text of it in training or not.
+
+    It is independent of the hypernetwork: save it, or add it to a model of type `BOTTLENECK` to train it further
+    (thesis 3.5.3) or to stack a task adapter on it. The model keeps its own adapters; PEFT lets a model hold one tuner
+    type, so it does not get the new one.
+
+    Args:
+        model: a PeftModel, or any model with MAD-G adapters in it.
+        language: the language's code.
+        adapter_name: name of the new adapter; the code if None.
+        source: the MAD-G adapter that generates it; the only one, or the active one, if None.
+
+    Raises:
+        ConfigError: there is no vector for the language.
+    """
+    name = _one_adapter(model, source)
+    shared = _state(model).shared[name]
+    shared.vector(language)
+    weights = {path: site.built_in(language).weights for path, site in iter_sites(model, name)}
+    return GeneratedAdapter(
+        language=language,
+        name=adapter_name or language,
+        config=shared.config.bottleneck_config(),
+        weights={path: type(w)(*(tensor.detach() for tensor in w)) for path, w in weights.items()},
+    )
+
+
+def _one_adapter(model: nn.Module, name: str | None) -> str:
+    known = _state(model).shared
+    if name is None:
+        layer = next(module for module in base_model_of(model).modules() if isinstance(module, MadGLayer))
+        active = [one for one in layer.active_adapters if one in known]
+        if len(active) != 1:
+            raise ConfigError(f"{len(active)} MAD_G adapters are active: name one of {sorted(known)}.")
+        return active[0]
+    if name not in known:
+        raise ConfigError(f"there is no MAD_G adapter {name!r}; this model has {sorted(known)}.")
+    return name
