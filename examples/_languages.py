@@ -59,7 +59,7 @@ CHOICES = [
     ("hearsay with ka", "hearsay with mi"),
 ]
 PIVOT, UNSEEN = "piv", "lim"
-CODES = [PIVOT, *"aro bek cum dol eri fus gat hon ilu jep kov mab nen oro pum".split(), UNSEEN]
+CODES = [PIVOT, *(f"{letter}or" for letter in "bdfghjkmnprstvwz"), UNSEEN]
 NOUNS = ["stone", "river", "bird", "child", "house", "fish", "tree", "song"]
 ADJECTIVES = ["old", "red", "small", "good"]
 VERBS = ["see", "find", "carry", "want", "lose", "make"]
@@ -93,7 +93,7 @@ def _sentences(seed: int, count: int) -> dict[str, list[str]]:
 
 
 def invented_corpus(seed: int = 0) -> Corpus:
-    """Thirteen languages. Their vectors say for each choice which of the two a language has: 12 zeros and ones."""
+    """Eighteen languages. Their vectors say for each choice which of the two a language has: 12 zeros and ones."""
     vectors = {
         code: [value for first in choices for value in (float(first), float(not first))]
         for code, choices in _choices(seed).items()

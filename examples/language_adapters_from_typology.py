@@ -3,7 +3,7 @@
     python examples/language_adapters_from_typology.py
 
 MAD-G-LS, a hypernetwork, learns from text of many languages to turn a language's features into a bottleneck adapter.
-Without arguments thirteen invented languages and a tiny BERT stand in for real ones.
+Without arguments eighteen invented languages and a tiny BERT stand in for real ones.
 
     python examples/language_adapters_from_typology.py --data DIR --model MODEL --typology FILE --unseen quy
 
