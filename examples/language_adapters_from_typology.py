@@ -79,7 +79,8 @@ def main(
                 losses[name][code] = lm.loss(mad_g, code)
 
     # A generated adapter is an ordinary bottleneck adapter: the hypernetwork is not needed any more.
-    adapters = {code: mad_g.generate_adapter(code) for code in (corpus.pivot, unseen)}
+    # PEFT saves an adapter into the folder itself, not below it, if its name is "default".
+    adapters = {code: mad_g.generate_adapter(code, adapter_name="default") for code in (corpus.pivot, unseen)}
     adapters[unseen].save_pretrained(output / "generated")
     few = {unseen: first_words(corpus.text[unseen], words)}
     for name, code in ((of_pivot, corpus.pivot), (of_own, unseen)):
@@ -97,7 +98,9 @@ def main(
         seen = [row[code] for code in others if code in row]
         table.add_row(name, f"{row[unseen]:.3f}", f"{sum(seen) / len(seen):.3f}" if seen else "")
     console.print(table)
-    console.print(f"the generated adapter: {output / 'generated'}; fine-tuned: {output / 'fine_tuned'}")
+    console.print(
+        f"the hypernetwork, the generated adapter, and that one fine-tuned: mad_g, generated, fine_tuned in {output}"
+    )
     if plot is not None:
         plot_losses(losses, unseen, plot)
         console.print(f"the losses of every language: {plot}")
