@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from _languages import UNSEEN, invented_corpus, read_corpus, tiny_multilingual_bert
+from _languages import UNSEEN, Corpus, invented_corpus, read_corpus, tiny_multilingual_bert
 from _masked_lm import MaskedLM, first_words, one_for_all, plot_losses
 from peft import get_peft_model
 from rich.console import Console
@@ -28,6 +28,25 @@ from transformers import AutoTokenizer, set_seed
 from peft_sparse import MadGConfig
 
 console = Console()
+
+
+def generated_losses(lm: MaskedLM, mad_g, corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Of each language's text, with the adapter that is generated for the pivot (MAD-G-en) and with its own."""
+    of_pivot, of_own = {}, {}
+    for code in track(corpus.text, "generated adapters"):
+        for losses, language in ((of_pivot, corpus.pivot), (of_own, code)):
+            with mad_g.set_language(language):
+                losses[code] = lm.loss(mad_g, code)
+    return {f"{corpus.pivot}'s, generated": of_pivot, "its own, generated": of_own}
+
+
+def show(losses: dict[str, dict[str, float]], unseen: str) -> None:
+    """A row for each way to adapt; the mean of the seen languages where they were measured."""
+    table = Table("adapter", f"{unseen} (unseen)", "mean of the others", title="masked-LM loss on held-out text")
+    for name, row in losses.items():
+        seen = [loss for code, loss in row.items() if code != unseen]
+        table.add_row(name, f"{row[unseen]:.3f}", f"{sum(seen) / len(seen):.3f}" if seen else "")
+    console.print(table)
 
 
 def main(
@@ -59,48 +78,32 @@ def main(
             param_hint="--unseen",
         )
     base = tiny_multilingual_bert(output / "tiny_bert", unseen, seed=seed) if data is None else Path(model)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    lm = MaskedLM(tokenizer, corpus.held_out, output)
+    lm = MaskedLM(AutoTokenizer.from_pretrained(base), corpus.held_out, output)
     encoder = lm.encoder(base, others, steps=steps, console=console)
-    losses = {"no adapter": {code: lm.loss(encoder, code) for code in track(corpus.text, "no adapter")}}
+    losses = {"none": {code: lm.loss(encoder, code) for code in track(corpus.text, "no adapter")}}
+
     width = encoder.config.hidden_size // 2  # the thesis's ratio
-    mad_g = get_peft_model(
-        copy.deepcopy(encoder), MadGConfig(bottleneck_size=width, layer_dim=32, typology=corpus.typology)
-    )
+    config = MadGConfig(bottleneck_size=width, layer_dim=32, typology=corpus.typology)
+    mad_g = get_peft_model(copy.deepcopy(encoder), config)
     # Every batch names its language, which the model takes as an input: there is nothing to activate.
     lm.fit(mad_g, others, steps=steps, rate=rate, activate=None)
     mad_g.save_pretrained(output / "mad_g")
+    losses |= generated_losses(lm, mad_g, corpus)
 
-    of_pivot, of_own = f"{corpus.pivot}'s adapter, generated", "its own adapter, generated"
-    losses |= {of_pivot: {}, of_own: {}}
-    for code in track(others, "generated adapters"):
-        for name, language in ((of_pivot, corpus.pivot), (of_own, code)):
-            with mad_g.set_language(language):
-                losses[name][code] = lm.loss(mad_g, code)
-
-    # A generated adapter is an ordinary bottleneck adapter: the hypernetwork is not needed any more.
+    # A generated adapter is an ordinary bottleneck adapter: it goes into the base model, without the hypernetwork.
     # PEFT saves an adapter into the folder itself, not below it, if its name is "default".
-    adapters = {code: mad_g.generate_adapter(code, adapter_name="default") for code in (corpus.pivot, unseen)}
-    adapters[unseen].save_pretrained(output / "generated")
+    generated = mad_g.generate_adapter(unseen, adapter_name="default")
+    generated.save_pretrained(output / "generated")
     few = {unseen: first_words(corpus.text[unseen], words)}
-    for name, code in ((of_pivot, corpus.pivot), (of_own, unseen)):
-        tuned = adapters[code].add_to(copy.deepcopy(encoder))
-        losses[name][unseen] = lm.loss(tuned, unseen)
-    lm.fit(tuned, few, steps=fine_tuning_steps, rate=rate, activate=one_for_all)
+    tuned = generated.add_to(copy.deepcopy(encoder))
+    new = get_peft_model(copy.deepcopy(encoder), generated.config)
+    for name, adapted in (("a new adapter", new), ("its own", tuned)):
+        lm.fit(adapted, few, steps=fine_tuning_steps, rate=rate, activate=one_for_all)
+        losses[f"{name}, after {words:,} words"] = {unseen: lm.loss(adapted, unseen)}
     tuned.save_pretrained(output / "fine_tuned")
-    new = get_peft_model(copy.deepcopy(encoder), adapters[unseen].config)
-    lm.fit(new, few, steps=fine_tuning_steps, rate=rate, activate=one_for_all)
-    losses[f"a new adapter, {words:,} words"] = {unseen: lm.loss(new, unseen)}
-    losses[f"its own, and {words:,} words"] = {unseen: lm.loss(tuned, unseen)}
 
-    table = Table("masked-LM loss", f"{unseen} (unseen)", f"mean of {len(others)} seen", title="held-out text")
-    for name, row in losses.items():
-        seen = [row[code] for code in others if code in row]
-        table.add_row(name, f"{row[unseen]:.3f}", f"{sum(seen) / len(seen):.3f}" if seen else "")
-    console.print(table)
-    console.print(
-        f"the hypernetwork, the generated adapter, and that one fine-tuned: mad_g, generated, fine_tuned in {output}"
-    )
+    show(losses, unseen)
+    console.print(f"adapters in {output}: mad_g (the hypernetwork), generated, fine_tuned (the generated one)")
     if plot is not None:
         plot_losses(losses, unseen, plot)
         console.print(f"the losses of every language: {plot}")

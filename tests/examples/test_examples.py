@@ -209,8 +209,8 @@ def test_missing_text_is_an_error(run, tmp_path):
         importlib.import_module("_worlds").read_world(tmp_path, "near", "far")
 
 
-WAYS = ["no adapter", "piv's adapter, generated", "its own adapter, generated"]
-FEW_WORDS = ["a new adapter, 50 words", "its own, and 50 words"]
+WAYS = ["none", "piv's, generated", "its own, generated"]
+FEW_WORDS = ["a new adapter, after 50 words", "its own, after 50 words"]
 
 
 def masked_lm_losses(output: str) -> dict[str, list[float]]:
@@ -234,8 +234,8 @@ def test_language_adapters_from_typology(run, tmp_path, monkeypatch):
     assert code == 0, output
     losses = masked_lm_losses(output)
     assert list(losses) == WAYS + FEW_WORDS
-    assert losses["its own adapter, generated"][1] < losses["no adapter"][1]
-    assert losses["its own, and 50 words"][0] < losses["its own adapter, generated"][0]
+    assert losses["its own, generated"][1] < losses["none"][1]
+    assert losses["its own, after 50 words"][0] < losses["its own, generated"][0]
     assert (tmp_path / "plots" / "losses.png").stat().st_size > 0
 
     generating, *fine_tuning = fitted
@@ -246,7 +246,7 @@ def test_language_adapters_from_typology(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tiny_bert")
     lm = masked_lm.MaskedLM(tokenizer, languages.invented_corpus(0).held_out, out)
-    for folder, row in (("generated", "its own adapter, generated"), ("fine_tuned", "its own, and 50 words")):
+    for folder, row in (("generated", "its own, generated"), ("fine_tuned", "its own, after 50 words")):
         base = AutoModelForMaskedLM.from_pretrained(out / "tiny_bert")
         assert lm.loss(PeftModel.from_pretrained(base, out / folder), "dor") == pytest.approx(losses[row][0], abs=6e-4)
 
@@ -267,7 +267,6 @@ def test_language_adapters_from_typology_of_real_text(run, tmp_path):
     assert code == 0, output
     assert "unknown.txt is left out: the typology has no language 'unknown'" in output
     assert "fitting one first" in output
-    assert "mean of 1 seen" in output
     assert list(masked_lm_losses(output)) == WAYS + FEW_WORDS
     saved = json.loads((tmp_path / "out" / "generated" / "adapter_config.json").read_text())
     assert Path(saved["base_model_name_or_path"]) == tmp_path / "out" / "encoder"
@@ -318,4 +317,4 @@ def test_language_adapters_from_typology_as_documented(run):
     losses = {name: numbers[0] for name, numbers in masked_lm_losses(output).items()}
     none, of_pivot, own = (losses[way] for way in WAYS)
     assert own < min(none, of_pivot) - 0.3
-    assert losses["its own, and 1,000 words"] < min(own, losses["a new adapter, 1,000 words"])
+    assert losses["its own, after 1,000 words"] < min(own, losses["a new adapter, after 1,000 words"])
