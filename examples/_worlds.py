@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForPreTraining, DataCollatorWithPadding, PreTrainedTokenizerFast
 
@@ -104,8 +105,15 @@ def invented_world(seed: int = 0) -> World:
 def tiny_bert(directory: Path, *, seed: int = 0, steps: int = 1000) -> Path:
     """A BERT of two layers, pretrained on raw Nearish with a little Farish: a language that it has hardly seen."""
     lexicon = Lexicon(seed)
+    words = sorted({*lexicon.near.values(), *lexicon.far.values()})
+    seen = lexicon.rows(lexicon.near, 3000, seed + 4) + lexicon.rows(lexicon.far, 100, seed + 5)
+    return pretrained_bert(directory, words, [sentence for sentence, _ in seen], seed=seed, steps=steps)
+
+
+def pretrained_bert(directory: Path, words: list[str], sentences: list[str], *, seed: int, steps: int) -> Path:
+    """A BERT of two layers and a tokenizer of these words, pretrained on sentences of equal length."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = special + sorted({*lexicon.near.values(), *lexicon.far.values()})
+    words = special + words
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -118,12 +126,10 @@ def tiny_bert(directory: Path, *, seed: int = 0, steps: int = 1000) -> Path:
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
     )  # fmt: skip
     model = BertForPreTraining(config)
-    seen = lexicon.rows(lexicon.near, 3000, seed + 4) + lexicon.rows(lexicon.far, 100, seed + 5)
-    sentences = [sentence for sentence, _ in seen]
     ids = torch.tensor(tokenizer(sentences)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(steps):
+    for _ in track(range(steps), "pretraining a tiny BERT"):
         batch = ids[torch.randint(len(ids), (32,))]
         masked = (torch.rand(batch.shape) < 0.25) & (batch >= len(special))
         scores = model(input_ids=batch.masked_fill(masked, 4)).prediction_logits

@@ -14,7 +14,9 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -207,6 +209,89 @@ def test_missing_text_is_an_error(run, tmp_path):
         importlib.import_module("_worlds").read_world(tmp_path, "near", "far")
 
 
+WAYS = ["none", "piv's, generated", "its own, generated"]
+FEW_WORDS = ["a new adapter, after 50 words", "its own, after 50 words"]
+
+
+def masked_lm_losses(output: str) -> dict[str, list[float]]:
+    """{way to adapt: [loss of the unseen language, mean of the others where it was measured]}."""
+    rows = re.findall(r"│ ([a-z0-9', ]+?) │ ([\d.]+) │ ([\d.]*) ?│", output)
+    return {name: [float(number) for number in numbers if number] for name, *numbers in rows}
+
+
+def test_language_adapters_from_typology(run, tmp_path, monkeypatch):
+    languages, masked_lm = (importlib.import_module(name) for name in ("_languages", "_masked_lm"))
+    monkeypatch.setattr(languages.tiny_multilingual_bert, "__kwdefaults__", {"seed": 0, "steps": 60})
+    fitted = []
+    fit = masked_lm.MaskedLM.fit
+    monkeypatch.setattr(
+        masked_lm.MaskedLM,
+        "fit",
+        lambda self, *args, **settings: (fitted.append(args[1]), fit(self, *args, **settings)),
+    )
+    options = ["--steps", 60, "--words", 50, "--fine-tuning-steps", 10, "--unseen", "dor"]
+    code, output = run("language_adapters_from_typology", *options, "--plot", tmp_path / "plots" / "losses.png")
+    assert code == 0, output
+    losses = masked_lm_losses(output)
+    assert list(losses) == WAYS + FEW_WORDS
+    assert losses["its own, generated"][1] < losses["none"][1]
+    assert losses["its own, after 50 words"][0] < losses["its own, generated"][0]
+    assert (tmp_path / "plots" / "losses.png").stat().st_size > 0
+
+    generating, *fine_tuning = fitted
+    assert set(generating) == set(languages.CODES) - {"dor"}
+    assert [set(text) for text in fine_tuning] == [{"dor"}] * 2
+    assert sum(len(sentence.split()) for sentence in fine_tuning[0]["dor"]) == 50
+
+    out = tmp_path / "out"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tiny_bert")
+    lm = masked_lm.MaskedLM(tokenizer, languages.invented_corpus(0).held_out, out)
+    for folder, row in (("generated", "its own, generated"), ("fine_tuned", "its own, after 50 words")):
+        base = AutoModelForMaskedLM.from_pretrained(out / "tiny_bert")
+        assert lm.loss(PeftModel.from_pretrained(base, out / folder), "dor") == pytest.approx(losses[row][0], abs=6e-4)
+
+
+def test_language_adapters_from_typology_of_real_text(run, tmp_path):
+    languages = importlib.import_module("_languages")
+    encoder = BertModel.from_pretrained(languages.tiny_multilingual_bert(tmp_path / "bert", "lim", steps=1))
+    encoder.save_pretrained(tmp_path / "bert")  # without the head that predicts words
+    (tmp_path / "data").mkdir()
+    text = languages.invented_corpus(0).held_out
+    files = {"bor": text["bor"][:100], "bor_more": text["bor"][100:], "dor": text["dor"], "unknown": text["for"]}
+    for name, sentences in files.items():
+        (tmp_path / "data" / f"{name}.txt").write_text("\n".join(sentences) + "\n\n", encoding="utf-8")
+    (tmp_path / "vectors.csv").write_text("code,verb last,article\nbor,0,1\ndor,1,1\npiv,1,0\n", encoding="utf-8")
+    options = ["--data", tmp_path / "data", "--model", tmp_path / "bert", "--typology", tmp_path / "vectors.csv"]
+    options += ["--pivot", "piv", "--unseen", "dor", "--steps", 2, "--words", 50, "--fine-tuning-steps", 2]
+    code, output = run("language_adapters_from_typology", *options)
+    assert code == 0, output
+    assert "unknown.txt is left out: the typology has no language 'unknown'" in output
+    assert "fitting one first" in output
+    assert list(masked_lm_losses(output)) == WAYS + FEW_WORDS
+    saved = json.loads((tmp_path / "out" / "generated" / "adapter_config.json").read_text())
+    assert Path(saved["base_model_name_or_path"]) == tmp_path / "out" / "encoder"
+
+    console = importlib.import_module("language_adapters_from_typology").console
+    corpus = languages.read_corpus(tmp_path / "data", tmp_path / "vectors.csv", "piv", console)
+    for language in ("bor", "dor"):
+        assert sorted(corpus.text[language] + corpus.held_out[language]) == sorted(text[language])
+        assert len(corpus.held_out[language]) == len(text[language]) // 10
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--data", "somewhere", "--unseen", "quy"], "needs an encoder"),
+        (["--unseen", "piv"], "not the pivot, got 'piv'"),
+        (["--unseen", "quy"], "one of several languages with text"),
+    ],
+)
+def test_languages_that_cannot_be_left_out_are_refused(run, options, reason):
+    code, output = run("language_adapters_from_typology", *options)
+    assert code == 2
+    assert reason in re.sub(r"[│\s]+", " ", output)
+
+
 @pytest.mark.slow
 def test_instruction_tuning_of_the_real_model(run):
     """The README's main command: minutes, and a download where the model is not cached."""
@@ -223,3 +308,13 @@ def test_language_and_task_as_documented(run):
     assert code == 0, output
     scores = {name: float(score) for name, score in re.findall(r"│ ([a-z+ ]+?) │ ([\d.]+) │", output)}
     assert scores["+ language + task"] > scores["+ task"] + 0.1
+
+
+@pytest.mark.slow
+def test_language_adapters_from_typology_as_documented(run):
+    code, output = run("language_adapters_from_typology")
+    assert code == 0, output
+    losses = {name: numbers[0] for name, numbers in masked_lm_losses(output).items()}
+    none, of_pivot, own = (losses[way] for way in WAYS)
+    assert own < min(none, of_pivot) - 0.3
+    assert losses["its own, after 1,000 words"] < min(own, losses["a new adapter, after 1,000 words"])
