@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def main() -> None:
         best = min(changes)
         shown = [f"[bold]{change:+.4f}[/]" if change == best else f"{change:+.4f}" for change in changes]
         table.add_row(label, f"{slope:.0f}", *shown)
-    Console().print(table)
+    # Wide enough for the table also where the output is a file.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 if __name__ == "__main__":
