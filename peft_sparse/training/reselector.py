@@ -257,8 +257,7 @@ class Reselector:
                 # Any tensor might win all of them.
                 wanted = dict.fromkeys(wanted, sum(wanted.values()))
             return self._covers.candidates(wanted)
-        estimates = self._estimates()
-        return {name: Candidates(e.indices[e.nominated], e.mean[e.nominated].abs()) for name, e in estimates.items()}
+        return {n: Candidates(e.indices[e.nominated], e.mean[e.nominated].abs()) for n, e in self._estimates().items()}
 
     def _estimates(self) -> dict[str, Estimate]:
         return {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
