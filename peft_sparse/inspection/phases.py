@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -110,7 +111,9 @@ def _other_method(
     model: PreTrainedModel, config: PeftConfig | None, workload: Workload
 ) -> tuple[int, list[PhaseMemory]]:
     base = _base_bytes(model, workload)
-    tuned: nn.Module = model if config is None else get_peft_model(model, config, low_cpu_mem_usage=True)
+    # PEFT's tuners write the names that they resolve into the config that they are given.
+    own = copy.deepcopy(config)
+    tuned: nn.Module = model if own is None else get_peft_model(model, own, low_cpu_mem_usage=True)
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = _Optimizer(workload.optimizer or "adamw", trained)
     step = _measure(model, tuned, optimizer, workload)

@@ -12,6 +12,7 @@ every larger block back at once (MALLOC_MMAP_THRESHOLD_): what it keeps otherwis
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import os
 import subprocess
@@ -125,7 +126,7 @@ def run(case: str, size: str) -> None:
     """A few steps of a case; those in which SpIEL estimates gradients are among them."""
     name, method, checkpointing = parse(case)
     model = build(MODELS[name](*SIZES[size]), checkpointing)
-    config = METHODS[method]
+    config = copy.deepcopy(METHODS[method])
     tuned = model if config is None else get_peft_model(model, config)
     with ExitStack() as stack:
         if isinstance(config, LotteryTicketConfig):

@@ -129,6 +129,13 @@ def test_a_dense_phase_holds_gradients_states_and_a_copy_of_its_targets(kind):
     assert on_cpu.host == {}
 
 
+def test_a_config_of_peft_is_left_as_it_was():
+    config = LoraConfig(r=2, target_modules="all-linear")
+    for model in (LLAMA, BERT):
+        plan_memory(model, config)
+    assert config.target_modules == "all-linear"
+
+
 def test_lora_and_full_fine_tuning():
     config = LoraConfig(r=2, target_modules="all-linear")
     plan = plan_memory(LLAMA, config, batch_size=2, sequence_length=8)
