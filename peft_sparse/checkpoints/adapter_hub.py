@@ -224,10 +224,11 @@ def _kind(config: Mapping[str, Any], adapter: HubAdapter) -> str:
 
 
 def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, path_of: Callable[[Place], str]) -> None:
-    """Write an adapter, without its head, for the `adapters` library: `load_adapter(folder, use_safetensors=True)`.
+    """Write an adapter for the `adapters` library: `load_adapter(folder, use_safetensors=True)`.
 
     Args:
-        folder: made if it does not exist; files of the same names are replaced.
+        folder: made if it does not exist; files of the same names are replaced. A head's files that lie there are
+            removed if the adapter has no head.
         adapter: the adapter.
         path_of: the library's path of the module that holds the adapters of a place, such as
             "bert.encoder.layer.0.output"; for `Place("", -1, "invertible")` the base model's name, such as "bert".
@@ -247,10 +248,25 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
         net, layer, part = key.split(".")
         name = ".".join(filter(None, (base, "invertible_adapters", adapter.name, names[net], names[layer], part)))
         tensors[name] = tensor.detach().cpu().contiguous().clone()
-    about = {**adapter.about, "config": adapter.config, "name": adapter.name, "version": VERSION}
-    text = json.dumps(about, indent=2, sort_keys=True)
-    _replace(root / WEIGHTS[0], lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    _replace(root / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    about = {**adapter.about, "name": adapter.name, "version": VERSION}
+    _write_pair(root, (WEIGHTS[0], tensors), (CONFIG, {**about, "config": adapter.config}))
+    if adapter.head is None:
+        for name in (HEAD_CONFIG, *HEAD_WEIGHTS):
+            (root / name).unlink(missing_ok=True)
+        return
+    # A dropout stands before each of the head's layers, and an activation behind each but the last.
+    layers = {f"heads.{adapter.name}.{1 + 3 * i}": pair for i, pair in enumerate(adapter.head_tensors)}
+    head = {f"{name}.weight": weight for name, (weight, _) in layers.items()}
+    head |= {f"{name}.bias": bias for name, (_, bias) in layers.items() if bias is not None}
+    head = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.items()}
+    _write_pair(root, (HEAD_WEIGHTS[0], head), (HEAD_CONFIG, {**about, "config": adapter.head}))
+
+
+def _write_pair(root: Path, weights: tuple[str, dict[str, Tensor]], config: tuple[str, dict[str, Any]]) -> None:
+    """Tensors, and then the JSON file that names them."""
+    text = json.dumps(config[1], indent=2, sort_keys=True)
+    _replace(root / weights[0], lambda temporary: save_file(weights[1], temporary, metadata={"format": "pt"}))
+    _replace(root / config[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

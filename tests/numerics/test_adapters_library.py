@@ -5,6 +5,7 @@ The library is not needed here: see fixtures/make_adapters_library.py.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -96,6 +97,75 @@ def test_head_into_the_models_own():
     assert torch.equal(head.dense.weight, file.head_tensors[0][0])
     assert torch.equal(head.out_proj.bias, file.head_tensors[1][1])
     assert model.peft_config["task"].modules_to_save == ["classifier"]
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert", "electra", "distilbert"])
+def test_head_only_where_the_same_is_computed(model_type):
+    # The file's head has a tanh. ELECTRA's classifier has the same shapes and a gelu, DistilBERT's another module.
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    if model_type == "distilbert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 20}
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=24, num_labels=3, **sizes)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    folder = ROOT / "bert-with-head" / "task"
+    if model_type in ("electra", "distilbert"):
+        with pytest.raises(FormatError, match=r"use_pooler=False, tanh\) has no counterpart in "):
+            load_adapter_hub(model, folder, with_head=True)
+        assert not hasattr(model, "peft_config")
+    else:
+        load_adapter_hub(model, folder, with_head=True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "wanted"),
+    [
+        ("BertForSequenceClassification", "BertConfig", {"layers": 1, "use_pooler": True}),
+        ("RobertaForSequenceClassification", "RobertaConfig", {"layers": 2, "use_pooler": False}),
+        ("ElectraForSequenceClassification", "ElectraConfig", {"layers": 2, "activation_function": "gelu"}),
+        ("BertForTokenClassification", "BertConfig", {"head_type": "tagging", "layers": 1}),
+        ("DistilBertForQuestionAnswering", "DistilBertConfig", {"head_type": "question_answering", "layers": 1}),
+    ],
+)
+def test_exported_head_comes_back(cls, config, wanted, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    if config == "DistilBertConfig":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 20}
+    config = getattr(transformers, config)(vocab_size=24, id2label={0: "no", 1: "yes"}, **sizes)
+    base = getattr(transformers, cls)(config)
+    module = "qa_outputs" if "Question" in cls else "classifier"
+    start = copy.deepcopy(base)
+    model = get_peft_model(base, BottleneckConfig(bottleneck_size=4, modules_to_save=[module], init_weights=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    save_adapter_hub(model, tmp_path, with_head=True)
+    head = read_adapter_hub(tmp_path).head
+    assert head["label2id"] == {"no": 0, "yes": 1}
+    assert {key: head[key] for key in wanted} == wanted
+    # The library takes the head only under its own name of the class.
+    file = json.loads((tmp_path / "head_config.json").read_text())
+    assert file["model_class"] == f"{cls.partition('For')[0]}AdapterModel"
+    again = load_adapter_hub(start, tmp_path, with_head=True).eval()
+    ids = torch.tensor([[1, 5, 9, 2]])
+    with torch.no_grad():
+        found, expected = again(input_ids=ids).to_tuple()[0], model.eval()(input_ids=ids).to_tuple()[0]
+    assert torch.equal(found, expected)
+    # Written again without it, the old head does not stay beside the new adapter.
+    save_adapter_hub(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter.safetensors"}
+
+
+def test_head_that_the_library_does_not_have(tmp_path):
+    model = get_peft_model(base_model("bert"), BottleneckConfig(bottleneck_size=4))
+    with pytest.raises(FormatError, match="head of BertForMaskedLM has no counterpart in the adapters library"):
+        save_adapter_hub(model, tmp_path / "x", with_head=True)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("name", MODELS)

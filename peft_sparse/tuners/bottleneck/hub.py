@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,12 +29,23 @@ from .layer import make_adapter
 from .placement import INVERTIBLE, find_sites, resolve
 from .weights import iter_bottlenecks, iter_layers
 
-# The head of each of transformers' classes that the library's head types stand for.
-_HEADS = {"classification": "classifier", "tagging": "classifier", "question_answering": "qa_outputs"}
-_TASKS = {
-    "classification": "ForSequenceClassification",
-    "tagging": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
+# The library's head types: (ending of the names of transformers' classes with such a head, the module that it is).
+_HEADS = {
+    "classification": ("ForSequenceClassification", "classifier"),
+    "tagging": ("ForTokenClassification", "classifier"),
+    "question_answering": ("ForQuestionAnswering", "qa_outputs"),
+}
+# How transformers' classifiers of sequences compute, in the library's terms, by model_type: one layer behind the
+# pooler, or two layers on the first token with an activation between them.
+_POOLED: dict[str, Any] = {"layers": 1, "use_pooler": True}
+_TWO_LAYERS: dict[str, Any] = {"layers": 2, "use_pooler": False}
+_CLASSIFIERS = {
+    "bert": _POOLED,
+    "albert": _POOLED,
+    "roberta": {**_TWO_LAYERS, "activation_function": "tanh"},
+    "camembert": {**_TWO_LAYERS, "activation_function": "tanh"},
+    "xlm-roberta": {**_TWO_LAYERS, "activation_function": "tanh"},
+    "electra": {**_TWO_LAYERS, "activation_function": "gelu"},
 }
 _PRESETS = {
     "pfeiffer": {"original_ln_before": True, "mh_adapter": False, "output_adapter": True, "is_parallel": False},
@@ -87,20 +99,25 @@ def load_adapter_hub(
                 for key, tensor in adapter.invertible.items():
                     layer.bottleneck_adapters[name].get_parameter(key).copy_(tensor)
         if head is not None:
-            _load_head(model, head, name, adapter)
+            _load_head(base, name, adapter)
     return model
 
 
-def save_adapter_hub(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
-    """Write an adapter for the `adapters` library: `load_adapter(folder, use_safetensors=True)` there. Without heads.
+def save_adapter_hub(
+    model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str = "default", with_head: bool = False
+) -> None:
+    """Write an adapter for the `adapters` library: `load_adapter(folder, use_safetensors=True)` there.
 
     Args:
         model: the `PeftModel`, on BERT, RoBERTa, XLM-R, ELECTRA or DistilBERT.
         folder: where to.
         adapter_name: the adapter.
+        with_head: write the model's prediction head beside it, the adapter's own copy if it has one, as one of the
+            library's flexible heads (`AutoAdapterModel`): of sequences or tokens, or for questions. Else the library
+            keeps the head that its model has.
 
     Raises:
-        FormatError: the architecture is another one.
+        FormatError: the architecture is another one, or the library has no head that computes the same.
     """
     base = base_model_of(model)
     model_type = getattr(base.config, "model_type", None)
@@ -131,7 +148,10 @@ def save_adapter_hub(model: nn.Module, folder: str | os.PathLike[str], *, adapte
     left_out = [index for index in range(getattr(base.config, "num_hidden_layers", 0)) if index not in present]
     theirs = _library_config(config, width=width, size=size, left_out=left_out)
     about = {"hidden_size": width, "model_type": model_type, "model_class": type(base).__name__, "model_name": ""}
-    write_adapter_hub(folder, HubAdapter(adapter_name, theirs, tensors, invertible, about), path_of=path_of)
+    adapter = HubAdapter(adapter_name, theirs, tensors, invertible, about)
+    if with_head:
+        _add_head(adapter, base)
+    write_adapter_hub(folder, adapter, path_of=path_of)
 
 
 def _library_config(config: BottleneckConfig, *, width: int, size: int, left_out: list[int]) -> dict[str, Any]:
@@ -186,6 +206,31 @@ def _check_fits(base: nn.Module, config: BottleneckConfig, adapter: HubAdapter) 
             )
 
 
+def _head_of(base: nn.Module) -> dict[str, Any] | None:
+    """The library's config of the head that the model has; None if the library has no such head.
+
+    Its layers are those of the module that `_HEADS` names.
+    """
+    kinds = [kind for kind, (ending, _) in _HEADS.items() if type(base).__name__.endswith(ending)]
+    model_type = getattr(base.config, "model_type", None)
+    if not kinds or (kinds == ["classification"] and model_type not in _CLASSIFIERS):
+        return None
+    (kind,) = kinds
+    computes = {"bias": True, **_CLASSIFIERS[model_type]} if kind == "classification" else {"layers": 1}
+    label2id = {str(label): index for index, label in base.config.id2label.items()}
+    about = {"num_labels": base.config.num_labels, "label2id": label2id, "dropout_prob": None}
+    return {"head_type": kind, "activation_function": "tanh", **about, **computes}
+
+
+def _linears(base: nn.Module, head: Mapping[str, Any], adapter_name: str | None = None) -> list[nn.Linear]:
+    """The layers of the model's head, of an adapter's own copy where it has one."""
+    module = base.get_submodule(_HEADS[head["head_type"]][1])
+    if isinstance(module, ModulesToSaveWrapper):
+        has_own = adapter_name in module.modules_to_save
+        module = module.modules_to_save[adapter_name] if has_own else module.original_module
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
 def _find_head(base: nn.Module, adapter: HubAdapter) -> str:
     """The name of the module of the model that can take the file's head.
 
@@ -194,30 +239,41 @@ def _find_head(base: nn.Module, adapter: HubAdapter) -> str:
     """
     if adapter.head is None or not adapter.head_tensors:
         raise FormatError(f"adapter {adapter.name!r} comes without a head: leave with_head out.")
-    kind = adapter.head.get("head_type")
-    name = _HEADS.get(kind)
-    module = getattr(base, name, None) if name else None
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)] if isinstance(module, nn.Module) else []
-    own = [tuple(linear.weight.shape) for linear in linears]
+    own, theirs = _head_of(base), adapter.head
+    shapes = [tuple(linear.weight.shape) for linear in _linears(base, own)] if own else []
     file = [tuple(weight.shape) for weight, _ in adapter.head_tensors]
-    is_task = kind in _TASKS and type(base).__name__.endswith(_TASKS[kind])
-    # One layer stands on the pooled output where the model's classifier does; two have a tanh between them.
-    pooled = kind != "classification" or bool(adapter.head.get("use_pooler")) == (len(own) == 1)
-    curved = len(own) < 2 or adapter.head.get("activation_function") == "tanh"
-    if not (is_task and own == file and pooled and curved):
+    same = ["head_type"]
+    if own and own["head_type"] == "classification":
+        same += ["use_pooler", "activation_function"] if own["layers"] > 1 else ["use_pooler"]
+    if not own or shapes != file or any(own[key] != theirs.get(key) for key in same):
         raise FormatError(
-            f"the head of adapter {adapter.name!r} ({kind}, layers {file}, use_pooler="
-            f"{adapter.head.get('use_pooler')}) has no counterpart in {type(base).__name__} (layers {own or 'none'}). "
-            "Load the adapter without it, and build the head from read_adapter_hub(folder).head_tensors."
+            f"the head of adapter {adapter.name!r} ({theirs.get('head_type')}, layers {file}, use_pooler="
+            f"{theirs.get('use_pooler')}, {theirs.get('activation_function')}) has no counterpart in "
+            f"{type(base).__name__} (layers {shapes or 'none'}). Load the adapter without it, and build the head from "
+            "read_adapter_hub(folder).head_tensors."
         )
-    return name
+    return _HEADS[own["head_type"]][1]
 
 
-def _load_head(model: PeftModel, head: str, adapter_name: str, adapter: HubAdapter) -> None:
-    wrapper = getattr(base_model_of(model), head)
-    module = wrapper.modules_to_save[adapter_name] if isinstance(wrapper, ModulesToSaveWrapper) else wrapper
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    for linear, (weight, bias) in zip(linears, adapter.head_tensors, strict=True):
+def _load_head(base: nn.Module, adapter_name: str, adapter: HubAdapter) -> None:
+    for linear, (weight, bias) in zip(_linears(base, _head_of(base), adapter_name), adapter.head_tensors, strict=True):
         linear.weight.copy_(weight)
         if bias is not None:
             linear.bias.copy_(bias)
+
+
+def _add_head(adapter: HubAdapter, base: nn.Module) -> None:
+    """The model's head as the library has it, into an adapter that is to be written.
+
+    Raises:
+        FormatError: the library has no head that computes the same.
+    """
+    adapter.head = _head_of(base)
+    if adapter.head is None:
+        raise FormatError(
+            f"the head of {type(base).__name__} has no counterpart in the adapters library: leave with_head out."
+        )
+    # The library takes a head as one of its flexible ones only under its own name of the class.
+    adapter.about["model_class"] = re.sub("For[A-Z].*", "AdapterModel", type(base).__name__)
+    linears = _linears(base, adapter.head, adapter.name)
+    adapter.head_tensors = [(linear.weight, linear.bias) for linear in linears]
