@@ -97,12 +97,18 @@ def read_task(data: Path, source: Source, languages: list[str], tokenizer, *, le
     )
 
 
-def read_text(data: Path, language: str, tokenizer, *, length: int) -> tuple[list[dict], list[dict]]:
-    """(train, held out) blocks of at most `length` tokens of all raw text of a language, a twentieth held out."""
-    paths = [data / "text" / name for name in (f"{language}.txt", f"nusax_train_{language}.txt")]
-    lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
+def read_text(
+    data: Path, language: str, tokenizer, *, length: int, files: tuple[str, ...] = ("{}.txt", "nusax_train_{}.txt")
+) -> tuple[list[dict], list[dict]]:
+    """(train, held out) blocks of at most `length` tokens of all raw text of a language, a twentieth held out.
+
+    `files`: patterns of the names of its files in the folder `text`; {} is the language.
+    """
+    patterns = [pattern.format(language) for pattern in files]
+    paths = [path for pattern in patterns for path in sorted((data / "text").glob(pattern))]
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     if not lines:
-        raise SystemExit(f"no raw text of {language!r}: neither of {', '.join(map(str, paths))} exists")
+        raise SystemExit(f"no raw text of {language!r}: {data / 'text'} has none of {', '.join(patterns)}")
     cut = tokenizer(lines, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
     blocks = [{"input_ids": ids} for ids in cut if len(ids) >= 8]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).tolist()
