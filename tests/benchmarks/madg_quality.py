@@ -40,16 +40,15 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 
 import torch
 import transformers
 from _bench_runs import Results, ShowSteps
 from _crosslingual_data import MASKED, batches, read_text
+from _madg_report import GENERATED, KINDS, MEAN, NEW, NONE, OWN, PARTS, report
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -78,8 +77,6 @@ UNSEEN = ["sun", "ace", "quy", "cni"]
 FILES = ("{}.txt", "{}_*.txt", "nusax_train_{}.txt")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = 1000
-NONE, OWN, MEAN, GENERATED, NEW = "none", "own", "mean of own", "generated, 1,000 words", "new, 1,000 words"
-KINDS = {"MAD-G": None, "MAD-G-LS": 32}
 Rows = list[dict]
 
 
@@ -247,10 +244,11 @@ class Bench:
                 self.results.add({**run, "seconds": round(time.process_time() - start, 1)})
 
     def run(self) -> None:
-        seen, unseen = self.options.seen, self.options.unseen
+        seen, unseen, parts = self.options.seen, self.options.unseen, self.options.parts
         encoder = self.encoder()
-        self.measure(NONE, [*seen, *unseen], lambda _: encoder)
-        for kind in KINDS:
+        if NONE in parts:
+            self.measure(NONE, [*seen, *unseen], lambda _: encoder)
+        for kind in (kind for kind in KINDS if kind in parts):
             model = self.mad_g(kind)
 
             def speaking(language: str, model: PeftModel = model) -> PeftModel:
@@ -259,77 +257,12 @@ class Bench:
 
             self.measure(kind, [*seen, *unseen], speaking)
             self.measure(f"{kind}-en", [*seen, *unseen], lambda _, speak=speaking: speak(self.options.pivot))
-        for name in (GENERATED, NEW):
+        for name in (name for name in (GENERATED, NEW) if name in parts):
             self.measure(name, unseen, lambda language, name=name: self.after_few_words(name, language))
-        self.measure(OWN, [*seen, *unseen], self.own)
-        self.measure(MEAN, unseen, self.mean_of_own)
-
-
-# ---- the table -----------------------------------------------------------------------------------------
-
-
-def rows_of(results: Results, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """{row: {language: loss}} of what was measured."""
-    table = {}
-    names = [NONE, *(f"{kind}{end}" for kind in KINDS for end in ("-en", "")), OWN, MEAN, NEW, GENERATED]
-    for name in names:
-        found = {code: results.get(name, code, options.seed) for code in [*options.seen, *options.unseen]}
-        row = {code: run["loss"] for code, run in found.items() if run is not None}
-        if row:
-            table[name] = row
-    return table
-
-
-def cells(name: str, row: dict[str, float], options: argparse.Namespace) -> list[str]:
-    def average(codes: list[str]) -> str:
-        return f"{mean(row[code] for code in codes):.3f}" if all(code in row for code in codes) else ""
-
-    parts = [average(options.seen), average(options.unseen)]
-    return [name, *parts, *(f"{row[code]:.3f}" if code in row else "" for code in [*options.seen, *options.unseen])]
-
-
-def report(results: Results, options: argparse.Namespace, console: Console) -> None:
-    """The table on the screen and as markdown, and the plot, beside the results."""
-    rows = rows_of(results, options)
-    head = [
-        "adapter",
-        "mean of seen",
-        "mean of unseen",
-        *options.seen,
-        *(f"{code} (unseen)" for code in options.unseen),
-    ]
-    table = Table(*head, title="masked loss on held-out text, nats per masked token")
-    lines = [f"| {' | '.join(head)} |", f"| :-- |{' --: |' * (len(head) - 1)}"]
-    for name, row in rows.items():
-        table.add_row(*cells(name, row, options))
-        lines.append(f"| {' | '.join(cells(name, row, options))} |")
-    console.print(table)
-    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(rows, options)
-
-
-def plot(rows: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    """How far each adapter lies below the encoder without one: a line for each language, unseen ones on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    codes = [*options.seen, *options.unseen]
-    figure, axes = plt.subplots(figsize=(7.5, 1.5 + 0.32 * len(codes)), layout="constrained")
-    axes.axhspan(len(options.seen) - 0.5, len(codes) - 0.5, color="0.93")
-    axes.axvline(0, color="0.5", linewidth=1)
-    adapted = {name: row for name, row in rows.items() if name != NONE}
-    for number, (name, row) in enumerate(adapted.items()):
-        shade = str(0.75 * number / max(1, len(adapted) - 1))
-        gains = [row[code] - rows[NONE][code] for code in row]
-        places = [codes.index(code) for code in row]
-        axes.scatter(gains, places, marker="os^Dv<>P*"[number], color=shade, label=name, s=28)
-    axes.set_yticks(range(len(codes)), [*options.seen, *(f"{code} (unseen)" for code in options.unseen)])
-    axes.set_xlabel("masked loss less that without an adapter (nats per masked token): left is better")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(options.output.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+        if OWN in parts:
+            self.measure(OWN, [*seen, *unseen], self.own)
+        if MEAN in parts:
+            self.measure(MEAN, unseen, self.mean_of_own)
 
 
 # ---- the command ---------------------------------------------------------------------------------------
@@ -358,6 +291,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="Of all that is drawn.")
     parser.add_argument("--threads", type=int, default=None, help="Threads of torch.")
     parser.add_argument("--output", type=Path, default=Path("madg_quality.jsonl"), help="File of results.")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="Rows of the table to fill.")
     parser.add_argument("--quick", action="store_true", help="A few steps and languages, to see that all parts run.")
     options = parser.parse_args()
     if options.quick:
@@ -393,8 +327,9 @@ def main() -> None:
     known = settings(options)
     folder = options.output.with_suffix("") / digest(known)
     results = Results(options.output, ("name", "language", "seed"), lambda _: known)
-    steps = options.base_steps + 2 * options.steps + len(options.unseen) * 2 * options.few_steps
-    steps += (len(options.seen) + len(options.unseen)) * options.own_steps
+    steps = options.base_steps + sum(kind in options.parts for kind in KINDS) * options.steps
+    steps += len(options.unseen) * sum(name in options.parts for name in (GENERATED, NEW)) * options.few_steps
+    steps += (len(options.seen) + len(options.unseen)) * (OWN in options.parts) * options.own_steps
     console.print(f"{steps:,} steps in all, less what is there already")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
