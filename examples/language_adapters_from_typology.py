@@ -56,9 +56,12 @@ def main(
     unseen: Annotated[str, typer.Option(help="Language left out of the training. \\[default: an invented one]")] = "",
     pivot: Annotated[str, typer.Option(help="Language whose adapter is the baseline, with --data.")] = "eng",
     steps: Annotated[int, typer.Option(help="Steps of training the hypernetwork.")] = 1500,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    rate: Annotated[
+        float | None, typer.Option(help="Peak rate of the hypernetwork. \\[default: 2e-3; 3e-4 with --data]")
+    ] = None,
     words: Annotated[int, typer.Option(help="Words of the unseen language to fine-tune on.")] = 1000,
     fine_tuning_steps: Annotated[int, typer.Option(help="Steps of fine-tuning.")] = 100,
+    fine_tuning_rate: Annotated[float, typer.Option(help="Its peak learning rate.")] = 2e-3,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the losses: a .png file.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapters are saved.")] = Path("outputs/typology"),
@@ -86,6 +89,8 @@ def main(
     config = MadGConfig(bottleneck_size=width, layer_dim=32, typology=corpus.typology)
     mad_g = get_peft_model(copy.deepcopy(encoder), config)
     # Every batch names its language, which the model takes as an input: there is nothing to activate.
+    # A step of Adam moves generated weights many times as far as weights of their own; see MadGConfig.
+    rate = rate or (2e-3 if data is None else 3e-4)
     lm.fit(mad_g, others, steps=steps, rate=rate, activate=None)
     mad_g.save_pretrained(output / "mad_g")
     losses |= generated_losses(lm, mad_g, corpus)
@@ -98,7 +103,7 @@ def main(
     tuned = generated.add_to(copy.deepcopy(encoder))
     new = get_peft_model(copy.deepcopy(encoder), generated.config)
     for name, adapted in (("a new adapter", new), ("its own", tuned)):
-        lm.fit(adapted, few, steps=fine_tuning_steps, rate=rate, activate=one_for_all)
+        lm.fit(adapted, few, steps=fine_tuning_steps, rate=fine_tuning_rate, activate=one_for_all)
         losses[f"{name}, after {words:,} words"] = {unseen: lm.loss(adapted, unseen)}
     tuned.save_pretrained(output / "fine_tuned")
 
