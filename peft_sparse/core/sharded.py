@@ -32,6 +32,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, inside autograd; the tensor itself if it is not sharded.
+
+    For what reads a parameter of another FSDP2 unit, which is cut up while its own unit does not compute. The gradient
+    reaches the shards as the mean over all processes, as FSDP2 forms it. A collective, in the backward as well.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    complete: Tensor = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
+    if complete.requires_grad:
+        # The sum is formed by gloo too, the mean is not.
+        complete.register_hook(lambda gradient: gradient / mesh.size())
+    return complete
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory, outside of autograd; all of it if it is not sharded."""
     tensor = tensor.detach()

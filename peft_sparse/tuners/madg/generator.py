@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...core.sharded import gathered, how_sharded
 from ...errors import ConfigError
 from ...typology import Typology
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
@@ -45,7 +46,12 @@ class SharedPart(nn.Module):
 
     def embeddings(self, languages: list[str]) -> Tensor:
         """V t of each language: [U, d_l]."""
-        projection = self.language_projection
+        projection = gathered(self.language_projection)
+        if projection.dim() != 2:
+            raise ConfigError(
+                f"the projection of languages is {how_sharded(projection)}, and all layers of MAD-G read it: this way "
+                "of sharding shows it to one of them only. Use FSDP2 (fsdp_config={'version': 2}) or DDP."
+            )
         vectors = []
         for code in languages:
             vector = self.vector(code)
@@ -137,12 +143,12 @@ class SiteGenerator(nn.Module):
         shared = self._shared[0]
         embedding = shared.embeddings(languages)
         if self.config.layer_dim is None:
-            generator = self.generator
+            generator = gathered(self.generator)
         else:
-            generator = shared.generator
-            layer = self.layer_embedding.to(embedding).expand(len(languages), -1)
+            generator = gathered(shared.generator)
+            layer = gathered(self.layer_embedding).to(embedding).expand(len(languages), -1)
             embedding = torch.cat([embedding, layer], dim=1)
-        generated = F.linear(embedding.to(generator.device), generator)
+        generated = F.linear(embedding.to(generator), generator)
         return [self._cut(row) for row in generated.unbind()]
 
     def _cut(self, generated: Tensor) -> BottleneckWeights:
