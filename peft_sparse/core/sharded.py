@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+def in_several_processes() -> bool:
+    """Whether this process is one of several that train or compute together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -254,6 +254,9 @@ class BottleneckModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_loaded(model, adapter_name, remapped, adapters=cls.tuner_layer_cls.adapter_layer_names[0])
+        for _, layer in iter_layers(model):
+            # A trainer that resumes may have cast the adapter; the file's values would be rounded.
+            layer.keep_dtypes([adapter_name])
         return as_sharded(model, remapped)
 
     # ---- composition -----------------------------------------------------------------------------
