@@ -51,6 +51,14 @@ class MadGConfig(BottleneckConfig):
     "near_identity", whatever the language and the sizes. With `init="identity"` the part of W that generates
     up-projections is zero, and with it every adapter's effect.
 
+    In several processes each may see languages of its own: every parameter takes part whatever the language, so DDP
+    needs no `find_unused_parameters`. The process that writes the adapter saves the vectors of the languages that it
+    knows: give `LanguageSwitch`, or `set_language` once before the training, the list of all. FSDP1 shows the shared
+    parameters to one layer only; where layers are units of their own it is refused.
+
+    Cost: in evaluation without gradients a single process keeps the generated weights of one language, 2hm for each
+        site. Under FSDP2 every layer gathers V, and with layer embeddings W, anew and keeps it until its backward.
+
     Raises:
         ConfigError: a field has a value that no run can honour.
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.sharded import gathered, how_sharded
+from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
 from ..bottleneck.sites import PerExample
 from .config import MadGConfig
+from .kept import KeptWeights
 from .languages import MadGState
 from .typology import as_typology, digest_of, save_vector, saved_vectors
 
@@ -126,6 +128,7 @@ class SiteGenerator(nn.Module):
         self.shared = shared if owns_shared else None
         # In a tuple, so that it is not this site's module.
         self._shared = (shared,)
+        self._kept = KeptWeights()
         self.activation = activation_named(config.activation)
         self.dropout = nn.Dropout(config.dropout)
         if config.layer_dim is None:
@@ -151,6 +154,27 @@ class SiteGenerator(nn.Module):
         generated = F.linear(embedding.to(generator), generator)
         return [self._cut(row) for row in generated.unbind()]
 
+    def _weights_for(self, language: str) -> BottleneckWeights:
+        """One language's weights, which are generated once for many forwards where nothing is trained."""
+        if torch.compiler.is_compiling():
+            return self.generate([language])[0]
+        # FSDP fills the same tensors with other values, and their versions stay.
+        if self.training or torch.is_grad_enabled() or in_several_processes():
+            self._kept.drop()
+            return self.generate([language])[0]
+        sources = [*self._shared[0].parameters(), *self.parameters(recurse=False)]
+        return self._kept.get(language, sources, lambda: self.generate([language])[0])
+
+    def train(self, mode: bool = True) -> SiteGenerator:
+        """As any module's; in training no generated weights are kept."""
+        if mode:
+            self._kept.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteGenerator:
+        self._kept.drop()
+        return super()._apply(fn, recurse)
+
     def _cut(self, generated: Tensor) -> BottleneckWeights:
         size, width = self.config.size_for(self.width), self.width
         down, up = generated.split(size * width)
@@ -162,7 +186,8 @@ class SiteGenerator(nn.Module):
         """What is to be added to the residual, with the language that is set: [B, ..., h] like `x`, in its dtype."""
         current = self._state.current()
         if isinstance(current, str):
-            return self._add(self.generate([current])[0], x)
+            return self._add(self._weights_for(current), x)
+        self._kept.drop()
         if len(current) != len(x):
             raise ConfigError(f"language must name one language per example ({len(x)}), got {len(current)}: {current}.")
         codes = list(dict.fromkeys(current))
