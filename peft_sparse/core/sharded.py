@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+def in_several_processes() -> bool:
+    """Whether this process is one of several that train or compute together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -30,6 +36,24 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, outside of autograd. If it is sharded this is a collective: every process must call it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, inside autograd; the tensor itself if it is not sharded.
+
+    For what reads a parameter of another FSDP2 unit, which is cut up while its own unit does not compute. The gradient
+    reaches the shards as the mean over all processes, as FSDP2 forms it. A collective, in the backward as well.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    complete: Tensor = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
+    if complete.requires_grad:
+        # The sum is formed by gloo too, the mean is not.
+        complete.register_hook(lambda gradient: gradient / mesh.size())
+    return complete
 
 
 def own_part(tensor: Tensor) -> Tensor:

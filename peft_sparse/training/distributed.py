@@ -9,14 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.sharded import how_sharded, is_sharded
+from ..core.sharded import how_sharded, in_several_processes, is_sharded
 from ..errors import ConfigError, SelectionError
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def from_first_rank(indices: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -25,7 +20,7 @@ def from_first_rank(indices: dict[str, Tensor]) -> dict[str, Tensor]:
     Replicas are equal bit for bit and choose alike; this makes it so even where a kernel is not deterministic. Every
     process must call it.
     """
-    if not is_distributed():
+    if not in_several_processes():
         return indices
     shared = [{name: chosen.cpu() for name, chosen in indices.items()}]
     dist.broadcast_object_list(shared, src=0)
@@ -46,7 +41,7 @@ def means_over_ranks(tensors: Sequence[Tensor], *, what: str) -> list[Tensor]:
 
     Cost: one collective per device, of the tensors' size, and one of a few bytes that tells whether all mean the same.
     """
-    if not is_distributed():
+    if not in_several_processes():
         return list(tensors)
     group = _own_group()
     means: list[Tensor | None] = [None] * len(tensors)
@@ -71,7 +66,7 @@ def check_same_supports(indices: Mapping[str, Tensor], *, when: str) -> None:
 
     Cost: one collective of a few bytes.
     """
-    if not is_distributed() or not indices:
+    if not in_several_processes() or not indices:
         return
     first = next(iter(indices.values()))
     digest = torch.zeros((), dtype=torch.int64, device=first.device)
@@ -131,7 +126,7 @@ def refuse_processes(adapter_name: str, budget: object, deltas: Mapping[str, Ada
     Raises:
         ConfigError: weights would have to move between tensors, or to another place in a flattened parameter.
     """
-    if budget == "global" and is_distributed():
+    if budget == "global" and in_several_processes():
         raise ConfigError(
             f"budget='global' moves weights of adapter {adapter_name!r} between tensors while it trains, and DDP and "
             "FSDP cannot let a parameter change its size. Use budget='uniform', or a single process."

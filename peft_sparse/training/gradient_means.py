@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.sharded import in_several_processes
 from ..errors import SelectionError
 from ..selection.saliency import MEAN, MEAN_SQUARED, GradientMeans
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
-from .distributed import is_distributed, means_over_ranks
+from .distributed import means_over_ranks
 
 # (model, batch) -> loss, a scalar.
 LossFunction = Callable[[Any, Any], Tensor]
@@ -52,7 +53,7 @@ class _Sums:
             SelectionError: the gradient is not finite, or the processes are in different batches.
         """
         current, self._current = self._current, None
-        if is_distributed():
+        if in_several_processes():
             own = self._zeros() if current is None else current
             (current,) = means_over_ranks([own], what=f"{self._name} in {batch}")
         if current is None:

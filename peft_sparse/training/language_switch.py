@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
+from ..tuners.madg.model import look_up_languages
 from .multisource import LANGUAGE
 
 _STATE = "batches_per_language"
@@ -29,13 +30,16 @@ class LanguageSwitch(TrainerCallback):
         model: whose forward is watched: the PeftModel that the trainer gets.
         languages: the names that batches of training have: `MultiSourceDataset.languages`.
         activate: called as activate(model, language) before the forward, which then does not get "language";
-            `language_below_task` makes one. None for a model that takes `language` itself, as MAD-G does.
+            `language_below_task` makes one. None for a model that takes `language` itself, as MAD-G does, whose active
+            adapters have the vectors of all `languages` saved with them then: another process may see other languages
+            than the one that writes the files.
 
     Attributes:
         counts: {language: batches of training}, of this process.
 
     Raises:
-        ConfigError: in the forward, a batch without a language, or with an unknown one in training.
+        ConfigError: a MAD-G adapter has no vector for one of the languages; or, in the forward, a batch without a
+            language, or with an unknown one in training.
 
     Source: thesis 3.3.3: in each step a batch of one language, under whose language adapter the task adapter trains.
     """
@@ -49,6 +53,8 @@ class LanguageSwitch(TrainerCallback):
     ) -> None:
         self.counts = dict.fromkeys(languages, 0)
         self._activate = activate
+        if activate is None:
+            look_up_languages(model, self.counts)
         self._before: dict[str, int] = {}
         self._totals: dict[str, int] = dict(self.counts)
         self._handle = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .distributed import is_distributed
+from ..core.sharded import in_several_processes
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
         a function to call after each step.
     """
     console = Console(stderr=True)
-    is_hidden = not console.is_terminal or (is_distributed() and dist.get_rank() > 0)
+    is_hidden = not console.is_terminal or (in_several_processes() and dist.get_rank() > 0)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
         task = progress.add_task(description, total=total)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.push import update_cards
 from ..errors import ConfigError, FormatError
+from ..tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
 from ..tuners.sparse_ft.config import GRADIENTS
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
@@ -118,7 +119,7 @@ class TwoPhaseTraining(PhaseCheckpoints):
         """
         with self._model_made_once(trial):
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
-            for _, layer in iter_layers(self.model):
+            for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
                 layer.keep_dtypes()
             found = self._adapter_before_its_phases()
             if found is None:

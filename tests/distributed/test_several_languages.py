@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from multisource_cases import train
+from comparison import assert_joined, assert_replicas
+from multisource_cases import train, train_generator
 from processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -27,3 +28,31 @@ def test_two_processes(tmp_path):
         for name, values in whole[0]["values"].items():
             assert torch.equal(process["values"][name], values)
             assert torch.equal(expected["values"][name], values)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+def test_a_hypernetwork_in_two_processes(tmp_path, fsdp):
+    folder = str(tmp_path / "out")
+    whole = run(train_generator, tmp_path / "whole", folder=folder, fsdp=fsdp)
+    assert {process["wrapper"] for process in whole} == {"FSDPPeftModel" if fsdp else "DistributedDataParallel"}
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    resumed = run(train_generator, tmp_path / "resumed", folder=folder, fsdp=fsdp, resume=True)
+    (one,) = run(train_generator, tmp_path / "one", world=1, folder=str(tmp_path / "alone"))
+    # A step of one process has the batches of both.
+    interleaved = [batch for step in zip(*(process["seen"] for process in whole), strict=True) for batch in step]
+    assert_same_batches(interleaved, one["seen"])
+    assert any(len({process["seen"][step][0] for process in whole}) == 2 for step in range(8))
+    assert any(own["own"].values() != one["own"].values() for own in whole)
+    assert sum(one["counts"].values()) == 16
+    for process, expected in zip(resumed, whole, strict=True):
+        assert process["counts"] == expected["counts"] == one["counts"]
+        assert_same_batches(process["seen"], expected["seen"][5:])
+        assert process["saved languages"] == expected["saved languages"] == ["ace", "eng", "quy"]
+    assert_replicas([process["values"] for process in (*whole, *resumed)])
+    assert_joined(whole[0]["values"], one["values"], tolerance=1e-10)
+
+
+def assert_same_batches(found, expected):
+    assert [language for language, *_ in found] == [language for language, *_ in expected]
+    for (_, *tensors), (_, *others) in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from ...core.sharded import overwrite
 from ...errors import ConfigError
 
 LEARNED = "learned"
@@ -80,7 +81,7 @@ class Bottleneck(nn.Module):
                     "The bottleneck sizes and the models' widths must be the same."
                 )
         for own, new in zip(self.weights, weights, strict=True):
-            own.copy_(new)
+            overwrite(own, new)
 
     def forward(self, x: Tensor) -> Tensor:
         """What is to be added to the residual: [..., h] like `x`, in its dtype."""

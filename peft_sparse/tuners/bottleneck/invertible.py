@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ...core.sharded import gathered, is_sharded
 from .adapter import activation_named, init_linears
 
 # The largest factor by which a GLOW coupling scales is exp(CLAMP).
@@ -108,7 +110,14 @@ class _Subnet(nn.Module):
         self.up = nn.Linear(size, outputs, device=device, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
+        return _linear(self.up, self.activation(_linear(self.down, x.to(self.down.weight.dtype))))
+
+
+def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The linear map, whoever holds its weight: the inverse acts when FSDP2 has cut up the embeddings' unit again."""
+    if is_sharded(linear.weight):
+        return F.linear(x, gathered(linear.weight), gathered(linear.bias))
+    return linear(x)
 
 
 COUPLINGS: dict[str, type[Coupling]] = {"nice": Nice, "glow": Glow}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..kept_dtype import undo_cast
 from .adapter import Bottleneck, init_linears
 from .config import BottleneckConfig
 from .invertible import COUPLINGS
@@ -18,6 +19,8 @@ from .sites import PerExample, apply, attach
 
 # The attribute that holds a layer's adapters; transformers looks for the prefix of the tuner type in it.
 ADAPTERS = "bottleneck_adapters"
+# Attribute of the parameters that are an adapter's own; what stands in their place for a while does not have it.
+_OWN = "_peft_sparse_own"
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
@@ -42,6 +45,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # {adapter name: versions of its tensors when it was made}
         self._made: dict[str, tuple[int, ...]] = {}
+        # {adapter name: the dtype that it is meant to have}
+        self._dtypes: dict[str, torch.dtype] = {}
         # What hooks this layer into modules around it: {placement: handles}.
         self.hooks: dict[str, list[RemovableHandle]] = {}
         # Device and dtype of the model around this layer: dropouts have no parameter to read them off.
@@ -68,6 +73,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         adapter = self.new_adapter(adapter_name, config, site)
         self.adapters[adapter_name] = adapter
         self._made[adapter_name] = _versions(adapter)
+        self._dtypes[adapter_name] = _dtype_of(adapter)
+        self._mark_own()
         self.placements[adapter_name] = placement
         self.in_features = self.out_features = width
         if placement not in self.hooks:
@@ -86,6 +93,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.placements.pop(adapter_name, None)
         self._made.pop(adapter_name, None)
+        self._dtypes.pop(adapter_name, None)
 
     def is_fresh(self, adapter_name: str) -> bool:
         """Whether nothing has written into an adapter's parameters since it was made, or this site has none."""
@@ -105,7 +113,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if adapters is None:
             adapters = [] if self.disable_adapters else self.active_adapters
         held = self.adapters
-        return [held[name] for name in adapters if name in held and self.placements[name] == placement]
+        chosen = [name for name in adapters if name in held and self.placements[name] == placement]
+        if torch.is_grad_enabled():
+            self.keep_dtypes(chosen, in_forward=True)
+        return [held[name] for name in chosen]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with what the active adapters make of it."""
@@ -133,6 +144,41 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """Bring an adapter to the base model's dtype, which PEFT does where `autocast_adapter_dtype` is False."""
         if adapter_name in self.adapters:
             self.adapters[adapter_name].to(self._around[1])
+            self._dtypes[adapter_name] = self._around[1]
+
+    def keep_dtypes(self, adapters: Iterable[str] | None = None, *, in_forward: bool = False) -> None:
+        """Undo casts of adapters that nobody asked for: see `undo_cast`.
+
+        A hypernetwork would suffer most: in bfloat16 an embedding of size 1 does not move by less than 0.004. Tensors
+        that FSDP puts in the place of a parameter are left alone.
+
+        Args:
+            adapters: names; the active ones if None.
+            in_forward: see `undo_cast`.
+        """
+        for name in self.active_adapters if adapters is None else adapters:
+            if name in self.adapters:
+                for parameter in self.adapters[name].parameters():
+                    if parameter.dtype != self._dtypes[name] and getattr(parameter, _OWN, False):
+                        what = "The weights of a bottleneck adapter"
+                        undo_cast(parameter, self._dtypes[name], what=what, in_forward=in_forward)
+
+    def _mark_own(self) -> None:
+        for parameter in self.adapters.parameters():
+            setattr(parameter, _OWN, True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BottleneckLayer:
+        before = {name: _dtype_of(adapter) for name, adapter in self.adapters.items()}
+        super()._apply(fn, recurse)
+        for name, adapter in self.adapters.items():
+            if _dtype_of(adapter) != before[name]:
+                self._dtypes[name] = _dtype_of(adapter)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies of parameters lose their attributes.
+        super().__setstate__(state)
+        self._mark_own()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -158,6 +204,10 @@ def _around(parent: nn.Module, adapters: str) -> tuple[torch.device, torch.dtype
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
     return device or torch.device("cpu"), torch.float32
+
+
+def _dtype_of(adapter: nn.Module) -> torch.dtype:
+    return next(adapter.parameters()).dtype
 
 
 def _versions(adapter: nn.Module) -> tuple[int, ...]:

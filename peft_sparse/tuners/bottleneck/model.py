@@ -14,6 +14,7 @@ from ...checkpoints.push import keep_card_when_pushing
 from ...errors import ConfigError
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
+from ..sparse_ft.state import gather
 from ..weight_tuner import adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
@@ -21,7 +22,7 @@ from .config import BottleneckConfig
 from .layer import CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
-from .state import check_loaded
+from .state import as_sharded, check_loaded, refuse_sharded_model
 from .weights import iter_layers
 
 
@@ -56,10 +57,12 @@ class BottleneckModel(BaseTuner):
         All that can be refused is refused before the first module is touched.
 
         Raises:
-            ConfigError: it is not known where the adapter goes in this model, or it cannot go there.
+            ConfigError: it is not known where the adapter goes in this model, or it cannot go there, or FSDP2 has
+                sharded the model.
         """
         try:
             with adding(self, model, adapter_name) as config:
+                refuse_sharded_model(model, adapter_name)
                 self._sites: dict[str, Site] = self._find_sites(config, model)
                 self._detach_inverse()
                 super().inject_adapter(
@@ -235,7 +238,9 @@ class BottleneckModel(BaseTuner):
     ) -> dict[str, Tensor]:
         config.saved_as = adapter_name
         keep_card_when_pushing(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        gather(model, own, state_dict)
+        return own
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -249,7 +254,10 @@ class BottleneckModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_loaded(model, adapter_name, remapped, adapters=cls.tuner_layer_cls.adapter_layer_names[0])
-        return remapped
+        for _, layer in iter_layers(model):
+            # A trainer that resumes may have cast the adapter; the file's values would be rounded.
+            layer.keep_dtypes([adapter_name])
+        return as_sharded(model, remapped)
 
     # ---- composition -----------------------------------------------------------------------------
 

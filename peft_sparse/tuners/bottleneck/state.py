@@ -1,4 +1,7 @@
-"""What PEFT's state-dict hooks do for bottleneck adapters: a file that does not fit is refused as a whole."""
+"""What PEFT's state-dict hooks do for bottleneck adapters: a file that does not fit is refused as a whole.
+
+Where FSDP2 has sharded a model, files hold whole tensors all the same.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
-from ...errors import FormatError
+from ...core.sharded import is_sharded, sharded_like
+from ...errors import ConfigError, FormatError
 from ..sparse_ft.state import discard
 from .layer import ADAPTERS, BottleneckLayer
 
@@ -37,6 +41,29 @@ def check_loaded(
     if problem is None:
         return
     refuse(model, adapter_name, problem)
+
+
+def as_sharded(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors cut up as the model's own are, which takes no others then."""
+    own = dict(model.named_parameters())
+    return {
+        key: sharded_like(tensor, own[key]) if key in own and not is_sharded(tensor) else tensor
+        for key, tensor in state_dict.items()
+    }
+
+
+def refuse_sharded_model(model: nn.Module, adapter_name: str) -> None:
+    """Raise a ConfigError if FSDP2 has sharded a model: it would not know the parameters of a new adapter."""
+    layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
+    # The method is FSDP2's own, of its modules. If the PeftModel around this one is the only such module, adapters tell,
+    # as long as no forward has left them whole.
+    in_root = any(is_sharded(parameter) for layer in layers for parameter in layer.adapters.parameters())
+    if in_root or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
+        raise ConfigError(
+            f"the model is sharded already, and adapter {adapter_name!r} added now would be left out of that: no "
+            "process would see the gradients of the others. Add the adapter to the whole model, then call fully_shard "
+            "(trainers do so)."
+        )
 
 
 def refuse(model: nn.Module, adapter_name: str, problem: str) -> NoReturn:

@@ -56,6 +56,14 @@ class MadGConfig(BottleneckConfig):
     what a bottleneck adapter takes. In trials of 120 steps on real text the best of four was 3e-4, and 3e-3 for a
     single adapter; the thesis trains 200,000 steps from 5e-5 (3.4.2).
 
+    In several processes each may see languages of its own: every parameter takes part whatever the language, so DDP
+    needs no `find_unused_parameters`. The process that writes the adapter saves the vectors of the languages that it
+    knows: give `LanguageSwitch`, or `set_language` once before the training, the list of all. FSDP1 shows the shared
+    parameters to one layer only; where layers are units of their own it is refused.
+
+    Cost: in evaluation without gradients a single process keeps the generated weights of one language, 2hm for each
+        site. Under FSDP2 every layer gathers V, and with layer embeddings W, anew and keeps it until its backward.
+
     Raises:
         ConfigError: a field has a value that no run can honour.
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
 from ..bottleneck.sites import PerExample
 from .config import MadGConfig
+from .kept import KeptWeights
 from .languages import MadGState
 from .typology import as_typology, digest_of, save_vector, saved_vectors
 
@@ -45,7 +48,12 @@ class SharedPart(nn.Module):
 
     def embeddings(self, languages: list[str]) -> Tensor:
         """V t of each language: [U, d_l]."""
-        projection = self.language_projection
+        projection = gathered(self.language_projection)
+        if projection.dim() != 2:
+            raise ConfigError(
+                f"the projection of languages is {how_sharded(projection)}, and all layers of MAD-G read it: this way "
+                "of sharding shows it to one of them only. Use FSDP2 (fsdp_config={'version': 2}) or DDP."
+            )
         vectors = []
         for code in languages:
             vector = self.vector(code)
@@ -120,6 +128,7 @@ class SiteGenerator(nn.Module):
         self.shared = shared if owns_shared else None
         # In a tuple, so that it is not this site's module.
         self._shared = (shared,)
+        self._kept = KeptWeights()
         self.activation = activation_named(config.activation)
         self.dropout = nn.Dropout(config.dropout)
         if config.layer_dim is None:
@@ -137,13 +146,34 @@ class SiteGenerator(nn.Module):
         shared = self._shared[0]
         embedding = shared.embeddings(languages)
         if self.config.layer_dim is None:
-            generator = self.generator
+            generator = gathered(self.generator)
         else:
-            generator = shared.generator
-            layer = self.layer_embedding.to(embedding).expand(len(languages), -1)
+            generator = gathered(shared.generator)
+            layer = gathered(self.layer_embedding).to(embedding).expand(len(languages), -1)
             embedding = torch.cat([embedding, layer], dim=1)
-        generated = F.linear(embedding.to(generator.device), generator)
+        generated = F.linear(embedding.to(generator), generator)
         return [self._cut(row) for row in generated.unbind()]
+
+    def _weights_for(self, language: str) -> BottleneckWeights:
+        """One language's weights, which are generated once for many forwards where nothing is trained."""
+        if torch.compiler.is_compiling():
+            return self.generate([language])[0]
+        # FSDP fills the same tensors with other values, and their versions stay.
+        if self.training or torch.is_grad_enabled() or in_several_processes():
+            self._kept.drop()
+            return self.generate([language])[0]
+        sources = [*self._shared[0].parameters(), *self.parameters(recurse=False)]
+        return self._kept.get(language, sources, lambda: self.generate([language])[0])
+
+    def train(self, mode: bool = True) -> SiteGenerator:
+        """As any module's; in training no generated weights are kept."""
+        if mode:
+            self._kept.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteGenerator:
+        self._kept.drop()
+        return super()._apply(fn, recurse)
 
     def _cut(self, generated: Tensor) -> BottleneckWeights:
         size, width = self.config.size_for(self.width), self.width
@@ -156,7 +186,8 @@ class SiteGenerator(nn.Module):
         """What is to be added to the residual, with the language that is set: [B, ..., h] like `x`, in its dtype."""
         current = self._state.current()
         if isinstance(current, str):
-            return self._add(self.generate([current])[0], x)
+            return self._add(self._weights_for(current), x)
+        self._kept.drop()
         if len(current) != len(x):
             raise ConfigError(f"language must name one language per example ({len(x)}), got {len(current)}: {current}.")
         codes = list(dict.fromkeys(current))

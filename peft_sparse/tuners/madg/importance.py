@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.sharded import whole
 from .generator import SiteGenerator
 
 # Rows of W that are converted to float64 at a time.
@@ -49,12 +50,12 @@ def feature_importance(sites: Mapping[str, SiteGenerator]) -> FeatureImportance:
     Source: thesis 3.5.4.
     """
     shared = next(site.shared for site in sites.values() if site.shared is not None)
-    projection = shared.language_projection.double().cpu()
+    projection = whole(shared.language_projection).double().cpu()
     if shared.generator is not None:
-        squares = _squared_norms(shared.generator[:, : len(projection)], projection)
+        squares = _squared_norms(whole(shared.generator)[:, : len(projection)], projection)
         by_site = squares.expand(len(sites), -1)
     else:
-        by_site = torch.stack([_squared_norms(site.generator, projection) for site in sites.values()])
+        by_site = torch.stack([_squared_norms(whole(site.generator), projection) for site in sites.values()])
     names = list(shared.config.saved_typology["feature_names"])
     return FeatureImportance(names, list(sites), by_site.sqrt(), by_site.sum(0).sqrt())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -198,13 +198,31 @@ def set_language(model: nn.Module, language: str | Sequence[str]) -> LanguageCon
     """
     state = _state(model)
     languages = as_languages(language)
+    look_up_languages(model, [languages] if isinstance(languages, str) else languages)
+    before, state.chosen = state.chosen, languages
+    return LanguageContext(state, before)
+
+
+def look_up_languages(model: nn.Module, languages: Iterable[str]) -> None:
+    """Have the vectors of languages saved with the active adapters, whether a forward uses them or not.
+
+    Each of several processes sees languages of its own, and the first of them writes the files.
+
+    Args:
+        model: a PeftModel, or any model; without MAD-G adapters nothing is done.
+        languages: their codes.
+
+    Raises:
+        ConfigError: an active adapter has no vector for one.
+    """
+    state = state_of(model)
+    if state is None:
+        return
     layer = next(module for module in base_model_of(model).modules() if isinstance(module, MadGLayer))
     for name in layer.active_adapters:
         if name in state.shared:
-            for code in [languages] if isinstance(languages, str) else dict.fromkeys(languages):
+            for code in dict.fromkeys(languages):
                 state.shared[name].vector(code)
-    before, state.chosen = state.chosen, languages
-    return LanguageContext(state, before)
 
 
 def generate_adapter(

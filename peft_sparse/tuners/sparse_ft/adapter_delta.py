@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -19,9 +17,8 @@ from ...core.indices import check_indices, index_dtype
 from ...core.observer import GradientObserver
 from ...core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ...errors import ConfigError, FormatError
+from ..kept_dtype import undo_cast
 from . import regularization
-
-logger = logging.getLogger(__name__)
 
 
 class AdapterDelta(nn.Module):
@@ -145,32 +142,13 @@ class AdapterDelta(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keep_dtype(self, *, in_forward: bool = False) -> None:
-        """Give the values their dtype back if they were cast by an assignment to `values.data`; says so once.
+        """Give the values their dtype back if they were cast by an assignment to `values.data`: see `undo_cast`.
 
-        TRL's trainers do that to all that is trainable over a quantised base, and in bfloat16 most updates are lost.
         Tensors that FSDP puts in the place of the parameter are left alone.
-
-        Args:
-            in_forward: several processes may have built on the parameter as it is (DDP would lose its hooks), so that
-                then a warning must do.
         """
         if not self._was_cast():
             return
-        values, narrow = self.values, self.values.dtype
-        if in_forward and _in_several_processes():
-            _warn_once(
-                f"The values of a sparse adapter train in {narrow} instead of {self.values_dtype}: the trainer cast "
-                "them before it distributed the model. Use SparseSFTTrainer, or sparse_trainer(...) of your trainer."
-            )
-            return
-        gradient, values.grad = values.grad, None
-        values.data = values.data.to(self.values_dtype)
-        values.grad = None if gradient is None else gradient.to(self.values_dtype)
-        _warn_once(
-            f"The values of a sparse adapter had been cast to {narrow} (TRL's trainers do that over a quantised base) "
-            f"and are {self.values_dtype} again. Those that were not zero were rounded: to go on with a trained "
-            "adapter, load it after the trainer is made."
-        )
+        undo_cast(self.values, self.values_dtype, what="The values of a sparse adapter", in_forward=in_forward)
 
     def _was_cast(self) -> bool:
         values = self.values
@@ -256,16 +234,3 @@ class AdapterDelta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, count={self.count}, dtype={self.values.dtype}"
-
-
-def _in_several_processes() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

@@ -36,7 +36,7 @@ def for_saving(
     if any(counts.values()):
         config.counts = counts
     config.saved_as = adapter_name
-    _gather(model, own, state_dict)
+    gather(model, own, state_dict)
     _add_supports(model, adapter_name, own)
     keep_card_when_pushing(model)
     heads: dict[str, Tensor] = {}
@@ -48,8 +48,14 @@ def for_saving(
     return native.finish(own, heads, adapter_name=adapter_name)
 
 
-def _gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
-    """Put whole tensors in the place of sharded ones that go into an adapter's file."""
+def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
+    """Put whole tensors in the place of sharded ones that go into an adapter's file, in both dictionaries.
+
+    Args:
+        model: whatever carries the adapter.
+        own: the adapter's own tensors.
+        state_dict: the model's state dict, in which the heads are.
+    """
     heads = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     for tensors in (own, state_dict):
         for key, tensor in tensors.items():

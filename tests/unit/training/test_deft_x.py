@@ -224,7 +224,7 @@ def test_a_progress_bar_on_terminals_alone(monkeypatch, capsys):
     assert "2/2" in shown.getvalue()
     # Of several processes the first one shows it.
     shown.truncate(0)
-    monkeypatch.setattr(progress, "is_distributed", lambda: True)
+    monkeypatch.setattr(progress, "in_several_processes", lambda: True)
     monkeypatch.setattr(progress.dist, "get_rank", lambda: 1)
     with progress.progress_bar("selecting weights", 2) as advance:
         advance()

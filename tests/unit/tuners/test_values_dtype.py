@@ -11,17 +11,18 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from trl_case import trl_trainer
 
 from peft_sparse import LotteryTicketConfig, RandConfig, iter_deltas
-from peft_sparse.tuners.sparse_ft import adapter_delta
+from peft_sparse.tuners import kept_dtype
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LOGGER = "peft_sparse.tuners.sparse_ft.adapter_delta"
+LOGGER = "peft_sparse.tuners.kept_dtype"
 
 
 @pytest.fixture(autouse=True)
 def say_it_again():
-    adapter_delta._warn_once.cache_clear()
+    kept_dtype._warn_once.cache_clear()
 
 
 class Net(nn.Module):
@@ -192,7 +193,7 @@ def test_what_stands_in_the_parameters_place_is_left_alone():
 
 def test_in_several_processes_a_forward_only_warns(monkeypatch, caplog):
     """DDP has put hooks on the parameter as it is; our trainers undo the cast before."""
-    monkeypatch.setattr(adapter_delta, "_in_several_processes", lambda: True)
+    monkeypatch.setattr(kept_dtype, "in_several_processes", lambda: True)
     model = make()
     cast(model)
     model(X).sum().backward()
@@ -214,38 +215,6 @@ def test_the_guard_holds_no_parameter_alive():
 
 
 # ---- TRL -----------------------------------------------------------------------------------------
-
-
-def trl_trainer(folder, model, **extra):
-    trl = pytest.importorskip("trl", reason="tests TRL's own trainer: pip install 'peft-sparse[trl]'")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", "the", "old", "cat", "sees", "a", "red", "bird", "young", "dog"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    settings = {
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "bf16": False,
-        "max_length": 16,
-        **extra.pop("settings", {}),
-    }
-    return extra.pop("trainer", trl.SFTTrainer)(
-        model=model,
-        args=trl.SFTConfig(output_dir=str(folder), **settings),
-        train_dataset=Dataset.from_dict({"text": ["the old cat sees a red bird", "a young dog sees the cat"] * 4}),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
-        **extra,
-    )
 
 
 @pytest.fixture
@@ -292,7 +261,7 @@ def test_sparse_sft_trainer_undoes_the_cast_before_it_trains(base, tmp_path, mon
     from peft_sparse import SparseSFTTrainer
 
     # As in several processes, where the forward is too late.
-    monkeypatch.setattr(adapter_delta, "_in_several_processes", lambda: True)
+    monkeypatch.setattr(kept_dtype, "in_several_processes", lambda: True)
     trainer = trl_trainer(tmp_path, base(), peft_config=RandConfig(**TARGETS), trainer=SparseSFTTrainer)
     assert {value.dtype for value in values(trainer.model)} == {BF16}
     trainer.train()
