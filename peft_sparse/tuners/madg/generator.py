@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...core.ops import without_autocast
 from ...errors import ConfigError
 from ...typology import Typology
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
@@ -16,6 +18,32 @@ from ..bottleneck.sites import PerExample
 from .config import MadGConfig
 from .languages import MadGState
 from .typology import as_typology, digest_of, save_vector, saved_vectors
+
+
+class GenerateAndPassOn(torch.autograd.Function):
+    """(e W', W). The second is for the next site, so that in the backward one gradient of W goes from site to site.
+
+    Each site adds its part to it in place. If W gave its gradient to every site by itself, autograd would allocate,
+    fill and add up a tensor of W's size at each, which takes longer than the adapter there.
+    """
+
+    @staticmethod
+    def forward(embedding: Tensor, generator: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(embedding, generator), generator.view_as(generator)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, so_far: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, so_far
+        embedding, generator = ctx.saved_tensors
+        with without_autocast(grad.device.type):
+            own = grad.t() @ embedding if so_far is None else so_far.addmm_(grad.t(), embedding)
+            return grad @ generator, own
 
 
 class SharedPart(nn.Module):
@@ -53,6 +81,22 @@ class SharedPart(nn.Module):
                 vector = self._vectors[code] = vector.to(projection.device)
             vectors.append(vector)
         return F.linear(torch.stack(vectors).to(projection), projection)
+
+    def generate(self, embedding: Tensor, passed_on: dict[SharedPart, Tensor] | None) -> Tensor:
+        """W e for each row e of `embedding`, which is a language's and the site's: [U, 2hm].
+
+        Args:
+            embedding: [U, d_l + d_b].
+            passed_on: the generators as their latest sites passed them on in this forward of the base model; None
+                outside of one, where nobody could say when it ends.
+        """
+        with without_autocast(self.generator.device.type):
+            embedding = embedding.to(self.generator)
+            if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.generator.requires_grad):
+                return F.linear(embedding, self.generator)
+            passed_on = {} if passed_on is None else passed_on
+            generated, passed_on[self] = GenerateAndPassOn.apply(embedding, passed_on.get(self, self.generator))
+            return generated
 
     def vector(self, code: str) -> Tensor:
         """A language's typological vector [F]: the saved one, or else the typology's, which is then saved.
@@ -137,12 +181,10 @@ class SiteGenerator(nn.Module):
         shared = self._shared[0]
         embedding = shared.embeddings(languages)
         if self.config.layer_dim is None:
-            generator = self.generator
+            generated = F.linear(embedding.to(self.generator.device), self.generator)
         else:
-            generator = shared.generator
             layer = self.layer_embedding.to(embedding).expand(len(languages), -1)
-            embedding = torch.cat([embedding, layer], dim=1)
-        generated = F.linear(embedding.to(generator.device), generator)
+            generated = shared.generate(torch.cat([embedding, layer], dim=1), self._state.passed_on)
         size, width = self.config.size_for(self.width), self.width
         # One view in, one stack back: what a slice of a slice costs in the backward is a copy of the whole.
         halves = generated.view(2 * len(languages), size * width).unbind()
