@@ -42,8 +42,8 @@ class GenerateAndPassOn(torch.autograd.Function):
             return None, so_far
         embedding, generator = ctx.saved_tensors
         with without_autocast(grad.device.type):
-            own = grad.t() @ embedding if so_far is None else so_far.addmm_(grad.t(), embedding)
-            return grad @ generator, own
+            so_far = grad.t() @ embedding if so_far is None else so_far.addmm_(grad.t(), embedding)
+            return grad @ generator, so_far
 
 
 class SharedPart(nn.Module):
@@ -90,8 +90,10 @@ class SharedPart(nn.Module):
             passed_on: the generators as their latest sites passed them on in this forward of the base model; None
                 outside of one, where nobody could say when it ends.
         """
+        # Autocast would cast W once for each site: it keeps casts of parameters, not of what is passed on.
         with without_autocast(self.generator.device.type):
             embedding = embedding.to(self.generator)
+            # A compiler plans its memory itself.
             if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.generator.requires_grad):
                 return F.linear(embedding, self.generator)
             passed_on = {} if passed_on is None else passed_on
@@ -186,7 +188,7 @@ class SiteGenerator(nn.Module):
             layer = self.layer_embedding.to(embedding).expand(len(languages), -1)
             generated = shared.generate(torch.cat([embedding, layer], dim=1), self._state.passed_on)
         size, width = self.config.size_for(self.width), self.width
-        # One view in, one stack back: what a slice of a slice costs in the backward is a copy of the whole.
+        # Cut in one go, so that the backward puts the gradients together in one go.
         halves = generated.view(2 * len(languages), size * width).unbind()
         zeros = generated.new_zeros(size), generated.new_zeros(width)
         return [
