@@ -137,8 +137,8 @@ class PerExample:
             raise ValueError(
                 f"adapter_names must name one adapter per example ({len(x)}), got {len(self.names)} names: {self.names}"
             )
-        result = start
-        for name, adapter in self.adapters.items():
-            rows = torch.tensor([i for i, other in enumerate(self.names) if other == name], device=x.device)
-            result = result.index_copy(0, rows, act(adapter, x[rows]))
-        return result
+        rows = [[i for i, other in enumerate(self.names) if other == name] for name in self.adapters]
+        order = torch.tensor([i for group in rows for i in group], device=x.device)
+        parts = x.index_select(0, order).split([len(group) for group in rows])
+        results = [act(adapter, part) for adapter, part in zip(self.adapters.values(), parts, strict=True)]
+        return start.index_copy(0, order, torch.cat(results))

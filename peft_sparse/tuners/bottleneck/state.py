@@ -55,8 +55,8 @@ def as_sharded(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Ten
 def refuse_sharded_model(model: nn.Module, adapter_name: str) -> None:
     """Raise a ConfigError if FSDP2 has sharded a model: it would not know the parameters of a new adapter."""
     layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
-    # The method is FSDP2's own, of its modules. If the PeftModel around this one is the only such module, adapters tell,
-    # as long as no forward has left them whole.
+    # The method is FSDP2's own, of its modules. If the PeftModel around this one is the only such module, the adapters
+    # tell, as long as no forward has left them whole.
     in_root = any(is_sharded(parameter) for layer in layers for parameter in layer.adapters.parameters())
     if in_root or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
         raise ConfigError(

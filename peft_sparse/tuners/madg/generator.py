@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...core.ops import without_autocast
 from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
@@ -19,6 +21,32 @@ from .config import MadGConfig
 from .kept import KeptWeights
 from .languages import MadGState
 from .typology import as_typology, digest_of, save_vector, saved_vectors
+
+
+class GenerateAndPassOn(torch.autograd.Function):
+    """(e W', W). The second is for the next site, so that in the backward one gradient of W goes from site to site.
+
+    Each site adds its part to it in place. If W gave its gradient to every site by itself, autograd would allocate,
+    fill and add up a tensor of W's size at each, which takes longer than the adapter there.
+    """
+
+    @staticmethod
+    def forward(embedding: Tensor, generator: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(embedding, generator), generator.view_as(generator)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, so_far: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, so_far
+        embedding, generator = ctx.saved_tensors
+        with without_autocast(grad.device.type):
+            so_far = grad.t() @ embedding if so_far is None else so_far.addmm_(grad.t(), embedding)
+            return grad @ generator, so_far
 
 
 class SharedPart(nn.Module):
@@ -61,6 +89,26 @@ class SharedPart(nn.Module):
                 vector = self._vectors[code] = vector.to(projection.device)
             vectors.append(vector)
         return F.linear(torch.stack(vectors).to(projection), projection)
+
+    def generate(self, embedding: Tensor, passed_on: dict[SharedPart, Tensor] | None) -> Tensor:
+        """W e for each row e of `embedding`, which is a language's and the site's: [U, 2hm].
+
+        Args:
+            embedding: [U, d_l + d_b].
+            passed_on: the generators as their latest sites passed them on in this forward of the base model; None
+                outside of one, where nobody could say when it ends.
+        """
+        # Autocast would cast W once for each site: it keeps casts of parameters, not of what is passed on.
+        with without_autocast(self.generator.device.type):
+            generator = gathered(self.generator)
+            embedding = embedding.to(generator)
+            # A compiler plans its memory itself; FSDP frees what it gathered as soon as the site that has W is done.
+            planned = torch.compiler.is_compiling() or in_several_processes()
+            if planned or not (torch.is_grad_enabled() and generator.requires_grad):
+                return F.linear(embedding, generator)
+            passed_on = {} if passed_on is None else passed_on
+            generated, passed_on[self] = GenerateAndPassOn.apply(embedding, passed_on.get(self, generator))
+            return generated
 
     def vector(self, code: str) -> Tensor:
         """A language's typological vector [F]: the saved one, or else the typology's, which is then saved.
@@ -147,12 +195,18 @@ class SiteGenerator(nn.Module):
         embedding = shared.embeddings(languages)
         if self.config.layer_dim is None:
             generator = gathered(self.generator)
+            generated = F.linear(embedding.to(generator), generator)
         else:
-            generator = gathered(shared.generator)
             layer = gathered(self.layer_embedding).to(embedding).expand(len(languages), -1)
-            embedding = torch.cat([embedding, layer], dim=1)
-        generated = F.linear(embedding.to(generator), generator)
-        return [self._cut(row) for row in generated.unbind()]
+            generated = shared.generate(torch.cat([embedding, layer], dim=1), self._state.passed_on)
+        size, width = self.config.size_for(self.width), self.width
+        # Cut in one go, so that the backward puts the gradients together in one go.
+        halves = generated.view(2 * len(languages), size * width).unbind()
+        zeros = generated.new_zeros(size), generated.new_zeros(width)
+        return [
+            BottleneckWeights(down.view(size, width), zeros[0], up.view(width, size), zeros[1])
+            for down, up in zip(halves[::2], halves[1::2], strict=True)
+        ]
 
     def _weights_for(self, language: str) -> BottleneckWeights:
         """One language's weights, which are generated once for many forwards where nothing is trained."""
@@ -174,13 +228,6 @@ class SiteGenerator(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteGenerator:
         self._kept.drop()
         return super()._apply(fn, recurse)
-
-    def _cut(self, generated: Tensor) -> BottleneckWeights:
-        size, width = self.config.size_for(self.width), self.width
-        down, up = generated.split(size * width)
-        return BottleneckWeights(
-            down.view(size, width), generated.new_zeros(size), up.view(width, size), generated.new_zeros(width)
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """What is to be added to the residual, with the language that is set: [B, ..., h] like `x`, in its dtype."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import ConfigError
@@ -25,6 +25,7 @@ class MadGState:
     Attributes:
         shared: {adapter name: what the sites of the adapter share}.
         chosen: what `set_language` was given.
+        passed_on: during a forward of the base model, what `SharedPart.generate` wants; None outside of one.
         handles: the hooks that take the `language` of a batch from the base model's inputs.
     """
 
@@ -32,6 +33,7 @@ class MadGState:
         self.shared: dict[str, SharedPart] = {}
         self.chosen: Languages | None = None
         self.handles: list[RemovableHandle] = []
+        self.passed_on: dict[SharedPart, Tensor] | None = None
         self._batch: Languages | None = None
         # Of the last forward that a backward may follow. Gradient checkpointing computes layers again inside the
         # backward, where the language of the batch is gone and another one may be set.
@@ -41,7 +43,7 @@ class MadGState:
 
     def begin(self, batch: Languages | None) -> None:
         """A forward of the base model starts, with a language of its own or without."""
-        self._batch = batch
+        self._batch, self.passed_on = batch, {}
         if torch.is_grad_enabled():
             now = batch if batch is not None else self.chosen
             waits = not self._recomputed and self._trained is not None
@@ -50,7 +52,7 @@ class MadGState:
 
     def end(self) -> None:
         """A forward of the base model is over."""
-        self._batch = None
+        self._batch = self.passed_on = None
 
     def current(self) -> Languages:
         """What the layer that asks has to compute with.

@@ -6,6 +6,8 @@ import pytest
 import torch
 from bottleneck_case import IDS, close, logits
 from madg_case import REQUESTS, VECTORS, MadGCase, generator_parameters, gradients, plain
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_sparse.tuners.madg.model import iter_sites
 
@@ -49,6 +51,55 @@ def test_a_mixed_batch_is_its_examples_one_by_one(case):
     sum(loss_of(case.twin(network, language=language))[i] for i, language in enumerate(ROWS)).backward()
     loss_of(model.train(), language=ROWS).sum().backward()
     check_gradients(model, network)
+
+
+def test_gradients_where_one_layer_is_computed_again():
+    case = MadGCase("MAD-G-LS")
+    for number in (0, 1):
+        model = case.model(language="quy").train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None)]
+        for i, layer in enumerate(layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)):
+            layer.gradient_checkpointing = i == number
+        network = plain(model)
+        loss_of(case.twin(network, language="quy")).sum().backward()
+        loss_of(model).sum().backward()
+        check_gradients(model, network)
+
+
+def test_a_gradient_can_be_differentiated():
+    case = MadGCase("MAD-G-LS")
+    model = case.model(language="quy").train()
+    network = plain(model)
+    paths, own = list(network["W"]), dict(generator_parameters(model))
+    wanted = [network["W"][paths[0]], *network["e"].values()]
+    given = [own[f"{paths[0]}.shared.generator"], *(own[f"{path}.layer_embedding"] for path in paths)]
+    for one, tensors in ((case.twin(network, language="quy"), wanted), (model, given)):
+        with sdpa_kernel(SDPBackend.MATH):  # torch cannot differentiate the others twice
+            found = torch.autograd.grad(loss_of(one).sum(), tensors, create_graph=True)
+        sum(gradient.square().sum() for gradient in found).backward()
+    check_gradients(model, network)
+
+
+def test_gradients_under_autocast():
+    case = MadGCase("MAD-G-LS")
+    model = case.model(language="quy").train()
+    network = plain(model)
+    loss_of(case.twin(network, language="quy")).sum().backward()
+    model.float()
+    found = []
+    for enabled_in_backward in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled_in_backward):
+            loss.backward()
+        found.append({name: parameter.grad.clone() for name, parameter in generator_parameters(model)})
+        model.zero_grad()
+    for name, wanted in gradients(network).items():
+        assert (found[0][name] - wanted).norm() < 0.05 * wanted.norm(), name
+        if name.endswith("generator"):
+            torch.testing.assert_close(found[1][name], found[0][name])
 
 
 def test_hypernetworks_stack_in_the_order_given():
