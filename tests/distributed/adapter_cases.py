@@ -170,9 +170,9 @@ def verbs(name: str, folder: str) -> dict[str, Any]:
     if world > 1:
         # FSDP2 leaves the root's parameters whole after a forward, and nothing below it tells then.
         model.reshard()
-    found["add"] = told(lambda: model.add_adapter("third", CONFIGS[name][0])) if world > 1 else None
+        found["refused"] = [told(lambda: model.add_adapter("third", CONFIGS[name][0])), told(model.merge_and_unload)]
+        found["still"] = logits(model)
     found["adapters"] = sorted(model.peft_config)
-    found["merged"] = logits(model.merge_and_unload())
     return found
 
 

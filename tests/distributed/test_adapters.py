@@ -60,7 +60,10 @@ def test_verbs_of_a_sharded_model(tmp_path, name):
     (one,) = run(adapter_cases.verbs, tmp_path / "one", world=1, name=name, folder=str(tmp_path))
     expected = load_file(tmp_path / "1-0" / "first" / "adapter_model.safetensors")
     for rank, found in enumerate(two):
-        assert_told([found.pop("add")], "ConfigError", "sharded already", "fully_shard")
+        add, merge = found.pop("refused")
+        assert_told([add], "ConfigError", "sharded already", "fully_shard")
+        assert_told([merge], "ConfigError", "is sharded", "in a single process")
+        assert torch.equal(found.pop("still"), found["loaded"])
         assert found.pop("adapters") == ["first"]
         file = load_file(tmp_path / f"2-{rank}" / "first" / "adapter_model.safetensors")
         assert_joined(file, expected, tolerance=1e-10)

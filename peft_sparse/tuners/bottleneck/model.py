@@ -22,7 +22,7 @@ from .config import BottleneckConfig
 from .layer import CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
-from .state import as_sharded, check_loaded, refuse_sharded_model
+from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
 from .weights import iter_layers
 
 
@@ -62,7 +62,7 @@ class BottleneckModel(BaseTuner):
         """
         try:
             with adding(self, model, adapter_name) as config:
-                refuse_sharded_model(model, adapter_name)
+                refuse_new_adapter(model, adapter_name)
                 self._sites: dict[str, Site] = self._find_sites(config, model)
                 self._detach_inverse()
                 super().inject_adapter(
@@ -165,6 +165,9 @@ class BottleneckModel(BaseTuner):
             progressbar: PEFT's; there is nothing to wait for.
             safe_merge: refuse adapters with values that are not finite; the model is left as it was.
             adapter_names: the adapters to build in, in this order; the active ones if None. The others are dropped.
+
+        Raises:
+            ConfigError: FSDP2 has sharded the model.
         """
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
@@ -176,6 +179,8 @@ class BottleneckModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         layers = list(iter_layers(self.model))
+        if merge:
+            refuse_baking(self.model)
         if merge and safe_merge:
             self._check_finite(adapter_names)
         if merge:

@@ -52,18 +52,31 @@ def as_sharded(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Ten
     }
 
 
-def refuse_sharded_model(model: nn.Module, adapter_name: str) -> None:
+def refuse_new_adapter(model: nn.Module, adapter_name: str) -> None:
     """Raise a ConfigError if FSDP2 has sharded a model: it would not know the parameters of a new adapter."""
-    layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
-    # The method is FSDP2's own, of its modules. If the PeftModel around this one is the only such module, the adapters
-    # tell, as long as no forward has left them whole.
-    in_root = any(is_sharded(parameter) for layer in layers for parameter in layer.adapters.parameters())
-    if in_root or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
+    if _is_sharded_model(model):
         raise ConfigError(
             f"the model is sharded already, and adapter {adapter_name!r} added now would be left out of that: no "
             "process would see the gradients of the others. Add the adapter to the whole model, then call fully_shard "
             "(trainers do so)."
         )
+
+
+def refuse_baking(model: nn.Module) -> None:
+    """Raise a ConfigError if FSDP2 has sharded a model: without the PeftModel nobody would gather its parameters."""
+    if _is_sharded_model(model):
+        raise ConfigError(
+            "the model is sharded (FSDP2), and what merge_and_unload() gives back would hold parts of its weights. "
+            "Save the adapter, load it into the base model in a single process, and merge there."
+        )
+
+
+def _is_sharded_model(model: nn.Module) -> bool:
+    # The method is FSDP2's own, of its modules. If the PeftModel around this one is the only such module, adapters tell
+    # it, unless a forward has left them whole.
+    layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
+    in_root = any(is_sharded(parameter) for layer in layers for parameter in layer.adapters.parameters())
+    return in_root or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
 
 
 def refuse(model: nn.Module, adapter_name: str, problem: str) -> NoReturn:
