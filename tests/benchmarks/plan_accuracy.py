@@ -1,6 +1,6 @@
 """What `plan_memory` predicts beside what training takes: peak memory of real steps on the CPU.
 
-    python tests/benchmarks/plan_accuracy.py                      # half an hour
+    python tests/benchmarks/plan_accuracy.py                      # half an hour and more
     python tests/benchmarks/plan_accuracy.py --only "bert spiel_ag"
 
 Every case trains in a process of its own, with the method's own optimizer. Measured is the high-water mark of the
