@@ -14,19 +14,26 @@ from ..errors import ConfigError
 from ..inspection.fitting import fitting_methods, largest_density
 from ..inspection.plan_table import describe_fit, plan_table
 from ..inspection.planner import MemoryPlan, plan_memory
+from ..tuners.ada_sft.config import AdaSftConfig
+from ..tuners.bottleneck.config import BottleneckConfig
 from ..tuners.sparse_ft.config import METHODS, SparseConfig
 from . import app
 from ._values import parse_dtype, parse_size
 
-_LORA, _FULL = "lora", "full"
+_LORA, _BOTTLENECK, _ADA_SFT, _FULL = "lora", "bottleneck", "ada_sft", "full"
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Model: directory or Hub id. Only its config is read.")],
-    method: Annotated[str, typer.Option(help="rand, lottery_ticket, spiel_ag, spiel_ma, ..., lora or full.")] = "rand",
+    method: Annotated[
+        str, typer.Option(help="rand, lottery_ticket, spiel_ag, spiel_ma, ..., ada_sft, bottleneck, lora or full.")
+    ] = "rand",
     density: Annotated[float, typer.Option(help="Share of the targeted weights to tune.")] = 0.01,
     rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
+    bottleneck_size: Annotated[
+        int | None, typer.Option(help="Width inside of bottleneck adapters. A 16th of the model's by default.")
+    ] = None,
     target_modules: Annotated[
         str | None, typer.Option(help='"all", "all-linear", a regex, or names with commas between them.')
     ] = None,
@@ -63,18 +70,17 @@ def plan(
         device=device,
         task_type=task,
     )
-    config = _config(method, density, rank, targets)
-    found = plan_with(config, optimizer=optimizer)
+    make_config = partial(_config, density=density, rank=rank, bottleneck_size=bottleneck_size, targets=targets)
+    config = make_config(method)
     best: tuple[float, MemoryPlan] | None = None
     others: dict[str, MemoryPlan] = {}
-    if limit is not None:
-        if isinstance(config, SparseConfig):
+    with Console(stderr=True).status("Taking steps without data ..."):
+        found = plan_with(config, optimizer=optimizer)
+        if limit is not None and isinstance(config, SparseConfig):
             best = largest_density(config, partial(plan_with, optimizer=optimizer), limit)
-        if not found.fits(limit):
-            names = [name for name in ("rand", "spiel_ag", "spiel_ma", _LORA) if name != method]
-            others = fitting_methods(
-                {name: partial(plan_with, _config(name, density, rank, targets)) for name in names}, limit
-            )
+        if limit is not None and not found.fits(limit):
+            names = [name for name in ("rand", "spiel_ag", "spiel_ma", _BOTTLENECK, _LORA) if name != method]
+            others = fitting_methods({name: partial(plan_with, make_config(name)) for name in names}, limit)
     if as_json:
         content = found.to_dict()
         if limit is not None:
@@ -92,14 +98,22 @@ def _parse_targets(text: str | None) -> str | list[str] | None:
     return text.split(",") if text is not None and "," in text else text
 
 
-def _config(method: str, density: float, rank: int, targets: str | list[str] | None) -> PeftConfig | None:
+def _config(
+    method: str, *, density: float, rank: int, bottleneck_size: int | None, targets: str | list[str] | None
+) -> PeftConfig | None:
+    linear = "all-linear" if targets in (None, "all") else targets
     if method == _FULL:
         return None
     if method == _LORA:
-        return LoraConfig(r=rank, target_modules="all-linear" if targets in (None, "all") else targets)
+        return LoraConfig(r=rank, target_modules=linear)
+    if method == _ADA_SFT:
+        return AdaSftConfig(target_modules=linear)
+    if method == _BOTTLENECK:
+        # They stand where their kind says, not at the weights that other methods tune.
+        return BottleneckConfig(bottleneck_size=bottleneck_size)
     # Of these two the weights are given, and no density says how many.
     methods = METHODS.keys() - {"fixed", "given"}
     if method not in methods:
-        known = sorted([*methods, _LORA, _FULL])
+        known = sorted([*methods, _ADA_SFT, _BOTTLENECK, _LORA, _FULL])
         raise ConfigError(f"--method must be one of {known}, got {method!r}.")
     return SparseConfig(method=method, density=density, target_modules=targets)

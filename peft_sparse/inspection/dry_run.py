@@ -44,6 +44,10 @@ class Ledger(TorchDispatchMode):
             # What a model asks of its data: whether a mask is full, whether positions are consecutive. They are.
             aten._local_scalar_dense.default: lambda tensor: tensor.dtype == torch.bool or 1,
             aten.sparse_sampled_addmm.out: lambda *args, out, **kwargs: out,
+            # Which labels are given: all of them.
+            aten.nonzero.default: lambda tensor: tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long),
+            # torch's own for tensors without data knows it in bfloat16 alone.
+            aten._grouped_mm.default: _grouped_product,
         }
         self._clock = 0
         self._blocks: list[_Block] = []
@@ -57,11 +61,10 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._clock += 1
-        if func in self._stand_ins:
-            return self._stand_ins[func](*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+        result = self._stand_ins.get(func, func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            # Counters that optimizers keep on the processor are no memory of the device's.
+            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.layout == torch.strided:
                 self._take(tensor.untyped_storage())
         return result
 
@@ -105,6 +108,14 @@ class Ledger(TorchDispatchMode):
             if level > peak:
                 peak, when = level, moment
         return [b for b in self._blocks if b.born <= when and (b.died is None or b.died >= when)]
+
+
+def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """What the experts of a mixture take for their products: of groups of rows or columns, where offsets say so."""
+    groups = [] if offsets is None or a.dim() != b.dim() else [offsets.numel()]
+    if a.dim() == b.dim() == 3:
+        groups = [a.shape[0]]
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
 @dataclass(frozen=True)

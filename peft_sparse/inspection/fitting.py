@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import floor, log10
 
+from ..errors import ConfigError
 from ..tuners.sparse_ft.config import SparseConfig
 from .planner import MemoryPlan
 
@@ -55,6 +57,9 @@ def _rounded_down(density: float) -> float:
 
 
 def fitting_methods(others: Mapping[str, Callable[[], MemoryPlan]], limit: int) -> dict[str, MemoryPlan]:
-    """Those of several plans that fit into a limit, the smallest first."""
-    plans = {name: make() for name, make in others.items()}
+    """Those of several plans that fit into a limit, the smallest first. One that cannot be made does not."""
+    plans: dict[str, MemoryPlan] = {}
+    for name, make in others.items():
+        with suppress(ConfigError):
+            plans[name] = make()
     return dict(sorted(((n, p) for n, p in plans.items() if p.fits(limit)), key=lambda item: item[1].peak))

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from ..core.indices import index_dtype
 from ..errors import ConfigError
-from ..optim.sm3 import SM3
-from ..optim.sparse_adamw import SparseAdamW
 from ..training.ties import Ties
+from ..tuners.ada_sft.config import MASK, AdaSftConfig
+from ..tuners.ada_sft.config import WEIGHTS as MASKED_WEIGHTS
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from ..tuners.sparse_ft.config import WEIGHTS, SparseConfig
 from ..tuners.sparse_ft.embedding import Embedding
@@ -32,12 +30,10 @@ from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMA
 from ..tuners.sparse_ft.support import Plan, plan, plan_groups
 from ..tuners.sparse_ft.targets import find_targets, named_targets
 from ..tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
+from .base_weights import base_bytes, multiply_as_packed, nbytes, tensors_of
 from .dry_run import StepMemory, measure_step
+from .planned_optimizer import PlannedOptimizer
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "sparse_adamw", "sm3", "sgd")
-# bitsandbytes: weights that share a scale in NF4, those that share one in its 8-bit AdamW, and the smallest tensor
-# whose state that quantises.
-_NF4_BLOCK, _STATE_BLOCK, _SMALLEST_STATE = 64, 256, 4096
 # What a window of SpIEL-AG keeps of a growth candidate: its index, whether it was nominated, and three sums.
 _CANDIDATE_BYTES = 1 + 3 * 4
 
@@ -61,7 +57,8 @@ class PhaseMemory:
     """The most memory that one phase of a training needs at a time, in bytes.
 
     Attributes:
-        name: "training"; "estimating gradients" (SpIEL-AG); "dense phase" and "sparse phase" (LT-SFT).
+        name: "training"; "estimating gradients" (SpIEL-AG); "dense phase" and "sparse phase" (LT-SFT); "mask phase" and
+            "weight phase" (Ada-SFT).
         parts: {what takes it: bytes} at the moment when most is taken, so that they add up to the peak. "activations"
             is what the forward pass takes, logits and loss included; "temporaries" what is taken and given back.
         all_gradients: bytes of the gradients when all of them are there, at the end of the backward pass.
@@ -89,8 +86,15 @@ def phases_of(
         config: the adapter's; None for full fine-tuning.
         workload: what for.
     """
+    if isinstance(config, AdaSftConfig):
+        second = replace(config, phase=MASKED_WEIGHTS)
+        num_trained, weights = _other_method(make(), second, workload, name="weight phase")
+        if config.phase != MASK:
+            return num_trained, [weights]
+        return num_trained, [_other_method(make(), config, workload, name="mask phase")[1], weights]
     if config is None or not isinstance(config, SparseConfig):
-        return _other_method(make(), config, workload)
+        num_trained, training = _other_method(make(), config, workload, name="training")
+        return num_trained, [training]
     if isinstance(config, LotteryTicketConfig) and config.counts is None:
         dense = _dense_phase(make(), config, workload)
         num_trained, sparse = _sparse_training(make(), config, workload, name="sparse phase")
@@ -108,49 +112,53 @@ def phases_of(
 
 
 def _other_method(
-    model: PreTrainedModel, config: PeftConfig | None, workload: Workload
-) -> tuple[int, list[PhaseMemory]]:
-    base = _base_bytes(model, workload)
+    model: PreTrainedModel, config: PeftConfig | None, workload: Workload, *, name: str
+) -> tuple[int, PhaseMemory]:
+    base, own_tensors = base_bytes(model, load_in_4bit=workload.load_in_4bit), tensors_of(model)
+    if workload.load_in_4bit:
+        multiply_as_packed(model)
     # PEFT's tuners write the names that they resolve into the config that they are given.
     own = copy.deepcopy(config)
     tuned: nn.Module = model if own is None else get_peft_model(model, own, low_cpu_mem_usage=True)
     trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = _Optimizer(workload.optimizer or "adamw", trained)
+    optimizer = PlannedOptimizer(workload.optimizer or "adamw", trained)
     step = _measure(model, tuned, optimizer, workload)
-    adapter = {} if config is None else {"adapter": _bytes(trained)}
+    # Not only what is trained: fixed masks, frozen projections.
+    added = [tensor for key, tensor in tensors_of(tuned).items() if key not in own_tensors]
+    adapter = {} if config is None else {"adapter": nbytes(added)}
     parts = {"base weights": base, **adapter, **_parts_of(step, optimizer)}
-    return sum(p.numel() for p in trained), [PhaseMemory("training", parts, _bytes(trained))]
+    return sum(p.numel() for p in trained), PhaseMemory(name, parts, nbytes(trained))
 
 
 def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload) -> PhaseMemory:
     targets = plan(config, model).targets
     modules = dict(named_targets(model))
     owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
-    base = _base_bytes(model, workload)
+    base = base_bytes(model)
     Ties.untie(model, owners)
     model.requires_grad_(False)
     trained = [getattr(module, which) for module, which in owners]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = _Optimizer(workload.optimizer or "adamw", trained)
+    optimizer = PlannedOptimizer(workload.optimizer or "adamw", trained)
     step = _measure(model, model, optimizer, workload)
-    untied = _base_bytes(model, workload) - base
-    originals = {"copy of the weights": _bytes(trained)}
+    untied = base_bytes(model) - base
+    originals = {"copy of the weights": nbytes(trained)}
     on_device = originals if workload.device == "cpu" or config.l1 else {}
     parts = {"base weights": base + untied, **_parts_of(step, optimizer), **on_device}
-    return PhaseMemory("dense phase", parts, _bytes(trained), {} if on_device else originals)
+    return PhaseMemory("dense phase", parts, nbytes(trained), {} if on_device else originals)
 
 
 def _sparse_training(
     model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str, nominates: bool = False
 ) -> tuple[int, PhaseMemory]:
-    base = _base_bytes(model, workload)
+    base = base_bytes(model, load_in_4bit=workload.load_in_4bit)
     tuned = get_peft_model(model, _static(config, model), low_cpu_mem_usage=True)
     deltas = [(layer, delta) for _, layer, _, delta in iter_deltas(tuned)]
     for _, delta in deltas:
         delta.indices = delta.indices.to("meta")
     trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = _Optimizer(workload.optimizer or _own_optimizer(config), trained, [delta for _, delta in deltas])
+    optimizer = PlannedOptimizer(workload.optimizer or _own_optimizer(config), trained, [delta for _, delta in deltas])
     # Looking up in a tuned embedding depends on the tokens, which a dry run has not. It only touches their rows.
     lookups = [delta for layer, delta in deltas if isinstance(layer, Embedding)]
     _take_out_embeddings(tuned)
@@ -168,21 +176,21 @@ def _sparse_training(
     )
     parts = {
         "base weights": base,
-        "adapter values": _bytes(delta.values for _, delta in deltas),
+        "adapter values": nbytes(delta.values for _, delta in deltas),
         "adapter indices": sum(delta.count * index_dtype(delta.numel).itemsize for _, delta in deltas),
         **_parts_of(step, optimizer),
     }
     own = {id(delta.values) for _, delta in deltas}
-    heads = _bytes(p for p in trained if id(p) not in own)
+    heads = nbytes(p for p in trained if id(p) not in own)
     if heads:
         parts["heads"] = heads
     if nominates and lookups:
         # The whole gradient of an embedding, its magnitudes, and two masks of it. It comes last in the backward pass.
         candidates = round(sum(delta.count for _, delta in deltas) * ratio) * _CANDIDATE_BYTES
         largest = max(delta.numel for delta in lookups)
-        at_the_end = {"activations": 0, "gradients": _bytes(trained), "temporaries": 10 * largest + candidates}
+        at_the_end = {"activations": 0, "gradients": nbytes(trained), "temporaries": 10 * largest + candidates}
         parts = max(parts, {**parts, **at_the_end}, key=lambda moment: sum(moment.values()))
-    return sum(p.numel() for p in trained), PhaseMemory(name, parts, _bytes(trained))
+    return sum(p.numel() for p in trained), PhaseMemory(name, parts, nbytes(trained))
 
 
 def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
@@ -209,7 +217,7 @@ def _rand_of(config: SparseConfig, **answer: Any) -> RandConfig:
 def _measure(
     model: PreTrainedModel,
     tuned: nn.Module,
-    optimizer: _Optimizer,
+    optimizer: PlannedOptimizer,
     workload: Workload,
     *,
     unseen: Iterable[nn.Parameter] = (),
@@ -239,7 +247,7 @@ def _measure(
     )
 
 
-def _parts_of(step: StepMemory, optimizer: _Optimizer) -> dict[str, int]:
+def _parts_of(step: StepMemory, optimizer: PlannedOptimizer) -> dict[str, int]:
     return {
         "optimizer states": optimizer.state_bytes(),
         # The original entries of the weights that resident mode writes to.
@@ -272,82 +280,10 @@ def _loss_of(model: PreTrainedModel, tuned: nn.Module, workload: Workload) -> Ca
     return loss
 
 
-class _Optimizer:
-    """An optimizer of some name for tensors without data.
-
-    Attributes:
-        name: one of `OPTIMIZERS`.
-        has_ages: whether weights come to have ages of their own, as they do when some are grown.
-    """
-
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter], deltas: Sequence[AdapterDelta] = ()) -> None:
-        if name not in OPTIMIZERS:
-            raise ConfigError(f"optimizer must be one of {list(OPTIMIZERS)}, got {name!r}.")
-        self.name = name
-        self.has_ages = False
-        self._parameters = list(parameters)
-        makers: dict[str, Callable[[], Optimizer]] = {
-            "adamw": lambda: AdamW(self._parameters, foreach=False),
-            "sparse_adamw": lambda: SparseAdamW(self._parameters),
-            "sm3": lambda: SM3(self._parameters, lr=1.0, deltas=deltas),
-        }
-        self._optimizer = makers[name]() if name in makers else SGD(self._parameters, lr=1.0)
-
-    @property
-    def takes_memory(self) -> bool:
-        """Whether a step needs memory; torch's AdamW is taken as fused, transformers' default, which needs none."""
-        return self.name in ("sparse_adamw", "sm3")
-
-    def first_step(self) -> None:
-        """Make the states."""
-        self.step()
-        for parameter, state in self._optimizer.state.items():
-            if self.has_ages and "age" in state:
-                state["age"] = torch.zeros_like(parameter, dtype=torch.int32)
-
-    def step(self) -> None:
-        """An update."""
-        self._optimizer.step()
-
-    def booked_bytes(self) -> int:
-        """Bytes of the states that the dry run made."""
-        return sum(
-            tensor.nbytes
-            for state in self._optimizer.state.values()
-            for tensor in state.values()
-            if isinstance(tensor, Tensor) and tensor.is_meta
-        )
-
-    def state_bytes(self) -> int:
-        """Bytes of the states that a real run makes."""
-        if self.name != "adamw_8bit":
-            return self.booked_bytes()
-        sizes = [p.numel() for p in self._parameters]
-        return sum(2 * (n + 4 * ceil(n / _STATE_BLOCK)) if n >= _SMALLEST_STATE else 8 * n for n in sizes)
-
-
 def _own_optimizer(config: SparseConfig) -> str:
     if isinstance(config, SpielMAConfig):
         return "sm3"
     return "sparse_adamw" if isinstance(config, SpielConfig) else "adamw"
-
-
-# What lies in memory
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _base_bytes(model: PreTrainedModel, workload: Workload) -> int:
-    """Weights and buffers of a base model; tied ones once."""
-    own = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    if workload.load_in_4bit:
-        head = model.get_output_embeddings()
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
-                own[id(module.weight)] = ceil(module.weight.numel() / 2) + 4 * ceil(module.weight.numel() / _NF4_BLOCK)
-    return sum(own.values())
 
 
 def _take_out_embeddings(tuned: nn.Module) -> None:

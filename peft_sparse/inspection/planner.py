@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +15,12 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config, skeleton
-from ..errors import ConfigError
+from ..errors import ConfigError, SparseError
+from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.two_phase_configs import LotteryTicketConfig
-from .phases import OPTIMIZERS, PhaseMemory, Workload, phases_of
+from .phases import PhaseMemory, Workload, phases_of
+from .planned_optimizer import OPTIMIZERS
 
 DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,12 +110,14 @@ def plan_memory(
 
     Raises:
         ConfigError: an argument out of range, a model that cannot be made or takes no text, or a method that has no way
-            to train it.
+            to train it, or whose step depends on data (says what torch or PEFT says).
 
     Cost: a few seconds; no memory to speak of.
 
     What is not in it: CUDA's context (some hundred MB), fragmentation, workspaces of libraries inside of a kernel, and
-    what other processes take.
+    what other processes take. Nor autocast: the model is taken to compute in the dtype of its weights, adapters in
+    theirs (LoRA's copies of its inputs in float32 over weights of 16 bits). Nor what PEFT's
+    `prepare_model_for_kbit_training` widens to float32 of a model in 4 bits: embeddings, norms and the head.
     """
     workload = Workload(
         batch_size=batch_size,
@@ -127,6 +133,7 @@ def plan_memory(
     is_config = isinstance(model, PretrainedConfig)
     base = copy.deepcopy(model) if is_config else read_config(model)
     base.use_cache = False  # as in transformers' trainer
+    _name_padding(base)
     own_dtype = base.dtype if base.dtype in _DTYPES else torch.float32
     workload = dataclasses.replace(workload, dtype=dtype or own_dtype)
     class_name = class_name_of(base, task_type=task_type or getattr(config, "task_type", None))
@@ -139,7 +146,7 @@ def plan_memory(
             f"load_in_4bit=True and {_method_of(config)!r} do not go together: the weights themselves train in it. "
             "Take a method without a dense phase, such as 'spiel_ag', or an unquantised model."
         )
-    num_trained, phases = phases_of(make, config, workload)
+    num_trained, phases = _dry_run(make, config, workload)
     return MemoryPlan(
         model=base.name_or_path or class_name if is_config else os.fspath(model),
         method=_method_of(config),
@@ -147,6 +154,30 @@ def plan_memory(
         workload=workload,
         phases=tuple(phases),
     )
+
+
+def _name_padding(base: PretrainedConfig) -> None:
+    """Let a model that knows no padding take a batch: classifiers look for the last token before it."""
+    text = base.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
+
+
+def _dry_run(
+    make: Callable[[], PreTrainedModel], config: PeftConfig | None, workload: Workload
+) -> tuple[int, list[PhaseMemory]]:
+    try:
+        with warnings.catch_warnings():
+            # Of names that transformers itself and PEFT still use.
+            warnings.simplefilter("ignore", FutureWarning)
+            return phases_of(make, config, workload)
+    except SparseError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{_method_of(config)!r} cannot be planned for this model: making it, or a step of it without data, fails "
+            f"with {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check(workload: Workload) -> None:
@@ -169,4 +200,6 @@ def _method_of(config: PeftConfig | None) -> str:
 
 
 def _can_be_quantised(config: PeftConfig) -> bool:
+    if isinstance(config, AdaSftConfig):
+        return False
     return not isinstance(config, LotteryTicketConfig) or config.counts is not None

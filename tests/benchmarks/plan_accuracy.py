@@ -1,12 +1,15 @@
 """What `plan_memory` predicts beside what training takes: peak memory of real steps on the CPU.
 
-    python tests/benchmarks/plan_accuracy.py                      # ten minutes and more
+    python tests/benchmarks/plan_accuracy.py                      # half an hour and more
     python tests/benchmarks/plan_accuracy.py --only "bert spiel_ag"
 
 Every case trains in a process of its own, with the method's own optimizer. Measured is the high-water mark of the
-process's resident memory, as Linux keeps it, less what it held before the model was made. A step of a tiny model comes
-before that, so that code and workspaces of torch's libraries, some 100 MB, are there already. malloc is told to give
-every larger block back at once (MALLOC_MMAP_THRESHOLD_): what it keeps otherwise is no property of a training.
+process's resident memory, as Linux keeps it, less what it held before the model was made. The same training of a model
+with a single layer comes before that, so that code and workspaces of torch's libraries, some 100 MB, are there already,
+also what oneDNN makes for every shape of a product that it sees, 9 MB here in bfloat16. malloc is told to give every
+larger block back at once (MALLOC_MMAP_THRESHOLD_): what it keeps otherwise is no property of a training.
+
+Cases in 4 bits need bitsandbytes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -31,15 +35,19 @@ from transformers import BertConfig, LlamaConfig, PretrainedConfig, PreTrainedMo
 
 from peft_sparse import (
     SM3,
+    AdaSftConfig,
+    BottleneckConfig,
     LotteryTicketConfig,
     RandConfig,
     SparseAdamW,
+    SparseConfig,
     SpielAGConfig,
     SpielMAConfig,
     iter_deltas,
     plan_memory,
     resident,
     start_dense_phase,
+    start_weight_phase,
 )
 from peft_sparse.checkpoints.architecture import class_name_of
 
@@ -71,7 +79,7 @@ def bert(hidden: int, intermediate: int, layers: int) -> BertConfig:
 
 
 MODELS = {"llama": llama, "bert": bert}
-SIZES = {"small": (512, 1376, 4), "tiny": (64, 128, 1)}
+SIZES = {"small": (512, 1376, 4), "one layer": (512, 1376, 1)}
 SPIEL = {"density": 0.02, "total_steps": 10_000}
 METHODS: dict[str, PeftConfig | None] = {
     "rand": RandConfig(density=0.02, target_modules="all-linear"),
@@ -80,26 +88,60 @@ METHODS: dict[str, PeftConfig | None] = {
     "spiel_ag all": SpielAGConfig(**SPIEL, target_modules="all"),
     "spiel_ma": SpielMAConfig(**SPIEL, target_modules="all-linear"),
     "lottery_ticket": LotteryTicketConfig(density=0.02, target_modules="all"),
+    "ada_sft": AdaSftConfig(),
+    "bottleneck": BottleneckConfig(),
     "lora": LoraConfig(r=8, target_modules="all-linear"),
     "full": None,
 }
-CASES = [f"{model} {method}{way}" for model in MODELS for method in METHODS for way in ("", ", checkpointing")]
+# What `plan_memory` is told.
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "4-bit": {"load_in_4bit": True},
+}
+CASES = [
+    *(f"{model} {method}{way}" for model in MODELS for method in METHODS for way in ("", ", checkpointing")),
+    *(f"llama {method}, {way}" for method in ("rand", "lora") for way in ("bfloat16", "4-bit")),
+]
 
 
-def parse(case: str) -> tuple[str, str, bool]:
+def parse(case: str) -> tuple[str, str, dict[str, Any]]:
     name, _, way = case.partition(", ")
     model, _, method = name.partition(" ")
-    return model, method, bool(way)
+    return model, method, WAYS[way]
 
 
-def build(config: PretrainedConfig, checkpointing: bool) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig,
+    *,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    load_in_4bit: bool = False,
+) -> PreTrainedModel:
     import transformers
 
     torch.manual_seed(0)
-    model = getattr(transformers, class_name_of(config))(config).train()
-    if checkpointing:
+    model = getattr(transformers, class_name_of(config))(config).train().to(dtype)
+    if load_in_4bit:
+        quantise(model)
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def quantise(model: PreTrainedModel) -> None:
+    """Pack the weights of linear layers, as transformers does when it loads a model in 4 bits."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    head = model.get_output_embeddings()
+    linears = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
+    while linears:
+        name, linear = linears.pop()
+        packed = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype)
+        packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed.to("cpu"))
 
 
 def optimizer_for(model: nn.Module, method: str) -> Optimizer:
@@ -124,17 +166,20 @@ def train(model: nn.Module, method: str, steps: int) -> None:
 
 def run(case: str, size: str) -> None:
     """A few steps of a case; those in which SpIEL estimates gradients are among them."""
-    name, method, checkpointing = parse(case)
-    model = build(MODELS[name](*SIZES[size]), checkpointing)
+    name, method, way = parse(case)
+    model = build(MODELS[name](*SIZES[size]), **way)
     config = copy.deepcopy(METHODS[method])
     tuned = model if config is None else get_peft_model(model, config)
     with ExitStack() as stack:
         if isinstance(config, LotteryTicketConfig):
             phase = stack.enter_context(start_dense_phase(tuned))
-        elif config is not None and method != "lora":
+        elif isinstance(config, SparseConfig) and not way.get("load_in_4bit"):
             stack.enter_context(resident(tuned))
         # By then SpIEL has estimated gradients and replaced weights, and every other method all its states.
         train(tuned, method, steps=7 if method.startswith("spiel") else 2)
+        if isinstance(config, AdaSftConfig):
+            start_weight_phase(tuned)
+            train(tuned, method, steps=2)
         if isinstance(config, LotteryTicketConfig):
             phase.abort()
 
@@ -143,7 +188,7 @@ def measure(case: str) -> int:
     """Bytes that a case takes at most; for a fresh process."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    run(case, "tiny")
+    run(case, "one layer")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # The high-water mark starts over.
     before = resident_bytes("VmRSS")
@@ -161,14 +206,14 @@ def measured(case: str) -> int:
 
 
 def predicted(case: str) -> int:
-    name, method, checkpointing = parse(case)
+    name, method, way = parse(case)
     plan = plan_memory(
         MODELS[name](*SIZES["small"]),
         METHODS[method],
         batch_size=BATCH,
         sequence_length=LENGTH,
-        gradient_checkpointing=checkpointing,
         device="cpu",
+        **way,
     )
     # The dense phase alone is run.
     return plan.phases[0].total if method == "lottery_ticket" else plan.peak
