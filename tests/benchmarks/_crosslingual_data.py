@@ -41,10 +41,16 @@ class Source:
 
 SOURCES = {
     "sentiment": Source(
-        "ind", "nusax_senti/ind", "nusax_senti", ("ace", "jav", "sun", "min"), ("text",), "macro F1", "sentiment"
+        "ind", "nusax_senti/ind", "nusax_senti", ("ace", "jav", "sun", "min"), ("text",), "macro F1", "sc_sft_sentiment"
     ),
     "nli": Source(
-        "eng", "mnli_en", "americasnli", ("aym", "gn", "nah", "quy"), ("premise", "hypothesis"), "accuracy", "nli"
+        "eng",
+        "mnli_en",
+        "americasnli",
+        ("aym", "gn", "nah", "quy"),
+        ("premise", "hypothesis"),
+        "accuracy",
+        "sc_sft_nli",
     ),
 }
 
@@ -122,11 +128,13 @@ def _read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def batches(rows: list[dict], collator, device: torch.device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+def batches(
+    rows: list[dict], collator, device: torch.device, *, size: int = EVAL_BATCH
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """(positions, batch) with rows of like length together."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for start in range(0, len(rows), EVAL_BATCH):
-        chosen = order[start : start + EVAL_BATCH]
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
         yield chosen, {name: tensor.to(device) for name, tensor in collator([rows[i] for i in chosen]).items()}
 
 
@@ -146,16 +154,25 @@ def predict(model: nn.Module, rows: list[dict], tokenizer) -> tuple[list[int], f
     return found, total / len(rows)
 
 
+def language_collator(tokenizer, *, masked: bool, seed: int | None = None) -> DataCollatorForLanguageModeling:
+    """Of batches of raw text: with masks, or for predicting the next token."""
+    return DataCollatorForLanguageModeling(tokenizer, mlm=masked, mlm_probability=MASKED if masked else None, seed=seed)
+
+
 @torch.no_grad()
-def masked_loss(model: nn.Module, rows: list[dict], tokenizer) -> float:
-    """Mean loss per masked token, with the same tokens masked in every call."""
+def language_loss(model: nn.Module, rows: list[dict], tokenizer, *, masked: bool) -> float:
+    """Mean loss per token: masked, the same ones in every call, or next."""
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for _, batch in batches(rows, DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=0), device):
+    # Decoders have vocabularies of hundreds of thousands, and predict at every position.
+    size = EVAL_BATCH if masked else EVAL_BATCH // 16
+    for _, batch in batches(rows, language_collator(tokenizer, masked=masked, seed=0), device, size=size):
         labels = batch.pop("labels")
         with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = model(**batch).logits
+        if not masked:
+            logits, labels = logits[:, :-1], labels[:, 1:]
         total += float(nn.functional.cross_entropy(logits[labels >= 0].float(), labels[labels >= 0], reduction="sum"))
         count += int((labels >= 0).sum())
     return total / max(1, count)

@@ -8,8 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-import peft_sparse
-from peft_sparse import LotteryTicketConfig, RandConfig
+from peft_sparse import AdaSftConfig, DeftXConfig, LotteryTicketConfig, RandConfig
 
 FULL = "full"
 
@@ -24,8 +23,7 @@ class Request:
         head: modules that train whole.
         linear: the linear layers outside the head.
         outside: a regex for the modules outside the encoder.
-        layers: how many the encoder has.
-        budget: which of `LAYER_BUDGETS` SC-SFT takes.
+        budget: the layer budget of SC-SFT.
     """
 
     count: int
@@ -34,27 +32,11 @@ class Request:
     head: list[str]
     linear: list[str]
     outside: str
-    layers: int
     budget: str
 
     @property
     def everything(self) -> dict[str, Any]:
         return {"num_weights": self.count, "target_modules": "all", "modules_to_save": self.head or None}
-
-
-# Shares of the embeddings, of the last layer but one, of the last, and of all others (SC-SFT report, section 4). For
-# language modelling the authors' file puts .6 on the first three together.
-LAYER_BUDGETS = {"nli": (0.02, 0.02, 0.02, 0.94), "sentiment": (0.005, 0.02, 0.02, 0.955), "mlm": (0.6, 0.4)}
-
-
-def layer_budget(request: Request) -> dict[str, float]:
-    before, last = request.layers - 2, request.layers - 1
-    patterns = [r"embeddings\.", rf"\.layer\.{before}\.", rf"\.layer\.{last}\."]
-    shares = LAYER_BUDGETS[request.budget]
-    if len(shares) == 2:
-        patterns = ["|".join(patterns)]
-    rest = rf"\.layer\.(?!({before}|{last})\.)\d+\."
-    return dict(zip([*patterns, rest], shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,6 @@ class Method:
         selects: whether the shared dense phase chooses the weights.
         is_ours: whether `SparseTrainer` trains it.
         mask_args: where a mask phase, which the trainer runs itself, differs.
-        needs: the name in peft_sparse without which the method is left out.
     """
 
     rates: tuple[float, ...]
@@ -77,7 +58,6 @@ class Method:
     selects: bool = False
     is_ours: bool = True
     mask_args: dict[str, Any] = field(default_factory=dict)
-    needs: str = "SparseConfig"
 
 
 def biases(request: Request) -> PeftConfig:
@@ -99,29 +79,28 @@ def lora(request: Request) -> PeftConfig:
 
 
 def ada_sft(request: Request) -> PeftConfig:
-    return peft_sparse.AdaSftConfig(target_modules=request.linear, modules_to_save=request.head or None)
+    return AdaSftConfig(target_modules=request.linear, modules_to_save=request.head or None)
 
 
-LT_SFT = "LT-SFT"
+LT_SFT, BITFIT = "LT-SFT", "BitFit"
 CHOSEN, CHOSEN_LANGUAGE = (5e-4, 1e-3), 5e-4
 METHODS = {
     LT_SFT: Method(CHOSEN, CHOSEN_LANGUAGE, lambda r: LotteryTicketConfig(**r.everything), selects=True),
     "SC-SFT": Method(
         CHOSEN,
         CHOSEN_LANGUAGE,
-        lambda r: LotteryTicketConfig(**r.everything, budget=layer_budget(r)),
+        lambda r: LotteryTicketConfig(**r.everything, budget=r.budget),
         selects=True,
     ),
     "DeFT-X": Method(
         CHOSEN,
         CHOSEN_LANGUAGE,
-        lambda r: peft_sparse.DeftXConfig(**r.everything, rank=0.9),
+        lambda r: DeftXConfig(**r.everything, rank=0.9),
         selects=True,
-        needs="DeftXConfig",
     ),
     "Rand-SFT": Method((1e-3, 2e-3), 1e-3, lambda r: RandConfig(**r.everything, seed=r.seed)),
-    "Ada-SFT": Method((2e-4,), None, ada_sft, mask_args={"learning_rate": 1e-2}, needs="AdaSftConfig"),
-    "BitFit": Method((2e-3, 5e-3), 2e-3, biases),
+    "Ada-SFT": Method((2e-4,), None, ada_sft, mask_args={"learning_rate": 1e-2}),
+    BITFIT: Method((2e-3, 5e-3), 2e-3, biases),
     "LoRA": Method((1e-3, 2e-3), 1e-3, lora, is_ours=False),
     FULL: Method((2e-4,), 2e-4, None),
 }

@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from _bench_runs import ShowSteps
-from _crosslingual_data import MASKED, Source, Task, masked_loss, read_text
+from _crosslingual_data import Source, Task, language_collator, language_loss, read_text
 from _crosslingual_methods import FULL, METHODS, Request
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -49,7 +51,7 @@ class Corpus:
         load: the model to train, of a seed.
         steps: in each phase.
         dense_rate: learning rate of the shared dense phase.
-        budget: which of `LAYER_BUDGETS` SC-SFT takes.
+        budget: the layer budget of SC-SFT.
     """
 
     name: str
@@ -117,31 +119,34 @@ class Bench:
         return sorted(own) + ([f"{prefix}.pooler"] if pooler is not None else [])
 
     def language(self, name: str) -> Corpus:
-        collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED)
         return Corpus(
             name,
             self._text(name)[0],
-            collator,
-            lambda seed: self.masked_lm(name),
+            language_collator(self.tokenizer, masked=self.masks),
+            lambda seed: self.language_model(name),
             self.options.language_steps,
             METHODS[FULL].language_rate or 0.0,
-            "mlm",
+            "sc_sft_mlm",
         )
 
-    def masked_lm(self, language: str) -> nn.Module:
+    @cached_property
+    def masks(self) -> bool:
+        """Whether the model learns a language by masked language modelling; else it predicts the next token."""
+        return type(AutoConfig.from_pretrained(self.options.model)) in MODEL_FOR_MASKED_LM_MAPPING
+
+    def language_model(self, language: str) -> nn.Module:
         """The pretrained model with a head that predicts words: its own, or one fitted to the language, once for all
         methods, with everything else frozen.
         """
         set_seed(self.options.seeds[0])
-        model, loading = AutoModelForMaskedLM.from_pretrained(
-            self.options.model, dtype=torch.float32, output_loading_info=True
-        )
+        auto = AutoModelForMaskedLM if self.masks else AutoModelForCausalLM
+        model, loading = auto.from_pretrained(self.options.model, dtype=torch.float32, output_loading_info=True)
         if not loading["missing_keys"]:
             return model.to(DEVICE)
         model.base_model.requires_grad_(False)
         path = self.folder / "heads" / f"{language}.safetensors"
         if not path.exists():
-            collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED)
+            collator = language_collator(self.tokenizer, masked=self.masks)
             self._fit(model, self._text(language)[0], collator, self.options.head_steps, 1e-3, 0)
             head = {name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad}
             _write(path, partial(save_file, head))
@@ -149,15 +154,15 @@ class Bench:
         return model.requires_grad_(True).to(DEVICE)
 
     def start_loss(self, language: str) -> float:
-        """Held-out loss of the masked language model that the adapters of a language start from."""
+        """Held-out loss of the language model that the adapters of a language start from."""
         if language not in self._start_losses:
-            model = self.masked_lm(language)
-            self._start_losses[language] = masked_loss(model, self._text(language)[1], self.tokenizer)
+            model = self.language_model(language)
+            self._start_losses[language] = self._held_out_loss(model, language)
         return self._start_losses[language]
 
     def language_loss(self, language: str, name: str, adapter: Path) -> float:
         """The same with a method's language adapter."""
-        model = self.masked_lm(language)
+        model = self.language_model(language)
         if name == FULL:
             # The dense phase trains the input embeddings alone: the output matrix stays as it was.
             output = model.get_output_embeddings()
@@ -165,7 +170,10 @@ class Bench:
             _overwrite(model, load_file(adapter))
         else:
             model = PeftModel.from_pretrained(model, adapter)
-        return masked_loss(model, self._text(language)[1], self.tokenizer)
+        return self._held_out_loss(model, language)
+
+    def _held_out_loss(self, model: nn.Module, language: str) -> float:
+        return language_loss(model, self._text(language)[1], self.tokenizer, masked=self.masks)
 
     def _text(self, language: str) -> tuple[list[dict], list[dict]]:
         if language not in self._texts:
@@ -246,7 +254,6 @@ class Bench:
             head=head,
             linear=list(linear),
             outside=f"(?!{re.escape(prefix)}).*",
-            layers=model.config.num_hidden_layers,
             budget=corpus.budget,
         )
 

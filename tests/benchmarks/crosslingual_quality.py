@@ -20,17 +20,18 @@ start that the seed draws; it has the learning rate of the rest. Batches and the
 each seed, and is a row of the table itself. As in the papers each phase is as long as the training of a one-phase
 method, so these three see twice the steps. SC-SFT is LT-SFT with the layer budget of its report for this task.
 
-**A language adapter** is trained by the same method on raw text of the target language, by masked language modelling,
-with one seed (the first), and added to the task adapters of every seed. Where the model comes without a head that
-predicts words one is fitted first, with all else frozen, and shared by all methods; the head and the output matrix stay
-frozen in the adapters' training. Sparse adapters are added up with `add_weighted_adapter`, LoRA by merging one and
-loading the other, full fine-tuning by adding both changes of all weights. Ada-SFT has no language adapter: its
-second phase trains all weights of the masked layers. Raw text includes that of NusaX's own training rows, so a language
-adapter learns the domain as well as the language, and with short training may do no more than that.
+**A language adapter** is trained by the same method on raw text of the target language, by masked language modelling
+(a decoder: by predicting the next token), with one seed (the first), and added to the task adapters of every seed.
+Where the model comes without a head that predicts words one is fitted first, with all else frozen, and shared by all
+methods; the head and the output matrix stay frozen in the adapters' training. Sparse adapters are added up with
+`add_weighted_adapter`, LoRA by merging one and loading the other, full fine-tuning by adding both changes of all
+weights. Ada-SFT has no language adapter: its second phase trains all weights of the masked layers. Raw text includes
+that of NusaX's own training rows, so a language adapter learns the domain as well as the language, and with short
+training may do no more than that.
 
 **Learning rates** of task adapters: one or two candidates for each method; the first seed runs both, and the better on
 the validation rows of the source language (metric; on equal ones the loss) goes on. Nothing of a target language is
-looked at; a hundred rows tell only coarse differences. Those of language adapters are fixed: the held-out masked loss
+looked at; a hundred rows tell only coarse differences. Those of language adapters are fixed: the held-out loss
 before and after, in the results, shows whether they fit. The schedule is linear decay after warm-up over a tenth, no
 weight decay, dropout as the model has it, bfloat16 autocast over float32 weights.
 
@@ -57,14 +58,12 @@ import torch
 import transformers
 from _bench_runs import Results
 from _crosslingual_data import SOURCES, Task, predict, read_task
-from _crosslingual_methods import FULL, LT_SFT, METHODS, Method
+from _crosslingual_methods import BITFIT, FULL, LT_SFT, METHODS, Method
 from _crosslingual_report import BOTH, TASK, Row, Scorer, cells, markdown, plot, rich_table
 from _crosslingual_training import Bench
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer
-
-import peft_sparse
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
@@ -205,7 +204,7 @@ def told(job: Job, found: dict, scorer: Scorer) -> str:
     name = f"{job.method} {job.rate:g} seed {job.seed}"
     if job.kind == LANGUAGE:
         losses = f"{found['loss_before']:.3f} -> {found['loss_after']:.3f}"
-        return f"{name}, language {job.language}: held-out masked loss {losses} in {found['seconds']:.0f} s"
+        return f"{name}, language {job.language}: held-out loss {losses} in {found['seconds']:.0f} s"
     scores = " ".join(f"{lang} {scorer.of(lang, p):.1f}" for lang, p in found["predictions"].items())
     if job.kind == BOTH:
         return f"{name} + language: {scores}"
@@ -294,10 +293,16 @@ def rates_of(changes: list[str]) -> dict[str, tuple[float, ...]]:
     return rates
 
 
+def has_biases(model: str) -> bool:
+    with torch.device("meta"):
+        built = AutoModel.from_config(AutoConfig.from_pretrained(model))
+    return any(name.endswith("bias") for name, _ in built.named_parameters())
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(SOURCES), default="sentiment")
-    parser.add_argument("--model", default=str(MODEL), help="an encoder: directory or hub id")
+    parser.add_argument("--model", default=str(MODEL), help="an encoder, or a decoder: directory or hub id")
     parser.add_argument("--data", default=str(DATA), help="folder, laid out as above")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--languages", nargs="+", help="to transfer to [four of the task's]")
@@ -338,10 +343,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     # Wide enough for the table also where the output is a file.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for name in list(options.methods):
-        if not hasattr(peft_sparse, METHODS[name].needs):
-            console.print(f"{name} is left out: this version of peft_sparse has no {METHODS[name].needs}")
-            options.methods.remove(name)
+    if BITFIT in options.methods and not has_biases(options.model):
+        console.print(f"{BITFIT} is left out: the model has no biases")
+        options.methods.remove(BITFIT)
     source, tokenizer = SOURCES[options.task], AutoTokenizer.from_pretrained(options.model)
     lengths = {"length": options.max_length, "rows": options.rows}
     task = read_task(Path(options.data), source, options.languages, tokenizer, **lengths)
