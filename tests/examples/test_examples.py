@@ -293,6 +293,7 @@ def test_languages_that_cannot_be_left_out_are_refused(run, options, reason):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_instruction_tuning_of_the_real_model(run):
     """The README's main command: minutes, and a download where the model is not cached."""
     code, output = run("instruction_tuning")
@@ -303,6 +304,7 @@ def test_instruction_tuning_of_the_real_model(run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_language_and_task_as_documented(run):
     code, output = run("language_and_task")
     assert code == 0, output
@@ -311,6 +313,7 @@ def test_language_and_task_as_documented(run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_language_adapters_from_typology_as_documented(run):
     code, output = run("language_adapters_from_typology")
     assert code == 0, output
