@@ -161,6 +161,23 @@ def test_exported_head_comes_back(cls, config, wanted, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter.safetensors"}
 
 
+def test_exported_head_is_the_librarys_own(tmp_path):
+    import transformers
+
+    folder = ROOT / "bert-with-head" / "task"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    config = transformers.RobertaConfig(vocab_size=24, id2label={0: "no", 1: "maybe", 2: "yes"}, **sizes)
+    model = load_adapter_hub(transformers.RobertaForSequenceClassification(config), folder, with_head=True)
+    save_adapter_hub(model, tmp_path, adapter_name="task", with_head=True)
+    theirs = torch.load(folder / "pytorch_model_head.bin", weights_only=True)
+    ours = load_file(tmp_path / "model_head.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (json.loads((place / "head_config.json").read_text()) for place in (tmp_path, folder))
+    assert ours.keys() == theirs.keys()
+    assert ours["config"] == theirs["config"]
+
+
 def test_head_that_the_library_does_not_have(tmp_path):
     model = get_peft_model(base_model("bert"), BottleneckConfig(bottleneck_size=4))
     with pytest.raises(FormatError, match="head of BertForMaskedLM has no counterpart in the adapters library"):
