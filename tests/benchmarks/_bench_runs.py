@@ -1,15 +1,22 @@
-"""What benchmarks that take hours share: runs kept in a file as they finish, and progress by optimizer steps."""
+"""What benchmarks that take hours share: runs and files kept as they finish, training, progress by optimizer steps."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import stdev
 
-from transformers import TrainerCallback
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Results:
@@ -60,3 +67,54 @@ class ShowSteps(TrainerCallback):
 def spread(numbers: list[float], digits: int = 4) -> str:
     """Standard deviation, where there are numbers enough for one."""
     return f"{stdev(numbers):.{digits}f}" if len(numbers) > 1 else "-"
+
+
+def train(
+    model: nn.Module,
+    rows,
+    collator,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    batch_size: int,
+    advance: Callable[[], None],
+    trainer: Callable[..., Trainer] = Trainer,
+    **arguments,
+) -> None:
+    """Train with linear decay after warm-up over a tenth, under bfloat16 autocast; nothing is logged or saved.
+
+    `arguments`: more of TrainingArguments. `advance` is called after each optimizer step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=rate,
+            warmup_steps=max(1, steps // 10),
+            seed=seed,
+            bf16=True,
+            use_cpu=DEVICE == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=DEVICE != "cpu",
+            **arguments,
+        )
+        callbacks = [ShowSteps(advance)]
+        running = trainer(model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
+        running.remove_callback(PrinterCallback)
+        running.train()
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file or folder, under another name until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    write(temporary)
+    os.replace(temporary, path)

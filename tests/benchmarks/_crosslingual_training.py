@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench_runs import ShowSteps
+from _bench_runs import DEVICE, train, write_whole
 from _crosslingual_data import Source, Task, language_collator, language_loss, read_text
 from _crosslingual_methods import FULL, METHODS, Request
 from peft import PeftModel, get_peft_model
@@ -30,14 +27,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback
 
 from peft_sparse import LotteryTicketConfig, SparseTrainer, start_dense_phase
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ class Bench:
             collator = language_collator(self.tokenizer, masked=self.masks)
             self._fit(model, self._text(language)[0], collator, self.options.head_steps, 1e-3, 0)
             head = {name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad}
-            _write(path, partial(save_file, head))
+            write_whole(path, partial(save_file, head))
         model.load_state_dict(load_file(path), strict=False)
         return model.requires_grad_(True).to(DEVICE)
 
@@ -199,7 +192,7 @@ class Bench:
                 self._select(tuned, self._dense(corpus, seed))
             trainer = partial(SparseTrainer, mask_args=method.mask_args or None) if method.is_ours else Trainer
             self._fit(tuned, corpus.rows, corpus.collator, corpus.steps, rate, seed, trainer=trainer)
-            _write(path, tuned.save_pretrained)
+            write_whole(path, tuned.save_pretrained)
         return path
 
     def _dense(self, corpus: Corpus, seed: int) -> Path:
@@ -216,7 +209,7 @@ class Bench:
                 found.update({_plain(n): p for n, p in phase.others.items() if "modules_to_save" in n})
                 tensors = {name: tensor.detach().cpu() for name, tensor in found.items()}
                 seconds = {"seconds": str(time.process_time() - start)}
-                _write(path, lambda temporary: save_file(tensors, temporary, metadata=seconds))
+                write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=seconds))
         return path
 
     def dense_seconds(self, name: str, corpus: Corpus, seed: int) -> float:
@@ -260,28 +253,9 @@ class Bench:
     def _fit(
         self, model: nn.Module, rows: list[dict], collator, steps: int, rate: float, seed: int, *, trainer=Trainer
     ) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=self.options.batch_size,
-                learning_rate=rate,
-                warmup_steps=max(1, steps // 10),
-                seed=seed,
-                bf16=True,
-                use_cpu=DEVICE == "cpu",
-                train_sampling_strategy="group_by_length",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=DEVICE != "cpu",
-            )
-            callbacks = [ShowSteps(self.advance)]
-            running = trainer(model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
-            running.remove_callback(PrinterCallback)
-            running.train()
+        common = {"batch_size": self.options.batch_size, "advance": self.advance, "trainer": trainer}
+        how = {**common, "train_sampling_strategy": "group_by_length"}
+        train(model, rows, collator, steps=steps, rate=rate, seed=seed, **how)
 
     # ---- results ---------------------------------------------------------------------------------------
 
@@ -336,13 +310,3 @@ def _overwrite(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     own = dict(model.named_parameters())
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file or folder, under another name until it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    write(temporary)
-    os.replace(temporary, path)

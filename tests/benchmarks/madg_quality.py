@@ -34,7 +34,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -43,7 +42,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _bench_runs import Results, ShowSteps
+from _bench_runs import DEVICE, Results, train, write_whole
 from _crosslingual_data import MASKED, batches, read_text
 from _madg_report import GENERATED, KINDS, MEAN, NEW, NONE, OWN, PARTS, report
 from peft import PeftModel, get_peft_model
@@ -55,10 +54,8 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback
 
 from peft_sparse import (
     LanguageSwitch,
@@ -75,7 +72,6 @@ BASE = ["eng", "es", "ind"]
 SEEN = [*BASE, "jav", "min", "bbc", "bug", "aym", "gn", "hch", "shp", "bzd"]
 UNSEEN = ["sun", "ace", "quy", "cni"]
 FILES = ("{}.txt", "{}_*.txt", "nusax_train_{}.txt")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORDS = 1000
 Rows = list[dict]
 
@@ -129,7 +125,7 @@ class Bench:
             set_seed(self.options.seed)
             model = AutoModelForMaskedLM.from_pretrained(self.options.model, dtype=torch.float32)
             self._fit(model, self._some(self.options.base), self.options.base_steps, self.options.base_rate)
-            self._keep(path, model.save_pretrained)
+            write_whole(path, model.save_pretrained)
         return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False).to(DEVICE)
 
     def config(self, layer_dim: int | None) -> MadGConfig:
@@ -141,7 +137,7 @@ class Bench:
             set_seed(self.options.seed)
             model = get_peft_model(self.encoder(), self.config(KINDS[kind]))
             self._fit(model, self._some(self.options.seen), self.options.steps, self.options.rate)
-            self._keep(path, model.save_pretrained)
+            write_whole(path, model.save_pretrained)
         model = PeftModel.from_pretrained(self.encoder(), path)
         model.set_typology(self.typology)
         return model
@@ -153,7 +149,7 @@ class Bench:
             set_seed(self.options.seed)
             model = get_peft_model(self.encoder(), self.config(None).bottleneck_config())
             self._fit(model, self._some([language]), self.options.own_steps, self.options.own_rate)
-            self._keep(path, model.save_pretrained)
+            write_whole(path, model.save_pretrained)
         return PeftModel.from_pretrained(self.encoder(), path)
 
     def mean_of_own(self, language: str) -> PeftModel:
@@ -187,38 +183,9 @@ class Bench:
         mad_g = isinstance(model, PeftModel) and model.peft_type == "MAD_G"
         batches_ = MultiSourceDataset(text, num_batches=steps, batch_size=self.options.batch_size)
         collate = MultiSourceCollator(DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED))
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            LanguageSwitch(model, text, activate=None if mad_g else lambda *_: None),
-        ):
-            args = TrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=1,
-                learning_rate=rate,
-                warmup_steps=max(1, steps // 10),
-                seed=self.options.seed,
-                bf16=True,
-                use_cpu=DEVICE == "cpu",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=DEVICE != "cpu",
-            )
-            callbacks = [ShowSteps(self.advance)]
-            trainer = MaskedTrainer(
-                model=model, args=args, train_dataset=batches_, data_collator=collate, callbacks=callbacks
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-
-    def _keep(self, path: Path, save: Callable[[Path], object]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            save(Path(temporary) / "kept")
-            os.replace(Path(temporary) / "kept", path)
+        how = {"seed": self.options.seed, "batch_size": 1, "advance": self.advance, "trainer": MaskedTrainer}
+        with LanguageSwitch(model, text, activate=None if mad_g else lambda *_: None):
+            train(model, batches_, collate, steps=steps, rate=rate, **how)
 
     # ---- measuring -----------------------------------------------------------------------------------
 
