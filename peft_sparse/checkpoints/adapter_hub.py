@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files import AtomicFolder, save_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -233,8 +234,13 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
         path_of: the library's path of the module that holds the adapters of a place, such as
             "bert.encoder.layer.0.output"; for `Place("", -1, "invertible")` the base model's name, such as "bert".
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    heads = (HEAD_CONFIG, *HEAD_WEIGHTS)
+    doors = (WEIGHTS[0], CONFIG)
+    with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: name in heads, doors=doors) as atomic:
+        _write_all(atomic.staging, adapter, path_of)
+
+
+def _write_all(root: Path, adapter: HubAdapter, path_of: Callable[[Place], str]) -> None:
     back = {ours: theirs for theirs, ours in _PARTS.items()}
     tensors = {
         f"{path_of(place)}.adapters.{adapter.name}.{back[part]}": tensor.detach().cpu().contiguous().clone()
@@ -251,8 +257,6 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
     about = {**adapter.about, "name": adapter.name, "version": VERSION}
     _write_pair(root, (WEIGHTS[0], tensors), (CONFIG, {**about, "config": adapter.config}))
     if adapter.head is None:
-        for name in (HEAD_CONFIG, *HEAD_WEIGHTS):
-            (root / name).unlink(missing_ok=True)
         return
     # A dropout stands before each of the head's layers, and an activation behind each but the last.
     layers = {f"heads.{adapter.name}.{1 + 3 * i}": pair for i, pair in enumerate(adapter.head_tensors)}
@@ -265,18 +269,8 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
 def _write_pair(root: Path, weights: tuple[str, dict[str, Tensor]], config: tuple[str, dict[str, Any]]) -> None:
     """Tensors, and then the JSON file that names them."""
     text = json.dumps(config[1], indent=2, sort_keys=True)
-    _replace(root / weights[0], lambda temporary: save_file(weights[1], temporary, metadata={"format": "pt"}))
-    _replace(root / config[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first, so that a crash leaves the old one or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(weights[1], root / weights[0], metadata={"format": "pt"})
+    (root / config[0]).write_text(text, encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

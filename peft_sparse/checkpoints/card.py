@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.gaps import read_header
 from ..errors import FormatError
+from ..files import write_atomically
 from ..selection.anatomy import PARTS, place_of
 from .native import SOURCE, canonical_name, parameter_of, tensor_names
 from .tasks import BASE_CLASSES
@@ -335,13 +336,3 @@ def _product(shape: Sequence[int]) -> int:
     for length in shape:
         size *= length
     return size
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that a crash leaves either the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

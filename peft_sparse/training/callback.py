@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers.trainer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import atomic_file, save_tensors
 from .reselector import iter_reselectors
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if tensors:
         path = Path(folder, STATE_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_tensors(tensors, temporary)
 
 
 def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:

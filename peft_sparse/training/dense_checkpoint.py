@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files import atomic_file, save_tensors
 from .dense_phase import DensePhase
 
 FILE_NAME = "dense_phase.safetensors"
@@ -38,9 +38,8 @@ def save_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> No
     }
     path = Path(directory, FILE_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        save_tensors(tensors, temporary, metadata=metadata)
 
 
 def load_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import ConfigError, FormatError
+from ..files import write_atomically
 from ..tuners.ada_sft.config import MASK, WEIGHTS, AdaSftConfig
 from ..tuners.ada_sft.iteration import iter_masked
 from .lottery import peft_configs, refuse_wrapper
@@ -112,10 +113,7 @@ class MaskPhase:
 
 def save_mask_phase(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:
     """Mark a checkpoint, which holds the adapter already, as one of this phase."""
-    path = Path(directory, FILE_NAME)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"adapter": phase.adapter_name}), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(Path(directory, FILE_NAME), json.dumps({"adapter": phase.adapter_name}).encode())
 
 
 def check_mask_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import Trainer
 
+from ..files import AtomicFolder
 from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.ada_sft.iteration import iter_masked
 from ..tuners.sparse_ft.config import SparseConfig
@@ -57,13 +57,9 @@ class PhaseCheckpoints(_Base):
         if not self.args.should_save or self.args.save_strategy == "no":
             return
         folder = os.path.join(self._get_output_dir(trial), FIRST_FOLDERS[first], SELECTION_FOLDER)
-        temporary = f"{folder}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary, selected_adapters=[adapter])
-        with open(os.path.join(temporary, SELECTION_FILE), "w", encoding="utf-8") as file:
-            json.dump({"adapter": adapter}, file)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: True, doors=(SELECTION_FILE,)) as atomic:
+            self.model.save_pretrained(os.fspath(atomic.staging), selected_adapters=[adapter])
+            (atomic.staging / SELECTION_FILE).write_text(json.dumps({"adapter": adapter}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._phase is not None:
