@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,26 @@ class _Change:
     deltas: list[SparseDelta] = field(default_factory=list)
     head: Tensor | None = None
 
-    def apply(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def apply(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The tensor as it is written.
+
+        Raises:
+            ConfigError: a finite value would not be one any more.
+        """
+        changed = self._changed(tensor, dtype)
+        if changed is not tensor and changed.is_floating_point():
+            infinite = ~changed.isfinite()
+            if bool(infinite.any()):  # those that were infinite before stay as they are
+                infinite &= (tensor if self.head is None else self.head).double().isfinite()
+            if bool(infinite.any()):
+                raise ConfigError(
+                    f"{int(infinite.sum())} weights of {name} would be infinite or NaN: {changed.dtype} holds numbers "
+                    f"up to {torch.finfo(changed.dtype).max:.4g}. Nothing was written. Give smaller weights, or a wider "
+                    "dtype."
+                )
+        return changed
+
+    def _changed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         if self.head is not None:
             tensor = self.head.to(tensor.dtype)
         elif self.deltas:
@@ -93,6 +114,11 @@ class _Change:
             wide = tensor if dtype is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             tensor = Overlay([d.indices for d in self.deltas]).add(wide, [d.values for d in self.deltas])
         return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+    def is_large(self, dtype: torch.dtype) -> bool:
+        """Whether adding this may leave the range of a dtype, whatever is below it."""
+        limit = torch.finfo(dtype).max / 2
+        return any(not bool((delta.values.double().abs() <= limit).all()) for delta in self.deltas)
 
 
 def merge_checkpoint(
@@ -148,15 +174,16 @@ def merge_checkpoint(
             "checkpoint, or load the model and call merge_and_unload(dequantize=True)."
         )
     plan = _Plan(checkpoint, parts, factors, head)
+    plan.check_range(dtype)
     writer = ShardWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
         task = progress.add_task("merging", total=len(checkpoint.names()))
         for name in checkpoint.names():
             change = plan.changes.get(plan.model_name[name], _Change())
-            writer.add(name, change.apply(checkpoint.tensor(name), dtype))
+            writer.add(name, change.apply(name, checkpoint.tensor(name), dtype))
             progress.advance(task)
         for name in plan.added:
-            writer.add(name, plan.changes.get(name, _Change()).apply(plan.original(name), dtype))
+            writer.add(name, plan.changes.get(name, _Change()).apply(name, plan.original(name), dtype))
         copy_companions(checkpoint, writer.staging, changed=plan.config_changes(dtype))
     changed = [name for name in checkpoint.names() if plan.model_name[name] in plan.changes]
     num_weights = sum(delta.count for change in set(plan.changes.values()) for delta in change.deltas)
@@ -187,7 +214,11 @@ def _check_factors(parts: list[_Part], weights: Sequence[float] | None) -> list[
         raise ConfigError("at least one adapter is needed to merge, got none.")
     if weights is not None and len(weights) != len(parts):
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(parts)} adapters.")
-    return None if weights is None else list(weights)
+    if weights is None:
+        return None
+    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
+    return [float(weight) for weight in weights]
 
 
 def _choose_head(parts: list[_Part], head_from: str | None) -> _Part | None:
@@ -253,6 +284,17 @@ class _Plan:
         head = self.changes[name].head
         assert head is not None  # `_check_targets` has seen to deltas
         return head.to(self._config.dtype) if self._config.dtype is not None else head
+
+    def check_range(self, dtype: torch.dtype | None) -> None:
+        """Refuse sums that leave the range of their dtype, where deltas are so large that they may.
+
+        Raises:
+            ConfigError: see `_Change.apply`.
+        """
+        for name, change in self.changes.items():
+            stored = self._stored_as(name)
+            if stored is not None and change.is_large(dtype or self._checkpoint.dtype(stored)):
+                change.apply(name, self.original(name), dtype)
 
     def config_changes(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """What config.json says otherwise than the base model's."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -33,8 +35,16 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Run the command line: what the user can mend is one line on stderr and exit status 1, not a traceback."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the second
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     try:
         app()
     except (SparseError, OSError) as error:
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End by an exception, so that what is half written is removed on the way out."""
+    sys.exit(128 + number)
