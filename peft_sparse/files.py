@@ -186,7 +186,10 @@ class _Staging:
 
     def open(self) -> None:
         _living(self._parent, self._name, None)
-        self.path.mkdir(parents=True)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self._parent)) from error
         try:
             self._lock.acquire(timeout=_SECONDS_TO_LOCK)
         except BaseException:

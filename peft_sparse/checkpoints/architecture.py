@@ -26,10 +26,14 @@ def read_config(path_or_id: str | os.PathLike[str], *, revision: str | None = No
     Raises:
         ConfigError: there is none, or its architecture is not one of transformers'.
     """
+    where = os.fspath(path_or_id)
+    if where.startswith(("/", "./", "../", "~")) and not os.path.isdir(where):
+        raise ConfigError(f"there is no folder {where!r}: give the folder of a model or its id on the Hub.")
     try:
-        return AutoConfig.from_pretrained(os.fspath(path_or_id), revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{os.fspath(path_or_id)!r} has no config of a transformers model: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{where!r} has no config of a transformers model: {reason}") from error
 
 
 def class_name_of(config: PretrainedConfig, *, task_type: str | None = None) -> str:

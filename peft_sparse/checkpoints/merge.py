@@ -101,8 +101,8 @@ class _Change:
             if bool(infinite.any()):
                 raise ConfigError(
                     f"{int(infinite.sum())} weights of {name} would be infinite or NaN: {changed.dtype} holds numbers "
-                    f"up to {torch.finfo(changed.dtype).max:.4g}. Nothing was written. Give smaller weights, or a wider "
-                    "dtype."
+                    f"up to {torch.finfo(changed.dtype).max:.4g}. Nothing was written. Give smaller weights, or a "
+                    "wider dtype."
                 )
         return changed
 

@@ -21,7 +21,13 @@ COMMANDS: tuple[str, ...] = (
     "plan",
 )
 
-app = typer.Typer(name="peft-sparse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="peft-sparse",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()

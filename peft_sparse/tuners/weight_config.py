@@ -7,6 +7,20 @@ from typing import Any
 from peft import PeftConfig
 
 from ..checkpoints.card import update_card
+from ..checks import check_arguments, check_layers, check_modules
+from ..errors import ConfigError
+
+# {what a keyword is called elsewhere: what to write here}
+_ELSEWHERE = {
+    "r": "There is no rank here: equivalent_rank=... tunes as many weights as LoRA of that rank trains.",
+    "rank": "There is no rank here: equivalent_rank=... tunes as many weights as LoRA of that rank trains.",
+    "lora_alpha": "Weights are tuned themselves, without a scaling; give the strength when adding adapters up.",
+    "lora_dropout": "Weights are tuned themselves, without a dropout of their own.",
+    "sparsity": "density=... is the share of the weights that are tuned: 1 - sparsity.",
+    "k": "num_weights=... is the number of weights to tune.",
+    "dtype": "values_dtype=... is the dtype of the trained values.",
+    "bias": "target_biases=True tunes the biases of the targeted modules as well.",
+}
 
 
 class WeightConfig(PeftConfig):
@@ -16,6 +30,14 @@ class WeightConfig(PeftConfig):
     # tells `save_pretrained` only a folder.
     saved_as = "default"
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> WeightConfig:
+        check_arguments(cls, args, kwargs, elsewhere=_ELSEWHERE)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shared_fields(self)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields; sets as sorted lists, so that equal configs give equal files."""
         return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
@@ -24,3 +46,18 @@ class WeightConfig(PeftConfig):
         """Write the config (PEFT's method), and this library's part of the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
         update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+
+
+def check_shared_fields(config: PeftConfig) -> None:
+    """Check the fields that configs of all types have, and take the one name of a head for a list of it.
+
+    Raises:
+        ConfigError: a field has a value of another kind.
+    """
+    if isinstance(config.modules_to_save, str):
+        config.modules_to_save = [config.modules_to_save]
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        check_modules(name, getattr(config, name))
+    check_layers("layers_to_transform", config.layers_to_transform)
+    if not isinstance(config.init_weights, bool):
+        raise ConfigError(f"init_weights must be True or False, got {config.init_weights!r}.")

@@ -169,7 +169,7 @@ def test_what_a_dead_writer_left_goes_and_what_a_living_one_has_stays(tmp_path):
     child = forked(work)
     os.read(ready, 1)
     staged = [path.name for path in tmp_path.iterdir()]
-    with pytest.raises(ConfigError, match="another process is writing into .*out"):
+    with pytest.raises(ConfigError, match=r"another process is writing into .*out"):
         AtomicFolder(tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == staged
     os.kill(child, signal.SIGKILL)
@@ -189,6 +189,11 @@ def test_a_staging_folder_without_a_lock_goes_once_it_is_old(tmp_path):
     assert not old.exists()
 
 
+def save_large(path: Path) -> None:
+    with atomic_file(path) as temporary:
+        save_tensors({"a": torch.zeros(10_000)}, temporary)
+
+
 def test_a_full_disk_names_the_file_and_changes_nothing(tmp_path):
     """A limit on the size of files stands for the full disk: safetensors gets the error from the system likewise."""
     write_atomically(tmp_path / "f.safetensors", b"old")
@@ -197,8 +202,7 @@ def test_a_full_disk_names_the_file_and_changes_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"nothing was written or changed: '.*f\.safetensors'") as found:
-            with atomic_file(tmp_path / "f.safetensors") as temporary:
-                save_tensors({"a": torch.zeros(10_000)}, temporary)
+            save_large(tmp_path / "f.safetensors")
         with pytest.raises(OSError, match=r"nothing was written or changed: '.*out'"):
             write(tmp_path / "out", {"a": "x" * 20_000})
     finally:

@@ -11,7 +11,9 @@ from peft import PeftConfig
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
+from ...checks import check_arguments, check_layers, check_modules, check_one_of
 from ...errors import ConfigError
+from ..weight_config import check_shared_fields
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 
@@ -21,6 +23,15 @@ KINDS = ("pfeiffer", "houlsby", "parallel")
 PLACEMENTS = ("norm", "block", "output", "parallel", "residual")
 INITS = ("near_identity", "identity")
 DEFAULT_REDUCTION_FACTOR = 16
+# {what a keyword is called elsewhere: what to write here}
+_ELSEWHERE = {
+    "r": "bottleneck_size=... is the width inside the adapter.",
+    "rank": "bottleneck_size=... is the width inside the adapter.",
+    "adapter_size": "bottleneck_size=... is the width inside the adapter.",
+    "non_linearity": "It is called activation here.",
+    "inv_adapter": "It is called invertible here.",
+    "density": "A bottleneck adapter has a size, no density: bottleneck_size=... or reduction_factor=...",
+}
 
 
 @dataclass
@@ -94,16 +105,23 @@ class BottleneckConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding to train densely (PEFT's own field)."}
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> BottleneckConfig:
+        check_arguments(cls, args, kwargs, elsewhere=_ELSEWHERE)
+        return super().__new__(cls)
+
     # Not a field: the name of the adapter that is being saved, since PEFT tells `save_pretrained` only a folder.
     saved_as = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK
-        _check_one_of("kind", self.kind, KINDS)
-        _check_one_of("init", self.init, INITS)
-        _check_one_of("placement", self.placement, (None, *PLACEMENTS))
-        _check_one_of("invertible", self.invertible, (None, *COUPLINGS))
+        check_shared_fields(self)
+        check_modules("invertible_module", self.invertible_module)
+        check_layers("leave_out", self.leave_out)
+        check_one_of("kind", self.kind, KINDS)
+        check_one_of("init", self.init, INITS)
+        check_one_of("placement", self.placement, (None, *PLACEMENTS))
+        check_one_of("invertible", self.invertible, (None, *COUPLINGS))
         self._check_sizes()
         activation_named(self.activation)
         if self.scaling != LEARNED and not (_is_number(self.scaling) and math.isfinite(self.scaling)):
@@ -143,11 +161,6 @@ class BottleneckConfig(PeftConfig):
         """Write the config (PEFT's method), and this library's part of the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
         update_bottleneck_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
-
-
-def _check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {list(known)}, got {value!r}.")
 
 
 def _check_regex(name: str, pattern: object) -> None:

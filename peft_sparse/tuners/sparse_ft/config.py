@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.files import verify_before_loading
+from ...checks import check_one_of, dtype_name, nearest
 from ...errors import ConfigError
 from ...selection.budget import check_budget, check_request
 from ..weight_config import WeightConfig
@@ -122,14 +123,14 @@ class SparseConfig(WeightConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         if cls is SparseConfig:
-            method = kwargs.get("method", cls.default_method)
+            method = method_called(kwargs.get("method", cls.default_method))
             if method not in METHODS:
                 raise ConfigError(
-                    f"method must be one of {sorted(METHODS)}, got {method!r}. A file that says so was written by a "
-                    "newer peft-sparse: pip install -U peft-sparse"
+                    f"method must be one of {sorted(METHODS)}, got {method!r}.{nearest(method, METHODS)} A file that "
+                    "says so was written by a newer peft-sparse: pip install -U peft-sparse"
                 )
             cls = METHODS[method]
-        return super().__new__(cls)
+        return super().__new__(cls, *args, **kwargs)
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
         # copy and pickle call `__new__` with these alone.
@@ -138,6 +139,7 @@ class SparseConfig(WeightConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SPARSE_FT
+        self.method, self.values_dtype = method_called(self.method), dtype_name(self.values_dtype)
         if METHODS.get(self.method) is not type(self):
             own = next((name for name, cls in METHODS.items() if cls is type(self)), None)
             raise ConfigError(
@@ -147,8 +149,7 @@ class SparseConfig(WeightConfig):
         self._check_request()
         check_budget(self.budget)
         self._check_targets()
-        if self.values_dtype not in VALUE_DTYPES:
-            raise ConfigError(f"values_dtype must be one of {list(VALUE_DTYPES)}, got {self.values_dtype!r}.")
+        check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
         if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 < math.inf):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
@@ -185,6 +186,14 @@ class SparseConfig(WeightConfig):
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
         verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
         return config
+
+
+def method_called(given: Any) -> Any:
+    """The name of a method as `METHODS` spells it: "spiel-ag" and "SpIEL AG" are "spiel_ag"."""
+    if not isinstance(given, str):
+        return given
+    bare = {name.replace("_", ""): name for name in METHODS}
+    return bare.get(re.sub(r"[-_\s]", "", given).lower(), given)
 
 
 def _check_regex(name: str, pattern: str) -> None:
