@@ -155,9 +155,8 @@ def token_panel(found: Sequence[TokenBars]) -> Panel:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, tokens in zip(axes, found, strict=False):
             _draw_tokens(ax, tokens)
-            ax.set_title(
-                shortened(tokens.adapter, _TITLE_LENGTH // columns), loc="left", fontweight="bold", fontsize=10
-            )
+            name = shortened(tokens.adapter, _TITLE_LENGTH // columns)
+            ax.set_title(name, loc="left", fontweight="bold", fontsize=10)
         for ax in axes[len(found) :]:
             ax.set_axis_off()
 
@@ -243,10 +242,9 @@ def _style(changes: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 
 def _title(ax: Axes, name: str, details: str) -> None:
-    is_long = len(name) + 0.7 * len(details) > _TITLE_LENGTH
-    ax.set_title(
-        shortened(name, _TITLE_LENGTH), loc="left", fontweight="bold", fontsize=10, pad=18 if is_long else None
-    )
+    # One line above the details, where both do not fit beside each other: all titles of a picture share a baseline.
+    raised = "\n " if len(name) + 0.7 * len(details) > _TITLE_LENGTH else ""
+    ax.set_title(shortened(name, _TITLE_LENGTH) + raised, loc="left", fontweight="bold", fontsize=10)
     ax.set_title(details, loc="right", fontsize=8, color=_LINE)
 
 
