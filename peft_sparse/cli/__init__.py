@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from importlib import import_module
 from types import FrameType
 
@@ -44,6 +45,8 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the second
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
+    # Deprecations that PEFT and transformers see in each other are nothing that a user of a command can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
     except (SparseError, OSError) as error:
