@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
@@ -42,18 +44,27 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Run the command line: what the user can mend is one line on stderr and exit status 1, not a traceback."""
-    for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the second
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
-    # Deprecations that PEFT and transformers see in each other are nothing that a user of a command can mend.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app()
+        with _stopping_cleanly(), warnings.catch_warnings():
+            # Deprecations that PEFT and transformers see in each other are nothing that a user of a command can mend.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            app()
     except (SparseError, OSError) as error:
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
+@contextmanager
+def _stopping_cleanly() -> Iterator[None]:
+    """Let signals that end a process do so by an exception, so that what is half written is removed on the way out."""
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    before = {number: signal.signal(number, _stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    """End by an exception, so that what is half written is removed on the way out."""
     sys.exit(128 + number)
