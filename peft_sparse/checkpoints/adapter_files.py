@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
+from .foreign import COMPOSABLE_SFT, way_in
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
@@ -77,7 +78,8 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
     config = read_config(where)
     if (kind := config.get("peft_type")) != "SPARSE_FT":
         raise FormatError(
-            f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
+            way_in(where, config)
+            or f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
             "peft_type 'SPARSE_FT' say which of the model's own weights they change. Others can be used with PEFT: "
             "PeftModel.from_pretrained(...), merge_and_unload()."
         )
@@ -127,12 +129,14 @@ def need_file(where: str | os.PathLike[str], name: str, *, revision: str | None 
 
     Raises:
         ConfigError: there is no such adapter, or it has no such file.
-        FormatError: its weights are pickled.
+        FormatError: its weights are pickled, or it is an adapter of another library.
     """
     try:
         return _fetch(where, name, revision)
     except EntryNotFoundError as error:
         folder = Path(where).expanduser()
+        if name == CONFIG_FILE and find_file(where, COMPOSABLE_SFT, revision=revision) is not None:
+            raise FormatError(way_in(where)) from error
         if not folder.is_dir():
             raise _not_on_hub(where, name, error) from error
     if name == SOURCE and (folder / _PICKLED).is_file():

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle  # the name of an exception only: nothing is unpickled here
+import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +23,27 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..errors import FormatError
 from .native import SOURCE, verify
+
+# What reading a damaged or hostile file raises, from the parsers and the allocator: all of it means the file.
+UNREADABLE: tuple[type[Exception], ...] = (
+    SafetensorError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
+_MAX_JSON_BYTES = 2**24
 
 
 def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
@@ -69,9 +95,10 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         FormatError: it is no safetensors file, or it is cut off.
     """
+    check_regular(path)
     try:
         return load_file(path, device="cpu")
-    except SafetensorError as error:
+    except UNREADABLE as error:
         raise FormatError(
             f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
             "save it again from the model that trained it."
@@ -99,14 +126,31 @@ def fetch(root: str | os.PathLike[str], name: str, *, subfolder: str | None = No
     return Path(hf_hub_download(os.fspath(root), name, subfolder=subfolder, **download_kwargs))
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is not a file with an end: opening a pipe or reading a device would never return.
+
+    Raises:
+        FormatError: it is a pipe, a device or a socket.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = "folder" if stat.S_ISDIR(mode) else "pipe, a device or a socket"
+        raise FormatError(f"{os.fspath(path)} must be a file, it is a {what}.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that describes an adapter or a checkpoint.
 
     Raises:
-        FormatError: it is damaged, or holds something else.
+        FormatError: it is damaged, too large to be one, or holds something else.
     """
+    check_regular(path)
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise FormatError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} that its kind of file may have.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise FormatError(f"{path} is not valid JSON (nested too deep). Download or save it again.") from error
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON ({error}). Download or save it again.") from error
     if not isinstance(content, dict):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import architecture
 from ..checkpoints.adapter_files import need_file, read_config
 from ..checkpoints.files import load_tensors
+from ..checkpoints.foreign import way_in
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
 from ..errors import FormatError
@@ -112,7 +113,8 @@ def _check_pure(settings: dict[str, Any], adapter: str) -> None:
     kind = settings.get("peft_type")
     if kind not in _PURE:
         raise FormatError(
-            f"{adapter} is an adapter of type {kind}; differences can be had of {', '.join(_PURE)}. {_WAY_OUT}"
+            way_in(adapter, settings)
+            or f"{adapter} is an adapter of type {kind}; differences can be had of {', '.join(_PURE)}. {_WAY_OUT}"
         )
     for field, plain in _PURE[kind].items():
         if field in settings and settings[field] not in plain:

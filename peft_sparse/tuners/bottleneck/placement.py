@@ -164,6 +164,12 @@ def resolve(config: BottleneckConfig, model: nn.Module) -> BottleneckConfig:
     return config
 
 
+def reads_after_norm(model: nn.Module) -> bool:
+    """Whether a model's feed-forward reads a norm of the residual (a pre-norm model), and not the residual itself."""
+    anatomy = ANATOMIES.get(_model_type(model))
+    return anatomy is not None and anatomy.pfeiffer[1] == BLOCK
+
+
 def find_sites(config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
     """{path: site} of every module that a resolved config puts something at, in the order of the model.
 
