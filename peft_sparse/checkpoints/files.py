@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle  # the name of an exception only: nothing is unpickled here
-import stat
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,32 +11,14 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
+from ..untrusted import UNREADABLE, check_regular
 from .native import SOURCE, verify
 
-# What reading a damaged or hostile file raises, from the parsers and the allocator: all of it means the file.
-UNREADABLE: tuple[type[Exception], ...] = (
-    SafetensorError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 # No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
 _MAX_JSON_BYTES = 2**24
 
@@ -126,27 +103,13 @@ def fetch(root: str | os.PathLike[str], name: str, *, subfolder: str | None = No
     return Path(hf_hub_download(os.fspath(root), name, subfolder=subfolder, **download_kwargs))
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what is not a file with an end: opening a pipe or reading a device would never return.
-
-    Raises:
-        FormatError: it is a pipe, a device or a socket.
-    """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        what = "folder" if stat.S_ISDIR(mode) else "pipe, a device or a socket"
-        raise FormatError(f"{os.fspath(path)} must be a file, it is a {what}.")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that describes an adapter or a checkpoint.
 
     Raises:
         FormatError: it is damaged, too large to be one, or holds something else.
     """
-    check_regular(path)
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise FormatError(f"{path} has {size} bytes, more than the {_MAX_JSON_BYTES} that its kind of file may have.")
+    check_regular(path, max_bytes=_MAX_JSON_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:

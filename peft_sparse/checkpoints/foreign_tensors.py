@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import FormatError
-from .files import UNREADABLE, check_regular
+from ..untrusted import UNREADABLE, check_regular, unpacked_bytes
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # torch names what a pickle asks for in the middle of its advice to run it all the same.
@@ -87,11 +87,8 @@ def _load_pickled(path: Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Refuse a zip file that would unpack to more than it is: torch stores tensors as they are."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+    size, unpacked = path.stat().st_size, sum(unpacked_bytes(path).values())
+    if unpacked > size:
         raise FormatError(
             f"{path} is a compressed archive that claims to unpack to {unpacked} bytes from {size}; torch.save writes "
             "uncompressed ones. It is not opened."

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from ...errors import ConfigError
+from ...selection.patterns import fullmatch
 from ..sparse_ft.targets import is_excluded, named_targets
 from .config import BottleneckConfig
 
@@ -237,7 +238,7 @@ def _at_end(pattern: str) -> str:
 
 def _matches(pattern: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+        return fullmatch(pattern, name)
     return any(name == ending or name.endswith(f".{ending}") for ending in pattern or ())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from ..._peft_bridge import add_peft_type
 from ...checkpoints.files import verify_before_loading
 from ...errors import ConfigError
 from ...selection.budget import check_budget, check_request
+from ...selection.patterns import check_pattern
 from ..weight_config import WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
@@ -163,9 +163,9 @@ class SparseConfig(WeightConfig):
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ALL_PARAMETERS):
-            _check_regex("target_modules", self.target_modules)
+            check_pattern("target_modules:", self.target_modules)
         if isinstance(self.exclude_modules, str):
-            _check_regex("exclude_modules", self.exclude_modules)
+            check_pattern("exclude_modules:", self.exclude_modules)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "
@@ -185,13 +185,6 @@ class SparseConfig(WeightConfig):
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
         verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
         return config
-
-
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}.") from error
 
 
 def _check_counts(counts: object) -> None:
