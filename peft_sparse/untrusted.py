@@ -63,13 +63,11 @@ def unpacked_bytes(path: str | os.PathLike[str]) -> dict[str, int]:
     """{member of a zip archive: the bytes that it claims to unpack to}; nothing is unpacked.
 
     Raises:
-        FormatError: it is no archive, or one whose members overlap or share a name.
+        FormatError: its members overlap, or two share a name.
+        zipfile.BadZipFile: it is no archive.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except UNREADABLE as error:
-        raise FormatError(f"{Path(path)} is no readable zip archive ({type(error).__name__}: {error}).") from error
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
     if sum(entry.compress_size for entry in entries) > Path(path).stat().st_size:
         raise FormatError(f"{Path(path)} is a zip archive whose members overlap, and is not opened.")
     if len({entry.filename for entry in entries}) < len(entries):
