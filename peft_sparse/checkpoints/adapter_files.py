@@ -21,6 +21,8 @@ from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_dig
 
 CONFIG_FILE = "adapter_config.json"
 _PICKLED = "adapter_model.bin"
+# What of `auto_mapping` is read here.
+_MAPPED = ("parent_library", "base_model_class")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:/(?P<folder>[^@]+?)/?)?(?:@(?P<revision>.+))?")
 
 
@@ -90,7 +92,26 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
             f"{CONFIG_FILE} of '{os.fspath(where)}': counts must map parameter names to numbers of weights. Download "
             "or save the adapter again."
         )
+    _check_fields(config, os.fspath(where))
     return config
+
+
+def _check_fields(config: Mapping[str, Any], where: str) -> None:
+    """Refuse values of a type that the fields which are read here cannot have."""
+    modules, mapping = config.get("modules_to_save"), config.get("auto_mapping")
+    rules = {
+        "modules_to_save": modules is None or (isinstance(modules, list) and all(type(m) is str for m in modules)),
+        "auto_mapping": mapping is None
+        or (isinstance(mapping, dict) and all(type(mapping.get(key, "")) is str for key in _MAPPED)),
+        "values_dtype": config.get("values_dtype", "float32") in ("float32", "bfloat16", "float16", "float64"),
+        "base_model_name_or_path": isinstance(config.get("base_model_name_or_path"), (str, type(None))),
+    }
+    for name, holds in rules.items():
+        if not holds:
+            raise FormatError(
+                f"{CONFIG_FILE} of '{where}': {name} cannot be {str(config[name])[:200]!r}. Download or save the "
+                "adapter again."
+            )
 
 
 def read_config(where: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def search(pattern: str, text: str) -> bool:
     """Whether a regular expression occurs in a text: `re.search`.
 
     Raises:
-        ConfigError: it does not come to an end within a tenth of a second (it is asked now and then, so in less than one).
+        ConfigError: it does not come to an end within a tenth of a second, or a few where it is slow to notice.
     """
     return _find("search", pattern, text) is not None
 

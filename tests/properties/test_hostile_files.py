@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_sparse import (
+    AdaSftConfig,
     BottleneckConfig,
     MadGConfig,
     RandConfig,
@@ -277,6 +278,9 @@ def saved(tmp_path_factory) -> Path:
     get_peft_model(llama(), BottleneckConfig(bottleneck_size=4)).save_pretrained(root / "bottleneck")
     madg = MadGConfig(bottleneck_size=4, language_dim=4, typology={"eng": [1.0, 0.0], "ind": [0.0, 1.0]})
     get_peft_model(llama(), madg).save_pretrained(root / "madg")
+    get_peft_model(llama(), AdaSftConfig(target_modules=["q_proj"])).save_pretrained(root / "ada")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(llama(), lora).save_pretrained(root / "lora")
     return root
 
 
@@ -355,26 +359,12 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
+# Sizes that a config claims are those of `tuners/bottleneck/size.py`'s own tests.
 LOADED: dict[str, tuple[str, Change]] = {
-    "bottleneck: a large size": ("bottleneck", ours(bottleneck_size=10**8)),
-    "bottleneck: a size beyond integers": ("bottleneck", ours(bottleneck_size=10**30)),
-    "bottleneck: a small factor": ("bottleneck", ours(bottleneck_size=None, reduction_factor=1e-5)),
-    "bottleneck: the smallest factor": ("bottleneck", ours(bottleneck_size=None, reduction_factor=5e-324)),
-    "bottleneck: a large size, no file": (
-        "bottleneck",
-        lambda f: (ours(bottleneck_size=10**8)(f), (f / "adapter_model.safetensors").unlink()),
-    ),
-    "bottleneck: a large invertible adapter": (
-        "bottleneck",
-        ours(invertible="nice", invertible_module="embed_tokens", invertible_reduction_factor=1e-6),
-    ),
     "bottleneck: scaling beyond floats": ("bottleneck", ours(scaling=10**400)),
     "bottleneck: layers of no kind": ("bottleneck", ours(layers_to_transform=[None, {}])),
     "bottleneck: targets of no kind": ("bottleneck", ours(target_modules=5)),
     "bottleneck: an endless regex": ("bottleneck", ours(target_modules=ENDLESS)),
-    "madg: a large size": ("madg", ours(bottleneck_size=10**8)),
-    "madg: a large language_dim": ("madg", ours(language_dim=10**9)),
-    "madg: a large layer_dim": ("madg", ours(layer_dim=10**9)),
     "madg: a typology of nothing": ("madg", ours(saved_typology={})),
     "madg: a typology of lists": ("madg", ours(saved_typology={"format": 1, "feature_names": [[1]], "vectors": []})),
     "sparse: a hole": ("sparse", a_hole),
@@ -403,6 +393,72 @@ def test_every_regex_comes_to_an_end(kind, field, pattern, saved, tmp_path):
     ours(**{field: [pattern] if field == "modules_to_save" else pattern})(folder)
     with little_time_and_memory(), contextlib.suppress(SparseError):
         PeftModel.from_pretrained(llama(), folder)
+
+
+VALUES = [5, -1, "x", [], {}, True, 1e308, 10**400, [[1]], {"a": 1}, [None], {"a": [1]}]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "bottleneck", "madg", "ada"])
+def test_every_field_of_a_config_takes_or_refuses_anything(kind, saved):
+    fields = json.loads((saved / kind / "adapter_config.json").read_text())
+    taken = 0
+    for name in fields.keys() - {"peft_type"}:
+        for value in VALUES:
+            try:
+                PeftConfig.from_peft_type(**{**fields, name: value})
+                taken += 1
+            except SparseError as error:
+                assert len(str(error)) < 3000
+            except ValueError as error:
+                assert name == "task_type", (name, value, error)
+    assert 0 < taken < len(fields) * len(VALUES) * 0.9
+
+
+@pytest.mark.parametrize(
+    "name", ["modules_to_save", "auto_mapping", "values_dtype", "base_model_name_or_path", "counts"]
+)
+def test_what_readers_need_of_a_config_is_checked(name, saved, tmp_path):
+    folder = copied(saved / "sparse", tmp_path / "a")
+    for value in [5, [[1]], {"parent_library": 3}, [None], {"a": -1}, {"a": "b"}, "../x"]:
+        ours(**{name: value})(folder)
+        # Some values are right ones for some of the fields.
+        with contextlib.suppress(SparseError):
+            inspect_adapter(folder)
+            merge_checkpoint(saved / "base", [folder], tmp_path / "out", overwrite=True)
+
+
+LORA: dict[str, Change] = {
+    "a large rank": ours(r=10**9),
+    "a large rank of a layer": ours(rank_pattern={"q_proj": 10**9}),
+    "a rank that is none": ours(r="x"),
+    "an endless regex": ours(target_modules=ENDLESS),
+    "an unknown type": ours(peft_type="NONE SUCH"),
+    "another library's type": ours(peft_type="ROSA"),
+    "a pipe": fifo("adapter_model.safetensors"),
+    "fields of no kind": ours(target_modules=5, lora_alpha="x"),
+}
+
+
+@pytest.mark.parametrize("what", LORA)
+def test_extraction_from_lora(what, saved, tmp_path):
+    folder = copied(saved / "lora", tmp_path / "a")
+    LORA[what](folder)
+    with little_time_and_memory(), pytest.raises(SparseError):
+        extract_adapter(saved / "base", folder, tmp_path / "out", density=0.1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**9}, {"hidden_size": "x"}, {"architectures": ["pipeline"]}]
+)
+def test_a_base_whose_config_lies(change, saved, tmp_path):
+    base = copied(saved / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change}))
+    with little_time_and_memory(), pytest.raises(SparseError):
+        extract_adapter(base, saved / "lora", tmp_path / "out", density=0.1)
+    with little_time_and_memory(), contextlib.suppress(SparseError):
+        merge_checkpoint(base, [saved / "sparse"], tmp_path / "out")
 
 
 # ---- typological tables --------------------------------------------------------------------------

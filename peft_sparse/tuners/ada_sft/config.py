@@ -7,6 +7,7 @@ from typing import Any
 
 from ..._peft_bridge import add_peft_type
 from ...errors import ConfigError
+from ..field_checks import check_shared_fields
 from ..sparse_ft.config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
 from ..weight_config import WeightConfig
 
@@ -91,13 +92,14 @@ class AdaSftConfig(WeightConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ADA_SFT
+        check_shared_fields(self)
         number = self.initial_mask
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1:
             raise ConfigError(
                 f"initial_mask must be in (0, 1), got {number!r}: a sigmoid reaches neither end. To start at the "
                 "pretrained model keep from_identity=True, at any initial_mask."
             )
-        if self.phase not in HELD:
+        if not isinstance(self.phase, str) or self.phase not in HELD:
             raise ConfigError(
                 f"phase must be one of {list(HELD)}, got {self.phase!r}. A file that says so was written by a newer "
                 "peft-sparse: pip install -U peft-sparse"

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
 from ...errors import ConfigError
-from ...selection.patterns import check_pattern
+from ..field_checks import check_shared_fields
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 
@@ -22,8 +22,6 @@ PLACEMENTS = ("norm", "block", "output", "parallel", "residual")
 INITS = ("near_identity", "identity")
 DEFAULT_REDUCTION_FACTOR = 16
 _LARGEST = 1e300
-# A millionth: below it no size could be computed.
-_SMALLEST_FACTOR = 1e-6
 
 
 @dataclass
@@ -115,10 +113,7 @@ class BottleneckConfig(PeftConfig):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         if self.placement is not None and self.target_modules is None:
             raise ConfigError(f"placement={self.placement!r} needs target_modules: it says what happens there.")
-        for name in ("target_modules", "exclude_modules", "invertible_module"):
-            _check_names(name, getattr(self, name))
-        for name in ("layers_to_transform", "leave_out"):
-            _check_layers(name, getattr(self, name))
+        check_shared_fields(self)
 
     def _check_sizes(self) -> None:
         if self.bottleneck_size is not None and self.reduction_factor is not None:
@@ -131,7 +126,7 @@ class BottleneckConfig(PeftConfig):
             raise ConfigError(f"bottleneck_size must be a whole number >= 1, got {size!r}.")
         for name in ("reduction_factor", "invertible_reduction_factor"):
             factor = getattr(self, name)
-            if factor is not None and not (_is_number(factor) and _SMALLEST_FACTOR <= factor < math.inf):
+            if factor is not None and not (_is_number(factor) and 0 < factor < math.inf):
                 raise ConfigError(f"{name} must be a finite number > 0, got {factor!r}.")
 
     def size_for(self, width: int) -> int:
@@ -153,23 +148,6 @@ class BottleneckConfig(PeftConfig):
 def _check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name} must be one of {list(known)}, got {value!r}.")
-
-
-def _check_names(name: str, names: object) -> None:
-    if isinstance(names, str):
-        check_pattern(f"{name}:", names)
-    elif names is not None and not (
-        isinstance(names, (list, tuple, set, frozenset)) and all(isinstance(one, str) for one in names)
-    ):
-        raise ConfigError(f"{name} must be a list of names or a regular expression, got {str(names)[:200]}.")
-
-
-def _check_layers(name: str, layers: object) -> None:
-    listed = [layers] if type(layers) is int and name == "layers_to_transform" else layers
-    if listed is not None and not (
-        isinstance(listed, (list, tuple, set, frozenset, range)) and all(type(index) is int for index in listed)
-    ):
-        raise ConfigError(f"{name} must be a list of indices of layers, got {str(layers)[:200]}.")
 
 
 def _is_number(value: object) -> bool:

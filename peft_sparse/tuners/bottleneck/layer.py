@@ -215,15 +215,6 @@ def _versions(adapter: nn.Module) -> tuple[int, ...]:
     return tuple(parameter._version for parameter in adapter.parameters())
 
 
-def adapter_numel(config: BottleneckConfig, site: Site) -> int:
-    """How many numbers a new adapter holds at a site; nothing is made."""
-    if site.placement == INVERTIBLE:
-        half = site.width - site.width // 2
-        size = max(1, int(half // config.invertible_reduction_factor))
-        return 2 * size * (half + 2 * half + 1)
-    return config.size_for(site.width) * (2 * site.width + 1) + site.width
-
-
 def make_adapter(
     config: BottleneckConfig, *, placement: str, width: int, device: torch.device | None = None
 ) -> nn.Module:

@@ -20,14 +20,11 @@ from ..weight_tuner import adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
-from .layer import CANNOT_MERGE, BottleneckLayer, adapter_numel
+from .layer import CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
 from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
 from .weights import iter_layers
-
-# An adapter may be this many times as large as its model (a hypernetwork's is, on a small one), or take 40 MB.
-_TIMES_THE_MODEL, _ALWAYS_ALLOWED = 16, 10**7
 
 
 class BottleneckModel(BaseTuner):
@@ -68,7 +65,6 @@ class BottleneckModel(BaseTuner):
             with adding(self, model, adapter_name) as config:
                 refuse_new_adapter(model, adapter_name)
                 self._sites: dict[str, Site] = self._find_sites(config, model)
-                _check_size(self._numel(config), model)
                 self._detach_inverse()
                 super().inject_adapter(
                     model,
@@ -83,10 +79,6 @@ class BottleneckModel(BaseTuner):
     def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""
         return find_sites(resolve(config, model), model)
-
-    def _numel(self, config: BottleneckConfig) -> int:
-        """How many numbers the adapter that is being added holds."""
-        return sum(adapter_numel(config, site) for site in self._sites.values())
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
         return BottleneckLayer(target).train(target.training)
@@ -302,17 +294,3 @@ class BottleneckModel(BaseTuner):
                 "their parameters are averaged."
             )
         compose.add_weighted_adapter(self, list(adapters), list(weights), adapter_name, head_from=head_from)
-
-
-def _check_size(numel: int, model: nn.Module) -> None:
-    """Refuse sizes that a damaged or hostile config claims, before memory is taken for them.
-
-    Raises:
-        ConfigError: the adapter would be many times as large as the model.
-    """
-    limit = max(_TIMES_THE_MODEL * sum(parameter.numel() for parameter in model.parameters()), _ALWAYS_ALLOWED)
-    if numel > limit:
-        raise ConfigError(
-            f"the adapter would hold {numel} numbers, more than {_TIMES_THE_MODEL} times the model's own "
-            f"(at most {limit}): bottleneck_size, reduction_factor or another size of its config is wrong."
-        )

@@ -17,7 +17,7 @@ from ..bottleneck.weights import iter_layers
 from ..sparse_ft.iteration import base_model_of
 from .config import MadGConfig
 from .generated import GeneratedAdapter
-from .generator import SiteGenerator, num_generated
+from .generator import SiteGenerator
 from .importance import FeatureImportance, feature_importance
 from .languages import LanguageContext, Languages, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
@@ -72,13 +72,6 @@ class MadGModel(BottleneckModel):
         saved_vectors(config.saved_typology)
         self._state = state_of(model) or MadGState()
         return sites
-
-    def _numel(self, config: MadGConfig) -> int:
-        generated = [num_generated(config, site.width) for site in self._sites.values()]
-        features = config.language_dim * len(config.saved_typology["feature_names"])
-        if config.layer_dim is None:
-            return features + config.language_dim * sum(generated)
-        return features + (config.language_dim + config.layer_dim) * max(generated) + config.layer_dim * len(generated)
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
         return MadGLayer(target, self._state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from ..._peft_bridge import add_peft_type
 from ...checkpoints.files import verify_before_loading
 from ...errors import ConfigError
 from ...selection.budget import check_budget, check_request
-from ...selection.patterns import check_pattern
+from ..field_checks import check_shared_fields
 from ..weight_config import WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
@@ -22,6 +21,7 @@ BASE_METHOD = "fixed"
 # the adapter is made, the user, a dense phase, or gradients over some batches.
 NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
 DENSE_PHASE, GRADIENTS = "dense phase", "gradients"
+_LARGEST_L1 = 1e300
 VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
@@ -123,7 +123,7 @@ class SparseConfig(WeightConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         if cls is SparseConfig:
             method = kwargs.get("method", cls.default_method)
-            if method not in METHODS:
+            if not isinstance(method, str) or method not in METHODS:
                 raise ConfigError(
                     f"method must be one of {sorted(METHODS)}, got {method!r}. A file that says so was written by a "
                     "newer peft-sparse: pip install -U peft-sparse"
@@ -149,7 +149,7 @@ class SparseConfig(WeightConfig):
         self._check_targets()
         if self.values_dtype not in VALUE_DTYPES:
             raise ConfigError(f"values_dtype must be one of {list(VALUE_DTYPES)}, got {self.values_dtype!r}.")
-        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 < math.inf):
+        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
 
@@ -162,10 +162,7 @@ class SparseConfig(WeightConfig):
         )
 
     def _check_targets(self) -> None:
-        if isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ALL_PARAMETERS):
-            check_pattern("target_modules:", self.target_modules)
-        if isinstance(self.exclude_modules, str):
-            check_pattern("exclude_modules:", self.exclude_modules)
+        check_shared_fields(self)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "

@@ -1,0 +1,57 @@
+"""Checks of fields that the configs of all tuner types share: a file may hold anything in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ..errors import ConfigError
+from ..selection.patterns import check_pattern
+
+# Strings in these mean something else than a regular expression.
+_NAMES = ("all", "all-linear")
+
+
+def check_shared_fields(config: Any) -> None:
+    """Check the types of what says where an adapter goes and what is saved with it.
+
+    Args:
+        config: a config; fields that it does not have are left out.
+
+    Raises:
+        ConfigError: a field holds something that it cannot.
+    """
+    for name in ("target_modules", "exclude_modules", "invertible_module", "layers_pattern"):
+        value = getattr(config, name, None)
+        if isinstance(value, str) and value not in _NAMES:
+            check_pattern(f"{name}:", value)
+        elif not (value is None or isinstance(value, str) or _is_all(value, str)):
+            raise ConfigError(f"{name} must be a list of names or a regular expression, got {_short(value)}.")
+    for name in ("modules_to_save", "target_parameters"):
+        value = getattr(config, name, None)
+        if value is not None and not _is_all(value, str):
+            raise ConfigError(f"{name} must be a list of names, got {_short(value)}.")
+    for name in ("layers_to_transform", "leave_out"):
+        value = getattr(config, name, None)
+        if not (value is None or _is_all(value, int) or (type(value) is int and name == "layers_to_transform")):
+            raise ConfigError(f"{name} must be a list of indices of layers, got {_short(value)}.")
+    tokens = getattr(config, "trainable_token_indices", None)
+    rows = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+    if not all(_is_all(one, int) and all(0 <= index < 2**31 for index in one) for one in rows):
+        raise ConfigError(
+            f"trainable_token_indices must be a list of rows of the embedding, or one for each embedding, got "
+            f"{_short(tokens)}."
+        )
+
+
+def _is_all(values: object, kind: type) -> bool:
+    return (
+        isinstance(values, (Collection, range))
+        and not isinstance(values, (str, bytes, dict))
+        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
