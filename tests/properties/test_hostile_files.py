@@ -404,13 +404,10 @@ def test_every_field_of_a_config_takes_or_refuses_anything(kind, saved):
     taken = 0
     for name in fields.keys() - {"peft_type"}:
         for value in VALUES:
-            try:
+            # PEFT itself checks the task's name.
+            with contextlib.suppress(ValueError if name == "task_type" else SparseError):
                 PeftConfig.from_peft_type(**{**fields, name: value})
                 taken += 1
-            except SparseError as error:
-                assert len(str(error)) < 3000
-            except ValueError as error:
-                assert name == "task_type", (name, value, error)
     assert 0 < taken < len(fields) * len(VALUES) * 0.9
 
 
@@ -448,17 +445,18 @@ def test_extraction_from_lora(what, saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "change", [{"num_hidden_layers": 10**9}, {"hidden_size": "x"}, {"architectures": ["pipeline"]}]
-)
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"hidden_size": "x"}, {"num_attention_heads": 0}])
 def test_a_base_whose_config_lies(change, saved, tmp_path):
     base = copied(saved / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, **change}))
     with little_time_and_memory(), pytest.raises(SparseError):
         extract_adapter(base, saved / "lora", tmp_path / "out", density=0.1)
-    with little_time_and_memory(), contextlib.suppress(SparseError):
+    with little_time_and_memory(), pytest.raises(SparseError):
+        extract_adapter(saved / "base", base, tmp_path / "out", density=0.1)
+    with little_time_and_memory(), pytest.raises(SparseError):
         merge_checkpoint(base, [saved / "sparse"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- typological tables --------------------------------------------------------------------------
