@@ -242,11 +242,14 @@ def config_fields(adapter: HubAdapter) -> dict[str, Any]:
 
 def _check_factor(adapter: HubAdapter, factor: object, *, size: int, width: int) -> None:
     """Refuse a reduction factor that does not give the size that the tensors have."""
-    if isinstance(factor, (int, float)) and factor > 0 and max(1, int(width // factor)) != size:
+    if not isinstance(factor, (int, float)) or not factor > 0:
+        return
+    # Of a factor next to nothing the quotient is no number to count with.
+    claimed = max(1, int(min(width // factor, 2**60)))
+    if claimed != size:
         raise FormatError(
-            f"adapter {adapter.name!r} says reduction_factor={factor!r}, which makes bottlenecks of "
-            f"{max(1, int(width // factor))} at a width of {width}, but its tensors have {size}. They are not of one "
-            "adapter."
+            f"adapter {adapter.name!r} says reduction_factor={factor!r}, which makes bottlenecks of {claimed} at a "
+            f"width of {width}, but its tensors have {size}. They are not of one adapter."
         )
 
 

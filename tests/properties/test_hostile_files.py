@@ -158,6 +158,7 @@ HUB: dict[str, Change] = {
     "field: leave_out beyond integers": setting(leave_out=[10**40]),
     "field: reduction_factor": setting(reduction_factor=2),
     "field: reduction_factor of a millionth": setting(reduction_factor=1e-9),
+    "field: reduction_factor of next to nothing": setting(reduction_factor=5e-324),
     "field: mh_adapter without tensors": setting(mh_adapter=True),
     "field: no output_adapter": setting(output_adapter=False),
     "field: cross_adapter without tensors": setting(cross_adapter=True),

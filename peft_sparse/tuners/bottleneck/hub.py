@@ -20,10 +20,10 @@ from ...checkpoints.adapter_hub import (
     read_adapter_hub,
     write_adapter_hub,
 )
-from ...errors import FormatError
+from ...errors import ConfigError, FormatError
 from ..sparse_ft.iteration import base_model_of
 from .adapter import LEARNED
-from .config import BottleneckConfig
+from .config import BOTTLENECK, BottleneckConfig
 from .hub_heads import head_layers, head_of, load_head, plan_head
 from .layer import make_adapter
 from .placement import INVERTIBLE, find_sites, reads_after_norm, resolve
@@ -65,9 +65,9 @@ def load_adapter_hub(
         the `PeftModel`; the adapter is active if it is the first, and in the mode (training, evaluation) of the model.
 
     Raises:
-        ConfigError: there is no such folder or repository, or the name cannot be an adapter's.
+        ConfigError: there is no such folder or repository.
         FormatError: the files are damaged, contradict each other, ask for what no adapter of this package does, or do
-            not fit the model. The model is as it was before.
+            not fit the model, or the adapter's name cannot be one or is taken. The model is as it was before.
     """
     adapter = read_adapter_hub(folder, with_head=with_head)
     name = adapter_name or adapter.name
@@ -112,9 +112,16 @@ def save_adapter_hub(
             keeps the head that its model has.
 
     Raises:
+        ConfigError: the model has no such bottleneck adapter.
         FormatError: the architecture is another one, or the library has no head that computes the same.
     """
     base = base_model_of(model)
+    configs = getattr(model, "peft_config", {})
+    own = [name for name, config in configs.items() if config.peft_type == BOTTLENECK]
+    if adapter_name not in own:
+        raise ConfigError(
+            f"adapter_name must be that of a bottleneck adapter of this model, {own}, got {adapter_name!r}."
+        )
     model_type = getattr(base.config, "model_type", None)
     if model_type not in _HOLDERS:
         raise FormatError(

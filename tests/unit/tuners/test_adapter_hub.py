@@ -14,7 +14,15 @@ from hub_case import IDS, LAYERS, WIDTH, bert, bottleneck, flexible_head, tensor
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model
 
-from peft_sparse import BottleneckConfig, RandConfig, load_adapter_hub, save_adapter_hub
+from peft_sparse import (
+    BottleneckConfig,
+    RandConfig,
+    extract_adapter,
+    inspect_adapter,
+    load_adapter_hub,
+    merge_checkpoint,
+    save_adapter_hub,
+)
 from peft_sparse.checkpoints import adapter_files
 from peft_sparse.checkpoints.adapter_hub import Place, place_of
 from peft_sparse.errors import ConfigError, FormatError
@@ -409,6 +417,50 @@ def test_the_last_adapters_head_acts(config, caplog):
         assert model.base_model.active_adapters == ["lang", "task"]
         assert head.active_adapters == ["task"]
         assert model(input_ids=IDS).logits.mean() > 15
+
+
+def test_only_a_bottleneck_adapter_is_written(tmp_path):
+    model = load_adapter_hub(bert(), write_hub(tmp_path / "a"))
+    with pytest.raises(ConfigError, match=r"of a bottleneck adapter of this model, \['qu'\], got 'default'"):
+        save_adapter_hub(model, tmp_path / "b")
+    sparse = get_peft_model(bert(), RandConfig(density=0.1, target_modules=["query"]))
+    with pytest.raises(ConfigError, match="of a bottleneck adapter"):
+        save_adapter_hub(sparse, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+DOORS = {
+    "hub": "load_adapter_hub",
+    "composable": "peft-sparse import .* composable-sft|composable-sft .* peft-sparse import",
+    "spiel": "SpIEL fork .* peft-sparse import",
+    "rosa": "RoSA .* peft-sparse import",
+}
+
+
+@pytest.mark.parametrize("kind", DOORS)
+def test_refusals_lead_to_the_right_door(kind, tmp_path):
+    folder = tmp_path / kind
+    if kind == "hub":
+        write_hub(folder)
+    else:
+        folder.mkdir()
+    if kind == "composable":
+        torch.save({}, folder / "pytorch_diff.bin")
+    elif kind != "hub":
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": {"spiel": "SFT", "rosa": "ROSA"}[kind]}))
+    bert().save_pretrained(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    readers = [
+        lambda: inspect_adapter(folder),
+        lambda: merge_checkpoint(base, [folder], out),
+        lambda: extract_adapter(base, folder, out, density=0.1),
+    ]
+    if kind != "hub":
+        readers.append(lambda: load_adapter_hub(bert(), folder))
+    for reader in readers:
+        with pytest.raises(FormatError, match=DOORS[kind]) as refusal:
+            reader()
+        assert "again" not in str(refusal.value)
 
 
 # ---- round trip ----------------------------------------------------------------------------------
