@@ -134,7 +134,8 @@ def _check_pure(settings: dict[str, Any], adapter: str) -> None:
 def _check_claims(settings: dict[str, Any], state: dict[str, Tensor], adapter: str) -> None:
     """Refuse ranks that no tensor of the file has, before PEFT makes matrices of them."""
     ranks = settings.get("rank_pattern") or {}
-    claimed = [settings.get("r", 0), *(ranks.values() if isinstance(ranks, dict) else [ranks])]
+    # Super-Tuning has a rank only where it has a low-rank part.
+    claimed = [settings.get("r") or 0, *(ranks.values() if isinstance(ranks, dict) else [ranks])]
     largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
     if any(type(rank) is not int or rank > largest for rank in claimed):
         raise FormatError(f"{adapter} claims the ranks {str(claimed)[:200]}, which none of its tensors has.")
