@@ -73,7 +73,7 @@ def check_modules(name: str, value: object) -> None:
             names = [piece.strip() for piece in value.split(",")]
             raise ConfigError(f"{name}={value!r} is one regular expression, not a list of names. Write {name}={names}.")
     elif not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(one, str) for one in value):
-        raise ConfigError(f"{name} must be a list of module names or a regular expression, got {value!r}.")
+        raise ConfigError(f"{name} must be a list of module names or a regular expression, got {shortened(value)}.")
 
 
 def check_layers(name: str, value: object) -> None:
@@ -84,7 +84,7 @@ def check_layers(name: str, value: object) -> None:
     """
     indices = value if isinstance(value, (list, tuple, set, frozenset, range)) else [value]
     if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in indices):
-        raise ConfigError(f"{name} must be the index of a layer or a list of indices, got {value!r}.")
+        raise ConfigError(f"{name} must be the index of a layer or a list of indices, got {shortened(value)}.")
 
 
 def dtype_name(value: object) -> object:
@@ -102,6 +102,12 @@ def dtype_named(name: str, value: object, known: Iterable[str]) -> torch.dtype:
     found = dtype_name(value)
     check_one_of(name, found, known)
     return _DTYPES[str(found)]
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, cut where a file holds something endless."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _plain(name: str) -> str:

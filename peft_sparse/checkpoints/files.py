@@ -11,13 +11,16 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
+from ..untrusted import UNREADABLE, check_regular
 from .native import SOURCE, verify
+
+# No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
+_MAX_JSON_BYTES = 2**24
 
 
 def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
@@ -69,9 +72,10 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         FormatError: it is no safetensors file, or it is cut off.
     """
+    check_regular(path)
     try:
         return load_file(path, device="cpu")
-    except SafetensorError as error:
+    except UNREADABLE as error:
         raise FormatError(
             f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
             "save it again from the model that trained it."
@@ -103,10 +107,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that describes an adapter or a checkpoint.
 
     Raises:
-        FormatError: it is damaged, or holds something else.
+        FormatError: it is damaged, too large to be one, or holds something else.
     """
+    check_regular(path, max_bytes=_MAX_JSON_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise FormatError(f"{path} is not valid JSON (nested too deep). Download or save it again.") from error
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON ({error}). Download or save it again.") from error
     if not isinstance(content, dict):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, FormatError
 from ..files import AtomicFolder, save_tensors
+from ..untrusted import check_regular
 from .files import read_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -81,6 +82,7 @@ class Checkpoint:
         if self._opened is None or self._opened[0] != shard or self._read_bytes > _READ_BEFORE_CLOSING:
             path = self.folder / shard
             self._read_bytes = 0
+            check_regular(path)
             try:
                 self._opened = shard, safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file
+from ..checkpoints.foreign import COMPOSABLE_SFT, way_in
 from ..checkpoints.native import build
 from ..checkpoints.shards import Checkpoint
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..files import check_output
 from ..selection.budget import Budget, groups_of, total_from_request
 from ..tuners.sparse_ft.config import SparseConfig
@@ -162,6 +163,8 @@ def extract_adapter(
 def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str | None) -> Source:
     if find_file(tuned, CONFIG_FILE, revision=tuned_revision) is not None:
         return AdapterOnBase(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    if find_file(tuned, COMPOSABLE_SFT, revision=tuned_revision) is not None:
+        raise FormatError(way_in(tuned))
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
 
 

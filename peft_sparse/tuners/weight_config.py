@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftConfig
 
 from ..checkpoints.card import update_card
-from ..checks import check_arguments, check_layers, check_modules
-from ..errors import ConfigError
+from ..checks import check_arguments
+from .field_checks import check_shared_fields
 
 # {what a keyword is called elsewhere: what to write here}
 _ELSEWHERE = {
@@ -46,18 +46,3 @@ class WeightConfig(PeftConfig):
         """Write the config (PEFT's method), and this library's part of the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
         update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
-
-
-def check_shared_fields(config: PeftConfig) -> None:
-    """Check the fields that configs of all types have, and take the one name of a head for a list of it.
-
-    Raises:
-        ConfigError: a field has a value of another kind.
-    """
-    if isinstance(config.modules_to_save, str):
-        config.modules_to_save = [config.modules_to_save]
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
-        check_modules(name, getattr(config, name))
-    check_layers("layers_to_transform", config.layers_to_transform)
-    if not isinstance(config.init_weights, bool):
-        raise ConfigError(f"init_weights must be True or False, got {config.init_weights!r}.")

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoints.tasks import HEADS
 from .mixed_batches import give_names, names_by_module
+from .stacked_heads import delete_heads, has_several_heads, set_adapters
 from .weight_layer import WeightLayer
 
 
@@ -55,9 +56,17 @@ class WeightTuner(BaseTuner):
         # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
         return
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
+        if has_several_heads(self, adapter_name):
+            set_adapters(self, adapter_name, inference_mode=inference_mode)
+        else:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
         left = [name for name in self.active_adapters if name != adapter_name]
+        delete_heads(self, adapter_name, left)
         super().delete_adapter(adapter_name)
         left = left or list(self.peft_config)[:1]
         # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,

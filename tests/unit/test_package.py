@@ -20,7 +20,7 @@ ROOT = Path(peft_sparse.__file__).parent
 # A package may import those before it in its own row and all rows above.
 RANKS = [
     ["errors", "_peft_bridge"],
-    ["files", "checks"],
+    ["files", "checks", "untrusted"],
     ["core"],
     ["selection", "typology"],
     ["composition"],

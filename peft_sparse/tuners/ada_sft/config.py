@@ -97,7 +97,7 @@ class AdaSftConfig(WeightConfig):
                 f"initial_mask must be in (0, 1), got {number!r}: a sigmoid reaches neither end. To start at the "
                 "pretrained model keep from_identity=True, at any initial_mask."
             )
-        if self.phase not in HELD:
+        if not isinstance(self.phase, str) or self.phase not in HELD:
             raise ConfigError(
                 f"phase must be one of {list(HELD)}, got {self.phase!r}. A file that says so was written by a newer "
                 "peft-sparse: pip install -U peft-sparse"

@@ -111,7 +111,7 @@ def activation_named(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         ConfigError: there is none.
     """
-    if name not in ACT2FN:
+    if not isinstance(name, str) or name not in ACT2FN:
         raise ConfigError(f"activation must be one of {sorted(ACT2FN)}, got {name!r}.")
     return ACT2FN[name]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,9 @@ from peft import PeftConfig
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
-from ...checks import check_arguments, check_layers, check_modules, check_one_of
+from ...checks import check_arguments, check_one_of
 from ...errors import ConfigError
-from ..weight_config import check_shared_fields
+from ..field_checks import check_shared_fields
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 
@@ -32,6 +31,7 @@ _ELSEWHERE = {
     "inv_adapter": "It is called invertible here.",
     "density": "A bottleneck adapter has a size, no density: bottleneck_size=... or reduction_factor=...",
 }
+_LARGEST = 1e300
 
 
 @dataclass
@@ -116,8 +116,8 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = BOTTLENECK
         check_shared_fields(self)
-        check_modules("invertible_module", self.invertible_module)
-        check_layers("leave_out", self.leave_out)
+        if isinstance(self.leave_out, int):
+            self.leave_out = [self.leave_out]
         check_one_of("kind", self.kind, KINDS)
         check_one_of("init", self.init, INITS)
         check_one_of("placement", self.placement, (None, *PLACEMENTS))
@@ -130,8 +130,6 @@ class BottleneckConfig(PeftConfig):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         if self.placement is not None and self.target_modules is None:
             raise ConfigError(f"placement={self.placement!r} needs target_modules: it says what happens there.")
-        for name in ("target_modules", "exclude_modules", "invertible_module"):
-            _check_regex(name, getattr(self, name))
 
     def _check_sizes(self) -> None:
         if self.bottleneck_size is not None and self.reduction_factor is not None:
@@ -163,14 +161,7 @@ class BottleneckConfig(PeftConfig):
         update_bottleneck_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
 
-def _check_regex(name: str, pattern: object) -> None:
-    if not isinstance(pattern, str):
-        return
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}.") from error
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A whole number beyond all floats comes out of a file, not out of a request.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and (isinstance(value, float) or abs(value) <= _LARGEST)

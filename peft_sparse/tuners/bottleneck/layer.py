@@ -70,7 +70,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """
         placement, width = site.placement, site.width
         self._around = _around(parent, self.adapter_layer_names[0])
-        adapter = self.new_adapter(adapter_name, config, site)
+        # In evaluation too if the model is: nothing may be dropped by an adapter that is added to be used.
+        adapter = self.new_adapter(adapter_name, config, site).train(self.base_layer.training)
         self.adapters[adapter_name] = adapter
         self._made[adapter_name] = _versions(adapter)
         self._dtypes[adapter_name] = _dtype_of(adapter)

@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.state import gather
+from ..stacked_heads import delete_heads, has_several_heads, set_adapters
 from ..weight_tuner import adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
@@ -80,7 +81,7 @@ class BottleneckModel(BaseTuner):
         return find_sites(resolve(config, model), model)
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
-        return BottleneckLayer(target)
+        return BottleneckLayer(target).train(target.training)
 
     def _detach_inverse(self) -> None:
         # A head that is about to be copied for training must not take the hook with it.
@@ -133,9 +134,17 @@ class BottleneckModel(BaseTuner):
             for _, layer in iter_layers(self.model):
                 layer.cast(adapter_name)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
+        if has_several_heads(self, adapter_name):
+            set_adapters(self, adapter_name, inference_mode=inference_mode)
+        else:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
         left = [name for name in self.active_adapters if name != adapter_name]
+        delete_heads(self, adapter_name, left)
         super().delete_adapter(adapter_name)
         left = left or list(self.peft_config)[:1]
         # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones.

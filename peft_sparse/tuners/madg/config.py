@@ -96,8 +96,13 @@ class MadGConfig(BottleneckConfig):
             )
         if self.scaling == LEARNED:
             raise ConfigError(f"scaling must be a number for MAD-G, got {LEARNED!r}: it is not generated.")
-        self.features = [self.features] if isinstance(self.features, str) else list(self.features)
-        if not self.features or not all(isinstance(name, str) for name in self.features):
+        self.features = [self.features] if isinstance(self.features, str) else self.features
+        self.features = list(self.features) if isinstance(self.features, (list, tuple)) else self.features
+        if (
+            not isinstance(self.features, list)
+            or not self.features
+            or not all(isinstance(name, str) for name in self.features)
+        ):
             raise ConfigError(f"features must name sets of typological features, got {self.features!r}.")
         if isinstance(self.typology, Mapping):
             self.typology = Typology.from_vectors(self.typology)

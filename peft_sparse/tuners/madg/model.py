@@ -21,7 +21,7 @@ from .generator import SiteGenerator
 from .importance import FeatureImportance, feature_importance
 from .languages import LanguageContext, Languages, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
-from .typology import as_typology
+from .typology import as_typology, saved_vectors
 
 
 class MadGModel(BottleneckModel):
@@ -68,6 +68,8 @@ class MadGModel(BottleneckModel):
             config.saved_typology = as_typology(config.typology, config.features).to_dict()
         elif config.typology is not None:
             as_typology(config.typology, config.features).require_same(config.saved_typology)
+        # A damaged file is refused here, before anything is touched.
+        saved_vectors(config.saved_typology)
         self._state = state_of(model) or MadGState()
         return sites
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import ConfigError
+from ...selection.patterns import fullmatch, match
 from .config import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
 from .iteration import path_in_base
 from .layer import PARAMETERS
@@ -62,11 +62,11 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_excluded(config: SparseConfig, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps a module from being tuned sparsely."""
     excluded = config.exclude_modules
-    if isinstance(excluded, str) and re.fullmatch(excluded, name):
+    if isinstance(excluded, str) and fullmatch(excluded, name):
         return True
     if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
         return True
-    return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
+    return any(match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
 
 
 def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
@@ -109,7 +109,7 @@ def _module_rule(config: SparseConfig, model: nn.Module):
         linear = _all_linear(config, model)
         return lambda name, module: parts if name in linear else ()
     if isinstance(target, str):
-        return lambda name, module: parts if match_target_against_key(target, name) else ()
+        return lambda name, module: parts if fullmatch(target, name) else ()
     return lambda name, module: parts if _ends_with_any(name, target) else ()
 
 
@@ -152,7 +152,7 @@ def _in_layers(config: SparseConfig, name: str) -> bool:
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     list_name = rf"(?:{'|'.join(patterns)})" if patterns else r"[^.]+"
-    found = re.match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
+    found = match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
