@@ -1,0 +1,433 @@
+"""Adapters of composable-sft, BiStil, the SpIEL fork of PEFT and RoSA, made into ours on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoints.adapter_files import CONFIG_FILE, find_file, need_file
+from ..checkpoints.files import load_tensors, read_json
+from ..checkpoints.native import PREFIX, SOURCE, build
+from ..checkpoints.tasks import BASE_CLASSES
+from ..errors import ConfigError, FormatError
+from ..extraction.output import check_output, save_adapter
+from ..tuners.sparse_ft.config import VALUE_DTYPES, SparseConfig
+from .base import check_shapes, config_of_base
+from .composable_sft import DIFF_FILE, base_by_vocabulary, is_mlm_head, read_composable_sft
+from .foreign import COMPOSABLE_SFT, ROSA, SPIEL, Foreign, modules_of_heads
+from .labels import TASKS, published_base, published_task
+from .mlm_head import differences_of_head
+from .rosa import LowRank, read_rosa
+from .spiel import fields_of, read_spiel
+from .torch_file import TorchFile
+
+logger = logging.getLogger(__name__)
+
+SPARSE_FOLDER, LORA_FOLDER = "sparse", "lora"
+_PICKLED = "adapter_model.bin"
+_OF_PEFT_TYPE = {"SFT": SPIEL, "ROSA": ROSA}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `import_adapter` wrote.
+
+    Attributes:
+        output: the directory that was asked for.
+        kind: "composable-sft", "spiel" or "rosa".
+        base: the base model that the result belongs to.
+        sparse: folder of the sparse adapter; None if there is no sparse part (RoSA).
+        lora: folder of the low-rank part as a LoRA adapter of PEFT; None but for RoSA.
+        num_weights: how many weights the sparse adapter changes.
+        num_tensors: in how many parameters.
+        heads: modules that are saved whole.
+        labels: of the head, in the order of their ids; empty if they are not known.
+        left_out: parameters of the original that the result has not.
+        sha256: of the original's weights file, in hexadecimal.
+        file_size: bytes of the sparse adapter's file.
+    """
+
+    output: str
+    kind: str
+    base: str
+    sparse: str | None
+    lora: str | None
+    num_weights: int
+    num_tensors: int
+    heads: tuple[str, ...]
+    labels: tuple[str, ...]
+    left_out: tuple[str, ...]
+    sha256: str
+    file_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def import_adapter(
+    where: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    with_head: bool | None = None,
+    task_type: str | None = None,
+    labels: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Imported:
+    """Make an adapter of another library into one of this, on disk. No model is loaded, and no pickle is run.
+
+    Read are `pytorch_diff.bin` of composable-sft and BiStil, adapters of the SpIEL fork of PEFT (`peft_type` "SFT") and
+    of RoSA (`peft_type` "ROSA"). The result is an ordinary adapter: `PeftModel.from_pretrained(model, output)`. That of
+    RoSA is two, `output`/sparse and `output`/lora, one of ours and one of PEFT's LoRA, whose sum it is.
+
+    Merged into its base the result gives base + difference, bit for bit.
+
+    Args:
+        where: folder, or id of the Hub ("owner/name[/folder][@revision]"); or the file `pytorch_diff.bin`.
+        output: directory for the adapter.
+        base: the base model: folder or Hub id. By default what the adapter's config says; composable-sft has none, but
+            its published adapters are known by name and by the size of their vocabulary. The config.json of a given
+            base is read, and names and shapes are checked; SpIEL's need it, for only it says what the positions count
+            in.
+        base_revision: of the base on the Hub.
+        revision: of the adapter on the Hub, if its id does not say it.
+        with_head: whether to import what was trained whole. By default heads for tasks are imported, and those of
+            masked language models left out, which models for tasks lack. True imports these too, as a difference from
+            the base's own head, whose weights are read for it.
+        task_type: PEFT's, such as "TOKEN_CLS"; by default what the file shows.
+        labels: of the head, in the order of their ids; by default those of composable-sft's published adapters, by the
+            name of the folder or repository.
+        overwrite: replace an adapter that is in `output`.
+
+    Returns:
+        what was written.
+
+    Raises:
+        ConfigError: there is no such adapter, the base is not known or cannot be had, or an argument does not fit.
+        FormatError: the adapter is damaged, hostile, of a kind that cannot be imported, or of another base. Nothing is
+            written.
+
+    Cost: 7.67 million weights of composable-sft: three seconds on one core, and 400 MB beyond the libraries.
+    """
+    _check_arguments(task_type, labels)
+    check_output(output, overwrite=overwrite)
+    request = _Request(where, base, base_revision, revision, task_type)
+    foreign, low_rank = _READERS[request.kind](request)
+    foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
+    if not (foreign.deltas or foreign.heads or low_rank):
+        raise FormatError(f"{foreign.source} changes nothing. Nothing was written.")
+    if request.base_config is not None and request.kind == COMPOSABLE_SFT and foreign.deltas and not auto_mapping:
+        check_shapes(
+            {name: delta.shape for name, delta in foreign.deltas.items()},
+            request.base_config,
+            task_type=foreign.task_type,
+            base=request.base,
+            source=foreign.source,
+        )
+    known = _labels_of(foreign, labels)
+    digest = _sha256(foreign.path)
+    provenance = {
+        "imported_from": foreign.source,
+        "format": foreign.kind,
+        "sha256": digest,
+        "revision": request.revision,
+        "labels": list(known) or None,
+        "left_out": list(left_out) or None,
+        "settings": dict(foreign.settings) or None,
+    }
+    config = _config(foreign, request, auto_mapping, {k: v for k, v in provenance.items() if v is not None})
+    sparse, lora, size = _write(Path(output), foreign, low_rank, config, overwrite=overwrite)
+    return Imported(
+        output=os.fspath(output),
+        kind=foreign.kind,
+        base=request.base,
+        sparse=sparse,
+        lora=lora,
+        num_weights=foreign.num_weights,
+        num_tensors=len(foreign.deltas),
+        heads=tuple(config.modules_to_save or ()),
+        labels=known,
+        left_out=tuple(left_out),
+        sha256=digest,
+        file_size=size,
+    )
+
+
+def _check_arguments(task_type: str | None, labels: Sequence[str] | None) -> None:
+    if task_type is not None and task_type not in BASE_CLASSES:
+        raise ConfigError(f"task_type must be one of {list(BASE_CLASSES)}, got {task_type!r}.")
+    if labels is not None and (isinstance(labels, str) or len(set(labels)) != len(labels)):
+        raise ConfigError(f"labels must be a list of different texts, got {labels!r:.200}.")
+
+
+class _Request:
+    """What is to be imported, and for which base.
+
+    Attributes:
+        source: where the adapter is, as text.
+        kind: of which library.
+        path: the file that says so, on this machine.
+        settings: the content of its adapter_config.json, if that is it.
+        base: the base model; empty until it is known.
+    """
+
+    def __init__(
+        self,
+        where: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None,
+        base_revision: str | None,
+        revision: str | None,
+        task_type: str | None,
+    ) -> None:
+        self.source, self.revision, self.task_type = os.fspath(where), revision, task_type
+        if Path(where).expanduser().is_file() and Path(where).name == DIFF_FILE:
+            where = Path(where).expanduser().parent
+        self.where = where
+        self._is_given = base is not None
+        self.base = os.fspath(base) if base is not None else ""
+        self.base_revision = base_revision
+        self.settings: dict[str, Any] = {}
+        self.base_config: Any = None
+        self.kind, self.path = self._recognise()
+
+    def _recognise(self) -> tuple[str, Path]:
+        diff = find_file(self.where, DIFF_FILE, revision=self.revision)
+        config = find_file(self.where, CONFIG_FILE, revision=self.revision)
+        if diff is not None and config is not None:
+            raise ConfigError(
+                f"'{self.source}' holds {DIFF_FILE} and {CONFIG_FILE}, so two adapters. Put the one to import into a "
+                "folder of its own."
+            )
+        if diff is not None:
+            return COMPOSABLE_SFT, diff
+        if config is None:
+            if not Path(self.where).is_dir():
+                need_file(self.where, CONFIG_FILE, revision=self.revision)
+            raise ConfigError(
+                f"'{self.source}' holds neither {DIFF_FILE} (composable-sft, BiStil) nor {CONFIG_FILE} (SpIEL's fork, "
+                "RoSA). Give the folder of an adapter."
+            )
+        self.settings = read_json(config)
+        kind = self.settings.get("peft_type")
+        if kind in _OF_PEFT_TYPE:
+            return _OF_PEFT_TYPE[kind], config
+        if kind == "SPARSE_FT":
+            raise ConfigError(f"'{self.source}' is an adapter of this library already. Load it with PeftModel.")
+        raise FormatError(
+            f"'{self.source}' is of peft_type {kind!r}, and only {list(_OF_PEFT_TYPE)} and {DIFF_FILE} are imported. "
+            "A LoRA, SHiRA or Super-Tuning adapter is made sparse by: peft-sparse diff. One of the adapters library is "
+            "loaded by load_adapter_hub."
+        )
+
+    def settle_base(self, *guesses: str | None, reason: str | None = None) -> None:
+        """Find out which base it is, and read its config.json if it was given, or if there is a reason."""
+        self.base = self.base or next((guess for guess in guesses if guess), "")
+        if not self.base:
+            raise ConfigError(
+                f"'{self.source}' does not say which base model it belongs to. Give it: base=... (--base), a folder "
+                "or an id of the Hub."
+            )
+        if self._is_given or reason is not None:
+            self.base_config = config_of_base(self.base, revision=self.base_revision, reason=reason)
+
+    def tensors(self) -> tuple[dict[str, Tensor], Path]:
+        """The weights beside adapter_config.json, and their file."""
+        path = find_file(self.where, SOURCE, revision=self.revision)
+        pickled = find_file(self.where, _PICKLED, revision=self.revision)
+        if path is not None and pickled is not None:
+            raise ConfigError(f"'{self.source}' holds {SOURCE} and {_PICKLED}. Delete the one that is not meant.")
+        if pickled is not None:
+            return TorchFile(pickled).tensors(), pickled
+        path = path or need_file(self.where, SOURCE, revision=self.revision)
+        return load_tensors(path), path
+
+
+def _read_composable(request: _Request) -> tuple[Foreign, None]:
+    foreign = read_composable_sft(request.path, source=request.source)
+    folder = os.path.abspath(request.where) if Path(request.where).is_dir() else os.fspath(request.where)
+    name = os.path.basename(folder.rstrip("/").partition("@")[0])
+    request.settle_base(base_by_vocabulary(foreign), published_base(name))
+    task = TASKS[task][0] if (task := published_task(name)) is not None else None
+    return replace(foreign, task_type=request.task_type or task or foreign.task_type), None
+
+
+def _read_spiel(request: _Request) -> tuple[Foreign, None]:
+    tensors, path = request.tensors()
+    reason = "the weights' shapes, in which the positions count, are only in the base model's config"
+    request.settle_base(request.settings.get("base_model_name_or_path"), reason=reason)
+    foreign = read_spiel(
+        request.settings, tensors, request.base_config, base=request.base, path=path, source=request.source
+    )
+    return replace(foreign, task_type=request.task_type or foreign.task_type), None
+
+
+def _read_rosa(request: _Request) -> tuple[Foreign, LowRank | None]:
+    tensors, path = request.tensors()
+    request.settle_base(request.settings.get("base_model_name_or_path"))
+    if request.base_config is None:
+        request.base_config = config_of_base(request.base, revision=request.base_revision)
+    foreign, low_rank = read_rosa(
+        request.settings, tensors, request.base_config, base=request.base, path=path, source=request.source
+    )
+    return replace(foreign, task_type=request.task_type or foreign.task_type), low_rank
+
+
+_READERS = {COMPOSABLE_SFT: _read_composable, SPIEL: _read_spiel, ROSA: _read_rosa}
+
+
+def _choose_heads(
+    foreign: Foreign, with_head: bool | None, request: _Request
+) -> tuple[Foreign, dict[str, str] | None, list[str]]:
+    """The heads to import; PEFT's `auto_mapping` where they need a class; and what is left out."""
+    heads, deltas, auto_mapping = dict(foreign.heads), dict(foreign.deltas), None
+    if foreign.kind == COMPOSABLE_SFT:
+        of_mlm = {name: tensor for name, tensor in heads.items() if is_mlm_head(name)}
+    else:
+        saved = tuple(request.settings.get("modules_to_save") or ())
+        of_mlm = {}
+        heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
+    if with_head is False:
+        heads = {}
+    elif of_mlm:
+        heads = {name: tensor for name, tensor in heads.items() if name not in of_mlm}
+        if with_head:
+            config = request.base_config or config_of_base(
+                request.base,
+                revision=request.base_revision,
+                reason="with_head: the head of a masked language model is kept as a difference from the base's own",
+            )
+            more, auto_mapping = differences_of_head(
+                of_mlm, config, base=request.base, revision=request.base_revision, source=foreign.source
+            )
+            deltas |= {name: delta for name, delta in more.items() if delta.count}
+    imported = {*heads, *(of_mlm if auto_mapping else ())}
+    left_out = [name for name in foreign.heads if name not in imported]
+    return replace(foreign, heads=heads, deltas=deltas), auto_mapping, left_out
+
+
+def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
+    parts = parameter.split(".")
+    paths = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(path == module or path.endswith(f".{module}") for path in paths for module in modules)
+
+
+def _labels_of(foreign: Foreign, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """The labels of the head: those given, or the published ones if they are as many."""
+    rows = next((foreign.heads[name].shape[0] for name in _OUTPUTS if name in foreign.heads), None)
+    if labels is not None:
+        if len(labels) != rows:
+            raise ConfigError(f"labels must be as many as the head has outputs, {rows}, got {len(labels)}.")
+        return tuple(labels)
+    task = published_task(foreign.source)
+    known = TASKS[task][1] if task is not None else ()
+    if known and rows is not None and len(known) != rows:
+        logger.warning(
+            "%s has a head of %d outputs, and the published one for %r has %d labels: give labels=...",
+            foreign.source,
+            rows,
+            task,
+            len(known),
+        )
+    return known if len(known) == rows else ()
+
+
+_OUTPUTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "biaffine_rels.weight")
+
+
+def _config(
+    foreign: Foreign, request: _Request, auto_mapping: dict[str, str] | None, provenance: dict[str, Any]
+) -> SparseConfig:
+    counts = {name: delta.count for name, delta in foreign.deltas.items()}
+    total = sum(counts.values())
+    if foreign.kind == SPIEL:
+        fields = fields_of(foreign.settings, total)
+    else:
+        fields = {"method": "fixed", "num_weights": total or None}
+    return SparseConfig(
+        **fields,
+        counts=counts,
+        target_modules=sorted({name.rpartition(".")[0] for name in counts}),
+        modules_to_save=modules_of_heads(foreign) or None,
+        values_dtype=_values_dtype(foreign),
+        task_type=foreign.task_type,
+        auto_mapping=auto_mapping,
+        base_model_name_or_path=request.base,
+        revision=request.base_revision,
+        inference_mode=True,
+        provenance=provenance,
+    )
+
+
+def _values_dtype(foreign: Foreign) -> str:
+    """The narrowest dtype that holds all values as they are."""
+    dtypes = {delta.values.dtype for delta in foreign.deltas.values()} or {torch.float32}
+    widest = dtypes.pop()
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    name = str(widest).removeprefix("torch.")
+    assert name in VALUE_DTYPES, name
+    return name
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(
+    output: Path, foreign: Foreign, low_rank: LowRank | None, config: SparseConfig, *, overwrite: bool
+) -> tuple[str | None, str | None, int]:
+    """Write one adapter, or RoSA's two; returns their folders, and the size of the sparse one's file."""
+    tensors = build(foreign.deltas, foreign.heads, values_dtype=getattr(torch, config.values_dtype))
+    if foreign.kind != ROSA:
+        return os.fspath(output), None, save_adapter(output, tensors, config, overwrite=overwrite)
+    sparse, lora, size = None, None, 0
+    staging = output.resolve().parent / f".{output.resolve().name}.{uuid.uuid4().hex[:8]}"
+    try:
+        if foreign.deltas:
+            size = save_adapter(staging / SPARSE_FOLDER, tensors, config)
+            sparse = os.fspath(output / SPARSE_FOLDER)
+        if low_rank is not None:
+            _save_lora(staging / LORA_FOLDER, low_rank, {} if foreign.deltas else foreign.heads, config)
+            lora = os.fspath(output / LORA_FOLDER)
+        output.mkdir(parents=True, exist_ok=True)
+        for folder in (SPARSE_FOLDER, LORA_FOLDER):
+            shutil.rmtree(output / folder, ignore_errors=True)
+        for folder in staging.iterdir():
+            os.replace(folder, output / folder.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return sparse, lora, size
+
+
+def _save_lora(folder: Path, low_rank: LowRank, heads: Mapping[str, Tensor], config: SparseConfig) -> None:
+    """Write RoSA's low-rank part as an adapter of PEFT's; the heads too, where there is no sparse part to hold them."""
+    folder.mkdir(parents=True)
+    tensors = {**low_rank.tensors, **{PREFIX + name: tensor.contiguous() for name, tensor in heads.items()}}
+    save_file(tensors, folder / SOURCE, metadata={"format": "pt"})
+    LoraConfig(
+        **low_rank.fields,
+        modules_to_save=config.modules_to_save if heads else None,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    ).save_pretrained(os.fspath(folder))
