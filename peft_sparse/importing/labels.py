@@ -23,13 +23,15 @@ TASKS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "squadv1": ("QUESTION_ANS", ()),
 }
 _BASES = {"mbert": "google-bert/bert-base-multilingual-cased", "xlmr": "FacebookAI/xlm-roberta-base"}
-_PUBLISHED = re.compile(r"(?P<base>mbert|xlmr)-(?:task-sft-(?P<task>[a-z0-9_]+?)(?:-ms)?|lang-sft-[a-z_]+-small)")
+_PUBLISHED = re.compile(
+    rf"(?P<base>mbert|xlmr)-(?:task-sft-(?P<task>{'|'.join(TASKS)})(?:-ms)?|lang-sft-[a-z_]+-small)(?![a-z0-9_-])"
+)
 
 
 def published_task(name: str) -> str | None:
     """The task of a published adapter, by the name of its repository or folder; None if it is none of them."""
     found = _PUBLISHED.search(name.lower())
-    return found["task"] if found is not None and found["task"] in TASKS else None
+    return found["task"] if found is not None else None
 
 
 def published_base(name: str) -> str | None:

@@ -91,11 +91,11 @@ class TorchFile:
             if len(pickles) != 1:
                 raise self.error("holds no data.pkl, so torch.save did not write it")
             self._root = pickles[0].removesuffix(_PICKLE)
-            if f"{self._root}/byteorder" in members and archive.read(f"{self._root}/byteorder") != b"little":
+            if f"{self._root}/byteorder" in members and self._read(archive, f"{self._root}/byteorder") != b"little":
                 raise self.error("was written on a big-endian machine. Save it again on a common one")
             self._sizes = members
             self._storages: dict[str, Tensor] = {}
-            pickled = archive.read(pickles[0])
+            pickled = self._read(archive, pickles[0])
         unpickler = Unpickler(pickled, names=_NAMES, persistent=self._storage_of, source=self.source)
         self.content = unpickler.load()
         if unpickler.position != len(pickled):
@@ -119,7 +119,11 @@ class TorchFile:
             raise self.error(f"holds a tensor of {stored.numel} elements in a memory of {whole.numel()}")
         if stored.numel == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        return whole.as_strided(stored.shape, stored.stride, stored.offset).clone(memory_format=torch.contiguous_format)
+        strided = whole.as_strided(stored.shape, stored.stride, stored.offset)
+        if stored.numel == whole.numel() and strided.is_contiguous():
+            del self._storages[stored.storage.key]  # it is all there is of this memory, and needs no copy
+            return strided
+        return strided.clone(memory_format=torch.contiguous_format)
 
     def tensors(self) -> dict[str, Tensor]:
         """The content, which must be {name: tensor}.
@@ -152,6 +156,12 @@ class TorchFile:
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
             raise self.error(f"is a damaged zip file ({error})") from error
 
+    def _read(self, archive: zipfile.ZipFile, member: str) -> bytes:
+        try:
+            return archive.read(member)
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise self.error(f"is damaged ({error})") from error
+
     def _storage_of(self, identifier: Any) -> _Storage:
         if not isinstance(identifier, tuple) or [type(part) for part in identifier] != _IDENTIFIER:
             raise self.error("names a tensor's memory in a way that torch does not")
@@ -166,10 +176,7 @@ class TorchFile:
     def _whole(self, storage: _Storage) -> Tensor:
         if storage.key not in self._storages:
             with self._zip() as archive:
-                try:
-                    raw = bytearray(archive.read(f"{self._root}/data/{storage.key}"))
-                except (zipfile.BadZipFile, EOFError) as error:
-                    raise self.error(f"is damaged ({error})") from error
+                raw = bytearray(self._read(archive, f"{self._root}/data/{storage.key}"))
             self._storages[storage.key] = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0)
         whole = self._storages[storage.key]
         return whole.view(storage.dtype) if whole.numel() else torch.empty(0, dtype=storage.dtype)
