@@ -129,8 +129,8 @@ def import_adapter(
     request = _Request(where, base, base_revision, revision, task_type)
     foreign, low_rank = _READERS[request.kind](request)
     foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
-    if not (foreign.deltas or foreign.heads or low_rank):
-        raise FormatError(f"{foreign.source} changes nothing. Nothing was written.")
+    if not foreign.deltas and low_rank is None:
+        raise FormatError(f"{foreign.source} changes no weight of the base model. Nothing was written.")
     if request.base_config is not None and request.kind == COMPOSABLE_SFT and foreign.deltas and not auto_mapping:
         check_shapes(
             {name: delta.shape for name, delta in foreign.deltas.items()},
@@ -150,8 +150,19 @@ def import_adapter(
         "left_out": list(left_out) or None,
         "settings": dict(foreign.settings) or None,
     }
-    config = _config(foreign, request, auto_mapping, {k: v for k, v in provenance.items() if v is not None})
-    sparse, lora, size = _write(Path(output), foreign, low_rank, config, overwrite=overwrite)
+    common = {
+        "modules_to_save": modules_of_heads(foreign) or None,
+        "task_type": foreign.task_type,
+        "auto_mapping": auto_mapping,
+        "base_model_name_or_path": request.base,
+        "revision": request.base_revision,
+        "inference_mode": True,
+    }
+    config = _config(foreign, common, {k: v for k, v in provenance.items() if v is not None})
+    if foreign.kind == ROSA:
+        sparse, lora, size = _write_both(Path(output), foreign, config, low_rank, common)
+    else:
+        sparse, lora, size = os.fspath(output), None, _write(output, foreign, config, overwrite=overwrite)
     return Imported(
         output=os.fspath(output),
         kind=foreign.kind,
@@ -160,7 +171,7 @@ def import_adapter(
         lora=lora,
         num_weights=foreign.num_weights,
         num_tensors=len(foreign.deltas),
-        heads=tuple(config.modules_to_save or ()),
+        heads=tuple(common["modules_to_save"] or ()),
         labels=known,
         left_out=tuple(left_out),
         sha256=digest,
@@ -349,26 +360,19 @@ def _labels_of(foreign: Foreign, labels: Sequence[str] | None) -> tuple[str, ...
 _OUTPUTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "biaffine_rels.weight")
 
 
-def _config(
-    foreign: Foreign, request: _Request, auto_mapping: dict[str, str] | None, provenance: dict[str, Any]
-) -> SparseConfig:
+def _config(foreign: Foreign, common: Mapping[str, Any], provenance: dict[str, Any]) -> SparseConfig | None:
+    """What the sparse adapter's file says of it; None if there is no sparse part."""
     counts = {name: delta.count for name, delta in foreign.deltas.items()}
+    if not counts:
+        return None
     total = sum(counts.values())
-    if foreign.kind == SPIEL:
-        fields = fields_of(foreign.settings, total)
-    else:
-        fields = {"method": "fixed", "num_weights": total or None}
+    fields = fields_of(foreign.settings, total) if foreign.kind == SPIEL else {"method": "fixed", "num_weights": total}
     return SparseConfig(
         **fields,
+        **common,
         counts=counts,
         target_modules=sorted({name.rpartition(".")[0] for name in counts}),
-        modules_to_save=modules_of_heads(foreign) or None,
         values_dtype=_values_dtype(foreign),
-        task_type=foreign.task_type,
-        auto_mapping=auto_mapping,
-        base_model_name_or_path=request.base,
-        revision=request.base_revision,
-        inference_mode=True,
         provenance=provenance,
     )
 
@@ -392,42 +396,41 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(
-    output: Path, foreign: Foreign, low_rank: LowRank | None, config: SparseConfig, *, overwrite: bool
-) -> tuple[str | None, str | None, int]:
-    """Write one adapter, or RoSA's two; returns their folders, and the size of the sparse one's file."""
+def _write(directory: str | os.PathLike[str], foreign: Foreign, config: SparseConfig, *, overwrite: bool) -> int:
     tensors = build(foreign.deltas, foreign.heads, values_dtype=getattr(torch, config.values_dtype))
-    if foreign.kind != ROSA:
-        return os.fspath(output), None, save_adapter(output, tensors, config, overwrite=overwrite)
+    return save_adapter(directory, tensors, config, overwrite=overwrite)
+
+
+def _write_both(
+    output: Path, foreign: Foreign, config: SparseConfig | None, low_rank: LowRank | None, common: Mapping[str, Any]
+) -> tuple[str | None, str | None, int]:
+    """Write RoSA's two parts, as far as there are two; returns their folders, and the size of the sparse one's file."""
     sparse, lora, size = None, None, 0
-    staging = output.resolve().parent / f".{output.resolve().name}.{uuid.uuid4().hex[:8]}"
+    target = output.resolve()
+    staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
-        if foreign.deltas:
-            size = save_adapter(staging / SPARSE_FOLDER, tensors, config)
+        if config is not None:
+            size = _write(staging / SPARSE_FOLDER, foreign, config, overwrite=False)
             sparse = os.fspath(output / SPARSE_FOLDER)
         if low_rank is not None:
-            _save_lora(staging / LORA_FOLDER, low_rank, {} if foreign.deltas else foreign.heads, config)
+            _save_lora(staging / LORA_FOLDER, low_rank, foreign.heads if config is None else {}, common)
             lora = os.fspath(output / LORA_FOLDER)
-        output.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         for folder in (SPARSE_FOLDER, LORA_FOLDER):
-            shutil.rmtree(output / folder, ignore_errors=True)
+            shutil.rmtree(target / folder, ignore_errors=True)
         for folder in staging.iterdir():
-            os.replace(folder, output / folder.name)
+            os.replace(folder, target / folder.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sparse, lora, size
 
 
-def _save_lora(folder: Path, low_rank: LowRank, heads: Mapping[str, Tensor], config: SparseConfig) -> None:
-    """Write RoSA's low-rank part as an adapter of PEFT's; the heads too, where there is no sparse part to hold them."""
+def _save_lora(folder: Path, low_rank: LowRank, heads: Mapping[str, Tensor], common: Mapping[str, Any]) -> None:
+    """Write the low-rank part as an adapter of PEFT's; the heads too, where there is no sparse part to hold them."""
     folder.mkdir(parents=True)
     tensors = {**low_rank.tensors, **{PREFIX + name: tensor.contiguous() for name, tensor in heads.items()}}
     save_file(tensors, folder / SOURCE, metadata={"format": "pt"})
-    LoraConfig(
-        **low_rank.fields,
-        modules_to_save=config.modules_to_save if heads else None,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-    ).save_pretrained(os.fspath(folder))
+    config = LoraConfig(
+        **low_rank.fields, **{**common, "modules_to_save": common["modules_to_save"] if heads else None}
+    )
+    config.save_pretrained(os.fspath(folder))

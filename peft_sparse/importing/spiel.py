@@ -20,7 +20,7 @@ from ..checkpoints.native import PREFIX
 from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
 from ..errors import ConfigError, FormatError
-from ..tuners.sparse_ft.config import SparseConfig
+from ..selection.schedule import Schedule
 from .base import parameters_of
 from .foreign import SPIEL, Foreign, check_holdable
 
@@ -90,22 +90,25 @@ def fields_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
         settings: of `Foreign`.
         count: number of tuned weights.
     """
-    fields = {
+    steps = settings.get("reselection_steps", 20)
+    window = settings.get("selection_accumulation_steps", 5)
+    rate = settings.get("initial_reselection_rate", 0.2)
+    kind = settings.get("reselection_rate_policy", "linear")
+    try:
+        Schedule(reselection_steps=steps, estimation_steps=window, initial_rate=rate, kind=kind, total_steps=1)
+    except (ConfigError, TypeError):
+        # No run of ours could have these. They are in the record, and the weights do not depend on them.
+        return {"method": "fixed", "num_weights": count}
+    return {
         "method": METHODS[settings.get("selection_algorithm", "rigl")],
         "num_weights": count,
-        "reselection_steps": settings.get("reselection_steps", 20),
-        "estimation_steps": settings.get("selection_accumulation_steps", 5),
-        "initial_reselection_rate": settings.get("initial_reselection_rate", 0.2),
-        "reselection_schedule": settings.get("reselection_rate_policy", "linear"),
+        "reselection_steps": steps,
+        "estimation_steps": window,
+        "initial_reselection_rate": rate,
+        "reselection_schedule": kind,
         # The support is a trained one, not the random one that training began with.
         "replace_all_first": False,
     }
-    try:
-        SparseConfig(**fields)
-    except (ConfigError, TypeError):
-        # Settings that no run of ours can have; they are in the record, and the weights do not depend on them.
-        return {"method": "fixed", "num_weights": count}
-    return fields
 
 
 def _sorted_in(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -159,7 +159,7 @@ class TorchFile:
     def _read(self, archive: zipfile.ZipFile, member: str) -> bytes:
         try:
             return archive.read(member)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
             raise self.error(f"is damaged ({error})") from error
 
     def _storage_of(self, identifier: Any) -> _Storage:
