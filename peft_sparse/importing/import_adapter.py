@@ -5,39 +5,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors.torch import save_file
-from torch import Tensor
 
-from ..checkpoints.adapter_files import CONFIG_FILE, find_file, need_file
-from ..checkpoints.files import load_tensors, read_json
-from ..checkpoints.native import PREFIX, SOURCE, build
 from ..checkpoints.tasks import BASE_CLASSES
 from ..errors import ConfigError, FormatError
-from ..extraction.output import check_output, save_adapter
+from ..extraction.output import check_output
 from ..tuners.sparse_ft.config import VALUE_DTYPES, SparseConfig
 from .base import check_shapes, config_of_base
-from .composable_sft import DIFF_FILE, base_by_vocabulary, is_mlm_head, read_composable_sft
+from .composable_sft import is_mlm_head
 from .foreign import COMPOSABLE_SFT, ROSA, SPIEL, Foreign, modules_of_heads
-from .labels import TASKS, published_base, published_task
+from .labels import TASKS, published_task
 from .mlm_head import differences_of_head
-from .rosa import LowRank, read_rosa
-from .spiel import fields_of, read_spiel
-from .torch_file import TorchFile
+from .request import READERS, Request
+from .spiel import fields_of
+from .writing import write_both, write_sparse
 
 logger = logging.getLogger(__name__)
-
-SPARSE_FOLDER, LORA_FOLDER = "sparse", "lora"
-_PICKLED = "adapter_model.bin"
-_OF_PEFT_TYPE = {"SFT": SPIEL, "ROSA": ROSA}
 
 
 @dataclass(frozen=True)
@@ -126,29 +114,24 @@ def import_adapter(
     """
     _check_arguments(task_type, labels)
     check_output(output, overwrite=overwrite)
-    request = _Request(where, base, base_revision, revision, task_type)
-    foreign, low_rank = _READERS[request.kind](request)
-    foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
+    request = Request(where, base, base_revision, revision, task_type)
+    foreign, low_rank = READERS[request.kind](request)
     if not foreign.deltas and low_rank is None:
         raise FormatError(f"{foreign.source} changes no weight of the base model. Nothing was written.")
-    if request.base_config is not None and request.kind == COMPOSABLE_SFT and foreign.deltas and not auto_mapping:
-        check_shapes(
-            {name: delta.shape for name, delta in foreign.deltas.items()},
-            request.base_config,
-            task_type=foreign.task_type,
-            base=request.base,
-            source=foreign.source,
-        )
+    if request.base_config is not None and request.kind == COMPOSABLE_SFT:
+        shapes = {name: delta.shape for name, delta in foreign.deltas.items()}
+        names = {"base": request.base, "source": foreign.source}
+        check_shapes(shapes, request.base_config, task_type=foreign.task_type, **names)
+    foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
     known = _labels_of(foreign, labels)
-    digest = _sha256(foreign.path)
     provenance = {
         "imported_from": foreign.source,
         "format": foreign.kind,
-        "sha256": digest,
+        "sha256": _sha256(foreign.path),
         "revision": request.revision,
-        "labels": list(known) or None,
-        "left_out": list(left_out) or None,
-        "settings": dict(foreign.settings) or None,
+        "labels": list(known),
+        "left_out": list(left_out),
+        "settings": dict(foreign.settings),
     }
     common = {
         "modules_to_save": modules_of_heads(foreign) or None,
@@ -158,11 +141,11 @@ def import_adapter(
         "revision": request.base_revision,
         "inference_mode": True,
     }
-    config = _config(foreign, common, {k: v for k, v in provenance.items() if v is not None})
+    config = _config(foreign, common, {key: value for key, value in provenance.items() if value})
     if foreign.kind == ROSA:
-        sparse, lora, size = _write_both(Path(output), foreign, config, low_rank, common)
+        sparse, lora, size = write_both(Path(output), foreign, config, low_rank, common)
     else:
-        sparse, lora, size = os.fspath(output), None, _write(output, foreign, config, overwrite=overwrite)
+        sparse, lora, size = os.fspath(output), None, write_sparse(output, foreign, config, overwrite=overwrite)
     return Imported(
         output=os.fspath(output),
         kind=foreign.kind,
@@ -174,7 +157,7 @@ def import_adapter(
         heads=tuple(common["modules_to_save"] or ()),
         labels=known,
         left_out=tuple(left_out),
-        sha256=digest,
+        sha256=provenance["sha256"],
         file_size=size,
     )
 
@@ -186,123 +169,8 @@ def _check_arguments(task_type: str | None, labels: Sequence[str] | None) -> Non
         raise ConfigError(f"labels must be a list of different texts, got {labels!r:.200}.")
 
 
-class _Request:
-    """What is to be imported, and for which base.
-
-    Attributes:
-        source: where the adapter is, as text.
-        kind: of which library.
-        path: the file that says so, on this machine.
-        settings: the content of its adapter_config.json, if that is it.
-        base: the base model; empty until it is known.
-    """
-
-    def __init__(
-        self,
-        where: str | os.PathLike[str],
-        base: str | os.PathLike[str] | None,
-        base_revision: str | None,
-        revision: str | None,
-        task_type: str | None,
-    ) -> None:
-        self.source, self.revision, self.task_type = os.fspath(where), revision, task_type
-        if Path(where).expanduser().is_file() and Path(where).name == DIFF_FILE:
-            where = Path(where).expanduser().parent
-        self.where = where
-        self._is_given = base is not None
-        self.base = os.fspath(base) if base is not None else ""
-        self.base_revision = base_revision
-        self.settings: dict[str, Any] = {}
-        self.base_config: Any = None
-        self.kind, self.path = self._recognise()
-
-    def _recognise(self) -> tuple[str, Path]:
-        diff = find_file(self.where, DIFF_FILE, revision=self.revision)
-        config = find_file(self.where, CONFIG_FILE, revision=self.revision)
-        if diff is not None and config is not None:
-            raise ConfigError(
-                f"'{self.source}' holds {DIFF_FILE} and {CONFIG_FILE}, so two adapters. Put the one to import into a "
-                "folder of its own."
-            )
-        if diff is not None:
-            return COMPOSABLE_SFT, diff
-        if config is None:
-            if not Path(self.where).is_dir():
-                need_file(self.where, CONFIG_FILE, revision=self.revision)
-            raise ConfigError(
-                f"'{self.source}' holds neither {DIFF_FILE} (composable-sft, BiStil) nor {CONFIG_FILE} (SpIEL's fork, "
-                "RoSA). Give the folder of an adapter."
-            )
-        self.settings = read_json(config)
-        kind = self.settings.get("peft_type")
-        if kind in _OF_PEFT_TYPE:
-            return _OF_PEFT_TYPE[kind], config
-        if kind == "SPARSE_FT":
-            raise ConfigError(f"'{self.source}' is an adapter of this library already. Load it with PeftModel.")
-        raise FormatError(
-            f"'{self.source}' is of peft_type {kind!r}, and only {list(_OF_PEFT_TYPE)} and {DIFF_FILE} are imported. "
-            "A LoRA, SHiRA or Super-Tuning adapter is made sparse by: peft-sparse diff. One of the adapters library is "
-            "loaded by load_adapter_hub."
-        )
-
-    def settle_base(self, *guesses: str | None, reason: str | None = None) -> None:
-        """Find out which base it is, and read its config.json if it was given, or if there is a reason."""
-        self.base = self.base or next((guess for guess in guesses if guess), "")
-        if not self.base:
-            raise ConfigError(
-                f"'{self.source}' does not say which base model it belongs to. Give it: base=... (--base), a folder "
-                "or an id of the Hub."
-            )
-        if self._is_given or reason is not None:
-            self.base_config = config_of_base(self.base, revision=self.base_revision, reason=reason)
-
-    def tensors(self) -> tuple[dict[str, Tensor], Path]:
-        """The weights beside adapter_config.json, and their file."""
-        path = find_file(self.where, SOURCE, revision=self.revision)
-        pickled = find_file(self.where, _PICKLED, revision=self.revision)
-        if path is not None and pickled is not None:
-            raise ConfigError(f"'{self.source}' holds {SOURCE} and {_PICKLED}. Delete the one that is not meant.")
-        if pickled is not None:
-            return TorchFile(pickled).tensors(), pickled
-        path = path or need_file(self.where, SOURCE, revision=self.revision)
-        return load_tensors(path), path
-
-
-def _read_composable(request: _Request) -> tuple[Foreign, None]:
-    foreign = read_composable_sft(request.path, source=request.source)
-    folder = os.path.abspath(request.where) if Path(request.where).is_dir() else os.fspath(request.where)
-    name = os.path.basename(folder.rstrip("/").partition("@")[0])
-    request.settle_base(base_by_vocabulary(foreign), published_base(name))
-    task = TASKS[task][0] if (task := published_task(name)) is not None else None
-    return replace(foreign, task_type=request.task_type or task or foreign.task_type), None
-
-
-def _read_spiel(request: _Request) -> tuple[Foreign, None]:
-    tensors, path = request.tensors()
-    reason = "the weights' shapes, in which the positions count, are only in the base model's config"
-    request.settle_base(request.settings.get("base_model_name_or_path"), reason=reason)
-    foreign = read_spiel(
-        request.settings, tensors, request.base_config, base=request.base, path=path, source=request.source
-    )
-    return replace(foreign, task_type=request.task_type or foreign.task_type), None
-
-
-def _read_rosa(request: _Request) -> tuple[Foreign, LowRank | None]:
-    tensors, path = request.tensors()
-    request.settle_base(request.settings.get("base_model_name_or_path"))
-    if request.base_config is None:
-        request.base_config = config_of_base(request.base, revision=request.base_revision)
-    foreign, low_rank = read_rosa(
-        request.settings, tensors, request.base_config, base=request.base, path=path, source=request.source
-    )
-    return replace(foreign, task_type=request.task_type or foreign.task_type), low_rank
-
-
-_READERS = {COMPOSABLE_SFT: _read_composable, SPIEL: _read_spiel, ROSA: _read_rosa}
-
-
 def _choose_heads(
-    foreign: Foreign, with_head: bool | None, request: _Request
+    foreign: Foreign, with_head: bool | None, request: Request
 ) -> tuple[Foreign, dict[str, str] | None, list[str]]:
     """The heads to import; PEFT's `auto_mapping` where they need a class; and what is left out."""
     heads, deltas, auto_mapping = dict(foreign.heads), dict(foreign.deltas), None
@@ -394,43 +262,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write(directory: str | os.PathLike[str], foreign: Foreign, config: SparseConfig, *, overwrite: bool) -> int:
-    tensors = build(foreign.deltas, foreign.heads, values_dtype=getattr(torch, config.values_dtype))
-    return save_adapter(directory, tensors, config, overwrite=overwrite)
-
-
-def _write_both(
-    output: Path, foreign: Foreign, config: SparseConfig | None, low_rank: LowRank | None, common: Mapping[str, Any]
-) -> tuple[str | None, str | None, int]:
-    """Write RoSA's two parts, as far as there are two; returns their folders, and the size of the sparse one's file."""
-    sparse, lora, size = None, None, 0
-    target = output.resolve()
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        if config is not None:
-            size = _write(staging / SPARSE_FOLDER, foreign, config, overwrite=False)
-            sparse = os.fspath(output / SPARSE_FOLDER)
-        if low_rank is not None:
-            _save_lora(staging / LORA_FOLDER, low_rank, foreign.heads if config is None else {}, common)
-            lora = os.fspath(output / LORA_FOLDER)
-        target.mkdir(parents=True, exist_ok=True)
-        for folder in (SPARSE_FOLDER, LORA_FOLDER):
-            shutil.rmtree(target / folder, ignore_errors=True)
-        for folder in staging.iterdir():
-            os.replace(folder, target / folder.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return sparse, lora, size
-
-
-def _save_lora(folder: Path, low_rank: LowRank, heads: Mapping[str, Tensor], common: Mapping[str, Any]) -> None:
-    """Write the low-rank part as an adapter of PEFT's; the heads too, where there is no sparse part to hold them."""
-    folder.mkdir(parents=True)
-    tensors = {**low_rank.tensors, **{PREFIX + name: tensor.contiguous() for name, tensor in heads.items()}}
-    save_file(tensors, folder / SOURCE, metadata={"format": "pt"})
-    config = LoraConfig(
-        **low_rank.fields, **{**common, "modules_to_save": common["modules_to_save"] if heads else None}
-    )
-    config.save_pretrained(os.fspath(folder))

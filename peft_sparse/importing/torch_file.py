@@ -16,6 +16,7 @@ from ..errors import FormatError
 from .restricted_pickle import NumpyDtype, OrderedDict, Unpickler
 
 _LFS = b"version https://git-lfs"
+_ZIP = b"PK\x03\x04"
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PICKLE = "/data.pkl"
 # What torch calls a tensor's memory: ("storage", its type, its name in the file, a device, number of elements).
@@ -84,7 +85,7 @@ class TorchFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.source = os.fspath(path)
-        _check_is_zip(self.source)
+        _check_start(self.source)
         with self._zip() as archive:
             members = _checked_members(archive, os.path.getsize(path), self.source)
             pickles = [name for name in members if name.endswith(_PICKLE) and name.count("/") == 1]
@@ -153,7 +154,7 @@ class TorchFile:
     def _zip(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.source)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError) as error:
             raise self.error(f"is a damaged zip file ({error})") from error
 
     def _read(self, archive: zipfile.ZipFile, member: str) -> bytes:
@@ -182,7 +183,7 @@ class TorchFile:
         return whole.view(storage.dtype) if whole.numel() else torch.empty(0, dtype=storage.dtype)
 
 
-def _check_is_zip(source: str) -> None:
+def _check_start(source: str) -> None:
     with open(source, "rb") as file:
         start = file.read(len(_LFS))
     if start.startswith(_LFS):
@@ -192,7 +193,7 @@ def _check_is_zip(source: str) -> None:
             f"{source} is in the format of torch before 1.6. Save it again: torch.save(torch.load(path, "
             "weights_only=True), path)"
         )
-    if not zipfile.is_zipfile(source):
+    if not start.startswith(_ZIP):
         raise FormatError(f"{source} is no file of torch.save: it is no zip archive. Get it again from who made it.")
 
 
