@@ -29,7 +29,7 @@ _ENCODED = {"size", "index_steps", "values"}
 _MLM_HEADS = ("cls.predictions.", "lm_head.")
 _EMBEDDINGS = re.compile(r"(?P<family>bert|roberta)\.embeddings\.word_embeddings\.weight")
 # Base models by the size of their vocabulary: the file does not name one.
-_BASES = {
+_BASES: dict[tuple[str, tuple[int, ...]], str] = {
     ("bert", (119_547, 768)): "google-bert/bert-base-multilingual-cased",
     ("roberta", (250_002, 768)): "FacebookAI/xlm-roberta-base",
 }

@@ -124,7 +124,7 @@ def import_adapter(
         check_shapes(shapes, request.base_config, task_type=foreign.task_type, **names)
     foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
     known = _labels_of(foreign, labels)
-    provenance = {
+    provenance: dict[str, Any] = {
         "imported_from": foreign.source,
         "format": foreign.kind,
         "sha256": _sha256(foreign.path),
@@ -133,7 +133,7 @@ def import_adapter(
         "left_out": list(left_out),
         "settings": dict(foreign.settings),
     }
-    common = {
+    common: dict[str, Any] = {
         "modules_to_save": modules_of_heads(foreign) or None,
         "task_type": foreign.task_type,
         "auto_mapping": auto_mapping,
@@ -142,10 +142,11 @@ def import_adapter(
         "inference_mode": True,
     }
     config = _config(foreign, common, {key: value for key, value in provenance.items() if value})
-    if foreign.kind == ROSA:
+    if config is None or foreign.kind == ROSA:
         sparse, lora, size = write_both(Path(output), foreign, config, low_rank, common)
     else:
-        sparse, lora, size = os.fspath(output), None, write_sparse(output, foreign, config, overwrite=overwrite)
+        sparse, lora = os.fspath(output), None
+        size = write_sparse(output, foreign, config, overwrite=overwrite)
     return Imported(
         output=os.fspath(output),
         kind=foreign.kind,
@@ -190,6 +191,7 @@ def _choose_heads(
                 revision=request.base_revision,
                 reason="with_head: the head of a masked language model is kept as a difference from the base's own",
             )
+            assert config is not None  # a reason was given
             more, auto_mapping = differences_of_head(
                 of_mlm, config, base=request.base, revision=request.base_revision, source=foreign.source
             )

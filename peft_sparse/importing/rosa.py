@@ -82,7 +82,7 @@ def read_rosa(
             "once: the low-rank part transposed and the sparse part not. What was trained is not known."
         )
     task_type = settings.get("task_type")
-    shapes = {m: _shape_of(m, parts) for m, parts in low_rank.items()}
+    shapes: dict[str, tuple[int, ...]] = {module: _shape_of(parts) for module, parts in low_rank.items()}
     if config is not None:
         wanted = [f"{module}.weight" for module in {**sparse, **low_rank}]
         model, own = parameters_of(config, wanted, task_type=task_type, base=base, source=source)
@@ -178,7 +178,7 @@ def _is_masked(parts: Mapping[str, Tensor]) -> bool:
     return bool(parts["row_offs"].any())
 
 
-def _shape_of(module: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+def _shape_of(parts: Mapping[str, Tensor]) -> tuple[int, int]:
     """[out, in] of a linear weight, or [vocabulary, size] of an embedding, by the low-rank part."""
     if "A.weight" in parts:
         return parts["B.weight"].shape[0], parts["A.weight"].shape[-1]

@@ -65,8 +65,8 @@ def write_both(
             _save_lora(staging / LORA_FOLDER, low_rank, foreign.heads if config is None else {}, common)
             lora = os.fspath(output / LORA_FOLDER)
         target.mkdir(parents=True, exist_ok=True)
-        for folder in (SPARSE_FOLDER, LORA_FOLDER):
-            shutil.rmtree(target / folder, ignore_errors=True)
+        for name in (SPARSE_FOLDER, LORA_FOLDER):
+            shutil.rmtree(target / name, ignore_errors=True)
         for folder in staging.iterdir():
             os.replace(folder, target / folder.name)
     finally:
