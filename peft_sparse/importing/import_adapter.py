@@ -178,7 +178,8 @@ def _choose_heads(
     if foreign.kind == COMPOSABLE_SFT:
         of_mlm = {name: tensor for name, tensor in heads.items() if is_mlm_head(name)}
     else:
-        saved = tuple(request.settings.get("modules_to_save") or ())
+        saved = request.settings.get("modules_to_save") or ()
+        saved = (saved,) if isinstance(saved, str) else tuple(saved)
         of_mlm = {}
         heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
     if with_head is False:

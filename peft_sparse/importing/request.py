@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import TaskType
 from torch import Tensor
 
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file, need_file
@@ -74,6 +75,9 @@ class Request:
             )
         self.settings = read_json(config)
         kind = self.settings.get("peft_type")
+        task_type = self.settings.get("task_type")
+        if task_type is not None and task_type not in list(TaskType):
+            raise FormatError(f"'{self.source}': task_type must be one of PEFT's, got {task_type!r:.100}.")
         if kind in _OF_PEFT_TYPE:
             return _OF_PEFT_TYPE[kind], config
         if kind == "SPARSE_FT":

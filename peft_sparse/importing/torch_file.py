@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .restricted_pickle import NumpyDtype, OrderedDict, Unpickler
 _LFS = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_OLD_VERSION = 1001
 _PICKLE = "/data.pkl"
 # What torch calls a tensor's memory: ("storage", its type, its name in the file, a device, number of elements).
 _IDENTIFIER = [str, torch.dtype, str, str, int]
@@ -71,7 +73,7 @@ class TorchFile:
     """A file of `torch.save`, checked against its own size before anything of it is believed.
 
     Args:
-        path: the file, in the zip format (torch 1.6 and later).
+        path: the file, in the zip format or that of torch before 1.6.
 
     Attributes:
         content: the saved value; tensors in it are `StoredTensor`.
@@ -85,22 +87,62 @@ class TorchFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.source = os.fspath(path)
-        _check_start(self.source)
+        self._storages: dict[str, Tensor] = {}
+        self._raw: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        if _is_old_format(self.source):
+            self.content = self._load_old(Path(path).read_bytes())
+        else:
+            self.content = self._load_zip(os.path.getsize(path))
+
+    def _load_zip(self, file_size: int) -> Any:
         with self._zip() as archive:
-            members = _checked_members(archive, os.path.getsize(path), self.source)
-            pickles = [name for name in members if name.endswith(_PICKLE) and name.count("/") == 1]
+            self._sizes = _checked_members(archive, file_size, self.source)
+            pickles = [name for name in self._sizes if name.endswith(_PICKLE) and name.count("/") == 1]
             if len(pickles) != 1:
                 raise self.error("holds no data.pkl, so torch.save did not write it")
             self._root = pickles[0].removesuffix(_PICKLE)
-            if f"{self._root}/byteorder" in members and self._read(archive, f"{self._root}/byteorder") != b"little":
+            order = f"{self._root}/byteorder"
+            if order in self._sizes and self._read(archive, order) != b"little":
                 raise self.error("was written on a big-endian machine. Save it again on a common one")
-            self._sizes = members
-            self._storages: dict[str, Tensor] = {}
             pickled = self._read(archive, pickles[0])
-        unpickler = Unpickler(pickled, names=_NAMES, persistent=self._storage_of, source=self.source)
-        self.content = unpickler.load()
+        unpickler = Unpickler(pickled, names=_NAMES, persistent=self._storage_in_zip, source=self.source)
+        content = unpickler.load()
         if unpickler.position != len(pickled):
             raise self.error("goes on after its pickle has ended")
+        return content
+
+    def _load_old(self, data: bytes) -> Any:
+        """The format before torch 1.6: four pickles, and then each memory, its number of elements before it."""
+        claimed: dict[str, _Storage] = {}
+
+        def storage_of(identifier: Any) -> _Storage:
+            has_view = isinstance(identifier, tuple) and len(identifier) == 6 and identifier[5] is None
+            storage = self._checked(identifier[:5] if has_view else identifier)
+            if claimed.setdefault(storage.key, storage) != storage:
+                raise self.error(f"claims two sizes for the memory {storage.key!r:.50} of a tensor")
+            return storage
+
+        unpickler = Unpickler(data, names=_NAMES, persistent=storage_of, source=self.source, position=len(_OLD_FORMAT))
+        version, system = unpickler.load(), unpickler.load()
+        if version != _OLD_VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise self.error("was written by another version of torch, or on a big-endian machine")
+        content, keys = unpickler.load(), unpickler.load()
+        if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys) or set(keys) != claimed.keys():
+            raise self.error("lists other memories than its tensors lie in")
+        position = unpickler.position
+        for key in keys:
+            start, size = position + 8, claimed[key].count * claimed[key].dtype.itemsize
+            count, raw = int.from_bytes(data[position:start], "little"), data[start : start + size]
+            if count != claimed[key].count or len(raw) < size:
+                raise self.error(
+                    f"claims {claimed[key].count} elements of {claimed[key].dtype} and holds {len(raw)} bytes"
+                )
+            self._raw[key], self._sizes[key] = raw, size
+            position = start + size
+        if position != len(data) or len(self._raw) != len(keys):
+            raise self.error("goes on after its tensors have ended")
+        return content
 
     def error(self, what: str) -> FormatError:
         """An error about the file."""
@@ -163,38 +205,44 @@ class TorchFile:
         except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
             raise self.error(f"is damaged ({error})") from error
 
-    def _storage_of(self, identifier: Any) -> _Storage:
+    def _checked(self, identifier: Any) -> _Storage:
         if not isinstance(identifier, tuple) or [type(part) for part in identifier] != _IDENTIFIER:
             raise self.error("names a tensor's memory in a way that torch does not")
         _kind, dtype, key, _location, count = identifier
-        size = self._sizes.get(f"{self._root}/data/{key}")
-        if size is None:
-            raise self.error(f"lacks the memory {key!r:.50} of a tensor")
-        if count < 0 or count * dtype.itemsize != size:
-            raise self.error(f"claims {count} elements of {dtype} in {size} bytes")
+        if count < 0:
+            raise self.error(f"claims {count} elements of {dtype}")
         return _Storage(key, dtype, count)
+
+    def _storage_in_zip(self, identifier: Any) -> _Storage:
+        storage = self._checked(identifier)
+        size = self._sizes.get(f"{self._root}/data/{storage.key}")
+        if size is None:
+            raise self.error(f"lacks the memory {storage.key!r:.50} of a tensor")
+        if storage.count * storage.dtype.itemsize != size:
+            raise self.error(f"claims {storage.count} elements of {storage.dtype} in {size} bytes")
+        return storage
 
     def _whole(self, storage: _Storage) -> Tensor:
         if storage.key not in self._storages:
-            with self._zip() as archive:
-                raw = bytearray(self._read(archive, f"{self._root}/data/{storage.key}"))
+            if storage.key in self._raw:
+                raw = bytearray(self._raw[storage.key])
+            else:
+                with self._zip() as archive:
+                    raw = bytearray(self._read(archive, f"{self._root}/data/{storage.key}"))
             self._storages[storage.key] = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0)
         whole = self._storages[storage.key]
         return whole.view(storage.dtype) if whole.numel() else torch.empty(0, dtype=storage.dtype)
 
 
-def _check_start(source: str) -> None:
+def _is_old_format(source: str) -> bool:
+    """Whether a file is in the format before torch 1.6; else it is a zip archive."""
     with open(source, "rb") as file:
         start = file.read(len(_LFS))
     if start.startswith(_LFS):
         raise FormatError(f"{source} is a pointer of Git LFS, not the file itself. Fetch it: git lfs pull")
-    if start.startswith(_OLD_FORMAT):
-        raise FormatError(
-            f"{source} is in the format of torch before 1.6. Save it again: torch.save(torch.load(path, "
-            "weights_only=True), path)"
-        )
-    if not start.startswith(_ZIP):
+    if not start.startswith((_ZIP, _OLD_FORMAT)):
         raise FormatError(f"{source} is no file of torch.save: it is no zip archive. Get it again from who made it.")
+    return start.startswith(_OLD_FORMAT)
 
 
 def _checked_members(archive: zipfile.ZipFile, file_size: int, source: str) -> dict[str, int]:

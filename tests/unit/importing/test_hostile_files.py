@@ -475,3 +475,35 @@ def test_parameters_and_state_dicts_are_read(tmp_path):
     assert torch.equal(found["bias"], layer.bias)
     torch.save(dict(layer.named_parameters()), tmp_path / "parameters.bin")
     assert torch.equal(TorchFile(tmp_path / "parameters.bin").tensors()["weight"], layer.weight)
+
+
+def old_file(folder, content):
+    folder.mkdir(exist_ok=True)
+    torch.save(content, folder / "pytorch_diff.bin", _use_new_zipfile_serialization=False)
+    return folder / "pytorch_diff.bin"
+
+
+def test_the_format_before_the_zip_is_read(tmp_path):
+    content = {"diffs": {NAME: encode(torch.eye(3)), "bert.b.weight": encode(torch.ones(2, 2, dtype=torch.bfloat16))}}
+    path = old_file(tmp_path / "sft", {**content, "abs": {"classifier.bias": torch.arange(4.0)}})
+    found = read_composable_sft(path, source="it")
+    assert torch.equal(found.deltas[NAME].to_dense(), torch.eye(3))
+    assert torch.equal(found.deltas["bert.b.weight"].to_dense(), torch.ones(2, 2, dtype=torch.bfloat16))
+    assert found.heads["classifier.bias"].tolist() == [0, 1, 2, 3]
+
+
+def test_damage_and_harm_in_the_format_before_the_zip_are_refused(tmp_path):
+    path = old_file(tmp_path / "sft", {"diffs": {NAME: encode(torch.eye(3))}, "abs": {}})
+    whole = path.read_bytes()
+    for length in range(15, len(whole), 11):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FormatError, match=r"pytorch_diff.bin"):
+            read_composable_sft(path, source="it")
+    path.write_bytes(whole + b"more")
+    refused(path.parent, r"goes on after its tensors have ended")
+    path.write_bytes(whole[:-20] + (2**40).to_bytes(8, "little") + whole[-12:])
+    refused(path.parent, r"claims 3 elements of torch.float32 and holds 12 bytes")
+    path.write_bytes(whole.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"))
+    refused(path.parent, r"on a big-endian machine")
+    old_file(tmp_path / "sft", {"diffs": Calls(os.system, "true")})
+    refused(path.parent, r"names posix.system, which is not part of this format")
