@@ -110,7 +110,7 @@ def import_adapter(
         FormatError: the adapter is damaged, hostile, of a kind that cannot be imported, or of another base. Nothing is
             written.
 
-    Cost: 7.67 million weights of composable-sft: three seconds on one core, and 400 MB beyond the libraries.
+    Cost: 7.67 million weights of composable-sft: three seconds on one core, and 250 MB beyond the libraries.
     """
     _check_arguments(task_type, labels)
     check_output(output, overwrite=overwrite)

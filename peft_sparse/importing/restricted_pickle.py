@@ -6,7 +6,7 @@ opcode or protocol is refused. So `pickle` is not used at all. What a hostile fi
 no length is believed before the bytes are there, the memo is a dictionary, and nothing is walked recursively.
 
 A list of integers, which is most of an adapter of composable-sft, is decoded a batch at a time: a list holds such a
-batch as one numpy array (`integers` puts them together), so that 7.67 million numbers take one second.
+batch as one numpy array (`integers` puts them together), so that 7.67 million numbers take two seconds.
 
 Source of the opcodes: Python's `pickletools`, protocol 2.
 """
