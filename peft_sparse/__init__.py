@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from .checkpoints.merge import merge_checkpoint
     from .extraction.extract import extract_adapter
     from .extraction.report import Extraction
+    from .importing.export_adapter import Exported, export_adapter
+    from .importing.import_adapter import Imported, import_adapter
+    from .importing.rosa import import_mask
     from .inspection.conflicts import conflicts
     from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
@@ -68,12 +71,14 @@ __all__ = [
     "Criterion",
     "DeftXConfig",
     "DensePhase",
+    "Exported",
     "Extraction",
     "FeatureImportance",
     "FormatError",
     "GeneratedAdapter",
     "GivenConfig",
     "GradientMeans",
+    "Imported",
     "LanguageSwitch",
     "LotteryTicketConfig",
     "MadGConfig",
@@ -98,10 +103,13 @@ __all__ = [
     "bottleneck_weights",
     "conflicts",
     "evaluation_batches",
+    "export_adapter",
     "extract_adapter",
     "for_language",
     "generate_adapter",
     "generated_weights",
+    "import_adapter",
+    "import_mask",
     "importance_table",
     "inspect_adapter",
     "iter_bottlenecks",
@@ -133,7 +141,9 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "DensePhase": "training.dense_phase.DensePhase",
+    "Exported": "importing.export_adapter.Exported",
     "Extraction": "extraction.report.Extraction",
+    "Imported": "importing.import_adapter.Imported",
     "LanguageSwitch": "training.language_switch.LanguageSwitch",
     "MemoryPlan": "inspection.planner.MemoryPlan",
     "MultiSourceCollator": "training.multisource.MultiSourceCollator",
@@ -143,8 +153,11 @@ _LAZY = {
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
     "evaluation_batches": "training.multisource.evaluation_batches",
+    "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",
     "for_language": "tuners.for_language.for_language",
+    "import_adapter": "importing.import_adapter.import_adapter",
+    "import_mask": "importing.rosa.import_mask",
     "importance_table": "inspection.feature_importance.importance_table",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "language_below_task": "training.language_switch.language_below_task",

@@ -172,7 +172,9 @@ def _mask_facts(config: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
-    """Where an adapter comes from that was taken out of a tuned model instead of trained."""
+    """Where an adapter comes from that was taken out of a tuned model, or imported, instead of trained."""
+    if provenance and "imported_from" in provenance:
+        return _import(provenance)
     if not provenance or "tuned" not in provenance:
         return []
     revision = f" ({provenance['tuned_revision']})" if provenance.get("tuned_revision") else ""
@@ -182,6 +184,20 @@ def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
     tuned = provenance["tuned"] if _is_hub_id(provenance["tuned"]) else Path(provenance["tuned"]).name
     origin = f"Extracted without training from `{tuned}`{revision}"
     return [f"{origin}: the weights that rank highest by `{provenance.get('criterion')}`{share}"]
+
+
+def _import(provenance: Mapping[str, Any]) -> list[str]:
+    """Where an adapter comes from that another library made."""
+    revision = f" ({provenance['revision']})" if provenance.get("revision") else ""
+    facts = [
+        f"Imported from `{provenance['imported_from']}`{revision}, an adapter of {provenance.get('format')}; SHA-256 "
+        f"of the original file: `{provenance.get('sha256')}`"
+    ]
+    if labels := provenance.get("labels"):
+        facts.append(f"Labels, in the order of their ids: {', '.join(labels)}")
+    if left_out := provenance.get("left_out"):
+        facts.append(f"Not imported: {', '.join(f'`{name}`' for name in left_out)}")
+    return facts
 
 
 def _plain(value: Any) -> str:

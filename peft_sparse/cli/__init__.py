@@ -18,6 +18,8 @@ from ..errors import SparseError
 # Modules of this package, each of which adds its command to `app`, in the order in which --help lists them.
 COMMANDS: tuple[str, ...] = (
     "diff",
+    "import_",
+    "export",
     "inspect",
     "plot",
     "merge",

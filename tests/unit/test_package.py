@@ -27,7 +27,7 @@ RANKS = [
     ["checkpoints"],
     ["tuners"],
     ["optim", "training"],
-    ["distillation", "inspection", "extraction"],
+    ["distillation", "inspection", "extraction", "importing"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
