@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...core.observer import GradientObserver
+from ...core.observer import GradientObserver, current_pass, remember_outer
 from ...core.overlay import Overlay, add_deltas
 from ...core.sharded import how_sharded, is_sharded
 from ..weight_layer import WeightLayer, not_finite, not_whole
@@ -160,7 +160,8 @@ class SparseLayer(WeightLayer):
         result = add_deltas(base, [(d.values, d.indices) for d in deltas])
         for delta in deltas:
             if delta.observer is not None and result.requires_grad:
-                result.register_hook(partial(_show_gradient, delta.observer))
+                made_in = -1 if torch.compiler.is_compiling() else current_pass()
+                result.register_hook(partial(_show_gradient, delta.observer, made_in))
         return result
 
     def base_tensor(self, parameter: str) -> Tensor | None:
@@ -288,8 +289,9 @@ class SparseLayer(WeightLayer):
         return False
 
 
-def _show_gradient(observer: GradientObserver, gradient: Tensor) -> None:
+def _show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
     """Hand a dense gradient, or what is wanted of it, to an observer."""
+    remember_outer(made_in)
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])
