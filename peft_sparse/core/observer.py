@@ -65,5 +65,10 @@ def is_accumulated(parameter: Tensor) -> bool:
         return True
 
 
+def is_within_another() -> bool:
+    """Whether the backward pass that runs now runs within another one."""
+    return _running() in _outer
+
+
 def _running() -> int:
     return torch._C._current_graph_task_id()

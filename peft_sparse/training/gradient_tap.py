@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from .distributed import means_over_ranks
 NUM_PROBES = 16
 
 
+ESTIMATE_PARTS = ("indices", "nominated", "total", "total_squared", "updates")
+
+
 @dataclass
 class Estimate:
     """Running sums over the updates of a window.
@@ -41,6 +44,16 @@ class Estimate:
     total: Tensor
     total_squared: Tensor
     updates: int = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of its parts, by name."""
+        return {part: torch.as_tensor(getattr(self, part)).clone() for part in ESTIMATE_PARTS}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device) -> Estimate:
+        """What `state_dict` was taken of, on a device."""
+        tensors = {part: state[part].to(device, copy=True) for part in ESTIMATE_PARTS if part != "updates"}
+        return cls(**tensors, updates=int(state["updates"]))
 
     @property
     def mean(self) -> Tensor:

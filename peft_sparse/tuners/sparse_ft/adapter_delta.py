@@ -40,7 +40,8 @@ class AdapterDelta(nn.Module):
         indices: [k] buffer, flat row-major, sorted and unique; int32, or int64 for tensors of 2**31 elements and more.
         support_version: grows whenever the indices change.
         l1_coefficient: lambda/N, what `penalise` set.
-        observer: who else sees the tensor's gradient while this delta is active, if anyone.
+        observer: who else sees the tensor's gradient while this delta is active, if anyone. Nobody while the values are
+            frozen.
     """
 
     indices: Tensor
@@ -56,13 +57,21 @@ class AdapterDelta(nn.Module):
         self.register_buffer("indices", indices, persistent=False)
         self.support_version = 0
         self.l1_coefficient = 0.0
-        self.observer: GradientObserver | None = None
+        self._observer: GradientObserver | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 exchanges the parameter: in a forward or backward pass it is all there, between them in shards.
         if name == "values" and is_sharded(value):
             self._shards = [value]
         super().__setattr__(name, value)
+
+    @property
+    def observer(self) -> GradientObserver | None:
+        return self._observer if self._observer is not None and self.values.requires_grad else None
+
+    @observer.setter
+    def observer(self, observer: GradientObserver | None) -> None:
+        self._observer = observer
 
     @property
     def held_values(self) -> nn.Parameter:
@@ -119,9 +128,18 @@ class AdapterDelta(nn.Module):
             self._set_indices(indices.to(self.indices.device, copy=True))
             return
         device = self.indices.device if self.values.is_meta else self.values.device
-        self.values.grad = None
-        self.values.data = values.detach().to(device=device, dtype=self.values_dtype, copy=True)
+        self._exchange_data(values.detach().to(device=device, dtype=self.values_dtype, copy=True))
         self._set_indices(indices.to(device, copy=True))
+
+    def _exchange_data(self, data: Tensor) -> None:
+        """Give the parameter other data, of any size. It stays the one that optimizers and others hold."""
+        self.values.grad = None
+        if data.shape != self.values.shape and not self.values.is_meta:
+            # A graph that is still alive makes later ones expect gradients of the old shape. Torch forgets that when it
+            # sees another dtype, and not when it sees another shape.
+            other = torch.float32 if self.values.dtype == torch.float64 else torch.float64
+            self.values.data = self.values.data.new_empty(0, dtype=other)
+        self.values.data = data
 
     def _overwrite_shards(self, values: Tensor) -> None:
         if values.numel() != self.count:
@@ -174,7 +192,8 @@ class AdapterDelta(nn.Module):
         yield regularization.Pull(self.held_values, self.l1_coefficient)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_own_values"}
+        # Whoever observes says for itself whether it goes along.
+        return {**{key: value for key, value in vars(self).items() if key != "_own_values"}, "_observer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy, or an unpickled model, is penalised like what it was made from.
@@ -226,8 +245,7 @@ class AdapterDelta(nn.Module):
             # The file knows the number of weights, this module only a guess. `.data` keeps the parameter's identity for
             # optimizers.
             dtype = self.values_dtype if self._was_cast() else self.values.dtype
-            self.values.grad = None
-            self.values.data = self.values.new_empty(incoming.shape, dtype=dtype)
+            self._exchange_data(self.values.new_empty(incoming.shape, dtype=dtype))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         if self.indices.is_meta and f"{prefix}_extra_state" in missing_keys:
             missing_keys.remove(f"{prefix}_extra_state")

@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from transformers.optimization import Adafactor
 
 from peft_sparse.optim import reindex as reindex_module
-from peft_sparse.optim.reindex import Seeds, exchange, reindex
+from peft_sparse.optim.reindex import Seeds, reindex
 from peft_sparse.optim.sm3 import SM3
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
@@ -236,16 +236,6 @@ def test_sizes_may_change(name: str) -> None:
         p.grad = torch.ones(replacement.count)
         optimizer.step()
         assert bool(p.isfinite().all())
-
-
-def test_another_parameter_takes_the_place_with_its_state() -> None:
-    optimizer, p = trained(MAKERS["AdamW"])
-    state = optimizer.state[p]
-    q = nn.Parameter(torch.zeros(3))
-    exchange(optimizer, p, q)
-    assert optimizer.param_groups[0]["params"][0] is q
-    assert optimizer.state[q] is state
-    assert p not in optimizer.state
 
 
 def test_sm3_keeps_rows_and_columns_and_carries_momentum() -> None:
