@@ -74,6 +74,13 @@ class SparseLayer(WeightLayer):
             self.in_features, self.out_features = _get_in_out_features(base)
         self.num_embeddings = getattr(base, "num_embeddings", None)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # No block of `resident` ends for a copy, and what was looked up for one model's deltas is of no use to another.
+        super().__setstate__(state)
+        self.is_resident, self._overlays = False, {}
+        if not self.merged:
+            self.restore()
+
     # ---- adapters --------------------------------------------------------------------------------
 
     def deltas_of(self, parameter: str) -> nn.ModuleDict:
