@@ -63,6 +63,7 @@ class Reselector:
         total_steps: T, all updates of the training; None while it is unknown.
         max_grad_norm: what the training loop clips gradients to; None if it does not, or if that is unknown.
         history: what every reselection did, oldest first.
+        is_restored: whether it stands where `load_state_dict` put it.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
@@ -74,6 +75,7 @@ class Reselector:
         self.total_steps = config.total_steps
         self.max_grad_norm = config.max_grad_norm
         self.history: list[Reselection] = []
+        self.is_restored = False
         self._warned = False
         # The support to start from is random, unless somebody else sets another one: a load.
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
@@ -147,6 +149,7 @@ class Reselector:
     def skip_to(self, update: int) -> None:
         """Count as if `update` updates had been made, without the window that may be open then."""
         self._close_window()
+        self.is_restored = False
         self.update, self._due = update, None
         self._open_window()
 
@@ -200,6 +203,11 @@ class Reselector:
         if self._updates.is_complete():
             self._end_update()
 
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the adapter is active, and its values are not frozen."""
+        return self._is_active() and any(delta.held_values.requires_grad for delta in self.deltas.values())
+
     def _is_active(self) -> bool:
         layer = self._layer
         return layer is not None and not layer.disable_adapters and self.adapter_name in layer.active_adapters
@@ -207,6 +215,7 @@ class Reselector:
     @torch.no_grad()
     def _end_update(self, *, may_reselect: bool = True) -> None:
         self.update += 1
+        self.is_restored = False
         schedule = self.schedule
         if schedule.selects_after(self.update):
             self._due = self.update
@@ -404,7 +413,7 @@ class Reselector:
                     f"training state: tensor 'grown_at.{name}' {found}. Load the adapter of the same checkpoint first."
                 )
         self._close_window()
-        self.update = int(state["update"])
+        self.update, self.is_restored = int(state["update"]), True
         self._due = int(state["due"]) if "due" in state else None
         self._continues = bool(state["continues"])
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}

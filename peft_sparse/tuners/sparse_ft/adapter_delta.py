@@ -16,7 +16,7 @@ from ...core.gaps import decode_gaps, encode_gaps
 from ...core.indices import check_indices, index_dtype
 from ...core.observer import GradientObserver
 from ...core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
-from ...errors import ConfigError, FormatError
+from ...errors import ConfigError, FormatError, SelectionError
 from ..kept_dtype import undo_cast
 from . import regularization
 
@@ -56,6 +56,8 @@ class AdapterDelta(nn.Module):
         indices = torch.arange(count, dtype=index_dtype(self.numel), device=device)
         self.register_buffer("indices", indices, persistent=False)
         self.support_version = 0
+        # Of a copy: the version of its indices that was looked at last, and their checksum.
+        self._copied: tuple[int, Tensor] | None = None
         self.l1_coefficient = 0.0
         self._observer: GradientObserver | None = None
 
@@ -156,6 +158,7 @@ class AdapterDelta(nn.Module):
     def _set_indices(self, indices: Tensor) -> None:
         self.indices = indices
         self.support_version += 1
+        self._copied = None
         self._own_values = weakref.ref(self.values)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -174,7 +177,10 @@ class AdapterDelta(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterDelta:
         before = self.values.dtype
+        self.check_support()
         super()._apply(fn, recurse)
+        if self._copied is not None and not self.indices.is_meta:
+            self._copied = self.indices._version, self._copied[1]
         if self.values.dtype != before:
             self.values_dtype = self.values.dtype
         return self
@@ -199,14 +205,36 @@ class AdapterDelta(nn.Module):
         # A copy, or an unpickled model, is penalised like what it was made from.
         super().__setstate__(state)
         self._own_values = weakref.ref(self.values)
+        self._copied = None if self.indices.is_meta else (self.indices._version, _checksum(self.indices))
         if self.l1_coefficient:
             regularization.penalised.add(self)
+
+    def check_support(self) -> None:
+        """Refuse a copy whose indices were overwritten in place, while its values stayed what they were.
+
+        `torch.optim.swa_utils.AveragedModel` copies buffers and averages parameters, entry by entry.
+
+        Raises:
+            SelectionError: so it was.
+        """
+        if self._copied is None or self._copied[0] == self.indices._version:
+            return
+        before = self._copied[1]
+        if not torch.equal(before, _checksum(self.indices).to(before.device)):
+            raise SelectionError(
+                "the indices of a copied sparse adapter were overwritten while its values were averaged: values of "
+                "different weights are mixed, for the adapter has changed its support since (SpIEL). "
+                "torch.optim.swa_utils.AveragedModel and EMA callbacks do so; peft_sparse.AdapterAverage averages by "
+                "position, and add_weighted_adapter averages saved adapters."
+            )
+        self._copied = self.indices._version, before
 
     def get_extra_state(self) -> Tensor:
         """The indices, gap-coded: uint8 [n] with shape and count in its header."""
         if self.indices.is_meta:
             # Nothing to code: accelerate puts a model there for a moment before it shards it.
             return torch.empty(0, dtype=torch.uint8, device="meta")
+        self.check_support()
         coded = encode_gaps(self.indices, self.shape)
         return coded.as_subclass(ObjectTensor) if self._shards else coded
 
@@ -252,3 +280,10 @@ class AdapterDelta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, count={self.count}, dtype={self.values.dtype}"
+
+
+def _checksum(indices: Tensor) -> Tensor:
+    """A number that another support hardly has; no synchronisation."""
+    places = torch.arange(indices.numel(), device=indices.device)
+    # Sums wrap around, and every place has its own odd factor.
+    return (indices.long() * (2 * places * 2654435761 + 40503)).sum()

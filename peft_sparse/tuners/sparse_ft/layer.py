@@ -142,6 +142,10 @@ class SparseLayer(WeightLayer):
         if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
             self.restore()
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for parameter in PARAMETERS:
+                for delta in self.active_deltas(parameter):
+                    delta.check_support()
         if torch.is_grad_enabled():
             self.keep_dtypes(in_forward=True)
         return self._delta_forward(self.active_adapters, x, *args, **kwargs)
@@ -180,6 +184,8 @@ class SparseLayer(WeightLayer):
     def overlay(self, parameter: str, adapters: Sequence[str]) -> tuple[tuple[Any, ...], Overlay]:
         """The union of the adapters' supports on one tensor, and a key that changes when any support does."""
         deltas = self.active_deltas(parameter, adapters)
+        for delta in deltas:
+            delta.check_support()
         key = (parameter, *((id(d), d.support_version, d.indices.device) for d in deltas))
         if key not in self._overlays:
             self._overlays = {k: v for k, v in self._overlays.items() if k[0] != parameter}

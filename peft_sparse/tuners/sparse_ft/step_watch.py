@@ -74,7 +74,8 @@ def _inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 class StepWatch(Generic[T]):
-    """Objects to be told of optimizer steps. They are held weakly, and torch's hook is there while there are any.
+    """Objects to be told of optimizer steps. They are held weakly; torch's hook goes when the last is discarded, and
+    does nothing when the last has died.
 
     Args:
         register: torch's `register_optimizer_step_pre_hook` or `register_optimizer_step_post_hook`.
@@ -99,7 +100,9 @@ class StepWatch(Generic[T]):
     def discard(self, watched: T) -> None:
         """Undo `add`."""
         self._watched.discard(watched)
-        self._leave_if_idle()
+        if self._hook is not None and not len(self._watched):
+            self._hook.remove()
+            self._hook = None
 
     def __len__(self) -> int:
         return len(self._watched)
@@ -113,7 +116,8 @@ class StepWatch(Generic[T]):
         return self._hook is not None
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._leave_if_idle()
+        if not len(self._watched):
+            return None  # the hook stays: torch goes through its hooks now, and must not lose one meanwhile
         # Every step runs in a wrapper of torch's, of one code for all optimizers. Looking for it on the stack needs no
         # memory, which a step that ends in an exception would leave wrong.
         frame: Any = sys._getframe(1)
@@ -122,8 +126,3 @@ class StepWatch(Generic[T]):
             if frame.f_code is code:
                 enclosing.append(frame.f_locals["self"])
         return self._tell(tuple(self), Step(optimizer, args, kwargs, tuple(enclosing)))
-
-    def _leave_if_idle(self) -> None:
-        if self._hook is not None and not len(self._watched):
-            self._hook.remove()
-            self._hook = None
