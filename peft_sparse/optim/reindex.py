@@ -329,7 +329,7 @@ def _carry(
 ) -> None:
     old = state[key]
     if isinstance(old, (list, tuple)):
-        members = dict(enumerate(old))
+        members = {str(i): member for i, member in enumerate(old)}
         for i in members:
             _carry(members, i, replacement, fill, device)
         state[key] = type(old)(members.values())

@@ -389,9 +389,7 @@ def test_both_means_of_ademamix_are_carried(is_quantized: bool) -> None:
         found = torch.stack(
             [dequantize(row, unit, book) for row, unit in zip(found, optimizer.state[p]["absmax1"], strict=True)]
         )
-    expected = torch.stack(
-        [replacement.carry(moments[0], 0.5 * (1 - 0.9**3)), replacement.carry(moments[1], 0.0)]
-    )
+    expected = torch.stack([replacement.carry(moments[0], 0.5 * (1 - 0.9**3)), replacement.carry(moments[1], 0.0)])
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 if is_quantized else 1e-6)
     torch.testing.assert_close(
         optimizer.state[p]["state2"], replacement.carry(second, 0.25 * (1 - 0.999**3)), rtol=1e-5, atol=0
