@@ -247,9 +247,9 @@ def not_finite(name: str, what: str) -> SelectionError:
         what: the update's name.
     """
     return SelectionError(
-        f"{what} was made with a gradient of {name} that holds NaN or infinity, so its weights are lost and SpIEL cannot "
-        "rank others. Go back to a checkpoint. Look at the loss and the batch first; then lower the learning rate, clip "
-        "gradients, or train in bfloat16 (float16 needs a GradScaler, which skips such updates)."
+        f"{what} was made with a gradient of {name} that holds NaN or infinity, so its weights are lost and SpIEL "
+        "cannot rank others. Go back to a checkpoint. Look at the loss and the batch first; then lower the learning "
+        "rate, clip gradients, or train in bfloat16 (float16 needs a GradScaler, which skips such updates)."
     )
 
 

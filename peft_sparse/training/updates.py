@@ -117,8 +117,8 @@ class Updates:
             return
         if isinstance(optimizer, LBFGS):
             raise ConfigError(
-                f"LBFGS cannot train adapter {self._adapter_name!r}: its history belongs to all parameters together and "
-                "cannot follow a weight to another place. SparseAdamW, SM3, torch.optim's other optimizers and "
+                f"LBFGS cannot train adapter {self._adapter_name!r}: its history belongs to all parameters together "
+                "and cannot follow a weight to another place. SparseAdamW, SM3, torch.optim's other optimizers and "
                 "bitsandbytes' can; RandConfig trains under LBFGS."
             )
         self._optimizers = [held for held in self._optimizers if held() is not None] + [ref(optimizer)]

@@ -76,13 +76,13 @@ def test_torchs_averaged_model_is_refused_once_the_support_has_changed(how, look
     (driver,) = iter_reselectors(model)
     assert len(driver.history) == 1
     averaged.update_parameters(model)
+    looks = {
+        "forward": lambda: averaged.module(**batch(0)),
+        "state": lambda: averaged.module.state_dict(),
+        "move": lambda: averaged.to(torch.float64),
+    }
     with pytest.raises(SelectionError, match="AdapterAverage averages by"):
-        if look == "forward":
-            averaged.module(**batch(0))
-        elif look == "state":
-            averaged.module.state_dict()
-        else:
-            averaged.to(torch.float64)
+        looks[look]()
 
 
 def test_a_copy_may_be_moved_loaded_and_trained():
