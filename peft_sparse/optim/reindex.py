@@ -138,8 +138,8 @@ def _refuse_hidden_state(optimizer: Any, values: Tensor) -> None:
         if any(id(t) not in held and t.shape == values.shape for t in _tensors_in(value) if values.numel() > 1):
             raise ConfigError(
                 f"{type(optimizer).__name__}.{name} holds tensors like the values of a delta outside of the "
-                "optimizer's `state`, which cannot follow a weight to another place. Keep them in optimizer.state[parameter], or "
-                "train without this wrapper."
+                "optimizer's `state`, which cannot follow a weight to another place. Keep them in "
+                "optimizer.state[parameter], or train without this wrapper."
             )
 
 

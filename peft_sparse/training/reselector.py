@@ -195,7 +195,8 @@ class Reselector:
         if is_within_another():
             raise ConfigError(
                 f"the optimizers of adapter {self.adapter_name!r} step within the backward pass, and reentrant "
-                "gradient checkpointing cuts that into pieces: use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "gradient checkpointing cuts that into pieces: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         self._finish_update()
 
