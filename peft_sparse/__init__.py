@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .inspection.page import plot_adapters
     from .inspection.planner import MemoryPlan, plan_memory
     from .inspection.report import inspect_adapter
+    from .training.average import AdapterAverage
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -64,6 +65,7 @@ __all__ = [
     "SM3",
     "AdaSftConfig",
     "AdaSftModel",
+    "AdapterAverage",
     "BottleneckConfig",
     "BottleneckModel",
     "BottleneckWeights",
@@ -140,6 +142,7 @@ __all__ = [
 
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
+    "AdapterAverage": "training.average.AdapterAverage",
     "DensePhase": "training.dense_phase.DensePhase",
     "Exported": "importing.export_adapter.Exported",
     "Extraction": "extraction.report.Extraction",

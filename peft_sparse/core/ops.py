@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import sddmm
 from .indices import positions
-from .observer import GradientObserver
+from .observer import GradientObserver, current_pass, remember_outer
 from .overlay import Overlay
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
             x = x.to(dtype) if shared is None else shared.cast(x, dtype)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         ctx.make_weight, ctx.fan_in_fan_out = make_weight, fan_in_fan_out
-        ctx.shared, ctx.observers = shared, observers
+        ctx.shared, ctx.observers, ctx.made_in = shared, observers, current_pass()
         count = sum(v.numel() for v, needed in zip(values, ctx.needs_input_grad[7:], strict=True) if needed)
         ctx.sampled = sddmm.prefer_sampled(count, ctx.shape, dtype=x.dtype, device=x.device)
         if shared is not None and ctx.sampled:
@@ -159,6 +159,7 @@ class _Linear(torch.autograd.Function):
                 )
                 for i, gradient in zip(wanted, found, strict=False):
                     grad_values[i] = gradient.to(values[i].dtype)
+                remember_outer(ctx.made_in)
                 for observer, gradient in zip(ctx.observers, found[len(wanted) :], strict=True):
                     observer.receive(gradient)
         return grad_x, grad_bias, None, None, None, None, None, *grad_values
@@ -264,6 +265,7 @@ class _Embedding(torch.autograd.Function):
             compact.append(place)
         tuned = Overlay(compact).add(weight[rows], [value[e] for value, e in zip(values, entries, strict=True)])
         ctx.padding_idx, ctx.width, ctx.numel, ctx.observers = padding_idx, width, weight.numel(), observers
+        ctx.made_in = current_pass()
         ctx.values = [(value.shape, value.dtype) for value in values]
         ctx.save_for_backward(rows, inverse, *entries, *compact)
         return F.embedding(inverse.reshape(-1), tuned)
@@ -287,6 +289,7 @@ class _Embedding(torch.autograd.Function):
             gradient = torch.zeros(shape, dtype=values_dtype, device=grad.device)
             gradient[entries[i]] = flat[compact[i]].to(values_dtype)
             grad_values.append(gradient)
+        remember_outer(ctx.made_in)
         for observer in ctx.observers:
             observer.receive(_rows_at(flat, rows, observer.wanted(), ctx.width, ctx.numel))
         return None, None, None, None, None, *grad_values

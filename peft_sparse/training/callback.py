@@ -30,8 +30,9 @@ class ReselectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         reselectors = list(iter_reselectors(model))
-        # A sparse trainer has loaded the state already, from wherever its checkpoint lies.
-        is_loaded = state.global_step > 0 and all(r.update == state.global_step for r in reselectors)
+        # A sparse trainer has loaded the state already, from wherever its checkpoint lies. It may count fewer updates
+        # than the trainer has steps: those that a loss scaler skipped.
+        is_loaded = state.global_step > 0 and all(r.is_restored for r in reselectors)
         for reselector in reselectors:
             if reselector.config.max_grad_norm is None:
                 reselector.max_grad_norm = args.max_grad_norm or None
@@ -41,6 +42,19 @@ class ReselectionCallback(TrainerCallback):
                 reselector.begin_training(state.max_steps)
         if reselectors and state.global_step and not is_loaded:
             resume(model, args, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        for reselector in iter_reselectors(model):
+            if state.global_step and not reselector.update and reselector.is_trainable:
+                logger.warning(
+                    "%d steps were made, and none of them updated adapter %r, so its weights were never replaced: the "
+                    "optimizer holds other tensors than its values, every step was skipped, or the adapter is not "
+                    "active. Build the optimizer from model.parameters(), after wrapping.",
+                    state.global_step,
+                    reselector.adapter_name,
+                )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

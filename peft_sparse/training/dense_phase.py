@@ -117,6 +117,12 @@ class DensePhase:
             regularization.penalised.add(self)
         self._root.__dict__[PHASE_ATTRIBUTE] = self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied model is in the same phase, and is penalised like what it was made from.
+        vars(self).update(state)
+        if self.is_open and self.l1_coefficient:
+            regularization.penalised.add(self)
+
     @property
     def numel(self) -> int:
         """How many base weights train."""

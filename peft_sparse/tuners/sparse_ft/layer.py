@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...core.observer import GradientObserver
+from ...core.observer import GradientObserver, current_pass, remember_outer
 from ...core.overlay import Overlay, add_deltas
 from ...core.sharded import how_sharded, is_sharded
 from ..weight_layer import WeightLayer, not_finite, not_whole
@@ -73,6 +73,13 @@ class SparseLayer(WeightLayer):
             warnings.simplefilter("ignore")
             self.in_features, self.out_features = _get_in_out_features(base)
         self.num_embeddings = getattr(base, "num_embeddings", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # No block of `resident` ends for a copy, and what was looked up for one model's deltas is of no use to another.
+        super().__setstate__(state)
+        self.is_resident, self._overlays = False, {}
+        if not self.merged:
+            self.restore()
 
     # ---- adapters --------------------------------------------------------------------------------
 
@@ -135,6 +142,10 @@ class SparseLayer(WeightLayer):
         if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
             self.restore()
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for parameter in PARAMETERS:
+                for delta in self.active_deltas(parameter):
+                    delta.check_support()
         if torch.is_grad_enabled():
             self.keep_dtypes(in_forward=True)
         return self._delta_forward(self.active_adapters, x, *args, **kwargs)
@@ -160,7 +171,8 @@ class SparseLayer(WeightLayer):
         result = add_deltas(base, [(d.values, d.indices) for d in deltas])
         for delta in deltas:
             if delta.observer is not None and result.requires_grad:
-                result.register_hook(partial(_show_gradient, delta.observer))
+                made_in = -1 if torch.compiler.is_compiling() else current_pass()
+                result.register_hook(partial(_show_gradient, delta.observer, made_in))
         return result
 
     def base_tensor(self, parameter: str) -> Tensor | None:
@@ -172,6 +184,8 @@ class SparseLayer(WeightLayer):
     def overlay(self, parameter: str, adapters: Sequence[str]) -> tuple[tuple[Any, ...], Overlay]:
         """The union of the adapters' supports on one tensor, and a key that changes when any support does."""
         deltas = self.active_deltas(parameter, adapters)
+        for delta in deltas:
+            delta.check_support()
         key = (parameter, *((id(d), d.support_version, d.indices.device) for d in deltas))
         if key not in self._overlays:
             self._overlays = {k: v for k, v in self._overlays.items() if k[0] != parameter}
@@ -288,8 +302,9 @@ class SparseLayer(WeightLayer):
         return False
 
 
-def _show_gradient(observer: GradientObserver, gradient: Tensor) -> None:
+def _show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
     """Hand a dense gradient, or what is wanted of it, to an observer."""
+    remember_outer(made_in)
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])
