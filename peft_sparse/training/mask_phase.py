@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ConfigError, FormatError
 from ..tuners.ada_sft.config import MASK, WEIGHTS, AdaSftConfig
 from ..tuners.ada_sft.iteration import iter_masked
+from .completeness import naming
 from .lottery import peft_configs, refuse_wrapper
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ def check_mask_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -
         FormatError: it is of another adapter, or of another kind.
     """
     path = Path(directory, FILE_NAME)
-    found = json.loads(path.read_text(encoding="utf-8")).get("adapter") if path.is_file() else None
+    with naming(str(path)):
+        found = json.loads(path.read_text(encoding="utf-8")).get("adapter") if path.is_file() else None
     if found != phase.adapter_name:
         raise FormatError(
             f"{path} must name the adapter {phase.adapter_name!r}, found {found!r}. Resume with the model and the "
