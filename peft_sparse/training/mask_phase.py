@@ -13,6 +13,8 @@ from torch import nn
 from ..errors import ConfigError, FormatError
 from ..tuners.ada_sft.config import MASK, WEIGHTS, AdaSftConfig
 from ..tuners.ada_sft.iteration import iter_masked
+from ..tuners.sparse_ft.iteration import base_model_of
+from ..tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from .completeness import naming
 from .lottery import peft_configs, refuse_wrapper
 
@@ -94,6 +96,7 @@ class MaskPhase:
         _check_first_phase(adapter_name, _config_of(model, adapter_name))
         self.model = model
         self.adapter_name = adapter_name
+        self._root = base_model_of(model)
 
     @property
     def numel(self) -> int:
@@ -105,10 +108,11 @@ class MaskPhase:
         start_weight_phase(self.model, self.adapter_name)
 
     def __enter__(self) -> MaskPhase:
+        self._root.__dict__[PHASE_ATTRIBUTE] = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
 
 
 def save_mask_phase(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:

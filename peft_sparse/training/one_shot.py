@@ -19,10 +19,11 @@ from ..tuners.sparse_ft.config import GRADIENTS, SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of, iter_layers
 from ..tuners.sparse_ft.one_shot_configs import OneShotConfig
 from ..tuners.sparse_ft.support import plan_groups, targets_of
+from ..tuners.sparse_ft.unselected import is_unselected
 from .dense_phase import Target
 from .distributed import from_first_rank, refuse_sharded
 from .gradient_means import LossFunction, gradient_means
-from .lottery import adapter_config, check_active, is_unselected, refuse_wrapper, targets_of_adapter
+from .lottery import adapter_config, check_active, refuse_wrapper, targets_of_adapter
 from .progress import progress_bar
 
 logger = logging.getLogger(__name__)

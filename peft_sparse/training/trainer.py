@@ -21,8 +21,9 @@ from ..tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
 from ..tuners.sparse_ft.config import GRADIENTS
 from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ..tuners.sparse_ft.resident import resident
+from ..tuners.sparse_ft.unselected import is_unselected
 from .dense_phase import DensePhase
-from .lottery import is_unselected, start_dense_phase
+from .lottery import start_dense_phase
 from .mask_phase import MaskPhase, is_in_mask_phase
 from .one_shot import select_in_trainer
 from .phase_args import make_first_args

@@ -18,7 +18,7 @@ from ...core.observer import GradientObserver
 from ...core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ...errors import ConfigError, FormatError
 from ..kept_dtype import undo_cast
-from . import regularization
+from . import regularization, unselected
 
 
 class AdapterDelta(nn.Module):
@@ -41,9 +41,11 @@ class AdapterDelta(nn.Module):
         support_version: grows whenever the indices change.
         l1_coefficient: lambda/N, what `penalise` set.
         observer: who else sees the tensor's gradient while this delta is active, if anyone.
+        waiting_adapter: the adapter's name while its weights are yet to be selected, else None.
     """
 
     indices: Tensor
+    waiting_adapter: str | None = None
 
     def __init__(self, shape: tuple[int, ...], count: int, *, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
@@ -138,6 +140,9 @@ class AdapterDelta(nn.Module):
     def _set_indices(self, indices: Tensor) -> None:
         self.indices = indices
         self.support_version += 1
+        if self.waiting_adapter is not None:
+            self.waiting_adapter = None
+            unselected.unselected.discard(self)
         self._own_values = weakref.ref(self.values)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -161,6 +166,12 @@ class AdapterDelta(nn.Module):
             self.values_dtype = self.values.dtype
         return self
 
+    def await_selection(self, adapter_name: str) -> None:
+        """Tell whoever trains before the support is set that there is nothing to train."""
+        self.waiting_adapter = adapter_name
+        unselected.unselected.add(self)
+        unselected.announce()
+
     def penalise(self, l1_coefficient: float) -> None:
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
         self.l1_coefficient = l1_coefficient
@@ -182,6 +193,8 @@ class AdapterDelta(nn.Module):
         self._own_values = weakref.ref(self.values)
         if self.l1_coefficient:
             regularization.penalised.add(self)
+        if self.waiting_adapter is not None:
+            self.await_selection(self.waiting_adapter)
 
     def get_extra_state(self) -> Tensor:
         """The indices, gap-coded: uint8 [n] with shape and count in its header."""

@@ -21,6 +21,7 @@ from .quantized import warn_of_loss
 from .support import Plan, model_numel, plan, set_supports
 from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
+from .unselected import is_unselected
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
@@ -86,6 +87,9 @@ class SparseModel(WrappedInTraining, WeightTuner):
             coefficient = config.l1 / model_numel(model)
             for _, _, _, delta in iter_deltas(model, adapter_name):
                 delta.penalise(coefficient)
+        if is_unselected(config):
+            for _, _, _, delta in iter_deltas(model, adapter_name):
+                delta.await_selection(adapter_name)
         drivers.start(model, adapter_name, config)
 
     def _fill(self, model: nn.Module, adapter_name: str, planned: Plan) -> None:

@@ -14,7 +14,8 @@ from ...checkpoints.push import keep_card_when_pushing
 from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
 from .config import SparseConfig
-from .iteration import iter_deltas
+from .iteration import base_model_of, iter_deltas
+from .unselected import is_unselected, warn_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def for_saving(
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
+    warn_of_saving(base_model_of(model), adapter_name, config)
     config.saved_as = adapter_name
     gather(model, own, state_dict)
     _add_supports(model, adapter_name, own)
@@ -105,6 +107,9 @@ def for_loading(
         delta.set_support(loaded[name].indices, loaded[name].values)
     if any(delta.count for delta in loaded.values()):
         config.counts = {name: loaded[name].count for name in deltas}
+    elif is_unselected(config):
+        for delta in deltas.values():
+            delta.await_selection(adapter_name)
     return {k: v for k, v in state_dict.items() if native.canonical_name(k) != native.DIGEST_KEY}
 
 
