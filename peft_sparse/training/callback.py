@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .completeness import naming
+from .reselection_state import check_state
 from .reselector import iter_reselectors
 
 logger = logging.getLogger(__name__)
@@ -29,16 +31,16 @@ class ReselectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         reselectors = list(iter_reselectors(model))
-        # A sparse trainer has loaded the state already, from wherever its checkpoint lies.
-        is_loaded = state.global_step > 0 and all(r.update == state.global_step for r in reselectors)
+        # A sparse trainer has read the state already, from wherever its checkpoint lies.
+        is_read = state.global_step > 0 and any(r.update == state.global_step for r in reselectors)
         for reselector in reselectors:
             if reselector.config.max_grad_norm is None:
                 reselector.max_grad_norm = args.max_grad_norm or None
-            if is_loaded:
+            if is_read and reselector.update == state.global_step:
                 reselector.set_total_steps(state.max_steps)
             else:
                 reselector.begin_training(state.max_steps)
-        if reselectors and state.global_step and not is_loaded:
+        if reselectors and state.global_step and not is_read:
             resume(model, args, state.global_step)
 
     def on_save(
@@ -77,14 +79,29 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read what `save_state` wrote; the adapters of the same checkpoint have to be loaded before.
 
+    An adapter that the checkpoint does not know, because it was added later, starts afresh, and the log names it.
+
     Raises:
-        FormatError: the state is of another adapter.
+        FormatError: the state is of another adapter, or damaged; no reselector is changed then.
         FileNotFoundError: the checkpoint has no state.
     """
-    tensors = load_file(Path(folder, STATE_FILE))
+    path = Path(folder, STATE_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint has no state of reselecting adapters.")
+    with naming(str(path)):
+        tensors = load_file(path)
+    states = {}
     for reselector in iter_reselectors(model):
         prefix = f"{reselector.adapter_name}/"
-        reselector.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            check_state(state, reselector.deltas, name=f"{path} (adapter {reselector.adapter_name!r})")
+            states[reselector] = state
+        else:
+            logger.warning("%s does not know adapter %r: its reselection starts afresh.", path, reselector.adapter_name)
+    for reselector, state in states.items():
+        with naming(str(path)):
+            reselector.load_state_dict(state)
 
 
 def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..core.sharded import whole
-from ..errors import FormatError
 from ..optim.reindex import exchange, reindex
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
@@ -23,6 +22,7 @@ from ..tuners.sparse_ft.step_watch import StepWatch
 from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
+from .reselection_state import check_state
 from .seeding import clip_factor, seeds_of
 
 logger = logging.getLogger(__name__)
@@ -345,15 +345,9 @@ class Reselector:
         """Go on where `state_dict` was taken; the adapter itself has to be loaded before.
 
         Raises:
-            FormatError: the state is of another adapter; nothing is changed then.
+            FormatError: the state is of another adapter, or damaged; nothing is changed then.
         """
-        for name, delta in self.deltas.items():
-            grown = state.get(f"grown_at.{name}")
-            if grown is None or grown.numel() != delta.count:
-                found = "is missing" if grown is None else f"holds {grown.numel()} weights, the adapter {delta.count}"
-                raise FormatError(
-                    f"training state: tensor 'grown_at.{name}' {found}. Load the adapter of the same checkpoint first."
-                )
+        check_state(state, self.deltas, name="training state")
         self._close_window()
         self.update = int(state["update"])
         self._due = int(state["due"]) if "due" in state else None
