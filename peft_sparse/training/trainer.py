@@ -349,7 +349,7 @@ class TwoPhaseTraining(PhaseCheckpoints):
         if self.optimizer is None and chosen is None:
             self.optimizer_cls_and_kwargs = optimizer_for(self.model, self.args)
         try:
-            return super().create_optimizer(**_given(model=model))
+            return super().create_optimizer(*([] if model is None else [model]))
         finally:
             self.optimizer_cls_and_kwargs = chosen
 
@@ -373,7 +373,7 @@ class TwoPhaseTraining(PhaseCheckpoints):
                 shown["l1_loss"] = penalty
             shown.update(figures(self.model, self._logged_update))
             self._logged_update = self.state.global_step
-        super().log(shown, **_given(start_time=start_time))
+        super().log(shown, *([] if start_time is None else [start_time]))
         # The caller's dictionary gets what the trainer adds to it (evaluation returns it), but for the name, which is
         # no number.
         logs.update({key: value for key, value in shown.items() if key != "phase"})

@@ -51,7 +51,7 @@ class PhaseCheckpoints(_Base):
         return folder if self._phase is None else os.path.join(folder, FIRST_FOLDERS[self._phase.name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, **({} if state_dict is None else {"state_dict": state_dict}))
         if self._phase is not None and self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
             if isinstance(self._phase, MaskPhase):
@@ -94,7 +94,7 @@ class PhaseCheckpoints(_Base):
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
                 load_state(self.model, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         best, score = self.state.best_model_checkpoint, self.state.best_metric
