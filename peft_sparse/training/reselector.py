@@ -19,6 +19,7 @@ from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
 from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.step_watch import StepWatch
+from .clock import check_clock
 from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import Estimate, GradientTap, end_update
 from .momentum_covers import MomentumCovers
@@ -111,6 +112,11 @@ class Reselector:
 
     def _was_loaded(self) -> bool:
         return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
+
+    @property
+    def has_counted_none(self) -> bool:
+        """Whether no update was ever counted, nor told by a state."""
+        return self.update == 0 and not self._continues
 
     def begin_training(self, total_steps: int) -> None:
         """A trainer begins a run of so many updates. A second run goes on from the support of the first.
@@ -376,6 +382,8 @@ class Reselector:
 def _after_step(watched: tuple[Reselector, ...], optimizer: Optimizer) -> None:
     for reselector in watched:
         if reselector.is_stepped_by(optimizer):
+            if reselector.has_counted_none:
+                check_clock(reselector.adapter_name, optimizer, reselector.deltas.values())
             reselector.after_step(optimizer)
 
 

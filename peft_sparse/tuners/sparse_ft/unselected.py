@@ -70,7 +70,8 @@ def warn_of_saving(base_model: nn.Module, adapter_name: str, config: SparseConfi
         )
 
 
-def _tell(watched: tuple[Waiting, ...], optimizer: Optimizer) -> None:
+def _tell(watched: tuple[Waiting, ...], step: Any) -> None:
+    optimizer: Optimizer = getattr(step, "optimizer", step)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ids = {id(parameter) for parameter in held}
     waiting = [delta for delta in watched if id(delta.held_values) in ids]
