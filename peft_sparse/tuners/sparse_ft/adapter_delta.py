@@ -41,11 +41,11 @@ class AdapterDelta(nn.Module):
         support_version: grows whenever the indices change.
         l1_coefficient: lambda/N, what `penalise` set.
         observer: who else sees the tensor's gradient while this delta is active, if anyone.
-        waiting_adapter: the adapter's name while its weights are yet to be selected, else None.
+        selection: shared by the deltas of an adapter whose weights were yet to be selected when it was made, else None.
     """
 
     indices: Tensor
-    waiting_adapter: str | None = None
+    selection: unselected.Selection | None = None
 
     def __init__(self, shape: tuple[int, ...], count: int, *, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
@@ -140,9 +140,8 @@ class AdapterDelta(nn.Module):
     def _set_indices(self, indices: Tensor) -> None:
         self.indices = indices
         self.support_version += 1
-        if self.waiting_adapter is not None:
-            self.waiting_adapter = None
-            unselected.unselected.discard(self)
+        if self.selection is not None and indices.numel():
+            self.selection.is_made = True
         self._own_values = weakref.ref(self.values)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -166,9 +165,9 @@ class AdapterDelta(nn.Module):
             self.values_dtype = self.values.dtype
         return self
 
-    def await_selection(self, adapter_name: str) -> None:
-        """Tell whoever trains before the support is set that there is nothing to train."""
-        self.waiting_adapter = adapter_name
+    def await_selection(self, selection: unselected.Selection) -> None:
+        """Tell whoever trains before a selection is made that there is nothing to train."""
+        self.selection = selection
         unselected.unselected.add(self)
         unselected.announce()
 
@@ -193,8 +192,8 @@ class AdapterDelta(nn.Module):
         self._own_values = weakref.ref(self.values)
         if self.l1_coefficient:
             regularization.penalised.add(self)
-        if self.waiting_adapter is not None:
-            self.await_selection(self.waiting_adapter)
+        if self.selection is not None and not self.selection.is_made:
+            self.await_selection(self.selection)
 
     def get_extra_state(self) -> Tensor:
         """The indices, gap-coded: uint8 [n] with shape and count in its header."""

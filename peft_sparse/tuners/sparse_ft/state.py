@@ -15,7 +15,7 @@ from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
 from .config import SparseConfig
 from .iteration import base_model_of, iter_deltas
-from .unselected import is_unselected, warn_of_saving
+from .unselected import warn_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,6 @@ def for_loading(
         delta.set_support(loaded[name].indices, loaded[name].values)
     if any(delta.count for delta in loaded.values()):
         config.counts = {name: loaded[name].count for name in deltas}
-    elif is_unselected(config):
-        for delta in deltas.values():
-            delta.await_selection(adapter_name)
     return {k: v for k, v in state_dict.items() if native.canonical_name(k) != native.DIGEST_KEY}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -25,11 +26,27 @@ PHASE_ATTRIBUTE = "_sparse_ft_open_phase"
 ON_UNFINISHED: list[Callable[[], None]] = []
 
 
-class Waiting(Protocol):
-    """A delta without weights."""
+@dataclass
+class Selection:
+    """What the deltas of an adapter share: whether its weights were selected.
 
-    waiting_adapter: str | None
-    held_values: nn.Parameter
+    Attributes:
+        adapter_name: the adapter.
+        is_made: whether any delta of it holds weights, or has held some.
+    """
+
+    adapter_name: str
+    is_made: bool = False
+
+
+class Waiting(Protocol):
+    """A delta of such an adapter."""
+
+    selection: Selection | None
+
+    @property
+    def held_values(self) -> nn.Parameter:
+        """What optimizers hold of it."""
 
 
 def announce() -> None:
@@ -74,7 +91,10 @@ def _tell(watched: tuple[Waiting, ...], step: Any) -> None:
     optimizer: Optimizer = getattr(step, "optimizer", step)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ids = {id(parameter) for parameter in held}
-    waiting = [delta for delta in watched if id(delta.held_values) in ids]
+    for delta in watched:
+        if delta.selection is None or delta.selection.is_made:
+            unselected.discard(delta)
+    waiting = [delta for delta in unselected if id(delta.held_values) in ids]
     if not waiting:
         return
     if not any(parameter.numel() and parameter.requires_grad for parameter in held):
@@ -87,9 +107,9 @@ def _tell(watched: tuple[Waiting, ...], step: Any) -> None:
 
 
 def _have_no_weights(deltas: Sequence[Waiting]) -> str:
-    names = sorted({str(delta.waiting_adapter) for delta in deltas})
+    names = sorted({delta.selection.adapter_name for delta in deltas if delta.selection is not None})
     return f"the weights of the adapters {names} are not selected yet."
 
 
-# Deltas of such adapters, until their support is set. An adapter that is deleted takes itself out.
+# Deltas of such adapters, until the first step after the selection. An adapter that is deleted takes itself out.
 unselected: StepWatch[Waiting] = StepWatch(register_optimizer_step_pre_hook, _tell)
