@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
+from transformers import Trainer, enable_full_determinism, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -19,7 +19,7 @@ from ..checkpoints.push import update_cards
 from ..errors import ConfigError, FormatError
 from ..tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
 from ..tuners.sparse_ft.config import GRADIENTS
-from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
+from ..tuners.sparse_ft.iteration import iter_layers
 from ..tuners.sparse_ft.resident import resident
 from ..tuners.sparse_ft.unselected import is_unselected
 from .dense_phase import DensePhase
@@ -27,15 +27,16 @@ from .lottery import start_dense_phase
 from .mask_phase import MaskPhase, is_in_mask_phase
 from .one_shot import select_in_trainer
 from .phase_args import make_first_args
+from .phase_logs import NamePhase, PhaseLogs
 from .preemption import listen, listening, take_request
 from .resume import ResumePoint, find_resume_point, is_finished
-from .spiel_in_trainer import figures, optimizer_for
+from .spiel_in_trainer import optimizer_for
 from .trainer_checkpoints import PhaseCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class TwoPhaseTraining(PhaseCheckpoints):
+class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
     """What `sparse_trainer` adds to a trainer class.
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
@@ -90,13 +91,12 @@ class TwoPhaseTraining(PhaseCheckpoints):
         self.dense_output: TrainOutput | None = None
         self.mask_state: TrainerState | None = None
         self.mask_output: TrainOutput | None = None
-        self._logged_update = 0
         self.dense_args: Mapping[str, Any] | None = dense_args
         self.mask_args: Mapping[str, Any] | None = mask_args
         super().__init__(*args, **kwargs)
         make_first_args(self.args, dense_args, name="dense_args")
         make_first_args(self.args, mask_args, name="mask_args")
-        self.add_callback(_NamePhase(self))
+        self.add_callback(NamePhase(self))
 
     # ---- the run -------------------------------------------------------------------------------------
 
@@ -359,53 +359,10 @@ class TwoPhaseTraining(PhaseCheckpoints):
         if self.args.should_save:
             update_cards(self.args.output_dir)
 
-    # ---- names and numbers ---------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the name of the phase ("phase"), the L1 penalty ("l1_loss") and the figures of a reselection
-        ("mean_age" and others) where there are such.
-        """
-        shown: dict[str, Any] = dict(logs)
-        if self._phase_name is not None:
-            shown["phase"] = self._phase_name
-        if "loss" in logs:
-            if (penalty := self._l1_loss()) is not None:
-                shown["l1_loss"] = penalty
-            shown.update(figures(self.model, self._logged_update))
-            self._logged_update = self.state.global_step
-        super().log(shown, *([] if start_time is None else [start_time]))
-        # The caller's dictionary gets what the trainer adds to it (evaluation returns it), but for the name, which is
-        # no number.
-        logs.update({key: value for key, value in shown.items() if key != "phase"})
-
-    def _l1_loss(self) -> float | None:
-        if self._phase is not None:
-            pulls = list(self._phase.pulls()) if self._phase.l1_coefficient else []
-        else:
-            deltas = [d for name in self._trained_adapters() for _, _, _, d in iter_deltas(self.model, name)]
-            pulls = [pull for delta in deltas if delta.l1_coefficient for pull in delta.pulls()]
-        return sum(pull.penalty() for pull in pulls) if pulls else None
-
 
 def _given(**options: Any) -> dict[str, Any]:
     """Those options that somebody gave. An override of a user's trainer need not know the others."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-class _NamePhase(TrainerCallback):
-    """Writes the phase's name at the progress bar."""
-
-    def __init__(self, trainer: TwoPhaseTraining) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        name = self._trainer._phase_name
-        if name is None:
-            return
-        for callback in self._trainer.callback_handler.callbacks:
-            bar: Any = getattr(callback, "training_bar", None)
-            if hasattr(bar, "set_description"):
-                bar.set_description(f"{name} phase")
 
 
 @functools.cache
