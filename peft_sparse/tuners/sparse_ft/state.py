@@ -15,7 +15,7 @@ from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
 from .config import SparseConfig
 from .iteration import base_model_of, iter_deltas
-from .unselected import warn_of_saving
+from .unselected import is_unselected, warn_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ def for_loading(
             adapter_name=adapter_name,
         )
     except FormatError:
-        if is_new:
+        # One whose weights are to be selected was made to be trained, and a checkpoint is read into it.
+        if is_new and not is_unselected(config):
             discard(model, adapter_name)
         raise
     for name, delta in deltas.items():

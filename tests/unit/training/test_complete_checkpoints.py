@@ -171,6 +171,21 @@ def test_a_damaged_file_of_a_named_checkpoint(tmp_path, whole, kind, path, harm)
     assert_same_tensors(state_of(trainer.model), before)
 
 
+def test_a_failed_resume_leaves_an_unselected_adapter_where_it_is(tmp_path, whole):
+    folder = copy_of(whole["ticket"], tmp_path)
+    path = folder / "checkpoint-8" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("values"))
+    save_file({**tensors, name: tensors[name] + 1}, path)  # whole as a file, and not what was sealed
+    trainer = make(folder, "ticket")
+    before = state_of(trainer.model)
+    with pytest.raises(FormatError):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert_same_tensors(state_of(trainer.model), before)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert_same_tensors(state_of(trainer.model), state_of(whole["ticket"].model))
+
+
 @pytest.mark.parametrize("content", [b"no archive", {"state": {0: {}}, "param_groups": []}, {"x": 1}])
 def test_an_optimizer_of_another_run(tmp_path, whole, content):
     folder = copy_of(whole["rand"], tmp_path)
