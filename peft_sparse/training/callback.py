@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers.trainer
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .completeness import naming
@@ -26,6 +26,9 @@ class ReselectionCallback(TrainerCallback):
 
     `install` puts it into the default callbacks of transformers, so that a plain `Trainer`, or TRL's, needs no word.
     """
+
+    def __init__(self) -> None:
+        self._before_update: dict[str, Tensor] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -49,6 +52,39 @@ class ReselectionCallback(TrainerCallback):
         if args.should_save:
             save_state(model, Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
+    # transformers writes a checkpoint that answers a SIGTERM without `on_save`: at one of its own callbacks, which come
+    # after this one. What belongs to it is the state before the update that follows.
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if args.enable_jit_checkpoint and args.should_save:
+            self._before_update = _tensors(model)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control, self._before_update)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control, _tensors(model))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control, _tensors(model))
+
+    @staticmethod
+    def _complete(
+        args: TrainingArguments, state: TrainerState, control: TrainerControl, tensors: dict[str, Tensor]
+    ) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        is_just_in_time = args.enable_jit_checkpoint and control.should_training_stop and args.should_save
+        if is_just_in_time and folder.is_dir() and not Path(folder, STATE_FILE).exists():
+            _write(tensors, folder)
+
 
 def install() -> None:
     """Make every trainer that is built from now on use the callback; a second call changes nothing."""
@@ -63,11 +99,18 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         model: the model, wrapped or not.
         folder: the checkpoint.
     """
-    tensors = {
+    _write(_tensors(model), folder)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
         f"{reselector.adapter_name}/{key}": tensor.cpu().contiguous()
         for reselector in iter_reselectors(model)
         for key, tensor in reselector.state_dict().items()
     }
+
+
+def _write(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
     if tensors:
         path = Path(folder, STATE_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,11 @@ from tiny_training import (
     make_bert,
     make_trainer,
 )
-from transformers import TrainerCallback, trainer_jit_checkpoint
+from transformers import Trainer, TrainerCallback, trainer_jit_checkpoint
 
 from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, SparseTrainer, iter_deltas
 from peft_sparse.training import trainer as trainer_module
+from peft_sparse.training.callback import STATE_FILE
 from peft_sparse.training.dense_phase import DensePhase
 from peft_sparse.training.resume import find_resume_point
 
@@ -181,7 +182,9 @@ def test_an_interrupt_in_the_dense_phase_leaves_the_model_as_it_was(tmp_path):
     assert sum(d.count for _, _, _, d in iter_deltas(model)) == 200
 
 
-def test_sigterm_before_a_spiel_checkpoint_keeps_its_window(tmp_path):
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
+@pytest.mark.parametrize("cls", [SparseTrainer, Trainer])
+def test_sigterm_before_a_spiel_checkpoint_keeps_its_window(tmp_path, cls, event):
     """A just-in-time checkpoint calls no callback; the state of the reselection is in it all the same."""
     from peft_sparse import SpielAGConfig
 
@@ -189,14 +192,17 @@ def test_sigterm_before_a_spiel_checkpoint_keeps_its_window(tmp_path):
         config = SpielAGConfig(density=0.05, target_modules=["query"], reselection_steps=4, estimation_steps=3)
         args = make_args(tmp_path, max_steps=10, enable_jit_checkpoint=True)
         model = get_peft_model(make_bert(dropout=0.0), config)
-        return SparseTrainer(model=model, args=args, train_dataset=Labelled(), callbacks=[callback] if callback else [])
+        return cls(model=model, args=args, train_dataset=Labelled(), callbacks=[callback] if callback else [])
 
     uninterrupted = trainer()
     uninterrupted.train()
-    callback = At(None, 6, terminate)
-    stopped = callback.trainer = trainer(callback)
+    callback = At(None, 6, terminate, event)
+    stopped = trainer(callback)
+    stopped._phase_name = None
+    callback.trainer = stopped
     stopped.train()
-    assert stopped.state.global_step == 7
+    assert stopped.state.global_step == (7 if event == "on_step_begin" else 6)
+    assert (tmp_path / "checkpoint-6" / STATE_FILE).is_file()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 10
