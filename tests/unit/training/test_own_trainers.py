@@ -80,16 +80,17 @@ def make(folder, cls, kind, **changes):
 @pytest.mark.parametrize("cls", [Keywords, Old, Mine])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_overrides_are_asked_for_what_was_given_alone(tmp_path, cls, kind):
-    plain = make(tmp_path / "plain", Trainer, kind)
-    plain.train()
     own = make(tmp_path / "own", cls, kind)
     own.train()
     assert own.state.global_step == 4
-    assert_same_tensors(dict(own.model.state_dict()), dict(plain.model.state_dict()))
+    if cls is not Old:  # whose batches are not shuffled
+        plain = make(tmp_path / "plain", Trainer, kind)
+        plain.train()
+        assert_same_tensors(dict(own.model.state_dict()), dict(plain.model.state_dict()))
     shutil.rmtree(tmp_path / "own" / "checkpoint-4")
     resumed = make(tmp_path / "own", cls, kind)
     resumed.train(resume_from_checkpoint=True)
-    assert_same_tensors(dict(resumed.model.state_dict()), dict(plain.model.state_dict()))
+    assert_same_tensors(dict(resumed.model.state_dict()), dict(own.model.state_dict()))
 
 
 def test_a_loss_that_counts_its_items(tmp_path):
