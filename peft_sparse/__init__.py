@@ -11,6 +11,7 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .selection.saliency import Criterion, GradientMeans
+from .training import unfinished as unfinished
 from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel

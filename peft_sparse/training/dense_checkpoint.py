@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..files import atomic_file, save_tensors
+from .completeness import naming
 from .dense_phase import DensePhase
 
 FILE_NAME = "dense_phase.safetensors"
@@ -46,10 +47,11 @@ def load_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> No
     """Put an open dense phase where a saved one stood.
 
     Raises:
-        FormatError: the file is of another adapter, other targets or another base model. Nothing is changed then.
+        FormatError: the file is of another adapter, other targets or another base model, or damaged. Nothing is changed
+            then.
     """
     path = Path(directory, FILE_NAME)
-    with safe_open(path, framework="pt") as file:
+    with naming(str(path)), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("peft_sparse_dense_phase") != _VERSION:
             found = metadata.get("peft_sparse_dense_phase")

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..core.observer import current_pass, is_within_another
 from ..core.sharded import whole
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from ..optim.reindex import reindex, state_holders
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.schedule import Schedule
@@ -22,9 +22,11 @@ from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
 from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMAConfig
 from ..tuners.sparse_ft.step_watch import Step, StepWatch
+from .clock import check_clock
 from .distributed import check_same_supports, refuse_processes
 from .gradient_tap import ESTIMATE_PARTS, Estimate, GradientTap, end_update, not_finite
 from .momentum_covers import MomentumCovers
+from .reselection_state import check_state
 from .seeding import clip_factor, seeds_of
 from .updates import Updates, first_not_finite
 
@@ -134,6 +136,11 @@ class Reselector:
     def _was_loaded(self) -> bool:
         return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
 
+    @property
+    def has_counted_none(self) -> bool:
+        """Whether no update was ever counted, nor told by a state."""
+        return self.update == 0 and not self._continues
+
     def begin_training(self, total_steps: int) -> None:
         """A trainer begins a run of so many updates. A second run goes on from the support of the first.
 
@@ -174,6 +181,8 @@ class Reselector:
         refuse_processes(self.adapter_name, self.config.budget, self.deltas)
         names = self._updates.after(step, is_active=self._is_active())
         if names:
+            if self.has_counted_none:
+                check_clock(self.adapter_name, step.optimizer, [self.deltas[name] for name in names])
             what = f"update {self.update + 1} of adapter {self.adapter_name!r}"
             if (broken := first_not_finite(self.deltas, names)) is not None:
                 raise not_finite(broken, what)
@@ -404,15 +413,9 @@ class Reselector:
         """Go on where `state_dict` was taken; the adapter itself has to be loaded before.
 
         Raises:
-            FormatError: the state is of another adapter; nothing is changed then.
+            FormatError: the state is of another adapter, or damaged; nothing is changed then.
         """
-        for name, delta in self.deltas.items():
-            grown = state.get(f"grown_at.{name}")
-            if grown is None or grown.numel() != delta.count:
-                found = "is missing" if grown is None else f"holds {grown.numel()} weights, the adapter {delta.count}"
-                raise FormatError(
-                    f"training state: tensor 'grown_at.{name}' {found}. Load the adapter of the same checkpoint first."
-                )
+        check_state(state, self.deltas, name="training state")
         self._close_window()
         self.update, self.is_restored = int(state["update"]), True
         self._due = int(state["due"]) if "due" in state else None

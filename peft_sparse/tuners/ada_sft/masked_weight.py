@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
+from ..sparse_ft.unselected import announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
 
@@ -43,6 +46,11 @@ class MaskedWeight(nn.Module):
         self.register_parameter("scores", None)
         self.register_parameter("difference", None)
         self.enter(phase)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.phase == MASK:
+            announce()
 
     @property
     def phase(self) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..sparse_ft.ties import forget_broken_ties
+from ..sparse_ft.unselected import announce
 from ..weight_tuner import WeightTuner, adding
 from . import compose, state
-from .config import AdaSftConfig
+from .config import MASK, AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers
 from .layer import Linear, check_linear
 from .masked_weight import MaskedWeight
@@ -68,6 +69,8 @@ class AdaSftModel(WeightTuner):
                 state_dict=state_dict,
             )
         config.target_modules = stored_target_modules(self._request, self._targets)
+        if config.phase == MASK:
+            announce()
         if not config.init_weights and not config.inference_mode:
             for _, _, masked in iter_masked(model, adapter_name):
                 if not masked.trained.is_meta:

@@ -18,7 +18,7 @@ from ...core.observer import GradientObserver
 from ...core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ...errors import ConfigError, FormatError, SelectionError
 from ..kept_dtype import undo_cast
-from . import regularization
+from . import regularization, unselected
 
 
 class AdapterDelta(nn.Module):
@@ -42,9 +42,11 @@ class AdapterDelta(nn.Module):
         l1_coefficient: lambda/N, what `penalise` set.
         observer: who else sees the tensor's gradient while this delta is active, if anyone. Nobody while the values are
             frozen.
+        selection: shared by the deltas of an adapter whose weights were yet to be selected when it was made, else None.
     """
 
     indices: Tensor
+    selection: unselected.Selection | None = None
 
     def __init__(self, shape: tuple[int, ...], count: int, *, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
@@ -159,6 +161,8 @@ class AdapterDelta(nn.Module):
         self.indices = indices
         self.support_version += 1
         self._copied = None
+        if self.selection is not None and indices.numel():
+            self.selection.is_made = True
         self._own_values = weakref.ref(self.values)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -185,6 +189,12 @@ class AdapterDelta(nn.Module):
             self.values_dtype = self.values.dtype
         return self
 
+    def await_selection(self, selection: unselected.Selection) -> None:
+        """Tell whoever trains before a selection is made that there is nothing to train."""
+        self.selection = selection
+        unselected.unselected.add(self)
+        unselected.announce()
+
     def penalise(self, l1_coefficient: float) -> None:
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
         self.l1_coefficient = l1_coefficient
@@ -208,6 +218,8 @@ class AdapterDelta(nn.Module):
         self._copied = None if self.indices.is_meta else (self.indices._version, _checksum(self.indices))
         if self.l1_coefficient:
             regularization.penalised.add(self)
+        if self.selection is not None and not self.selection.is_made:
+            self.await_selection(self.selection)
 
     def check_support(self) -> None:
         """Refuse a copy whose indices were overwritten in place, while its values stayed what they were.

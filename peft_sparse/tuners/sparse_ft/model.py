@@ -21,6 +21,7 @@ from .quantized import warn_of_loss
 from .support import Plan, model_numel, plan, set_supports
 from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
+from .unselected import Selection, is_unselected
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
@@ -86,6 +87,10 @@ class SparseModel(WrappedInTraining, WeightTuner):
             coefficient = config.l1 / model_numel(model)
             for _, _, _, delta in iter_deltas(model, adapter_name):
                 delta.penalise(coefficient)
+        if is_unselected(config):
+            selection = Selection(adapter_name)
+            for _, _, _, delta in iter_deltas(model, adapter_name):
+                delta.await_selection(selection)
         drivers.start(model, adapter_name, config)
 
     def _fill(self, model: nn.Module, adapter_name: str, planned: Plan) -> None:

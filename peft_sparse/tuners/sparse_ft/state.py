@@ -14,7 +14,8 @@ from ...checkpoints.push import keep_card_when_pushing
 from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
 from .config import SparseConfig
-from .iteration import iter_deltas
+from .iteration import base_model_of, iter_deltas
+from .unselected import is_unselected, warn_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def for_saving(
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
+    warn_of_saving(base_model_of(model), adapter_name, config)
     config.saved_as = adapter_name
     gather(model, own, state_dict)
     _add_supports(model, adapter_name, own)
@@ -96,7 +98,8 @@ def for_loading(
             adapter_name=adapter_name,
         )
     except FormatError:
-        if is_new:
+        # One whose weights are to be selected was made to be trained, and a checkpoint is read into it.
+        if is_new and not is_unselected(config):
             discard(model, adapter_name)
         raise
     for name, delta in deltas.items():
