@@ -12,16 +12,15 @@ from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..core.gaps import decode_gaps, encode_gaps
+from ..core.names import PREFIX, unwrapped, without_adapter
 from ..errors import FormatError
 
 DIGEST_KEY = "sparse_ft_digest"
 VERSION = 1
-PREFIX = "base_model.model."
 SOURCE = "adapter_model.safetensors"
 
 VALUES, INDICES = "values", "_extra_state"
 _PARTS = {"sparse_ft_weight": "weight", "sparse_ft_bias": "bias"}
-_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 _MAGIC = b"PSFT"
 _DIGEST_SIZE = 32
 _HEADER_SIZE = 8
@@ -56,20 +55,8 @@ def canonical_name(key: str, *, adapter_name: str | None = None) -> str:
         key: key of a state dict, with or without PEFT's prefix `base_model.model.`.
         adapter_name: the adapter whose name stands in the key; None for checkpoint keys, which have none.
     """
-    unwrapped = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(PREFIX)
-    if adapter_name is None:
-        return unwrapped
-    parts, kept = unwrapped.split("."), list[str]()
-    for position, part in enumerate(parts):
-        named_slot = position > 0 and part == adapter_name and parts[position - 1] in _ADAPTER_SLOTS
-        if named_slot and parts[position - 1] == "modules_to_save":
-            kept.pop()  # PEFT stores `classifier.modules_to_save.<adapter>.weight` as `classifier.weight`
-        elif not named_slot:
-            kept.append(part)
-    return ".".join(kept)
-
-
-_ADAPTER_SLOTS = {*_PARTS, "modules_to_save", "trainable_tokens_delta"}
+    name = unwrapped(key) if adapter_name is None else without_adapter(key, adapter_name)
+    return name.removeprefix(PREFIX)
 
 
 def tensor_names(parameter: str) -> tuple[str, str]:

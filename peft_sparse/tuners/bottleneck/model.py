@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...checkpoints.push import keep_card_when_pushing
 from ...errors import ConfigError
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.state import gather
-from ..weight_tuner import adding
+from ..weight_tuner import AdapterFiles, adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
@@ -26,7 +24,7 @@ from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
 from .weights import iter_layers
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(AdapterFiles):
     """Bottleneck adapters in a model. Several active ones stack: each works on what the ones before it made.
 
     Args:
@@ -241,17 +239,9 @@ class BottleneckModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        config.saved_as = adapter_name
-        keep_card_when_pushing(model)
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         gather(model, own, state_dict)
         return own
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's version looks for the name before the last part of the key; here modules stand between.
-        adapters = cls.tuner_layer_cls.adapter_layer_names[0]
-        return key.replace(f".{adapters}.{adapter_name}.", f".{adapters}.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ...core.names import unwrapped as path_in_base
 from .adapter_delta import AdapterDelta
 from .layer import PARAMETERS, SparseLayer
 
@@ -23,11 +24,6 @@ def base_model_of(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def path_in_base(name: str) -> str:
-    """A module's path without the names that FSDP and torch.compile put between."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _is_wrapper(model: nn.Module) -> bool:

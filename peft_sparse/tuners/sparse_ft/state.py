@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 
 from peft import PeftModel
@@ -10,9 +9,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checkpoints import native
-from ...checkpoints.push import keep_card_when_pushing
 from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
+from ..adapter_keys import embeddings_of
 from .config import SparseConfig
 from .iteration import iter_deltas
 
@@ -35,10 +34,7 @@ def for_saving(
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
-    config.saved_as = adapter_name
     gather(model, own, state_dict)
-    _add_supports(model, adapter_name, own)
-    keep_card_when_pushing(model)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -61,16 +57,6 @@ def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tenso
         for key, tensor in tensors.items():
             if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
                 tensors[key] = whole(tensor).cpu()
-
-
-def _add_supports(model: nn.Module, adapter_name: str, own: dict[str, Tensor]) -> None:
-    """Give every tensor of values its support: DeepSpeed ZeRO-3 gathers parameters alone for a file."""
-    deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
-    for key in [key for key in own if key.endswith(f".{native.VALUES}")]:
-        parameter = native.parameter_of(native.canonical_name(key, adapter_name=adapter_name))
-        support = f"{key.removesuffix(native.VALUES)}{native.INDICES}"
-        if parameter in deltas and support not in own:
-            own[support] = deltas[parameter].get_extra_state()
 
 
 def for_loading(
@@ -145,10 +131,6 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
 
 def _embedding_names(model: nn.Module, adapter_name: str) -> set[str]:
     """The base model's own embeddings, which PEFT's `save_embedding_layers` puts into a file beside the adapter."""
-    own: set[nn.Module] = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            embedding = getattr(model, getter)()
-            own.update(m for m in (embedding, getattr(embedding, "base_layer", None)) if m is not None)
+    own = set(embeddings_of(model))
     keys = [f"{name}.{key}" for name, m in model.named_modules() if m in own for key, _ in m.named_parameters()]
-    return {native.canonical_name(key.replace(f".{adapter_name}.", ".")) for key in keys}
+    return {native.canonical_name(key, adapter_name=adapter_name) for key in keys}
