@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..composition.chance import warn_of_coinciding_draws
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.overlay import Overlay
@@ -148,6 +149,8 @@ def merge_checkpoint(
             "checkpoint, or load the model and call merge_and_unload(dequantize=True)."
         )
     plan = _Plan(checkpoint, parts, factors, head)
+    methods = [part.config.get("method") for part in parts]
+    warn_of_coinciding_draws([part.source for part in parts], methods, [part.deltas for part in parts])
     writer = ShardWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
         task = progress.add_task("merging", total=len(checkpoint.names()))
