@@ -63,6 +63,19 @@ def verify_before_loading(
         verify_file(fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs), counts=counts)
 
 
+def size_of_weights(
+    model_id: str | os.PathLike[str], *, subfolder: str | None = None, **download_kwargs: Any
+) -> int | None:
+    """Bytes of the weights that belong to a config; None if there are none in safetensors.
+
+    Args:
+        model_id, subfolder, download_kwargs: as for `verify_before_loading`.
+    """
+    with suppress(EntryNotFoundError):
+        return fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs).stat().st_size
+    return None
+
+
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of an adapter file, on the CPU.
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
-
-from peft import PeftConfig
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
 from ...errors import ConfigError
+from ..weight_config import WeightConfig
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 
@@ -24,7 +22,7 @@ DEFAULT_REDUCTION_FACTOR = 16
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WeightConfig):
     """Bottleneck adapters: a down-projection, an activation and an up-projection in every layer of a frozen model.
 
     On the architectures of `placement.ANATOMIES` nothing but the kind has to be said. On any other, `target_modules`
@@ -94,8 +92,7 @@ class BottleneckConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding to train densely (PEFT's own field)."}
     )
 
-    # Not a field: the name of the adapter that is being saved, since PEFT tells `save_pretrained` only a folder.
-    saved_as = "default"
+    write_card = staticmethod(update_bottleneck_card)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,16 +130,12 @@ class BottleneckConfig(PeftConfig):
         """The bottleneck size m in a model of that width; at least 1."""
         if self.bottleneck_size is not None:
             return self.bottleneck_size
-        return max(1, int(width // (self.reduction_factor or DEFAULT_REDUCTION_FACTOR)))
+        return max(1, self.share_of(width, self.reduction_factor or DEFAULT_REDUCTION_FACTOR))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields; sets as sorted lists, so that equal configs give equal files."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        update_bottleneck_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+    @staticmethod
+    def share_of(width: int, factor: float) -> int:
+        """width / factor, rounded down, and no number that is too large to count with."""
+        return int(min(width // factor, 2.0**60))
 
 
 def _check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:

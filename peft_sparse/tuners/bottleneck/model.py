@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.state import gather
+from ..sparse_ft.support import model_numel
 from ..weight_tuner import AdapterFiles, adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
@@ -20,6 +21,7 @@ from .config import BottleneckConfig
 from .layer import CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
+from .size import check_size, num_parameters
 from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
 from .weights import iter_layers
 
@@ -75,7 +77,14 @@ class BottleneckModel(AdapterFiles):
 
     def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""
-        return find_sites(resolve(config, model), model)
+        sites = find_sites(resolve(config, model), model)
+        size, fields = self._size(config, sites)
+        check_size(config, size, model_numel=model_numel(model), fields=fields)
+        return sites
+
+    def _size(self, config: BottleneckConfig, sites: dict[str, Site]) -> tuple[int, str]:
+        """How many parameters the adapter is going to have, and the fields that say so."""
+        return num_parameters(config, sites), "bottleneck_size, reduction_factor, invertible_reduction_factor"
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
         return BottleneckLayer(target)

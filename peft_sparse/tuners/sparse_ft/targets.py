@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from .config import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
 from .iteration import path_in_base
 from .layer import PARAMETERS
-from .packed import own_parameters
+from .packed import own_parameters, parameter_numel
 from .wrap import is_norm
 
 # {module path: names of its targeted parameters}, in the order of the model.
@@ -134,6 +134,11 @@ def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targe
             raise ConfigError(
                 f"the adapter tunes {parameter!r}, which this model does not have. Load it into the architecture it "
                 "was trained on (its config names it in base_model_name_or_path)."
+            )
+        if counts[parameter] > (numel := parameter_numel(modules[name], part)):
+            raise ConfigError(
+                f"counts: {counts[parameter]:,} tuned weights of {parameter!r} are claimed, which has {numel:,} weights. "
+                "Nothing was loaded. Download the adapter again, or load it into the model that it was trained on."
             )
         targets[name] = (*targets.get(name, ()), part)
     return {name: targets[name] for name in modules if name in targets}
