@@ -191,6 +191,31 @@ def build(
 # Reading
 
 
+class Verified:
+    """A file that was checked and decoded already, for the one loading that follows.
+
+    Copies are the same object and pickles are empty, so that a config that holds it stays small.
+
+    Attributes:
+        deltas: what `verify` gave; None once they were taken.
+        digest: the digest that was recomputed from the file's tensors.
+    """
+
+    def __init__(self, deltas: dict[str, SparseDelta] | None = None, digest: bytes = b"") -> None:
+        self.deltas, self.digest = deltas, digest
+
+    def take(self) -> tuple[dict[str, SparseDelta] | None, bytes]:
+        """The deltas and the digest, once."""
+        deltas, self.deltas = self.deltas, None
+        return deltas, self.digest
+
+    def __deepcopy__(self, memo: object) -> Verified:
+        return self
+
+    def __reduce__(self) -> tuple[type[Verified], tuple[()]]:
+        return Verified, ()
+
+
 def verify(
     tensors: Mapping[str, Tensor],
     *,
@@ -200,6 +225,7 @@ def verify(
     passengers: Collection[str] | None = None,
     adapter_name: str | None = None,
     source: str = SOURCE,
+    verified: Verified | None = None,
 ) -> dict[str, SparseDelta]:
     """Check a whole adapter and decode it; nothing is modified.
 
@@ -212,6 +238,8 @@ def verify(
             `save_embedding_layers` adds after the digest was made; None accepts any.
         adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
         source: what errors call the file.
+        verified: what an earlier check of the same file found. If the tensors still have its digest they are not
+            decoded again.
 
     Returns:
         the deltas by parameter name, on the CPU, values in the file's dtype.
@@ -225,7 +253,10 @@ def verify(
     for name in sorted(others - set(named)):
         raise FormatError(f"{source}: tensor '{name}' is missing. {_REMEDY}")
     _check_surplus(set(named) - set(covered), passengers, source)
-    deltas = _READERS[version](covered, source)
+    _refuse_views(named, source)
+    known, known_digest = (None, b"") if verified is None else verified.take()
+    found_digest = bytes(digest(covered).tolist()) if known is not None else None
+    deltas = known if known is not None and found_digest == known_digest else _READERS[version](covered, source)
     # What does not fit the model or the config is told before the digest: it names the tensor, the digest cannot.
     _check_names(deltas, counts, "adapter_config.json ('counts')", source)
     _check_names(deltas, shapes, "the model", source)
@@ -233,7 +264,7 @@ def verify(
     _check_shapes(deltas, shapes or {}, source)
     if heads is not None:
         _check_heads({name: named[name] for name in others}, heads, source)
-    if bytes(digest(covered).tolist()) != expected_digest:
+    if (found_digest or bytes(digest(covered).tolist())) != expected_digest:
         raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {_REMEDY} {_RESEAL}")
     return deltas
 
@@ -278,6 +309,11 @@ def stored_digest(tensor: Tensor, *, source: str = SOURCE) -> str:
     return _parse_digest(tensor, source)[1].hex()
 
 
+def digest_of(tensors: Mapping[str, Tensor], *, source: str = SOURCE) -> str:
+    """The digest that a file of these tensors carries, see `stored_digest`."""
+    return stored_digest(next(t for key, t in tensors.items() if canonical_name(key) == DIGEST_KEY), source=source)
+
+
 def _read_version_1(named: Mapping[str, Tensor], source: str) -> dict[str, SparseDelta]:
     deltas: dict[str, SparseDelta] = {}
     for parameter in sorted({parameter for name in named if (parameter := parameter_of(name)) is not None}):
@@ -296,6 +332,16 @@ def _read_version_1(named: Mapping[str, Tensor], source: str) -> dict[str, Spars
 
 
 _READERS: dict[int, Callable[[Mapping[str, Tensor], str], dict[str, SparseDelta]]] = {1: _read_version_1}
+
+
+def _refuse_views(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that claim more numbers than they hold bytes for, as a pickled one can: reading takes them all."""
+    for name, tensor in tensors.items():
+        held = tensor.untyped_storage().nbytes() if not tensor.is_meta and tensor.layout == torch.strided else None
+        if held is not None and tensor.numel() * tensor.element_size() > held and not hasattr(tensor, "full_tensor"):
+            raise FormatError(
+                f"{source}: tensor '{name}' claims the shape {tuple(tensor.shape)} and has {held} bytes. {_REMEDY}"
+            )
 
 
 def _check_values(values: Tensor, name: str, source: str) -> None:

@@ -64,7 +64,10 @@ def to_model_keys(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], layer_cls: type[BaseTunerLayer]
 ) -> dict[str, Tensor]:
     """The tensors of an adapter's file under the model's own keys; what is not the adapter's keeps its key."""
-    keys = {unwrapped(key).removeprefix(PREFIX): key for key, _ in model.named_parameters()}
+    keys = {}
+    for path, module in modules_around_adapters(model):
+        own = [f"{path}.{name}" if path else name for name, tensor in module._parameters.items() if tensor is not None]
+        keys.update({unwrapped(key).removeprefix(PREFIX): key for key in own})
     for key, _, _ in _entries(model, adapter_name, layer_cls):
         keys[without_adapter(key, adapter_name).removeprefix(PREFIX)] = key
     return {keys.get(unwrapped(key).removeprefix(PREFIX), key): tensor for key, tensor in state_dict.items()}
@@ -85,11 +88,26 @@ def warn_if_not_finite(own: dict[str, Tensor], adapter_name: str) -> None:
         )
 
 
+def modules_around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without the adapters inside of tuner layers: the cost does not grow with their number."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        slots = module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ()
+        inside = [(name, child) for name, child in module._modules.items() if child is not None and name not in slots]
+        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside)]
+
+
 def _entries(
     model: nn.Module, adapter_name: str, layer_cls: type[BaseTunerLayer]
 ) -> Iterator[tuple[str, nn.Module, str]]:
     """(key in the model's state dict, module that holds it, its name there) of everything that an adapter saves."""
-    for path, layer in model.named_modules():
+    for path, layer in modules_around_adapters(model):
         if not isinstance(layer, layer_cls):
             continue
         for slot in layer.adapter_layer_names:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...core.names import unwrapped as path_in_base
+from ..adapter_keys import modules_around_adapters
 from .adapter_delta import AdapterDelta
 from .layer import PARAMETERS, SparseLayer
 
@@ -36,7 +37,7 @@ def _is_wrapper(model: nn.Module) -> bool:
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """(path in the base model, layer) of every layer that carries deltas."""
-    for name, module in base_model_of(model).named_modules():
+    for name, module in modules_around_adapters(base_model_of(model)):
         if isinstance(module, SparseLayer):
             yield path_in_base(name), module
 

@@ -9,9 +9,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checkpoints import native
+from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
 from ..adapter_keys import embeddings_of
+from .adapter_delta import with_support
 from .config import SparseConfig
 from .iteration import iter_deltas
 
@@ -80,6 +82,7 @@ def for_loading(
             heads=_head_shapes(model, adapter_name),
             passengers=_embedding_names(model, adapter_name),
             adapter_name=adapter_name,
+            verified=config.verified,
         )
     except FormatError:
         if is_new:
@@ -91,7 +94,19 @@ def for_loading(
         delta.set_support(loaded[name].indices, loaded[name].values)
     if any(delta.count for delta in loaded.values()):
         config.counts = {name: loaded[name].count for name in deltas}
-    return {k: v for k, v in state_dict.items() if native.canonical_name(k) != native.DIGEST_KEY}
+    return _decoded(state_dict, loaded)
+
+
+def _decoded(state_dict: dict[str, Tensor], loaded: dict[str, SparseDelta]) -> dict[str, Tensor]:
+    """What is left to load of a checked file: no digest, and supports that need not be decoded once more."""
+    left = {}
+    for key, tensor in state_dict.items():
+        name = native.canonical_name(key)
+        if name == native.DIGEST_KEY:
+            continue
+        parameter = native.parameter_of(name) if name.endswith(f".{native.INDICES}") else None
+        left[key] = tensor if parameter is None else with_support(tensor, loaded[parameter].indices)
+    return left
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:

@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
 
 from ...errors import ConfigError
+from ..adapter_keys import modules_around_adapters
 from .config import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
 from .iteration import path_in_base
 from .layer import PARAMETERS
@@ -49,7 +50,7 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     count.
     """
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules_around_adapters(model):
         if not name or any(name.startswith(prefix) for prefix in inside):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -137,7 +138,7 @@ def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targe
             )
         if counts[parameter] > (numel := parameter_numel(modules[name], part)):
             raise ConfigError(
-                f"counts: {counts[parameter]:,} tuned weights of {parameter!r} are claimed, which has {numel:,} weights. "
+                f"counts: {counts[parameter]:,} tuned weights of {parameter!r} are claimed, of {numel:,} weights. "
                 "Nothing was loaded. Download the adapter again, or load it into the model that it was trained on."
             )
         targets[name] = (*targets.get(name, ()), part)
