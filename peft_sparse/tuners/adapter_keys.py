@@ -149,9 +149,7 @@ def _refuse_other_values(own: dict[str, Tensor], live: dict[str, tuple[nn.Module
             )
 
 
-def _put_back_heads(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], given: dict[str, str]
-) -> None:
+def _put_back_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], given: dict[str, str]) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue

@@ -24,7 +24,8 @@ from .weight_layer import WeightLayer
 def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
     """Give an adapter that PEFT adds to a tuner a config of its own, and forget the adapter if it is refused."""
     is_first = len(tuner.peft_config) == 1
-    before = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    named = model.named_parameters(remove_duplicate=False)
+    before = [(name, parameter, parameter.requires_grad) for name, parameter in named]
     try:
         config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
         config.modules_to_save = with_heads(config)
@@ -129,6 +130,12 @@ class WeightTuner(AdapterFiles):
             self._check_merge_allowed()
         if merge and safe_merge:
             self._check_finite(adapter_names)
+
+    def _as_before(self, model: nn.Module) -> None:
+        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self.trainable_before)
 
     def _restore(self) -> None:
         """Take whatever is merged or written out of the base weights."""

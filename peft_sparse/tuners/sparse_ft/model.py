@@ -210,6 +210,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
             warn_of_loss(layers, way_back="")
             forget_broken_ties(model)
         release_layouts(model)
+        self._as_before(model)
         return model
 
     @classmethod
