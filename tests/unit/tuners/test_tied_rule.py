@@ -12,13 +12,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from peft_sparse import RandConfig, merge_checkpoint
 
 IDS = torch.arange(10)[None]
-TARGETS = [
-    ["embed_tokens"],
-    ["encoder.embed_tokens"],
-    ["decoder.embed_tokens"],
-    ["shared"],
-    ["embed_tokens", "lm_head"],
-]
+EMBED = "embed_tokens"
+TARGETS = [[EMBED], [f"encoder.{EMBED}"], [f"decoder.{EMBED}"], ["shared"], [EMBED, "lm_head"]]
 
 
 def t5() -> T5ForConditionalGeneration:
