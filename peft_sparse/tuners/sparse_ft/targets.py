@@ -149,7 +149,7 @@ def _all_linear(config: SparseConfig, model: nn.Module) -> set[str]:
     """The modules that PEFT's "all-linear" means, without touching the config."""
     scratch = PeftConfig(task_type=config.task_type)
     scratch.target_modules = ALL_LINEAR
-    return set(_maybe_include_all_linear_layers(scratch, model).target_modules)
+    return {path_in_base(name) for name in _maybe_include_all_linear_layers(scratch, model).target_modules}
 
 
 def _in_layers(config: SparseConfig, name: str) -> bool:
