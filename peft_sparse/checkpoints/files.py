@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..errors import FormatError
 from ..untrusted import UNREADABLE, check_regular
-from .native import SOURCE, verify
+from .native import SOURCE, Verified, digest_of, verify
 
 # No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
 _MAX_JSON_BYTES = 2**24
@@ -45,7 +45,7 @@ def verify_before_loading(
     *,
     subfolder: str | None = None,
     **download_kwargs: Any,
-) -> None:
+) -> Verified | None:
     """Check the weights that belong to a config that is being loaded.
 
     PEFT adds the adapter to the model before it opens the weights. Loading the config is the only moment at which a bad
@@ -58,12 +58,32 @@ def verify_before_loading(
         download_kwargs: revision, token, cache_dir and so on, for `hf_hub_download`; PEFT asks for the same file next,
             and finds it in the cache.
 
+    Returns:
+        what was found, so that `verify` need not decode it again; None if there is no such file.
+
     Raises:
         FormatError: the file is damaged or does not fit `counts`.
     """
     # Without such a file: a pickled adapter_model.bin, checked when its tensors are loaded; or no weights at all.
     with suppress(EntryNotFoundError):
-        verify_file(fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs), counts=counts)
+        path = fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs)
+        tensors = load_tensors(path)
+        deltas = verify(tensors, counts=counts, source=str(path))
+        return Verified(deltas, bytes.fromhex(digest_of(tensors, source=str(path))))
+    return None
+
+
+def size_of_weights(
+    model_id: str | os.PathLike[str], *, subfolder: str | None = None, **download_kwargs: Any
+) -> int | None:
+    """Bytes of the weights that belong to a config; None if there are none in safetensors.
+
+    Args:
+        model_id, subfolder, download_kwargs: as for `verify_before_loading`.
+    """
+    with suppress(EntryNotFoundError):
+        return fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs).stat().st_size
+    return None
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

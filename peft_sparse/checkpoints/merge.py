@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..composition.chance import warn_of_coinciding_draws
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.overlay import Overlay
@@ -175,6 +176,8 @@ def merge_checkpoint(
         )
     plan = _Plan(checkpoint, parts, factors, head)
     plan.check_range(dtype)
+    methods = [part.config.get("method") for part in parts]
+    warn_of_coinciding_draws([part.source for part in parts], methods, [part.deltas for part in parts])
     writer = ShardWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
         task = progress.add_task("merging", total=len(checkpoint.names()))
@@ -186,7 +189,8 @@ def merge_checkpoint(
             writer.add(name, plan.changes.get(name, _Change()).apply(name, plan.original(name), dtype))
         copy_companions(checkpoint, writer.staging, changed=plan.config_changes(dtype))
     changed = [name for name in checkpoint.names() if plan.model_name[name] in plan.changes]
-    num_weights = sum(delta.count for change in set(plan.changes.values()) for delta in change.deltas)
+    deltas = {id(delta): delta for change in plan.changes.values() for delta in change.deltas}
+    num_weights = sum(delta.count for delta in deltas.values())
     logger.info("Merged %d weights into %d tensors of %s", num_weights, len(changed), checkpoint.source)
     return Merged(Path(output), num_weights, [*changed, *plan.added], plan.added)
 
@@ -260,11 +264,11 @@ class _Plan:
         for name, own in self.model_name.items():
             self._stored.setdefault(own, []).append(name)
         self._check_targets(parts, names, {own for own, is_whole in mapped.values() if not is_whole})
-        self.changes = {name: _Change(deltas) for name, deltas in _add_up(parts, factors, names).items()}
+        self.changes = self._add_up(parts, factors, names)
         for name, tensor in ({} if head is None else head.heads).items():
             self.changes[names.of_adapter(name)] = _Change(head=tensor)
         heads = [name for name, change in self.changes.items() if change.head is not None]
-        self.is_untied = self._follow_ties()
+        self.is_untied = any(len({id(self.changes.get(name)) for name in group}) > 1 for group in self._tied)
         self._check_heads(heads)
         tied = [name for group in self._tied for name in group] if self.is_untied else []
         self.added = [name for name in dict.fromkeys([*heads, *tied]) if name not in self._stored]
@@ -388,35 +392,42 @@ class _Plan:
         if wrong:
             raise FormatError(f"the head does not fit {self._class_name}. Nothing was written.{listed(wrong)}")
 
-    def _follow_ties(self) -> bool:
-        """Let embeddings that share a tuned matrix follow it, as the tuner does; whether a tie is broken then."""
-        is_broken = False
+    def _add_up(self, parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, _Change]:
+        """{name in the model: what is added}: one delta per adapter, or their weighted sum; one change for tensors that
+        stay the same.
+        """
+        found: dict[str, list[tuple[SparseDelta, float]]] = {}
+        for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
+            for name, delta in self._with_followers(part, names).items():
+                found.setdefault(name, []).append((delta, factor))
+        dtypes = {part.config.get("values_dtype", "float32") for part in parts}
+        dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
+        made: dict[tuple[int, ...], _Change] = {}
+        changes = {}
+        for name, pairs in found.items():
+            deltas = [delta for delta, _ in pairs]
+            key = tuple(map(id, deltas))
+            if key not in made:
+                made[key] = _Change(deltas if factors is None else [_summed(pairs, dtype, name=name)])
+            changes[name] = made[key]
+        return changes
+
+    def _with_followers(self, part: _Part, names: Names) -> dict[str, SparseDelta]:
+        """An adapter's deltas by name in the model; embeddings that share a tuned matrix follow it, by the tuner's rule
+        (`tuners.sparse_ft.ties`).
+        """
+        deltas = {names.of_adapter(name): delta for name, delta in part.deltas.items()}
         for group in self._tied:
-            changed = [name for name in group if name in self.changes]
             lookups = [name for name in group if self._is_embedding(name)]
-            for name in changed:
-                if self.changes[name].deltas and name in lookups:
-                    self.changes.update(dict.fromkeys(lookups, self.changes[name]))
-            kinds = {id(self.changes[name]) if name in self.changes else None for name in group}
-            is_broken |= len(kinds) > 1
-        return is_broken
+            tuned = [name for name in lookups if name in deltas]
+            for name in lookups if tuned else ():
+                deltas.setdefault(name, deltas[tuned[0]])
+        return deltas
 
     def _is_embedding(self, parameter: str) -> bool:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
-def _add_up(parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, list[SparseDelta]]:
-    """{name in the model: deltas to add}: one per adapter, or their weighted sum."""
-    found: dict[str, list[tuple[SparseDelta, float]]] = {}
-    for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
-        for name, delta in part.deltas.items():
-            found.setdefault(names.of_adapter(name), []).append((delta, factor))
-    if factors is None:
-        return {name: [delta for delta, _ in pairs] for name, pairs in found.items()}
-    dtypes = {part.config.get("values_dtype", "float32") for part in parts}
-    dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
-    summed: dict[str, list[SparseDelta]] = {}
-    for name, pairs in found.items():
-        combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
-        summed[name] = [SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)]
-    return summed
+def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:
+    combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
+    return SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)

@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoints.push import keep_card_when_pushing
 from ..checkpoints.tasks import HEADS
+from ..core.names import without_adapter
+from .adapter_keys import own_state, to_model_keys, warn_if_not_finite
+from .adapter_names import check_adapter_name
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import delete_heads, has_several_heads, set_adapters
 from .weight_layer import WeightLayer
@@ -20,21 +24,58 @@ from .weight_layer import WeightLayer
 @contextmanager
 def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
     """Give an adapter that PEFT adds to a tuner a config of its own, and forget the adapter if it is refused."""
-    config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
-    config.modules_to_save = with_heads(config)
-    if len(tuner.peft_config) == 1:
-        # What a refused file gives back: PEFT freezes the base model before it opens the file.
-        tuner.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    is_first = len(tuner.peft_config) == 1
+    named = model.named_parameters(remove_duplicate=False)
+    before = [(name, parameter, parameter.requires_grad) for name, parameter in named]
     try:
+        config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
+        config.modules_to_save = with_heads(config)
+        check_adapter_name(adapter_name, tuner.peft_config.values())
+        if is_first:
+            # What a refused file gives back: PEFT freezes the base model before it opens the file.
+            tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
         yield config
     except ValueError:
         # PEFT has entered the name already; without an adapter behind it the model would be unusable.
         if len(tuner.peft_config) > 1:
             del tuner.peft_config[adapter_name]
         raise
+    if not is_first:
+        # PEFT restores what trains and what does not but for parameters whose paths hold the new adapter's name.
+        for _, parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
-class WeightTuner(BaseTuner):
+class AdapterFiles(BaseTuner):
+    """How the tuners of this library name an adapter's tensors in its file, and find them again."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = own_state(model, adapter_name, state_dict, cls.tuner_layer_cls)
+        warn_if_not_finite(own, adapter_name)
+        config.saved_as = adapter_name
+        keep_card_when_pushing(model)
+        return own
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return to_model_keys(model, adapter_name, state_dict, cls.tuner_layer_cls)
+
+
+class WeightTuner(AdapterFiles):
     """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -98,6 +139,12 @@ class WeightTuner(BaseTuner):
             self._check_merge_allowed()
         if merge and safe_merge:
             self._check_finite(adapter_names)
+
+    def _as_before(self, model: nn.Module) -> None:
+        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self.trainable_before)
 
     def _restore(self) -> None:
         """Take whatever is merged or written out of the base weights."""

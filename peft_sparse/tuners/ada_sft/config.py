@@ -85,8 +85,6 @@ class AdaSftConfig(WeightConfig):
 
     # PEFT asks every config for it.
     target_parameters = None
-    # Not a field: whether the file that this config came with is still to be loaded.
-    awaits_file = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,10 +134,3 @@ class AdaSftConfig(WeightConfig):
             peft_version=self.peft_version,
             **fields,
         )
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AdaSftConfig:
-        """Load a config (PEFT's method)."""
-        config = super().from_pretrained(*args, **kwargs)
-        config.awaits_file = True
-        return config

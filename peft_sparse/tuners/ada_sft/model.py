@@ -130,6 +130,7 @@ class AdaSftModel(WeightTuner):
         )
         if merge:
             forget_broken_ties(model)
+        self._as_before(model)
         return model
 
     @classmethod

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-from peft import PeftConfig
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
-from ...checks import check_arguments, check_one_of
+from ...checks import check_one_of
 from ...errors import ConfigError
-from ..field_checks import check_shared_fields
+from ..weight_config import WeightConfig
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 
@@ -22,7 +19,6 @@ KINDS = ("pfeiffer", "houlsby", "parallel")
 PLACEMENTS = ("norm", "block", "output", "parallel", "residual")
 INITS = ("near_identity", "identity")
 DEFAULT_REDUCTION_FACTOR = 16
-# {what a keyword is called elsewhere: what to write here}
 _ELSEWHERE = {
     "r": "bottleneck_size=... is the width inside the adapter.",
     "rank": "bottleneck_size=... is the width inside the adapter.",
@@ -35,7 +31,7 @@ _LARGEST = 1e300
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WeightConfig):
     """Bottleneck adapters: a down-projection, an activation and an up-projection in every layer of a frozen model.
 
     On the architectures of `placement.ANATOMIES` nothing but the kind has to be said. On any other, `target_modules`
@@ -105,17 +101,12 @@ class BottleneckConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding to train densely (PEFT's own field)."}
     )
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> BottleneckConfig:
-        check_arguments(cls, args, kwargs, elsewhere=_ELSEWHERE)
-        return super().__new__(cls)
-
-    # Not a field: the name of the adapter that is being saved, since PEFT tells `save_pretrained` only a folder.
-    saved_as = "default"
+    elsewhere = _ELSEWHERE
+    write_card = staticmethod(update_bottleneck_card)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK
-        check_shared_fields(self)
         if isinstance(self.leave_out, int):
             self.leave_out = [self.leave_out]
         check_one_of("kind", self.kind, KINDS)
@@ -149,16 +140,12 @@ class BottleneckConfig(PeftConfig):
         """The bottleneck size m in a model of that width; at least 1."""
         if self.bottleneck_size is not None:
             return self.bottleneck_size
-        return max(1, int(width // (self.reduction_factor or DEFAULT_REDUCTION_FACTOR)))
+        return max(1, self.share_of(width, self.reduction_factor or DEFAULT_REDUCTION_FACTOR))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields; sets as sorted lists, so that equal configs give equal files."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        update_bottleneck_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+    @staticmethod
+    def share_of(width: int, factor: float) -> int:
+        """width / factor, rounded down, and no number that is too large to count with."""
+        return int(min(width // factor, 2.0**60))
 
 
 def _is_number(value: object) -> bool:

@@ -33,7 +33,7 @@ class Coupling(nn.Module):
         super().__init__()
         self.split = [width // 2, width - width // 2]
         for name, own, other in (("first", *self.split), ("second", *reversed(self.split))):
-            size = max(1, int(other // reduction_factor))
+            size = max(1, int(min(other // reduction_factor, 2.0**60)))
             self.add_module(name, _Subnet(other, size, own * self.outputs_per_entry, activation, device))
 
     def reset(self, *, init: str, random: bool) -> None:

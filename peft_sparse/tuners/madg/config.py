@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
-from peft import PeftConfig
-
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.madg_card import update_madg_card
 from ...errors import ConfigError
@@ -81,6 +79,8 @@ class MadGConfig(BottleneckConfig):
     language: str | None = field(default=None, metadata={"help": "The language to start with."})
     saved_typology: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the tuner."})
 
+    write_card = staticmethod(update_madg_card)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MAD_G
@@ -117,12 +117,6 @@ class MadGConfig(BottleneckConfig):
         plain = copy.copy(self)
         plain.typology = None
         return super(MadGConfig, plain).to_dict()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        # Not the parent's, which writes the card of a bottleneck adapter.
-        PeftConfig.save_pretrained(self, save_directory, **kwargs)
-        update_madg_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
     def bottleneck_config(self) -> BottleneckConfig:
         """The config of the adapters that this one generates."""

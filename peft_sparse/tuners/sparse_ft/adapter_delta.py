@@ -20,6 +20,16 @@ from ...errors import ConfigError, FormatError, SelectionError
 from ..kept_dtype import undo_cast
 from . import regularization, unselected
 
+# Attribute of a coded support that was checked and decoded already.
+_SUPPORT = "_peft_sparse_support"
+
+
+def with_support(coded: Tensor, indices: Tensor) -> Tensor:
+    """A coded support, the same memory, that brings its checked indices along."""
+    coded = coded.detach()
+    setattr(coded, _SUPPORT, indices)
+    return coded
+
 
 class AdapterDelta(nn.Module):
     """One adapter's delta on one tensor of a layer.
@@ -256,6 +266,10 @@ class AdapterDelta(nn.Module):
         Raises:
             FormatError: the bytes are not a support of this tensor with as many indices as there are values.
         """
+        known = getattr(state, _SUPPORT, None)
+        if known is not None and known.numel() == self.count:
+            self._set_indices(known.to(self.indices.device, copy=True))
+            return
         indices, _ = decode_gaps(
             state.cpu(), name=f"a tensor of shape {self.shape}", shape=self.shape, count=self.count
         )

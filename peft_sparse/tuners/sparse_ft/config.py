@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.files import verify_before_loading
+from ...checkpoints.native import Verified
 from ...checks import check_one_of, dtype_name, nearest
 from ...errors import ConfigError
 from ...selection.budget import check_budget, check_request
@@ -117,6 +118,8 @@ class SparseConfig(WeightConfig):
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
 
+    # Not a field: the checked file that this config came with, until it is loaded.
+    verified: ClassVar[Verified | None] = None
     default_method: ClassVar[str] = "rand"
     # What chooses the support of this method; until then an adapter holds no weight.
     selected_by: ClassVar[str] = NOTHING
@@ -180,7 +183,8 @@ class SparseConfig(WeightConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
-        verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
+        where = pretrained_model_name_or_path
+        config.verified = verify_before_loading(where, config.counts, subfolder=subfolder, **download_kwargs)
         return config
 
 

@@ -101,7 +101,8 @@ class SparseLayer(WeightLayer):
         base = self.get_base_layer()
         for parameter, count in counts.items():
             shape, device = parameter_shape(base, parameter), parameter_device(base, parameter)
-            self.deltas_of(parameter)[adapter_name] = AdapterDelta(shape, count, dtype=dtype, device=device)
+            delta = AdapterDelta(shape, count, dtype=dtype, device=device)
+            self._modules[f"sparse_ft_{parameter}"][adapter_name] = delta
         self._overlays.clear()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

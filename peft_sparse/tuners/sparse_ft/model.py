@@ -98,7 +98,8 @@ class SparseModel(WrappedInTraining, WeightTuner):
         config: SparseConfig = self.peft_config[adapter_name]
         is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
         if is_known and not config.inference_mode:
-            set_supports(config, {name: d for name, _, _, d in iter_deltas(model, adapter_name)}, planned.chosen)
+            deltas = {name: d for name, _, _, d in iter_deltas(model, adapter_name)}
+            set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
         if path_in_base(key) in self._targets:
@@ -214,6 +215,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
             warn_of_loss(layers, way_back="")
             forget_broken_ties(model)
         release_layouts(model)
+        self._as_before(model)
         return model
 
     @classmethod
