@@ -31,9 +31,11 @@ class OnDemand(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, like: Tensor, make: Callable[[], Tensor], refusal: str) -> OnDemand:
+    def __new__(
+        cls, like: Tensor, make: Callable[[], Tensor], refusal: str, device: torch.device | None = None
+    ) -> OnDemand:
         self: OnDemand = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device or like.device
         )
         self._make, self._made, self._refusal = make, [], refusal
         return self
@@ -89,7 +91,14 @@ class OnDemand(Tensor):
         return self.made().__reduce_ex__(protocol)
 
 
-def on_demand(like: Tensor, make: Callable[[], Tensor], leaves: Sequence[Tensor], refusal: str) -> Tensor:
+def on_demand(
+    like: Tensor,
+    make: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    refusal: str,
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
     """A tensor that is computed when it is needed, with the gradient of what it is computed from.
 
     Args:
@@ -98,28 +107,36 @@ def on_demand(like: Tensor, make: Callable[[], Tensor], leaves: Sequence[Tensor]
             its numbers are wanted, and once more in the backward.
         leaves: what may require a gradient.
         refusal: what to say to whoever writes into it.
+        device: where it will be, if that is another one.
 
     Cost: nothing until an operation needs the numbers; then what `make` costs, held as long as the tensor is.
     """
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        made: Tensor = _OnDemand.apply(like, make, refusal, *leaves)
+        made: Tensor = _OnDemand.apply(like, make, refusal, device, *leaves)
         return made
-    return OnDemand(like, make, refusal)
+    return OnDemand(like, make, refusal, device)
 
 
 class _OnDemand(torch.autograd.Function):
     """Gives an `OnDemand` tensor its place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, like: Tensor, make: Callable[[], Tensor], refusal: str, *leaves: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        like: Tensor,
+        make: Callable[[], Tensor],
+        refusal: str,
+        device: torch.device | None,
+        *leaves: Tensor,
+    ) -> Tensor:
         ctx.make = make
         ctx.save_for_backward(*leaves)
-        return OnDemand(like, make, refusal)
+        return OnDemand(like, make, refusal, device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         leaves = ctx.saved_tensors
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
             made = ctx.make()
@@ -127,4 +144,4 @@ class _OnDemand(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(leaves)
         for i, gradient in zip(wanted, found, strict=True):
             grads[i] = gradient
-        return None, None, None, *grads
+        return None, None, None, None, *grads

@@ -103,16 +103,14 @@ def attribute_of(module: nn.Module, name: str, view: Callable[[], nn.Module]) ->
         AttributeError: the module has no such attribute.
     """
     kind = type(module)
-    if (
-        name.startswith("_")
-        and not hasattr(kind, name)
-        and not any(name in inspect.get_annotations(c) for c in kind.__mro__)
-    ):
-        raise AttributeError(name)
-    for held in (vars(module), module._buffers, module._modules, module._parameters):
-        if name in held and not (isinstance(held[name], MethodType) and held[name].__self__ is module):
-            return held[name]
-    return getattr(view(), name)
+    is_known = hasattr(kind, name) or any(name in inspect.get_annotations(each) for each in kind.__mro__)
+    if is_known or not name.startswith("_"):
+        for held in (vars(module), module._buffers, module._modules, module._parameters):
+            if name in held and not (isinstance(held[name], MethodType) and held[name].__self__ is module):
+                return held[name]
+        if name in vars(module) or hasattr(kind, name):
+            return getattr(view(), name)
+    raise AttributeError(name)
 
 
 # ---- accelerate's offloading ---------------------------------------------------------------------

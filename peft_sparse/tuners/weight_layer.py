@@ -18,7 +18,7 @@ from ..core.on_demand import on_demand
 from ..core.ops import is_recorded
 from ..core.sharded import is_sharded
 from ..errors import ConfigError
-from .base_module import attribute_of, called, loaded, seen_through
+from .base_module import attribute_of, called, home_of, loaded, offload_hook, seen_through
 
 # The parameters of a base layer that adapters can change.
 PARAMETERS = ("weight", "bias")
@@ -74,10 +74,18 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         leaves = self.leaves(parameter, adapters)
         if not leaves:
             return self.pristine(parameter)
+        base = self.get_base_layer()
+        if own.is_meta and offload_hook(base) is not None:
+            make = partial(self._read_offloaded, parameter, adapters)
+            return on_demand(own, make, leaves, READ_ALONE, device=home_of(base, own))
         make = self.maker(parameter, adapters)
         if own.dim() < 2 or is_recorded():
             return make()
         return on_demand(own, make, [*leaves, own], READ_ALONE)
+
+    def _read_offloaded(self, parameter: str, adapters: Sequence[str]) -> Tensor:
+        with loaded(self.get_base_layer()):
+            return self.maker(parameter, adapters)()
 
     def has_own(self, parameter: str) -> bool:
         """Whether the base layer's parameter is itself the tensor that adapters change, and not a packed form of it."""

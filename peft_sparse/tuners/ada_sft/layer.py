@@ -202,6 +202,8 @@ def check_linear(module: nn.Module, name: str) -> None:
     Raises:
         ConfigError: it is no linear layer, its weight is quantised, or it is sharded.
     """
+    if has_foreign_forward(module):
+        raise foreign_forward(module, name)
     leave_out = f"Leave it out with exclude_modules=[{name!r}]"
     weight = getattr(module, "weight", None)
     if find_backend(module) is not None or (isinstance(weight, Tensor) and is_packed(weight)):
@@ -218,8 +220,6 @@ def check_linear(module: nn.Module, name: str) -> None:
             f"target module {name} of type {type(module).__name__} is not supported: Ada-SFT masks nn.Linear and "
             f"transformers' Conv1D. {leave_out}, or train it whole with modules_to_save=[{name!r}]."
         )
-    if has_foreign_forward(module):
-        raise foreign_forward(module, name)
     if is_sharded(module.weight):
         raise ConfigError(
             f"{name} is sharded already, and an adapter added now would be left out of that. Add the adapter to the "
