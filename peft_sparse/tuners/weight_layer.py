@@ -122,10 +122,12 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         # A setting of the base layer, such as the epsilon of a norm, is set where it acts.
         base = self.__dict__.get("_modules", {}).get("base_layer")
         is_ours = name.startswith("_") or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
-        if base is not None and not is_ours and name != "forward" and name in vars(self.get_base_layer()):
-            setattr(self.get_base_layer(), name, value)
-        else:
-            super().__setattr__(name, value)
+        if base is not None and not is_ours and name != "forward":
+            inner = self.get_base_layer()
+            if name in vars(inner) or name in inner._modules:
+                setattr(inner, name, value)
+                return
+        super().__setattr__(name, value)
 
     def _view(self) -> nn.Module:
         """The base layer with its parameters as this layer has them."""

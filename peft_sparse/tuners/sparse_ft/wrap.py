@@ -71,7 +71,11 @@ def wrapper_for(
         return partial(Linear, fan_in_fan_out=True)
     if isinstance(base, nn.Embedding) and base.max_norm is None and not is_packed(base.weight):
         is_lookup = kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        return Embedding if is_lookup else OwnForward
+        if is_lookup:
+            return Embedding
+        if all(next(child.parameters(), None) is None for child in base.children()):
+            # Parts of a target cannot be targets: their paths would change under them.
+            return OwnForward
     if isinstance(base, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
         return LayerNorm
     if is_norm(base):

@@ -33,8 +33,12 @@ class Case:
 def test_asking_what_it_is_computes_nothing():
     case = Case()
     tensor = case.tensor()
-    assert tensor.shape == (3, 4) and tensor.dtype == torch.float32 and tensor.device == case.base.device
-    assert tensor.requires_grad and tensor.numel() == 12 and tensor.dim() == 2
+    assert tensor.shape == (3, 4)
+    assert tensor.dtype == torch.float32
+    assert tensor.device == case.base.device
+    assert tensor.requires_grad
+    assert tensor.numel() == 12
+    assert tensor.dim() == 2
     assert case.calls == 0
     assert torch.equal(tensor, case.make())
 
@@ -104,5 +108,6 @@ def test_what_reads_its_memory_reads_the_numbers():
     assert torch.equal(torch.load(file), want)
     assert torch.equal(load(save({"a": tensor}))["a"], want)
     assert torch.equal(copy.deepcopy(tensor), want)
-    assert (tensor.numpy() == want.numpy()).all() and tensor.tolist() == want.tolist()
+    assert (tensor.numpy() == want.numpy()).all()
+    assert tensor.tolist() == want.tolist()
     assert type(copy.deepcopy(tensor)) is torch.Tensor

@@ -33,10 +33,7 @@ def is_offloaded(model):
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_outputs_are_those_of_the_whole_model(kind, how, order, tmp_path):
     want = logits(tuned(kind))
-    if order == "before":
-        model = tuned(kind, offload(llama(), how, tmp_path))
-    else:
-        model = offload(tuned(kind), how, tmp_path)
+    model = tuned(kind, offload(llama(), how, tmp_path)) if order == "before" else offload(tuned(kind), how, tmp_path)
     assert is_offloaded(model)
     assert torch.equal(logits(model), want)
     assert torch.equal(logits(model), want)
@@ -52,7 +49,8 @@ def test_an_adapter_trains_on_an_offloaded_model(kind, tmp_path):
         each(input_ids=IDS, labels=IDS).loss.backward()
     pairs = zip(plain.parameters(), model.parameters(), strict=True)
     found = [(a.grad, b.grad) for a, b in pairs if a.grad is not None]
-    assert found and all(torch.equal(a, b) for a, b in found)
+    assert found
+    assert all(torch.equal(a, b) for a, b in found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,9 +112,11 @@ def test_hooks_that_are_removed_leave_the_adapter(tmp_path):
 def test_a_weight_that_the_model_reads_is_loaded(tmp_path):
     plain, model = tuned("all"), offload(tuned("all"), "cpu", tmp_path)
     layers = [each.base_model.model.model.layers[0].self_attn.q_proj for each in (plain, model)]
-    assert layers[1].weight.device == torch.device("cpu") and layers[1].get_base_layer().weight.is_meta
+    assert layers[1].weight.device == torch.device("cpu")
+    assert layers[1].get_base_layer().weight.is_meta
     grads = []
     for layer in layers:
         (torch.ones(1, 16) @ layer.weight.t()).square().sum().backward()
         grads.append(layer.sparse_ft_weight["default"].values.grad)
-    assert torch.equal(*grads) and bool((grads[0] != 0).any())
+    assert torch.equal(*grads)
+    assert bool((grads[0] != 0).any())
