@@ -1,5 +1,7 @@
 """On real classes: an adapter in a model computes what the merged model computes, and every weight of it is trained."""
 
+from __future__ import annotations
+
 import pytest
 from architectures import build, check, model_classes
 
