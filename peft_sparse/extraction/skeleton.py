@@ -97,7 +97,7 @@ class Skeleton:
             if part not in PARAMETERS or not path or name in done:
                 continue
             try:
-                wrapper_for(modules[path], path, parent=modules[path.rpartition(".")[0]])
+                wrapper_for(modules[path], path)
             except ConfigError:
                 continue
             same = [n for n in self.aliases[name] if isinstance(modules[n.rpartition(".")[0]], nn.Embedding)]

@@ -159,15 +159,18 @@ class WeightTuner(AdapterFiles):
         if adapter_names is None:
             yield
             return
-        handles = [
-            give_names(module, names)
-            for module, names in names_by_module(self, list(adapter_names), kwargs, WeightLayer)
-        ]
+        named = dict(names_by_module(self, list(adapter_names), kwargs, WeightLayer))
+        handles = [give_names(module, names) for module, names in named.items()]
+        layers = {module: names for module, names in named.items() if isinstance(module, WeightLayer)}
+        for layer, names in layers.items():
+            layer.row_names = names
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in layers:
+                layer.row_names = None
 
 
 def with_heads(config: PeftConfig) -> list[str] | None:

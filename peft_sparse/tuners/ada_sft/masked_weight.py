@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
+from ..base_module import NeverOffloaded
 from ..sparse_ft.unselected import announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
 
-class MaskedWeight(nn.Module):
+class MaskedWeight(NeverOffloaded):
     """One adapter's mask and difference on the weight of a layer, both float32 masters.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
+from ..base_module import home_of
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..sparse_ft.ties import forget_broken_ties
@@ -98,7 +99,7 @@ class AdaSftModel(WeightTuner):
             phase=peft_config.phase,
             initial_mask=peft_config.initial_mask,
             from_identity=peft_config.from_identity,
-            device=base.weight.device,
+            device=home_of(base, base.weight),
         )
         layer = target if isinstance(target, Linear) else Linear(target)
         layer.update_layer(adapter_name, masked, inference_mode=peft_config.inference_mode)

@@ -17,6 +17,7 @@ from ...core.indices import check_indices, index_dtype
 from ...core.observer import GradientObserver
 from ...core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ...errors import ConfigError, FormatError, SelectionError
+from ..base_module import NeverOffloaded
 from ..kept_dtype import undo_cast
 from . import regularization, unselected
 
@@ -31,7 +32,7 @@ def with_support(coded: Tensor, indices: Tensor) -> Tensor:
     return coded
 
 
-class AdapterDelta(nn.Module):
+class AdapterDelta(NeverOffloaded):
     """One adapter's delta on one tensor of a layer.
 
     `state_dict` carries the indices gap-coded as torch's extra state. transformers' own loader calls none of PEFT's
@@ -78,6 +79,8 @@ class AdapterDelta(nn.Module):
         if name == "values" and is_sharded(value):
             self._shards = [value]
         super().__setattr__(name, value)
+        if name == "_hf_hook":
+            self._own_values = weakref.ref(self.values)
 
     @property
     def observer(self) -> GradientObserver | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,8 +41,9 @@ class Embedding(SparseLayer):
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if base.weight.requires_grad:
-            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient.
+        if base.weight.requires_grad or (ops.is_recorded() and not torch.compiler.is_compiling()):
+            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient. What records or
+            # transforms what runs wants shapes that do not depend on the tokens.
             result = F.embedding(x, self.effective("weight", adapters), base.padding_idx)
         else:
             deltas = self.active_deltas("weight", adapters)

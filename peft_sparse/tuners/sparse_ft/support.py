@@ -51,7 +51,7 @@ def plan(config: SparseConfig, model: nn.Module) -> Plan:
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
     for name, parameters in targets.items():
-        wrapper_for(modules[name], name, parent=model.get_submodule(name.rpartition(".")[0]))
+        wrapper_for(modules[name], name)
         if not parameters:
             raise ConfigError(
                 f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
