@@ -20,14 +20,15 @@ ROOT = Path(peft_sparse.__file__).parent
 # A package may import those before it in its own row and all rows above.
 RANKS = [
     ["errors", "_peft_bridge"],
-    ["files", "checks", "untrusted"],
+    ["files", "checks", "untrusted", "tables"],
     ["core"],
     ["selection", "typology"],
+    ["optim"],
     ["composition"],
     ["checkpoints"],
     ["tuners"],
-    ["optim", "training"],
-    ["distillation", "inspection", "extraction", "importing"],
+    ["training"],
+    ["distillation", "planning", "inspection", "extraction", "importing"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

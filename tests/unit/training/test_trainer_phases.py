@@ -21,7 +21,7 @@ from tiny_training import (
 from transformers import Trainer, TrainerCallback
 
 from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas
-from peft_sparse.training.trainer import SparseTrainer, sparse_trainer
+from peft_sparse.training.trainer.trainer import SparseTrainer, sparse_trainer
 
 
 class Recorder(TrainerCallback):
@@ -465,7 +465,7 @@ def test_classes_are_found_by_name():
 
 
 def test_unknown_names_in_the_module():
-    import peft_sparse.training.trainer as module
+    import peft_sparse.training.trainer.trainer as module
 
     with pytest.raises(AttributeError, match="has no attribute 'SparseDPOTrainer'"):
         _ = module.SparseDPOTrainer
