@@ -127,8 +127,11 @@ class _Linear(torch.autograd.Function):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         ctx.make_weight, ctx.fan_in_fan_out = make_weight, fan_in_fan_out
         ctx.shared, ctx.observers = shared, observers
-        count = sum(v.numel() for v, needed in zip(values, ctx.needs_input_grad[7:], strict=True) if needed)
-        ctx.sampled = sddmm.prefer_sampled(count, ctx.shape, dtype=x.dtype, device=x.device)
+        tuned = [support for support, needed in zip(indices, ctx.needs_input_grad[7:], strict=True) if needed]
+        in_use = sddmm.shape_in_use(tuned, ctx.shape)
+        ctx.sampled = sddmm.prefer_sampled(
+            sum(support.numel() for support in tuned), in_use, dtype=x.dtype, device=x.device
+        )
         if shared is not None and ctx.sampled:
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.
