@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.indices import positions, union
 from ..core.sharded import is_sharded, whole
 from ..selection.clarity import count_uncertain
+from ..selection.rows import best_rows, in_whole, rows_of
 from ..selection.top_k import top_k
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
 from .distributed import means_over_ranks
@@ -65,13 +66,24 @@ class GradientTap:
         delta: the adapter's delta on the tensor.
         num_candidates: c, how many positions to nominate.
         estimate: sums to go on with, of a window that was interrupted.
+        num_rows: candidates lie in so many rows at most, among them those of the support; None: anywhere.
+        rows_anew: the support's own rows do not count, for all of it is about to be replaced.
     """
 
     def __init__(
-        self, name: str, delta: AdapterDelta, *, num_candidates: int, estimate: Estimate | None = None
+        self,
+        name: str,
+        delta: AdapterDelta,
+        *,
+        num_candidates: int,
+        estimate: Estimate | None = None,
+        num_rows: int | None = None,
+        rows_anew: bool = False,
     ) -> None:
         self._name = name
         self._delta = delta
+        self._num_rows = num_rows
+        self._rows_anew = rows_anew
         self._num_candidates = min(num_candidates, delta.numel)
         self.estimate = estimate
         # Sum over the micro-batches of the update that is under way, as the backward passes gave them.
@@ -108,10 +120,21 @@ class GradientTap:
         size = gradient.abs()
         active = self._delta.indices
         probes = active[size[active.long()].topk(min(NUM_PROBES, active.numel())).indices].sort().values
-        nominees = top_k(size, self._num_candidates, name="the gradient")
+        nominees = self._largest(size)
         indices = union([nominees, probes])
         zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=gradient.device)
         return Estimate(indices, positions(nominees, indices)[1], zeros, zeros.clone())
+
+    def _largest(self, size: Tensor) -> Tensor:
+        """Positions of the largest entries, in the rows that may be used."""
+        if self._num_rows is None:
+            return top_k(size, self._num_candidates, name="the gradient")
+        shape = self._delta.shape
+        by_row = size.view(shape[0], -1)
+        kept = None if self._rows_anew else rows_of(self._delta.indices, shape)
+        rows = best_rows(by_row, self._num_rows, name="the gradient", kept=kept)
+        inside = by_row[rows]
+        return in_whole(top_k(inside, min(self._num_candidates, inside.numel()), name="the gradient"), rows, shape)
 
     def _begins_update(self, current: Tensor) -> bool:
         """Whether the update that `current` belongs to was skipped: it ended in zero_grad without a step."""
