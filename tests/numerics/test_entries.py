@@ -13,6 +13,7 @@ from peft_sparse.core.backends import entries
 from peft_sparse.core.overlay import Overlay
 
 HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -44,10 +45,9 @@ def case(dtype, values_dtype, count, *, index_dtype=torch.int32, device="cpu"):
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("dtype", "values_dtype"), list(product(DTYPES, DTYPES)), ids=str)
 def test_kernel_equals_its_twin_bit_for_bit(kernel, dtype, values_dtype, in_place):
-    device = "cuda" if HAS_GPU else "cpu"
     for count, index_dtype in ((1, torch.int32), (1023, torch.int64), (2500, torch.int32)):
-        weight, indices, values = case(dtype, values_dtype, count, index_dtype=index_dtype, device=device)
-        originals = None if in_place else torch.randn(count, device=device).to(dtype)
+        weight, indices, values = case(dtype, values_dtype, count, index_dtype=index_dtype, device=DEVICE)
+        originals = None if in_place else torch.randn(count, device=DEVICE).to(dtype)
         expected = weight.clone()
         entries.add_entries_plain_(expected, indices, values, originals)
         kernel(weight, indices, values, originals)
@@ -61,7 +61,7 @@ def test_kernel_equals_its_twin_bit_for_bit(kernel, dtype, values_dtype, in_plac
 
 @pytest.mark.parametrize(("dtype", "values_dtype"), list(product(DTYPES, DTYPES)), ids=str)
 def test_twin_equals_overlay(dtype, values_dtype):
-    weight, indices, values = case(dtype, values_dtype, 700)
+    weight, indices, values = case(dtype, values_dtype, 700, device=DEVICE)
     expected = weight.clone()
     where = indices.long()
     expected[where] = Overlay([indices]).entries(weight[where], [values])
@@ -84,11 +84,10 @@ def test_nothing_is_written_for_an_empty_support():
 
 
 def test_special_values_are_written_as_the_twin_writes_them(kernel):
-    device = "cuda" if HAS_GPU else "cpu"
     special = [float("inf"), -float("inf"), -0.0, 1e-45, 3.4e38, 65504.0, 1e-8]
-    weight = torch.tensor(special, device=device)
-    indices = torch.arange(7, dtype=torch.int32, device=device)
-    values = torch.tensor([1.0, 1.0, -0.0, -1e-45, 3.4e38, 40.0, -1e-8], device=device)
+    weight = torch.tensor(special, device=DEVICE)
+    indices = torch.arange(7, dtype=torch.int32, device=DEVICE)
+    values = torch.tensor([1.0, 1.0, -0.0, -1e-45, 3.4e38, 40.0, -1e-8], device=DEVICE)
     for dtype in DTYPES if HAS_GPU else (torch.float32, torch.float64, torch.float16):
         expected, found = weight.to(dtype, copy=True), weight.to(dtype, copy=True)
         entries.add_entries_plain_(expected, indices, values)

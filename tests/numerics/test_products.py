@@ -14,9 +14,9 @@ from peft_sparse.core.backends import products
 ROWS, COLUMNS = 40, 12
 
 
-def factors(num: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def factors(num: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(num)
-    return (torch.randn(num, width, generator=generator).to(dtype) for width in (ROWS, COLUMNS))
+    return tuple(torch.randn(num, width, generator=generator).to(device, dtype) for width in (ROWS, COLUMNS))
 
 
 def in_rows(rows: list[int], count: int, *, seed: int = 0) -> Tensor:
@@ -46,8 +46,13 @@ SUPPORTS = {
 def test_entries_equal_those_of_the_dense_product(dtype, supports, tile_rows, monkeypatch):
     monkeypatch.setattr(products, "TILE_BYTES", 4 * COLUMNS * tile_rows)
     monkeypatch.setattr(products, "_TILE_STEP", 1)
+    check_entries(supports, dtype=dtype)
+
+
+def check_entries(supports: list[Tensor], *, dtype: torch.dtype, device: str = "cpu") -> None:
+    supports = [support.to(device) for support in supports]
     for num in (0, 33):
-        left, right = factors(num, dtype=dtype)
+        left, right = factors(num, dtype=dtype, device=device)
         dense = (left.double().t() @ right.double()).view(-1)
         found = products.entries_of_product(left, right, supports)
         for one, own in zip(found, supports, strict=True):
