@@ -45,8 +45,8 @@ def top_k(scores: Tensor, k: int, *, name: str, min_score: float | None = None) 
     Raises:
         SelectionError: NaN in `scores`, `k` out of range, or fewer than `k` eligible scores.
 
-    Cost: three passes over the scores, and memory for a chunk of them besides the result; on CUDA, for up to a quarter
-        of them, 12 bytes for each of the k.
+    Cost: three passes over the scores, and memory for a chunk of them besides the result; on CUDA 12 bytes for each of
+        the k.
     """
     return joint_top_k({name: scores}, k, min_score=min_score)[name]
 
@@ -71,6 +71,10 @@ def joint_top_k(scores: Mapping[str, Tensor], k: int, *, min_score: float | None
     """
     if type(scores) is dict and sum(tensor.numel() for tensor in scores.values()) <= _SORTED:
         return _sorted_top_k(scores, k, min_score)
+    if type(scores) is dict and len(scores) == 1:
+        ((name, tensor),) = scores.items()
+        if tensor.device.type in _SELECTED_BY_TORCH and tensor.is_floating_point() and 0 < k <= tensor.numel():
+            return {name: _selected_by_torch(tensor, k, name=name, min_score=min_score)}
     threshold = _find_threshold(scores, k)
     if min_score is not None and k > 0 and threshold.key <= _key_of(min_score):
         raise _too_few(scores, k, min_score, *_count_eligible(scores, min_score))
@@ -171,6 +175,22 @@ def _sorted_top_k(scores: dict[str, Tensor], k: int, min_score: float | None) ->
     }
 
 
+def _selected_by_torch(scores: Tensor, k: int, *, name: str, min_score: float | None) -> Tensor:
+    """`top_k` by torch's own selection: an accelerator is slow at counting, for it adds to each bin in turn."""
+    flat = scores.detach().reshape(-1).to(torch.float32)
+    best = flat.topk(k, sorted=False).values
+    # To torch NaN is the largest of all.
+    _check_nan(best, name)
+    kth = best.amin()
+    if min_score is not None and not bool(kth > min_score):
+        raise _too_few({name: scores}, k, min_score, *_count_eligible({name: scores}, min_score))
+    chosen = (flat >= kth).nonzero().squeeze(1)
+    if chosen.numel() > k:
+        tied = flat[chosen] == kth
+        chosen = chosen[~tied | (tied.cumsum(0) <= k - (~tied).sum())]
+    return chosen.to(index_dtype(flat.numel()))
+
+
 @dataclass(frozen=True)
 class _Threshold:
     """Select every score whose key is above `key`, and the first `num_ties` of those that equal it."""
@@ -180,9 +200,7 @@ class _Threshold:
 
 
 def _find_threshold(scores: Mapping[str, Tensor], k: int) -> _Threshold:
-    """The key of the k-th largest score, by two counts of 16 bits each; of one tensor on an accelerator by torch."""
-    if _is_for_torch(scores, k):
-        return _threshold_by_torch(*next(iter(scores.items())), k)
+    """The key of the k-th largest score, by two counts of 16 bits each."""
     upper_counts = torch.zeros(_BINS, dtype=torch.int64)
     for name in scores:
         upper_counts += _count_upper(scores[name], name)
@@ -195,24 +213,6 @@ def _find_threshold(scores: Mapping[str, Tensor], k: int) -> _Threshold:
         lower_counts += _count_lower(scores[name], upper - _BINS // 2)
     lower, num_ties = _bin_of_kth(lower_counts, wanted)
     return _Threshold(key=(upper - _BINS // 2) * _BINS + lower, num_ties=num_ties)
-
-
-def _is_for_torch(scores: Mapping[str, Tensor], k: int) -> bool:
-    """Whether torch's own selection finds the threshold: counting is slow where most scores fall into a few bins, for
-    an accelerator adds to each of them in turn.
-    """
-    if type(scores) is not dict or len(scores) != 1:
-        return False
-    (tensor,) = scores.values()
-    return tensor.device.type in _SELECTED_BY_TORCH and tensor.is_floating_point() and 0 < k <= tensor.numel() // 4
-
-
-def _threshold_by_torch(name: str, scores: Tensor, k: int) -> _Threshold:
-    flat = scores.detach().reshape(-1).to(torch.float32)
-    _check_nan(flat, name)
-    kth = flat.topk(k, sorted=False).values.amin()
-    key = int(_keys(kth[None]))
-    return _Threshold(key, num_ties=k - sum(int((_keys(chunk) > key).sum()) for _, chunk in _chunks(flat)))
 
 
 def _bin_of_kth(counts: Tensor, k: int) -> tuple[int, int]:

@@ -239,7 +239,7 @@ class TestSelectedByTorch:
         monkeypatch.setattr("peft_sparse.selection.top_k._CHUNK", {"cpu": 700})
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-    @pytest.mark.parametrize("k", [1, 2, 499, 500])
+    @pytest.mark.parametrize("k", [1, 2, 499, 500, 1999, 2000])
     def test_equals_a_stable_sort(self, k, dtype):
         # Few different values and both zeros: ties everywhere.
         scores = torch.randint(-3, 4, (2000,), generator=torch.Generator().manual_seed(k)).to(dtype)
@@ -262,5 +262,5 @@ class TestSelectedByTorch:
             top_k(scores, 4, name="w", min_score=0.0)
 
     def test_it_is_taken(self, monkeypatch):
-        monkeypatch.setattr("peft_sparse.selection.top_k._count_upper", None)
+        monkeypatch.setattr("peft_sparse.selection.top_k._find_threshold", None)
         assert top_k(torch.arange(2000.0), 2, name="w").tolist() == [1998, 1999]
