@@ -138,6 +138,21 @@ def test_no_gradient_of_the_weights_size_is_made():
     assert torch.cuda.max_memory_allocated() - before < 2.2 * rows * columns
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="the CPU's memory is not counted")
+def test_outside_of_resident_mode_one_copy_of_a_weight_lives_at_a_time():
+    width, num_layers = 4096, 6
+    base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_layers))).to(DEVICE, BF16)
+    model = get_peft_model(base, RandConfig(density=0.001, target_modules=[str(n) for n in range(num_layers)]))
+    x = torch.randn(16, width, device=DEVICE, dtype=BF16)
+    model(x).square().mean().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(x).square().mean().backward()
+    # Two bytes an entry is a copy of a weight, four a product in float32; six copies would be twelve.
+    assert torch.cuda.max_memory_allocated() - before < 5 * width * width
+
+
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("counts", [(40,), (90, 150, 60), (240,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # Bytes of a tile of the product. Measured on an H100 (bfloat16, 2,048 tokens, as many entries as LoRA of rank 64), in
-# ms, for [4096 x 4096] and [11008 x 4096]: the product alone 0.11 and 0.32, in float32 with all entries read 0.16 and
-# 0.44 by tiles of 128 MiB, 0.16 and 0.51 by 64 MiB, 0.28 and 1.46 by 16 MiB, where launching takes the time. A triton
-# kernel that reads the entries of each tile as soon as it is made took 0.19 and 0.48 at best, so there is none.
+# ms, for [4096 x 4096], [11008 x 4096] and [4096 x 11008]: the product alone 0.11, 0.32 and 0.32, in float32 with all
+# entries read 0.16, 0.44 and 0.47 by tiles of 128 MiB, 0.28, 1.46 and 1.65 by 16 MiB, where launching takes the time. A
+# triton kernel that reads the entries of a tile as soon as it is made took 0.19, 0.48 and 0.40 at best, over the seven
+# matrices of a layer more than the tiles (2.1 and 2.0), so there is none.
 TILE_BYTES = 2**27
 # A tile is a multiple of so many rows, the height of a matrix unit's own tiles.
 _TILE_STEP = 128
@@ -58,13 +59,13 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         [R, C].
 
-    Cost: 16-bit factors are multiplied as they are on CUDA, and widened first elsewhere.
+    Cost: 16-bit factors are multiplied as they are on NVIDIA's GPUs, and widened first elsewhere.
     """
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left.t() @ right
     if left.is_meta and computed_on(left.device) == "cuda":
         return torch.empty(left.shape[1], right.shape[1], dtype=torch.float32, device="meta")
-    if left.is_cuda:
+    if left.is_cuda and torch.version.hip is None:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.float().t() @ right.float()
 
