@@ -105,7 +105,7 @@ def best_rows(scores: Tensor, num: int, *, name: str, kept: Tensor | None = None
     Raises:
         SelectionError: NaN in the scores.
     """
-    sums = scores.detach().reshape(scores.shape[0], -1).sum(1, dtype=torch.float64)
+    sums = _sums_of_rows(scores.detach().reshape(scores.shape[0], -1))
     if kept is None or kept.numel() == 0:
         return top_k(sums, num, name=name).long()
     if kept.numel() >= num:
@@ -115,6 +115,16 @@ def best_rows(scores: Tensor, num: int, *, name: str, kept: Tensor | None = None
     free = others.nonzero().squeeze(1)
     further = free[top_k(sums[free], num - kept.numel(), name=name).long()]
     return torch.cat([kept.long(), further]).sort().values
+
+
+def _sums_of_rows(scores: Tensor) -> Tensor:
+    """[O] float64."""
+    sums = scores.sum(1, dtype=torch.float64)
+    if bool(sums.isnan().any()):
+        # Infinities of both signs in one row have no sum, and are no error; NaN stays NaN.
+        largest = torch.finfo(scores.dtype).max
+        sums = scores.clamp(-largest, largest).sum(1, dtype=torch.float64)
+    return sums
 
 
 def rows_of(indices: Tensor, shape: Sequence[int]) -> Tensor:

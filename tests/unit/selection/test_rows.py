@@ -72,6 +72,11 @@ def test_nan_is_refused_by_name():
         RowConfinement(0.5).confine("layer.weight", torch.tensor([[1.0, float("nan")], [0.0, 0.0]]))
 
 
+def test_infinities_of_both_signs_in_a_row_are_no_nan():
+    scores = torch.tensor([[float("inf"), -float("inf")], [2.0, 1.0], [float("inf"), 0.0], [-float("inf"), 9.0]])
+    assert best_rows(scores, 2, name="w").tolist() == [1, 2]
+
+
 def test_random_positions_of_all_rows_are_those_without_a_limit():
     free = random_indices(240, 30, seed=3, name="w")
     assert torch.equal(random_in_rows((12, 20), 30, share=1.0, seed=3, name="w"), free)
