@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 HOUSE_STYLE = Path(__file__).parent / "house_style"
+READERS = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
 QUESTION, ANSWER = ("instruction", "question", "prompt"), ("output", "answer", "response")
 
 
@@ -20,12 +21,7 @@ def read_pairs(data: str, *, max_held_out: int = 64) -> tuple[list[dict], list[d
     if not data:
         train, held_out = (_jsonl(HOUSE_STYLE / f"{split}.jsonl") for split in ("train", "heldout"))
         return [_pair(row) for row in train], [_pair(row) for row in held_out]
-    if Path(data).suffix == ".jsonl":
-        rows = _jsonl(Path(data))
-    else:
-        from datasets import load_dataset
-
-        rows = list(load_dataset(data, split="train"))
+    rows = _rows(data)
     pairs = [_pair(row) for row in rows]
     if len(pairs) < 2:
         raise SystemExit(f"{data} holds {len(pairs)} rows: give at least two, one to train on and one to hold out")
@@ -33,8 +29,33 @@ def read_pairs(data: str, *, max_held_out: int = 64) -> tuple[list[dict], list[d
     return pairs[:cut], pairs[cut:]
 
 
+def _rows(data: str) -> list[dict]:
+    """Rows of a file, by its ending, or of a set on the hub."""
+    path = Path(data)
+    if path.suffix == ".jsonl":
+        return _jsonl(path)
+    from datasets import load_dataset
+
+    if path.suffix not in READERS:
+        return list(load_dataset(data, split="train"))
+    if not path.is_file():
+        raise SystemExit(f"there is no file {data}")
+    return list(load_dataset(READERS[path.suffix], data_files=str(path), split="train"))
+
+
 def _jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not path.is_file():
+        raise SystemExit(f"there is no file {path}")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row = line
+        if row is not None and not isinstance(row, dict):
+            raise SystemExit(f"{path}, line {number} is no JSON object. A file of comma-separated values ends in .csv.")
+        rows += [row] if row else []
+    return rows
 
 
 def _pair(row: dict) -> dict:

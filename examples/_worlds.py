@@ -36,7 +36,12 @@ def read_world(directory: Path, source: str, target: str) -> World:
 
     def rows(language: str, split: str) -> list[dict]:
         path = directory / "nusax_senti" / language / f"{split}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not path.is_file():
+            raise SystemExit(f"no labelled rows of {language!r}: there is no file {path}")
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise SystemExit(f"{path} is no JSONL file, a JSON object a line ({error})") from error
 
     train, test = rows(source, "train"), rows(target, "test")
     labels = sorted({row["label"] for row in train})

@@ -44,7 +44,9 @@ def agrees(name: str, found: torch.Tensor, expected: torch.Tensor, *, tolerance:
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id. \\[default: SmolLM2-135M-Instruct]")] = "",
-    data: Annotated[str, typer.Option(help="A .jsonl file or hub id. \\[default: a built-in house style]")] = "",
+    data: Annotated[
+        str, typer.Option(help="A .jsonl, .csv or .parquet file, or a hub id. \\[default: a built-in house style]")
+    ] = "",
     method: Annotated[Method, typer.Option(help="How the trained weights are chosen.")] = Method.spiel_ag,
     density: Annotated[float, typer.Option(help="Share of the linear layers' weights to train.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Optimizer steps; LT-SFT and DeFT-X take them in each phase.")] = 40,

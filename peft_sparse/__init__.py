@@ -11,6 +11,7 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .selection.saliency import Criterion, GradientMeans
+from .training import unfinished as unfinished
 from .training.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
     from .checkpoints.merge import merge_checkpoint
     from .extraction.extract import extract_adapter
     from .extraction.report import Extraction
+    from .importing.export_adapter import Exported, export_adapter
+    from .importing.import_adapter import Imported, import_adapter
+    from .importing.rosa import import_mask
     from .inspection.conflicts import conflicts
     from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
     from .inspection.planner import MemoryPlan, plan_memory
     from .inspection.report import inspect_adapter
+    from .training.average import AdapterAverage
     from .training.callback import load_state as load_training_state
     from .training.callback import save_state as save_training_state
     from .training.dense_phase import DensePhase
@@ -61,6 +66,7 @@ __all__ = [
     "SM3",
     "AdaSftConfig",
     "AdaSftModel",
+    "AdapterAverage",
     "BottleneckConfig",
     "BottleneckModel",
     "BottleneckWeights",
@@ -68,12 +74,14 @@ __all__ = [
     "Criterion",
     "DeftXConfig",
     "DensePhase",
+    "Exported",
     "Extraction",
     "FeatureImportance",
     "FormatError",
     "GeneratedAdapter",
     "GivenConfig",
     "GradientMeans",
+    "Imported",
     "LanguageSwitch",
     "LotteryTicketConfig",
     "MadGConfig",
@@ -98,10 +106,13 @@ __all__ = [
     "bottleneck_weights",
     "conflicts",
     "evaluation_batches",
+    "export_adapter",
     "extract_adapter",
     "for_language",
     "generate_adapter",
     "generated_weights",
+    "import_adapter",
+    "import_mask",
     "importance_table",
     "inspect_adapter",
     "iter_bottlenecks",
@@ -132,8 +143,11 @@ __all__ = [
 
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
+    "AdapterAverage": "training.average.AdapterAverage",
     "DensePhase": "training.dense_phase.DensePhase",
+    "Exported": "importing.export_adapter.Exported",
     "Extraction": "extraction.report.Extraction",
+    "Imported": "importing.import_adapter.Imported",
     "LanguageSwitch": "training.language_switch.LanguageSwitch",
     "MemoryPlan": "inspection.planner.MemoryPlan",
     "MultiSourceCollator": "training.multisource.MultiSourceCollator",
@@ -143,8 +157,11 @@ _LAZY = {
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
     "evaluation_batches": "training.multisource.evaluation_batches",
+    "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",
     "for_language": "tuners.for_language.for_language",
+    "import_adapter": "importing.import_adapter.import_adapter",
+    "import_mask": "importing.rosa.import_mask",
     "importance_table": "inspection.feature_importance.importance_table",
     "inspect_adapter": "inspection.report.inspect_adapter",
     "language_below_task": "training.language_switch.language_below_task",

@@ -16,10 +16,13 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
+from .foreign import COMPOSABLE_SFT, way_in
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
 _PICKLED = "adapter_model.bin"
+# What of `auto_mapping` is read here.
+_MAPPED = ("parent_library", "base_model_class")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:/(?P<folder>[^@]+?)/?)?(?:@(?P<revision>.+))?")
 
 
@@ -77,7 +80,8 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
     config = read_config(where)
     if (kind := config.get("peft_type")) != "SPARSE_FT":
         raise FormatError(
-            f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
+            way_in(where, config)
+            or f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
             "peft_type 'SPARSE_FT' say which of the model's own weights they change. Others can be used with PEFT: "
             "PeftModel.from_pretrained(...), merge_and_unload()."
         )
@@ -88,7 +92,26 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
             f"{CONFIG_FILE} of '{os.fspath(where)}': counts must map parameter names to numbers of weights. Download "
             "or save the adapter again."
         )
+    _check_fields(config, os.fspath(where))
     return config
+
+
+def _check_fields(config: Mapping[str, Any], where: str) -> None:
+    """Refuse values of a type that the fields which are read here cannot have."""
+    modules, mapping = config.get("modules_to_save"), config.get("auto_mapping")
+    rules = {
+        "modules_to_save": modules is None or (isinstance(modules, list) and all(type(m) is str for m in modules)),
+        "auto_mapping": mapping is None
+        or (isinstance(mapping, dict) and all(type(mapping.get(key, "")) is str for key in _MAPPED)),
+        "values_dtype": config.get("values_dtype", "float32") in ("float32", "bfloat16", "float16", "float64"),
+        "base_model_name_or_path": isinstance(config.get("base_model_name_or_path"), (str, type(None))),
+    }
+    for name, holds in rules.items():
+        if not holds:
+            raise FormatError(
+                f"{CONFIG_FILE} of '{where}': {name} cannot be {str(config[name])[:200]!r}. Download or save the "
+                "adapter again."
+            )
 
 
 def read_config(where: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
@@ -127,12 +150,14 @@ def need_file(where: str | os.PathLike[str], name: str, *, revision: str | None 
 
     Raises:
         ConfigError: there is no such adapter, or it has no such file.
-        FormatError: its weights are pickled.
+        FormatError: its weights are pickled, or it is an adapter of another library.
     """
     try:
         return _fetch(where, name, revision)
     except EntryNotFoundError as error:
         folder = Path(where).expanduser()
+        if name == CONFIG_FILE and find_file(where, COMPOSABLE_SFT, revision=revision) is not None:
+            raise FormatError(way_in(where)) from error
         if not folder.is_dir():
             raise _not_on_hub(where, name, error) from error
     if name == SOURCE and (folder / _PICKLED).is_file():

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
+from ..files import AtomicFolder, save_tensors
+from .adapter_files import find_file, need_file
+from .files import read_json
+from .foreign import way_in
+from .foreign_tensors import load_foreign
+from .hub_heads import read_head
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -66,6 +68,10 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
+# {field of the config: the position of the adapters that it asks for}.
+_POSITIONS = {"mh_adapter": "attention", "cross_adapter": "cross", "output_adapter": "output"}
+
+
 class Place(NamedTuple):
     """Where in a model a bottleneck stands, in terms that no architecture's names enter.
 
@@ -103,25 +109,34 @@ class HubAdapter:
     head_tensors: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
 
-def read_adapter_hub(folder: str | os.PathLike[str]) -> HubAdapter:
+def read_adapter_hub(folder: str | os.PathLike[str], *, with_head: bool = True) -> HubAdapter:
     """Read an adapter that the `adapters` library or adapter-transformers saved.
 
     Args:
-        folder: a folder that `save_adapter` wrote, or a downloaded AdapterHub repository.
+        folder: a folder that `save_adapter` wrote, or the id of a repository on the Hub, which may go on with a folder
+            and a revision ("AdapterHub/name/folder@revision").
+        with_head: read the prediction head too, if there is one; its files are not opened otherwise.
 
     Raises:
-        FormatError: files are missing or unreadable, or hold anything but bottleneck and invertible adapters.
+        ConfigError: there is no such folder or repository.
+        FormatError: files are missing or unreadable, contradict each other, or hold anything but bottleneck and
+            invertible adapters.
     """
-    root = Path(folder)
-    about = _read_json(root / CONFIG)
+    about = _read_json(folder, CONFIG)
+    if "peft_type" in about:
+        raise FormatError(
+            way_in(folder, about)
+            or f"'{os.fspath(folder)}' is an adapter of PEFT (peft_type {about['peft_type']!r}), not of AdapterHub. "
+            "Load it with PeftModel.from_pretrained(model, ...)."
+        )
     config, name = about.pop("config", None), about.pop("name", None)
     if not isinstance(config, dict) or not isinstance(name, str):
         raise FormatError(
-            f'{root / CONFIG} must hold a "config" and a "name" as the adapters library writes them, got '
-            f"{type(config).__name__} and {name!r}."
+            f'{CONFIG} of {os.fspath(folder)} must hold a "config" and a "name" as the adapters library writes them, '
+            f"got {type(config).__name__} and {name!r}."
         )
     adapter = HubAdapter(name, config, {}, about=about)
-    path, weights = _read_tensors(root, WEIGHTS)
+    path, weights = _read_tensors(folder, WEIGHTS)
     for key, tensor in weights.items():
         _sort_in(adapter, key, tensor, path)
     if not adapter.tensors:
@@ -130,41 +145,58 @@ def read_adapter_hub(folder: str | os.PathLike[str]) -> HubAdapter:
         missing = [part for part in _PARTS.values() if part not in parts and part != "scaling"]
         if missing:
             raise FormatError(f"{path} lacks {', '.join(missing)} in layer {place.layer} ({place.position}).")
-    if (root / HEAD_CONFIG).is_file():
-        adapter.head = _read_json(root / HEAD_CONFIG).get("config")
-        _, head = _read_tensors(root, HEAD_WEIGHTS)
-        adapter.head_tensors = _linears(head)
+        wrong = [part for part, tensor in parts.items() if tensor.dim() != (2 if part.endswith("weight") else 1)]
+        if wrong:
+            raise FormatError(f"{path}: {wrong[0]} in layer {place.layer} has the shape {list(parts[wrong[0]].shape)}.")
+    if with_head and (head_config := find_file(folder, HEAD_CONFIG)) is not None:
+        path, tensors = _read_tensors(folder, HEAD_WEIGHTS)
+        adapter.head, adapter.head_tensors = read_head(read_json(head_config), tensors, name=name, path=path)
     return adapter
 
 
 def _sort_in(adapter: HubAdapter, key: str, tensor: Tensor, path: Path) -> None:
     """Put one tensor of a file where it belongs."""
     plain = _LEGACY.sub("adapters", key).replace("invertible_lang_adapters", "invertible_adapters")
-    found = _INVERTIBLE.fullmatch(plain)
-    if found is not None:
-        adapter.invertible[f"{_NETS[found['net']]}.{_LAYERS[found['layer']]}.{found['part']}"] = tensor
-        return
-    found = _BOTTLENECK.fullmatch(plain)
-    layer = place_of(found["path"]) if found is not None else None
-    if found is None or layer is None:
+    if (found := _INVERTIBLE.fullmatch(plain)) is not None:
+        part, target = f"{_NETS[found['net']]}.{_LAYERS[found['layer']]}.{found['part']}", adapter.invertible
+    else:
+        found = _BOTTLENECK.fullmatch(plain)
+        place = place_of(found["path"]) if found is not None else None
+        if found is None or place is None:
+            raise FormatError(
+                f"{path} holds {key!r}, which is no part of a bottleneck or invertible adapter. Nothing else can be "
+                "imported."
+            )
+        part, target = _PARTS[found["part"]], adapter.tensors.setdefault(place, {})
+    if found["adapter"] != adapter.name:
         raise FormatError(
-            f"{path} holds {key}, which is no part of a bottleneck or invertible adapter. Nothing else can be imported."
+            f"{path} holds {key!r}, of an adapter {found['adapter']!r}, while {CONFIG} describes {adapter.name!r}. "
+            "Each adapter needs a folder of its own: save it again with save_adapter()."
         )
-    adapter.tensors.setdefault(layer, {})[_PARTS[found["part"]]] = tensor
+    if part in target:
+        raise FormatError(f"{path} holds {key!r}, and the same part of the same layer under another name.")
+    target[part] = tensor
 
 
 def place_of(path: str) -> Place | None:
     """The place of a module by its path in a model; None outside the numbered layers."""
-    number = re.search(r"\.(\d+)(\.|$)", path)
+    number = re.search(r"\.([0-9]{1,6})(\.|$)", path)
     if number is None:
         return None
-    inside = path[number.end() :]
+    stack, inside = "decoder" if re.search(r"(^|\.)decoder\.", path) else "", path[number.end() :]
+    # T5 numbers the sublayers: self-attention, in the decoder attention to the encoder, and the feed-forward.
+    sublayer = re.match(r"layer\.([0-9])(\.|$)", inside)
     position = "output"
-    if re.search(r"cross_?attention|encoder_attn|EncDecAttention", inside):
+    if sublayer is not None and path[: number.start()].endswith("block"):
+        order = ("attention", "cross", "output") if stack else ("attention", "output")
+        if int(sublayer[1]) >= len(order):
+            return None
+        position = order[int(sublayer[1])]
+    elif re.search(r"cross_?attention|encoder_attn|EncDecAttention", inside):
         position = "cross"
     elif re.search(r"attention|attn|SelfAttention", inside):
         position = "attention"
-    return Place("decoder" if re.search(r"(^|\.)decoder\.", path) else "", int(number[1]), position)
+    return Place(stack, int(number[1]), position)
 
 
 def config_fields(adapter: HubAdapter) -> dict[str, Any]:
@@ -183,32 +215,77 @@ def config_fields(adapter: HubAdapter) -> dict[str, Any]:
     scaling = config.get("scaling", 1.0)
     if scaling != "learned" and not isinstance(scaling, (int, float)):
         raise FormatError(f'adapter {adapter.name!r} has scaling={scaling!r}; a number or "learned" can be imported.')
-    sizes = {parts["down.weight"].shape[0] for parts in adapter.tensors.values()}
+    sizes = {tuple(parts["down.weight"].shape) for parts in adapter.tensors.values()}
     if len(sizes) != 1:
         raise FormatError(
-            f"adapter {adapter.name!r} has bottlenecks of the sizes {sorted(sizes)}; one size in all layers can be "
-            "imported."
+            f"adapter {adapter.name!r} has bottlenecks of the sizes {sorted(size for size, _ in sizes)}; one size in "
+            "all layers can be imported."
         )
-    # Files from before version 2 have the invertible adapter's settings in a dictionary of their own. Task adapters of
-    # that time name one that they do not have.
-    old = config.get("invertible_adapter") or {}
-    block, factor = config.get("inv_adapter"), config.get("inv_adapter_reduction_factor")
-    block, factor = block or old.get("block_type"), factor or old.get("reduction_factor")
+    ((size, width),) = sizes
+    _check_factor(adapter, config.get("reduction_factor"), size=size, width=width)
+    left_out = config.get("leave_out") or []
+    if not isinstance(left_out, list) or not all(type(index) is int for index in left_out):
+        raise FormatError(f"adapter {adapter.name!r} has leave_out={left_out!r}, which must be a list of layers.")
+    block, factor = _invertible_fields(adapter, config)
     activation = str(config.get("non_linearity", "relu")).lower()
     return {
         "kind": _kind(config, adapter),
-        "bottleneck_size": sizes.pop(),
+        "bottleneck_size": size,
         "activation": _ACTIVATIONS.get(activation, activation),
         "scaling": scaling,
         "dropout": config.get("dropout") or 0.0,
-        "leave_out": list(config.get("leave_out") or ()) or None,
-        "invertible": block if adapter.invertible else None,
+        "leave_out": left_out or None,
+        "invertible": block,
         "invertible_reduction_factor": factor or 2,
     }
 
 
+def _check_factor(adapter: HubAdapter, factor: object, *, size: int, width: int) -> None:
+    """Refuse a reduction factor that does not give the size that the tensors have."""
+    if not isinstance(factor, (int, float)) or not factor > 0:
+        return
+    # Of a factor next to nothing the quotient is no number to count with.
+    claimed = max(1, int(min(width // factor, 2**60)))
+    if claimed != size:
+        raise FormatError(
+            f"adapter {adapter.name!r} says reduction_factor={factor!r}, which makes bottlenecks of {claimed} at a "
+            f"width of {width}, but its tensors have {size}. They are not of one adapter."
+        )
+
+
+def _invertible_fields(adapter: HubAdapter, config: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """(kind, reduction factor) of the invertible adapter; config and tensors must agree on whether there is one."""
+    # Files from before version 2 have the invertible adapter's settings in a dictionary of their own. Task adapters of
+    # that time name one that they do not have.
+    old = config.get("invertible_adapter") or {}
+    if not isinstance(old, Mapping):
+        raise FormatError(f"adapter {adapter.name!r} has invertible_adapter={old!r}, which must be a dictionary.")
+    new = config.get("inv_adapter")
+    block = new or old.get("block_type")
+    if adapter.invertible and not block:
+        raise FormatError(
+            f"adapter {adapter.name!r} has tensors of an invertible adapter, but its config says there is none "
+            f"(inv_adapter={new!r}). Correct {CONFIG}, or save the adapter again with save_adapter()."
+        )
+    if new and not adapter.invertible:
+        raise FormatError(
+            f"adapter {adapter.name!r} has inv_adapter={new!r}, but no tensors of an invertible adapter. Its file is "
+            "not complete: save it again with save_adapter()."
+        )
+    if not adapter.invertible:
+        return None, None
+    return block, config.get("inv_adapter_reduction_factor") or old.get("reduction_factor")
+
+
 def _kind(config: Mapping[str, Any], adapter: HubAdapter) -> str:
     positions = {place.position for place in adapter.tensors}
+    for name, position in _POSITIONS.items():
+        if name in config and bool(config[name]) != (position in positions):
+            has = "has" if position in positions else "has no"
+            raise FormatError(
+                f"adapter {adapter.name!r} says {name}={config[name]!r}, but its file {has} tensors there ({position})"
+                ". They are not of one adapter: save it again with save_adapter()."
+            )
     before = bool(config.get("original_ln_before"))
     if config.get("is_parallel") and positions == {"output"}:
         return "parallel"
@@ -233,8 +310,13 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
         path_of: the library's path of the module that holds the adapters of a place, such as
             "bert.encoder.layer.0.output"; for `Place("", -1, "invertible")` the base model's name, such as "bert".
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    heads = (HEAD_CONFIG, *HEAD_WEIGHTS)
+    doors = (WEIGHTS[0], CONFIG)
+    with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: name in heads, doors=doors) as atomic:
+        _write_all(atomic.staging, adapter, path_of)
+
+
+def _write_all(root: Path, adapter: HubAdapter, path_of: Callable[[Place], str]) -> None:
     back = {ours: theirs for theirs, ours in _PARTS.items()}
     tensors = {
         f"{path_of(place)}.adapters.{adapter.name}.{back[part]}": tensor.detach().cpu().contiguous().clone()
@@ -251,8 +333,6 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
     about = {**adapter.about, "name": adapter.name, "version": VERSION}
     _write_pair(root, (WEIGHTS[0], tensors), (CONFIG, {**about, "config": adapter.config}))
     if adapter.head is None:
-        for name in (HEAD_CONFIG, *HEAD_WEIGHTS):
-            (root / name).unlink(missing_ok=True)
         return
     # A dropout stands before each of the head's layers, and an activation behind each but the last.
     layers = {f"heads.{adapter.name}.{1 + 3 * i}": pair for i, pair in enumerate(adapter.head_tensors)}
@@ -265,60 +345,24 @@ def write_adapter_hub(folder: str | os.PathLike[str], adapter: HubAdapter, *, pa
 def _write_pair(root: Path, weights: tuple[str, dict[str, Tensor]], config: tuple[str, dict[str, Any]]) -> None:
     """Tensors, and then the JSON file that names them."""
     text = json.dumps(config[1], indent=2, sort_keys=True)
-    _replace(root / weights[0], lambda temporary: save_file(weights[1], temporary, metadata={"format": "pt"}))
-    _replace(root / config[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    save_tensors(weights[1], root / weights[0], metadata={"format": "pt"})
+    (root / config[0]).write_text(text, encoding="utf-8")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first, so that a crash leaves the old one or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return read_json(need_file(folder, name))
+    except ConfigError as error:
+        if not Path(folder).expanduser().is_dir():
+            raise
+        raise FormatError(
+            f"{Path(folder, name)} does not exist: the folder must be one that save_adapter() wrote."
+        ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{path} does not exist: the folder must be one that save_adapter() wrote.") from error
-    except ValueError as error:
-        raise FormatError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def _read_tensors(root: Path, names: tuple[str, ...]) -> tuple[Path, dict[str, Tensor]]:
+def _read_tensors(folder: str | os.PathLike[str], names: tuple[str, ...]) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of the first of these files that exists."""
     for name in names:
-        path = root / name
-        if not path.is_file():
-            continue
-        try:
-            content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-            raise FormatError(
-                f"{path} is not readable ({error}). Pickles are read without running what is in them: only tensors."
-            ) from error
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise FormatError(f"{path} must hold named tensors and nothing else.")
-        return path, content
-    raise FormatError(f"{root} holds none of {', '.join(names)}.")
-
-
-def _unpickle(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _linears(head: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """The head's linear layers in the order of their numbers."""
-    weights = {key.removesuffix("weight"): t for key, t in head.items() if key.endswith(".weight") and t.dim() == 2}
-
-    def number(key: str) -> int:
-        found = re.search(r"(\d+)\.$", key)
-        return int(found[1]) if found else -1
-
-    return [(weights[key], head.get(f"{key}bias")) for key in sorted(weights, key=number)]
+        if (path := find_file(folder, name)) is not None:
+            return path, load_foreign(path)
+    raise FormatError(f"{os.fspath(folder)} holds none of {', '.join(names)}.")

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import ConfigError
+from ..untrusted import UNREADABLE
 from .tasks import BASE_CLASSES
 
 # How many names an error lists.
 _LISTED = 10
+_MOST_LAYERS = 10_000
 
 
 def read_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> PretrainedConfig:
@@ -26,10 +29,14 @@ def read_config(path_or_id: str | os.PathLike[str], *, revision: str | None = No
     Raises:
         ConfigError: there is none, or its architecture is not one of transformers'.
     """
+    where = os.fspath(path_or_id)
+    if where.startswith(("/", "./", "../", "~")) and not os.path.isdir(where):
+        raise ConfigError(f"there is no folder {where!r}: give the folder of a model or its id on the Hub.")
     try:
-        return AutoConfig.from_pretrained(os.fspath(path_or_id), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{os.fspath(path_or_id)!r} has no config of a transformers model: {error}") from error
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (*UNREADABLE, StrictDataclassError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{where!r} has no config of a transformers model: {reason}") from error
 
 
 def class_name_of(config: PretrainedConfig, *, task_type: str | None = None) -> str:
@@ -77,15 +84,23 @@ def skeleton(config: PretrainedConfig, class_name: str) -> PreTrainedModel:
         ConfigError: transformers has no such class, or it does not take this config.
     """
     cls = getattr(transformers, class_name, None)
-    if cls is None:
-        raise ConfigError(f"transformers has no class {class_name!r}.")
+    if not isinstance(cls, type) or not (hasattr(cls, "from_config") or issubclass(cls, PreTrainedModel)):
+        raise ConfigError(f"transformers has no model class {class_name!r}.")
+    _check_layers(config)
     try:
         with torch.device("meta"):
             return cls.from_config(config) if hasattr(cls, "from_config") else cls._from_config(config)
-    except ValueError as error:
+    except (*UNREADABLE, StrictDataclassError) as error:
         raise ConfigError(
             f"{class_name} cannot be made from a config of type {config.model_type!r}: {error}"
         ) from error
+
+
+def _check_layers(config: PretrainedConfig) -> None:
+    """Refuse a config that claims more layers than any model has: building them would never end."""
+    for name, value in config.to_dict().items():
+        if "layer" in name and type(value) is int and value > _MOST_LAYERS:
+            raise ConfigError(f"config.json says {name}={value}, and no model has more than {_MOST_LAYERS}.")
 
 
 class Names:

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.gaps import read_header
 from ..errors import FormatError
+from ..files import write_atomically
 from ..selection.anatomy import PARTS, place_of
+from .card_template import without_empty_sections
 from .native import SOURCE, canonical_name, parameter_of, tensor_names
 from .tasks import BASE_CLASSES
 
@@ -119,6 +121,7 @@ def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) 
         config: the adapter's configuration (`config.to_dict()`).
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
+    base, comment = base_named(config)
     base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
     place = f', subfolder="{subfolder}"' if subfolder else ""
     return [
@@ -127,10 +130,18 @@ def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) 
         "from peft import PeftModel",
         f"from transformers import {base_class}",
         "",
-        f'base = {base_class}.from_pretrained("{config.get("base_model_name_or_path") or "<base model>"}")',
+        f'base = {base_class}.from_pretrained("{base}"){comment}',
         f'model = PeftModel.from_pretrained(base, "<this repository or folder>"{place})',
         "```",
     ]
+
+
+def base_named(config: Mapping[str, Any]) -> tuple[str, str]:
+    """(what a card calls the base model, a comment behind it): of a folder of this machine nothing but its name."""
+    base = config.get("base_model_name_or_path")
+    if not base:
+        return "<base model>", ""
+    return (base, "") if _is_hub_id(base) else (Path(base).name, "  # a folder: the model it was trained on")
 
 
 def _is_ada_sft(config: Mapping[str, Any]) -> bool:
@@ -161,15 +172,32 @@ def _mask_facts(config: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
-    """Where an adapter comes from that was taken out of a tuned model instead of trained."""
+    """Where an adapter comes from that was taken out of a tuned model, or imported, instead of trained."""
+    if provenance and "imported_from" in provenance:
+        return _import(provenance)
     if not provenance or "tuned" not in provenance:
         return []
     revision = f" ({provenance['tuned_revision']})" if provenance.get("tuned_revision") else ""
     share = (
         f", which hold {provenance['share_kept']:.1%} of the squared difference" if "share_kept" in provenance else ""
     )
-    origin = f"Extracted without training from `{provenance['tuned']}`{revision}"
+    tuned = provenance["tuned"] if _is_hub_id(provenance["tuned"]) else Path(provenance["tuned"]).name
+    origin = f"Extracted without training from `{tuned}`{revision}"
     return [f"{origin}: the weights that rank highest by `{provenance.get('criterion')}`{share}"]
+
+
+def _import(provenance: Mapping[str, Any]) -> list[str]:
+    """Where an adapter comes from that another library made."""
+    revision = f" ({provenance['revision']})" if provenance.get("revision") else ""
+    facts = [
+        f"Imported from `{provenance['imported_from']}`{revision}, an adapter of {provenance.get('format')}; SHA-256 "
+        f"of the original file: `{provenance.get('sha256')}`"
+    ]
+    if labels := provenance.get("labels"):
+        facts.append(f"Labels, in the order of their ids: {', '.join(labels)}")
+    if left_out := provenance.get("left_out"):
+        facts.append(f"Not imported: {', '.join(f'`{name}`' for name in left_out)}")
+    return facts
 
 
 def _plain(value: Any) -> str:
@@ -222,6 +250,11 @@ def _is_hub_id(name: Any) -> bool:
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
+def _names_a_folder(tag: str) -> bool:
+    kind, _, base = tag.rpartition(":")
+    return kind.startswith("base_model") and not _is_hub_id(base)
+
+
 def update_card(
     directory: str | os.PathLike[str],
     config: Mapping[str, Any],
@@ -272,15 +305,19 @@ def write_block(
         existing = path.read_bytes().decode("utf-8-sig") if path.is_file() else "---\nlibrary_name: peft\n---\n"
         card = ModelCard(existing)
         old = card.data.tags or []
-        card.data.tags = sorted({*([old] if isinstance(old, str) else old), *tags, *_base_tags(config)})
+        others = [tag for tag in ([old] if isinstance(old, str) else old) if not _names_a_folder(tag)]
+        card.data.tags = sorted({*others, *tags, *_base_tags(config)})
     except (ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("The model card %s was left as it is: its metadata cannot be read (%s).", path, error)
         return
     base = config.get("base_model_name_or_path")
+    # PEFT writes what the base model was loaded from: a folder of this machine says nothing to anybody else.
+    if isinstance(card.data.base_model, str) and not _is_hub_id(card.data.base_model):
+        card.data.base_model = None
     if card.data.base_model is None and _is_hub_id(base):
         card.data.base_model = base
     card.data.library_name = "peft"  # as PEFT does; a card that transformers made says "transformers"
-    card.text = place_block(card.text, block, subfolder=subfolder)
+    card.text = place_block(without_empty_sections(card.text), block, subfolder=subfolder)
     write_atomically(path, str(card).encode())
 
 
@@ -335,13 +372,3 @@ def _product(shape: Sequence[int]) -> int:
     for length in shape:
         size *= length
     return size
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that a crash leaves either the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

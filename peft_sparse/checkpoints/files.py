@@ -11,13 +11,16 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
-from .native import SOURCE, verify
+from ..untrusted import UNREADABLE, check_regular
+from .native import SOURCE, Verified, digest_of, verify
+
+# No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
+_MAX_JSON_BYTES = 2**24
 
 
 def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
@@ -42,7 +45,7 @@ def verify_before_loading(
     *,
     subfolder: str | None = None,
     **download_kwargs: Any,
-) -> None:
+) -> Verified | None:
     """Check the weights that belong to a config that is being loaded.
 
     PEFT adds the adapter to the model before it opens the weights. Loading the config is the only moment at which a bad
@@ -55,12 +58,32 @@ def verify_before_loading(
         download_kwargs: revision, token, cache_dir and so on, for `hf_hub_download`; PEFT asks for the same file next,
             and finds it in the cache.
 
+    Returns:
+        what was found, so that `verify` need not decode it again; None if there is no such file.
+
     Raises:
         FormatError: the file is damaged or does not fit `counts`.
     """
     # Without such a file: a pickled adapter_model.bin, checked when its tensors are loaded; or no weights at all.
     with suppress(EntryNotFoundError):
-        verify_file(fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs), counts=counts)
+        path = fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs)
+        tensors = load_tensors(path)
+        deltas = verify(tensors, counts=counts, source=str(path))
+        return Verified(deltas, bytes.fromhex(digest_of(tensors, source=str(path))))
+    return None
+
+
+def size_of_weights(
+    model_id: str | os.PathLike[str], *, subfolder: str | None = None, **download_kwargs: Any
+) -> int | None:
+    """Bytes of the weights that belong to a config; None if there are none in safetensors.
+
+    Args:
+        model_id, subfolder, download_kwargs: as for `verify_before_loading`.
+    """
+    with suppress(EntryNotFoundError):
+        return fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs).stat().st_size
+    return None
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -69,9 +92,10 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         FormatError: it is no safetensors file, or it is cut off.
     """
+    check_regular(path)
     try:
         return load_file(path, device="cpu")
-    except SafetensorError as error:
+    except UNREADABLE as error:
         raise FormatError(
             f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
             "save it again from the model that trained it."
@@ -103,10 +127,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that describes an adapter or a checkpoint.
 
     Raises:
-        FormatError: it is damaged, or holds something else.
+        FormatError: it is damaged, too large to be one, or holds something else.
     """
+    check_regular(path, max_bytes=_MAX_JSON_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise FormatError(f"{path} is not valid JSON (nested too deep). Download or save it again.") from error
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON ({error}). Download or save it again.") from error
     if not isinstance(content, dict):

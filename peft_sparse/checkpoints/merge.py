@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..composition.chance import warn_of_coinciding_draws
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.overlay import Overlay
@@ -85,7 +88,26 @@ class _Change:
     deltas: list[SparseDelta] = field(default_factory=list)
     head: Tensor | None = None
 
-    def apply(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def apply(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The tensor as it is written.
+
+        Raises:
+            ConfigError: a finite value would not be one any more.
+        """
+        changed = self._changed(tensor, dtype)
+        if changed is not tensor and changed.is_floating_point():
+            infinite = ~changed.isfinite()
+            if bool(infinite.any()):  # those that were infinite before stay as they are
+                infinite &= (tensor if self.head is None else self.head).double().isfinite()
+            if bool(infinite.any()):
+                raise ConfigError(
+                    f"{int(infinite.sum())} weights of {name} would be infinite or NaN: {changed.dtype} holds numbers "
+                    f"up to {torch.finfo(changed.dtype).max:.4g}. Nothing was written. Give smaller weights, or a "
+                    "wider dtype."
+                )
+        return changed
+
+    def _changed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         if self.head is not None:
             tensor = self.head.to(tensor.dtype)
         elif self.deltas:
@@ -93,6 +115,11 @@ class _Change:
             wide = tensor if dtype is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             tensor = Overlay([d.indices for d in self.deltas]).add(wide, [d.values for d in self.deltas])
         return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+    def is_large(self, dtype: torch.dtype) -> bool:
+        """Whether adding this may leave the range of a dtype, whatever is below it."""
+        limit = torch.finfo(dtype).max / 2
+        return any(not bool((delta.values.double().abs() <= limit).all()) for delta in self.deltas)
 
 
 def merge_checkpoint(
@@ -148,18 +175,22 @@ def merge_checkpoint(
             "checkpoint, or load the model and call merge_and_unload(dequantize=True)."
         )
     plan = _Plan(checkpoint, parts, factors, head)
+    plan.check_range(dtype)
+    methods = [part.config.get("method") for part in parts]
+    warn_of_coinciding_draws([part.source for part in parts], methods, [part.deltas for part in parts])
     writer = ShardWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
         task = progress.add_task("merging", total=len(checkpoint.names()))
         for name in checkpoint.names():
             change = plan.changes.get(plan.model_name[name], _Change())
-            writer.add(name, change.apply(checkpoint.tensor(name), dtype))
+            writer.add(name, change.apply(name, checkpoint.tensor(name), dtype))
             progress.advance(task)
         for name in plan.added:
-            writer.add(name, plan.changes.get(name, _Change()).apply(plan.original(name), dtype))
+            writer.add(name, plan.changes.get(name, _Change()).apply(name, plan.original(name), dtype))
         copy_companions(checkpoint, writer.staging, changed=plan.config_changes(dtype))
     changed = [name for name in checkpoint.names() if plan.model_name[name] in plan.changes]
-    num_weights = sum(delta.count for change in set(plan.changes.values()) for delta in change.deltas)
+    deltas = {id(delta): delta for change in plan.changes.values() for delta in change.deltas}
+    num_weights = sum(delta.count for delta in deltas.values())
     logger.info("Merged %d weights into %d tensors of %s", num_weights, len(changed), checkpoint.source)
     return Merged(Path(output), num_weights, [*changed, *plan.added], plan.added)
 
@@ -187,7 +218,11 @@ def _check_factors(parts: list[_Part], weights: Sequence[float] | None) -> list[
         raise ConfigError("at least one adapter is needed to merge, got none.")
     if weights is not None and len(weights) != len(parts):
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(parts)} adapters.")
-    return None if weights is None else list(weights)
+    if weights is None:
+        return None
+    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
+    return [float(weight) for weight in weights]
 
 
 def _choose_head(parts: list[_Part], head_from: str | None) -> _Part | None:
@@ -229,11 +264,11 @@ class _Plan:
         for name, own in self.model_name.items():
             self._stored.setdefault(own, []).append(name)
         self._check_targets(parts, names, {own for own, is_whole in mapped.values() if not is_whole})
-        self.changes = {name: _Change(deltas) for name, deltas in _add_up(parts, factors, names).items()}
+        self.changes = self._add_up(parts, factors, names)
         for name, tensor in ({} if head is None else head.heads).items():
             self.changes[names.of_adapter(name)] = _Change(head=tensor)
         heads = [name for name, change in self.changes.items() if change.head is not None]
-        self.is_untied = self._follow_ties()
+        self.is_untied = any(len({id(self.changes.get(name)) for name in group}) > 1 for group in self._tied)
         self._check_heads(heads)
         tied = [name for group in self._tied for name in group] if self.is_untied else []
         self.added = [name for name in dict.fromkeys([*heads, *tied]) if name not in self._stored]
@@ -253,6 +288,17 @@ class _Plan:
         head = self.changes[name].head
         assert head is not None  # `_check_targets` has seen to deltas
         return head.to(self._config.dtype) if self._config.dtype is not None else head
+
+    def check_range(self, dtype: torch.dtype | None) -> None:
+        """Refuse sums that leave the range of their dtype, where deltas are so large that they may.
+
+        Raises:
+            ConfigError: see `_Change.apply`.
+        """
+        for name, change in self.changes.items():
+            stored = self._stored_as(name)
+            if stored is not None and change.is_large(dtype or self._checkpoint.dtype(stored)):
+                change.apply(name, self.original(name), dtype)
 
     def config_changes(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """What config.json says otherwise than the base model's."""
@@ -346,35 +392,42 @@ class _Plan:
         if wrong:
             raise FormatError(f"the head does not fit {self._class_name}. Nothing was written.{listed(wrong)}")
 
-    def _follow_ties(self) -> bool:
-        """Let embeddings that share a tuned matrix follow it, as the tuner does; whether a tie is broken then."""
-        is_broken = False
+    def _add_up(self, parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, _Change]:
+        """{name in the model: what is added}: one delta per adapter, or their weighted sum; one change for tensors that
+        stay the same.
+        """
+        found: dict[str, list[tuple[SparseDelta, float]]] = {}
+        for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
+            for name, delta in self._with_followers(part, names).items():
+                found.setdefault(name, []).append((delta, factor))
+        dtypes = {part.config.get("values_dtype", "float32") for part in parts}
+        dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
+        made: dict[tuple[int, ...], _Change] = {}
+        changes = {}
+        for name, pairs in found.items():
+            deltas = [delta for delta, _ in pairs]
+            key = tuple(map(id, deltas))
+            if key not in made:
+                made[key] = _Change(deltas if factors is None else [_summed(pairs, dtype, name=name)])
+            changes[name] = made[key]
+        return changes
+
+    def _with_followers(self, part: _Part, names: Names) -> dict[str, SparseDelta]:
+        """An adapter's deltas by name in the model; embeddings that share a tuned matrix follow it, by the tuner's rule
+        (`tuners.sparse_ft.ties`).
+        """
+        deltas = {names.of_adapter(name): delta for name, delta in part.deltas.items()}
         for group in self._tied:
-            changed = [name for name in group if name in self.changes]
             lookups = [name for name in group if self._is_embedding(name)]
-            for name in changed:
-                if self.changes[name].deltas and name in lookups:
-                    self.changes.update(dict.fromkeys(lookups, self.changes[name]))
-            kinds = {id(self.changes[name]) if name in self.changes else None for name in group}
-            is_broken |= len(kinds) > 1
-        return is_broken
+            tuned = [name for name in lookups if name in deltas]
+            for name in lookups if tuned else ():
+                deltas.setdefault(name, deltas[tuned[0]])
+        return deltas
 
     def _is_embedding(self, parameter: str) -> bool:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
-def _add_up(parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, list[SparseDelta]]:
-    """{name in the model: deltas to add}: one per adapter, or their weighted sum."""
-    found: dict[str, list[tuple[SparseDelta, float]]] = {}
-    for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
-        for name, delta in part.deltas.items():
-            found.setdefault(names.of_adapter(name), []).append((delta, factor))
-    if factors is None:
-        return {name: [delta for delta, _ in pairs] for name, pairs in found.items()}
-    dtypes = {part.config.get("values_dtype", "float32") for part in parts}
-    dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
-    summed: dict[str, list[SparseDelta]] = {}
-    for name, pairs in found.items():
-        combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
-        summed[name] = [SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)]
-    return summed
+def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:
+    combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
+    return SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..core.gaps import decode_gaps, encode_gaps
+from ..core.names import PREFIX, unwrapped, without_adapter
 from ..errors import FormatError
 
 DIGEST_KEY = "sparse_ft_digest"
 VERSION = 1
-PREFIX = "base_model.model."
 SOURCE = "adapter_model.safetensors"
 
 VALUES, INDICES = "values", "_extra_state"
 _PARTS = {"sparse_ft_weight": "weight", "sparse_ft_bias": "bias"}
-_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 _MAGIC = b"PSFT"
 _DIGEST_SIZE = 32
 _HEADER_SIZE = 8
@@ -56,20 +55,8 @@ def canonical_name(key: str, *, adapter_name: str | None = None) -> str:
         key: key of a state dict, with or without PEFT's prefix `base_model.model.`.
         adapter_name: the adapter whose name stands in the key; None for checkpoint keys, which have none.
     """
-    unwrapped = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix(PREFIX)
-    if adapter_name is None:
-        return unwrapped
-    parts, kept = unwrapped.split("."), list[str]()
-    for position, part in enumerate(parts):
-        named_slot = position > 0 and part == adapter_name and parts[position - 1] in _ADAPTER_SLOTS
-        if named_slot and parts[position - 1] == "modules_to_save":
-            kept.pop()  # PEFT stores `classifier.modules_to_save.<adapter>.weight` as `classifier.weight`
-        elif not named_slot:
-            kept.append(part)
-    return ".".join(kept)
-
-
-_ADAPTER_SLOTS = {*_PARTS, "modules_to_save", "trainable_tokens_delta"}
+    name = unwrapped(key) if adapter_name is None else without_adapter(key, adapter_name)
+    return name.removeprefix(PREFIX)
 
 
 def tensor_names(parameter: str) -> tuple[str, str]:
@@ -204,6 +191,31 @@ def build(
 # Reading
 
 
+class Verified:
+    """A file that was checked and decoded already, for the one loading that follows.
+
+    Copies are the same object and pickles are empty, so that a config that holds it stays small.
+
+    Attributes:
+        deltas: what `verify` gave; None once they were taken.
+        digest: the digest that was recomputed from the file's tensors.
+    """
+
+    def __init__(self, deltas: dict[str, SparseDelta] | None = None, digest: bytes = b"") -> None:
+        self.deltas, self.digest = deltas, digest
+
+    def take(self) -> tuple[dict[str, SparseDelta] | None, bytes]:
+        """The deltas and the digest, once."""
+        deltas, self.deltas = self.deltas, None
+        return deltas, self.digest
+
+    def __deepcopy__(self, memo: object) -> Verified:
+        return self
+
+    def __reduce__(self) -> tuple[type[Verified], tuple[()]]:
+        return Verified, ()
+
+
 def verify(
     tensors: Mapping[str, Tensor],
     *,
@@ -213,6 +225,7 @@ def verify(
     passengers: Collection[str] | None = None,
     adapter_name: str | None = None,
     source: str = SOURCE,
+    verified: Verified | None = None,
 ) -> dict[str, SparseDelta]:
     """Check a whole adapter and decode it; nothing is modified.
 
@@ -225,6 +238,8 @@ def verify(
             `save_embedding_layers` adds after the digest was made; None accepts any.
         adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
         source: what errors call the file.
+        verified: what an earlier check of the same file found. If the tensors still have its digest they are not
+            decoded again.
 
     Returns:
         the deltas by parameter name, on the CPU, values in the file's dtype.
@@ -238,7 +253,10 @@ def verify(
     for name in sorted(others - set(named)):
         raise FormatError(f"{source}: tensor '{name}' is missing. {_REMEDY}")
     _check_surplus(set(named) - set(covered), passengers, source)
-    deltas = _READERS[version](covered, source)
+    _refuse_views(named, source)
+    known, known_digest = (None, b"") if verified is None else verified.take()
+    found_digest = bytes(digest(covered).tolist()) if known is not None else None
+    deltas = known if known is not None and found_digest == known_digest else _READERS[version](covered, source)
     # What does not fit the model or the config is told before the digest: it names the tensor, the digest cannot.
     _check_names(deltas, counts, "adapter_config.json ('counts')", source)
     _check_names(deltas, shapes, "the model", source)
@@ -246,7 +264,7 @@ def verify(
     _check_shapes(deltas, shapes or {}, source)
     if heads is not None:
         _check_heads({name: named[name] for name in others}, heads, source)
-    if bytes(digest(covered).tolist()) != expected_digest:
+    if (found_digest or bytes(digest(covered).tolist())) != expected_digest:
         raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {_REMEDY} {_RESEAL}")
     return deltas
 
@@ -291,6 +309,11 @@ def stored_digest(tensor: Tensor, *, source: str = SOURCE) -> str:
     return _parse_digest(tensor, source)[1].hex()
 
 
+def digest_of(tensors: Mapping[str, Tensor], *, source: str = SOURCE) -> str:
+    """The digest that a file of these tensors carries, see `stored_digest`."""
+    return stored_digest(next(t for key, t in tensors.items() if canonical_name(key) == DIGEST_KEY), source=source)
+
+
 def _read_version_1(named: Mapping[str, Tensor], source: str) -> dict[str, SparseDelta]:
     deltas: dict[str, SparseDelta] = {}
     for parameter in sorted({parameter for name in named if (parameter := parameter_of(name)) is not None}):
@@ -309,6 +332,16 @@ def _read_version_1(named: Mapping[str, Tensor], source: str) -> dict[str, Spars
 
 
 _READERS: dict[int, Callable[[Mapping[str, Tensor], str], dict[str, SparseDelta]]] = {1: _read_version_1}
+
+
+def _refuse_views(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that claim more numbers than they hold bytes for, as a pickled one can: reading takes them all."""
+    for name, tensor in tensors.items():
+        held = tensor.untyped_storage().nbytes() if not tensor.is_meta and tensor.layout == torch.strided else None
+        if held is not None and tensor.numel() * tensor.element_size() > held and not hasattr(tensor, "full_tensor"):
+            raise FormatError(
+                f"{source}: tensor '{name}' claims the shape {tuple(tensor.shape)} and has {held} bytes. {_REMEDY}"
+            )
 
 
 def _check_values(values: Tensor, name: str, source: str) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +16,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, FormatError
+from ..files import AtomicFolder, save_tensors
+from ..untrusted import check_regular
 from .files import read_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -82,6 +82,7 @@ class Checkpoint:
         if self._opened is None or self._opened[0] != shard or self._read_bytes > _READ_BEFORE_CLOSING:
             path = self.folder / shard
             self._read_bytes = 0
+            check_regular(path)
             try:
                 self._opened = shard, safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
@@ -198,21 +199,17 @@ class ShardWriter:
     def __init__(
         self, directory: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES, overwrite: bool = False
     ) -> None:
-        self.directory = Path(directory).resolve()
         if max_shard_bytes < 1:
             raise ConfigError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ConfigError(f"{directory} is a file, not a directory. Give another output directory.")
-        if not overwrite and self.directory.exists() and any(self.directory.iterdir()):
-            raise ConfigError(
-                f"{directory} exists and is not empty. Give another output directory, or replace the checkpoint in it "
-                "with overwrite=True (--overwrite)."
-            )
         self.max_shard_bytes = max_shard_bytes
-        # Where a rename reaches the directory: inside it if it is there (it may be a mount point), else beside it.
-        parent = self.directory if self.directory.exists() else self.directory.parent
-        self.staging = parent / f".{self.directory.name}.{uuid.uuid4().hex[:8]}"
-        self.staging.mkdir(parents=True)
+        self._folder = AtomicFolder(
+            directory,
+            overwrite=overwrite,
+            what="checkpoint",
+            is_replaced=lambda name: _WRITTEN.fullmatch(name) is not None,
+            doors=(WEIGHTS, INDEX, CONFIG),
+        )
+        self.directory, self.staging = self._folder.directory, self._folder.staging
         self._names: list[list[str]] = []
         self._known: set[str] = set()
         self._shard: dict[str, Tensor] = {}
@@ -224,11 +221,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
+        if kind is not None:
+            self._folder.__exit__(kind, error, traceback)
+            return
+        with self._folder:
+            self._finish()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; it must not change before the shard is written."""
@@ -243,12 +240,12 @@ class ShardWriter:
         self._total_bytes += size
 
     def _flush(self) -> None:
-        save_file(self._shard, self.staging / str(len(self._names)), metadata={"format": "pt"})
+        save_tensors(self._shard, self.staging / str(len(self._names)), metadata={"format": "pt"})
         self._names.append(list(self._shard))
         self._shard, self._shard_bytes = {}, 0
 
-    def close(self) -> None:
-        """Write what is left, and move everything into place."""
+    def _finish(self) -> None:
+        """Write what is left, under the names that a checkpoint has."""
         if self._shard or not self._names:
             self._flush()
         count = len(self._names)
@@ -259,17 +256,6 @@ class ShardWriter:
             weight_map = {name: file for file, names in zip(files, self._names, strict=True) for name in names}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self.staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        self._move()
-
-    def _move(self) -> None:
-        if not self.directory.exists():
-            os.replace(self.staging, self.directory)
-            return
-        for path in self.directory.iterdir():
-            if _WRITTEN.fullmatch(path.name):
-                path.unlink()
-        for path in self.staging.iterdir():
-            os.replace(path, self.directory / path.name)
 
 
 def copy_companions(checkpoint: Checkpoint, directory: Path, *, changed: Mapping[str, Any] | None = None) -> None:

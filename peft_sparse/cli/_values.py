@@ -6,12 +6,13 @@ import re
 
 import torch
 
+from ..checks import dtype_named
 from ..errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_size(text: str, *, name: str) -> int:
@@ -36,6 +37,4 @@ def parse_dtype(text: str) -> torch.dtype:
     Raises:
         ConfigError: it is none of those that models are trained in.
     """
-    if text not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {list(_DTYPES)}, got {text!r}.")
-    return _DTYPES[text]
+    return dtype_named("dtype", text, _DTYPES)

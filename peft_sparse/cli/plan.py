@@ -10,13 +10,14 @@ import typer
 from peft import LoraConfig, PeftConfig
 from rich.console import Console
 
+from ..checks import check_one_of
 from ..errors import ConfigError
 from ..inspection.fitting import fitting_methods, largest_density
 from ..inspection.plan_table import describe_fit, plan_table
 from ..inspection.planner import MemoryPlan, plan_memory
 from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.bottleneck.config import BottleneckConfig
-from ..tuners.sparse_ft.config import METHODS, SparseConfig
+from ..tuners.sparse_ft.config import METHODS, SparseConfig, method_called
 from . import app
 from ._values import parse_dtype, parse_size
 
@@ -68,7 +69,7 @@ def plan(
         gradient_accumulation=gradient_accumulation,
         load_in_4bit=load_in_4bit,
         device=device,
-        task_type=task,
+        task_type=None if task is None else task.upper(),
     )
     make_config = partial(_config, density=density, rank=rank, bottleneck_size=bottleneck_size, targets=targets)
     config = make_config(method)
@@ -95,16 +96,19 @@ def plan(
 
 
 def _parse_targets(text: str | None) -> str | list[str] | None:
-    return text.split(",") if text is not None and "," in text else text
+    return [name.strip() for name in text.split(",")] if text is not None and "," in text else text
 
 
 def _config(
     method: str, *, density: float, rank: int, bottleneck_size: int | None, targets: str | list[str] | None
 ) -> PeftConfig | None:
+    method = method_called(method.replace("-", "_"))
     linear = "all-linear" if targets in (None, "all") else targets
     if method == _FULL:
         return None
     if method == _LORA:
+        if rank < 1:
+            raise ConfigError(f"--rank must be a whole number >= 1, got {rank}.")
         return LoraConfig(r=rank, target_modules=linear)
     if method == _ADA_SFT:
         return AdaSftConfig(target_modules=linear)
@@ -113,7 +117,5 @@ def _config(
         return BottleneckConfig(bottleneck_size=bottleneck_size)
     # Of these two the weights are given, and no density says how many.
     methods = METHODS.keys() - {"fixed", "given"}
-    if method not in methods:
-        known = sorted([*methods, _ADA_SFT, _BOTTLENECK, _LORA, _FULL])
-        raise ConfigError(f"--method must be one of {known}, got {method!r}.")
+    check_one_of("--method", method, sorted([*methods, _ADA_SFT, _BOTTLENECK, _LORA, _FULL]))
     return SparseConfig(method=method, density=density, target_modules=targets)

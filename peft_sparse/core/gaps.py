@@ -41,6 +41,8 @@ MAX_NUMEL = 2**60
 
 _PREFIX = struct.Struct("<BBB")
 _WORD = 8
+# How much longer than its longest a support may be before it is refused unread; `_decode_payload` knows exactly.
+_SLACK_BITS = 8192
 
 Bytes = NDArray[np.uint8]
 
@@ -175,6 +177,11 @@ def _check_header(header: GapHeader, *, payload_bits: int, name: str) -> None:
     if needed > payload_bits:
         found = f"{payload_bits // 8} bytes follow the header"
         raise FormatError(f"{name}: the support is cut short, {found}, {header.count} indices need {-(-needed // 8)}")
+    # With the best parameter the zeros of the unary block are at most two for each index: one more plane would save
+    # half of them, and costs one bit for each.
+    if payload_bits > needed + 2 * header.count + _SLACK_BITS:
+        found = f"{payload_bits // 8} bytes follow the header"
+        raise FormatError(f"{name}: the support is longer than its {header.count} indices need, {found}")
 
 
 def _decode_payload(payload: Bytes, header: GapHeader, name: str) -> NDArray[Any]:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends.products import wide_product
-from .ops import autocast_dtype, without_autocast
+from .ops import autocast_dtype, is_recorded, twice_under_autocast, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +99,13 @@ def masked_linear(
         [..., O], in the dtype that `torch.nn.functional.linear` would give, also under autocast.
 
     Cost: the masked weight is formed in the forward and again in the backward, and not kept between them; the gradient
-        of scores or differences is dense. Not twice differentiable (under `torch.compile`, and where the weight itself
-        trains, it is plain torch).
+        of scores or differences is dense. Where torch records what runs (`is_recorded`), and where the weight itself
+        trains, it is plain torch.
+
+    Raises:
+        ConfigError: in a backward with `create_graph` that follows a cast by autocast.
     """
-    if torch.compiler.is_compiling() or weight.requires_grad or not torch.is_grad_enabled():
+    if is_recorded() or weight.requires_grad or not torch.is_grad_enabled():
         made = masked_weight(weight, parts)
         return F.linear(x, made.t() if fan_in_fan_out else made, bias)
     tensors = [tensor for part in parts for tensor in (part.scores, part.difference)]
@@ -139,13 +141,15 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(x.reshape(-1, x.shape[-1]), made.t() if fan_in_fan_out else made, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = ctx.saved_tensors
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(needed)
-            for tensor, needed in zip(tensors, ctx.needs_input_grad[5:], strict=True)
-        ]
+        twice = torch.is_grad_enabled()
+        if twice and ctx.autocast_dtype not in (None, ctx.x_dtype):
+            raise twice_under_autocast()
+        needed = ctx.needs_input_grad[5:]
+        leaves = list(tensors)
+        if not twice:
+            leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
         parts = [
             MaskedPart(scores, difference, part.initial_mask, part.from_identity)
             for part, scores, difference in zip(ctx.parts, leaves[::2], leaves[1::2], strict=True)
@@ -156,17 +160,18 @@ class _MaskedLinear(torch.autograd.Function):
                 made = masked_weight(weight.detach(), parts, dtype=working_dtype(weight.dtype, parts))
             grad_x = grad_bias = None
             if ctx.needs_input_grad[0]:
-                factor = made.detach().to(weight.dtype).to(ctx.autocast_dtype or weight.dtype)
+                factor = made if twice else made.detach()
+                factor = factor.to(weight.dtype).to(ctx.autocast_dtype or weight.dtype)
                 grad_x = (grad @ (factor.t() if ctx.fan_in_fan_out else factor)).to(ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
             grads: list[Tensor | None] = [None] * len(leaves)
-            wanted = {i: leaf for i, leaf in enumerate(leaves) if leaf is not None and leaf.requires_grad}
+            wanted = {i: leaf for i, leaf in enumerate(leaves) if leaf is not None and needed[i]}
             if wanted:
                 flat = x.reshape(-1, x.shape[-1])
                 left, right = (flat, grad) if ctx.fan_in_fan_out else (grad, flat)
                 grad_weight = wide_product(left, right).to(made.dtype)
-                found = torch.autograd.grad(made, list(wanted.values()), grad_weight)
+                found = torch.autograd.grad(made, list(wanted.values()), grad_weight, create_graph=twice)
                 for i, gradient in zip(wanted, found, strict=True):
                     grads[i] = gradient
         return grad_x, None, grad_bias, None, None, *grads

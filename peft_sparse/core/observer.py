@@ -4,17 +4,71 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 
 class GradientObserver(Protocol):
-    """Sees the gradient of one tuned tensor, at positions of its choice, in every backward pass that it is given to."""
+    """Sees the gradient of one tuned tensor, at positions of its choice, in every backward pass that it is given to.
+
+    A layer that is used several times hands over the gradient of each use by itself: their sum is the tensor's.
+    """
 
     def wanted(self) -> Tensor | None:
         """[c] flat positions, sorted and unique, at which the gradient is wanted; None for all of them."""
 
     def receive(self, gradient: Tensor) -> None:
-        """Take the gradient of one backward pass: [c] at the wanted positions, or the whole of it flat [numel].
+        """Take the gradient of one use: [c] at the wanted positions, or the whole of it flat [numel].
 
         float32 or wider. It is the caller's memory: what is to stay has to be copied.
         """
+
+
+# {backward pass: the pass that it runs within}. Reentrant checkpointing runs the backward pass of each of its segments
+# inside the whole one, of a graph that it made there.
+_outer: dict[int, int] = {}
+_MOST_PASSES = 2**12
+
+
+def current_pass() -> int:
+    """The number of the backward pass that runs now, the outermost one; -1 outside of any."""
+    found = _running()
+    while found in _outer:
+        found = _outer[found]
+    return found
+
+
+def remember_outer(made_in: int) -> None:
+    """Say, inside a backward pass, within which one the part of the graph was made that it goes through.
+
+    Args:
+        made_in: what `current_pass` was in the forward.
+    """
+    own = _running()
+    if made_in in (-1, own) or own in _outer:
+        return
+    if len(_outer) >= _MOST_PASSES:
+        _outer.clear()
+    _outer[own] = made_in
+
+
+def is_accumulated(parameter: Tensor) -> bool:
+    """Whether the backward pass that runs now adds to a parameter's `grad`, or hands its gradient to the caller.
+
+    It does neither under `torch.autograd.grad` of something else, or `backward(inputs=...)` without the parameter.
+    """
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except RuntimeError:
+        # `torch.autograd.grad` of this very parameter, about which torch gives no answer.
+        return True
+
+
+def is_within_another() -> bool:
+    """Whether the backward pass that runs now runs within another one."""
+    return _running() in _outer
+
+
+def _running() -> int:
+    return torch._C._current_graph_task_id()

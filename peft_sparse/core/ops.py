@@ -1,8 +1,8 @@
 """Differentiable operations on weights with sparse deltas: what the layers of the tuners call.
 
 None of them keeps a tensor of the weight's size between forward and backward, nor makes one for the gradient where a
-sampled product is cheaper (`backends.sddmm` holds the rule). Under `torch.compile` they are plain differentiable torch
-instead, so that the compiler sees one graph.
+sampled product is cheaper (`backends.sddmm` holds the rule). Where torch records or transforms what runs
+(`is_recorded`) they are plain differentiable torch instead, so that it sees all of it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
+from ..errors import ConfigError
 from .backends import sddmm
+from .backends.products import wide_product
 from .indices import positions
-from .observer import GradientObserver
+from .observer import GradientObserver, current_pass, remember_outer
 from .overlay import Overlay
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
+
+
+def is_recorded() -> bool:
+    """Whether torch records or transforms what runs: torch.compile, torch.export, torch.jit.trace, torch.func and
+    forward-mode differentiation. Gradients of our own, and shapes that depend on numbers, have no place there.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def scatter(values: Tensor, indices: Tensor, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
@@ -46,6 +60,7 @@ def linear(
     *,
     fan_in_fan_out: bool = False,
     observers: Sequence[GradientObserver] = (),
+    guard: AbstractContextManager[Any] | None = None,
 ) -> Tensor:
     """A linear layer whose weight holds sparse deltas: `x @ W'.T + bias`.
 
@@ -53,35 +68,49 @@ def linear(
 
     Args:
         x: [..., I].
-        make_weight: gives W' [O, I] ([I, O] if `fan_in_fan_out`), all deltas already in it. Called once in the forward
-            and, if the gradient of `x` is wanted, once in the backward; both calls must give the same numbers.
+        make_weight: gives W' [O, I] ([I, O] if `fan_in_fan_out`), all deltas already in it, outside of autograd. Called
+            once in the forward and, if the gradient of `x` is wanted, once in the backward; both calls must give the
+            same numbers.
         bias: [O] or None.
         deltas: for each delta values [k_i] and indices [k_i] (flat row-major positions in W', sorted and unique).
             Values that do not require a gradient cost nothing here.
         fan_in_fan_out: the weight is stored as [I, O] (transformers' Conv1D).
-        observers: who else sees the weight's gradient; they see nothing under `torch.compile`.
+        observers: who else sees the weight's gradient; they see nothing where torch records (`is_recorded`).
+        guard: is entered whenever W' is made, and left when it has been used; nothing if None.
 
     Returns:
         [..., O], in the dtype that `torch.nn.functional.linear` would give, also under autocast.
 
+    Raises:
+        ConfigError: in a backward with `create_graph` that follows a cast by autocast.
+
     Cost: saves `x` for the backward, if any values require a gradient, and nothing else that is not there already.
-        Not twice differentiable.
+        Differentiated twice (`create_graph=True`), it forms dense gradients.
     """
-    if torch.compiler.is_compiling():
-        weight = make_weight().detach()
-        for values, indices in deltas:
-            # Zeros in the forward (W' holds the values already), the identity in the backward.
-            weight = weight + scatter(values - values.detach(), indices, weight.shape, dtype=weight.dtype)
+    if is_recorded():
+        weight = _with_gradient(make_weight(), deltas)
         return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
     tensors = [values for values, _ in deltas]
     wanted = any(values.requires_grad for values in tensors)
     if not torch.is_grad_enabled() or not (wanted or x.requires_grad or (bias is not None and bias.requires_grad)):
-        weight = make_weight()
-        return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+        with guard or nullcontext():
+            weight = make_weight()
+            return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
     shared = sddmm.share_input(x) if wanted else None
     supports = tuple(indices for _, indices in deltas)
-    flat = _Linear.apply(x, bias, make_weight, supports, fan_in_fan_out, shared, tuple(observers), *tensors)
+    flat = _Linear.apply(
+        x, bias, (make_weight, guard or nullcontext()), supports, fan_in_fan_out, shared, tuple(observers), *tensors
+    )
     return flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+def _with_gradient(weight: Tensor, deltas: Deltas) -> Tensor:
+    """W', which holds the values already, with their gradient."""
+    weight = weight.detach()
+    for values, indices in deltas:
+        # Zeros in the forward, the identity in the backward.
+        weight = weight + scatter(values - values.detach(), indices, weight.shape, dtype=weight.dtype)
+    return weight
 
 
 def _is_autocast_enabled(device_type: str) -> bool:
@@ -111,39 +140,41 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        make_weight: Callable[[], Tensor],
+        source: tuple[Callable[[], Tensor], AbstractContextManager[Any]],
         indices: tuple[Tensor, ...],
         fan_in_fan_out: bool,
         shared: sddmm.SharedInput | None,
         observers: tuple[GradientObserver, ...],
         *values: Tensor,
     ) -> Tensor:
-        weight = make_weight()
-        ctx.shape = tuple(weight.shape)
+        ctx.make_weight, ctx.guard = source
+        ctx.fan_in_fan_out, ctx.shared, ctx.observers, ctx.x_shape = fan_in_fan_out, shared, observers, x.shape
+        ctx.made_in = current_pass()
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         ctx.autocast_dtype = dtype = autocast_dtype(x)
         if dtype is not None:
             x = x.to(dtype) if shared is None else shared.cast(x, dtype)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        ctx.make_weight, ctx.fan_in_fan_out = make_weight, fan_in_fan_out
-        ctx.shared, ctx.observers = shared, observers
+            bias = None if bias is None else bias.to(dtype)
+        with ctx.guard:
+            weight = ctx.make_weight()
+            ctx.shape = tuple(weight.shape)
+            weight = weight if dtype is None else weight.to(dtype)
+            result = F.linear(x.reshape(-1, x.shape[-1]), weight.t() if fan_in_fan_out else weight, bias)
         tuned = [support for support, needed in zip(indices, ctx.needs_input_grad[7:], strict=True) if needed]
-        in_use = sddmm.shape_in_use(tuned, ctx.shape)
-        ctx.sampled = sddmm.prefer_sampled(
-            sum(support.numel() for support in tuned), in_use, dtype=x.dtype, device=x.device
-        )
+        count, in_use = sum(support.numel() for support in tuned), sddmm.shape_in_use(tuned, ctx.shape)
+        ctx.sampled = sddmm.prefer_sampled(count, in_use, dtype=x.dtype, device=x.device)
         if shared is not None and ctx.sampled:
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.
         ctx.save_for_backward(x if shared is not None else None, *indices, *values)
-        ctx.x_shape = x.shape
-        return F.linear(x.reshape(-1, x.shape[-1]), weight.t() if fan_in_fan_out else weight, bias)
+        return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         indices, values = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if torch.is_grad_enabled():
+            return _twice_differentiable(ctx, grad, x, indices, values)
         with without_autocast(grad.device.type):
             grad_x = _grad_input(ctx, grad).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
             flat = grad.reshape(-1, grad.shape[-1])
@@ -162,16 +193,53 @@ class _Linear(torch.autograd.Function):
                 )
                 for i, gradient in zip(wanted, found, strict=False):
                     grad_values[i] = gradient.to(values[i].dtype)
+                remember_outer(ctx.made_in)
                 for observer, gradient in zip(ctx.observers, found[len(wanted) :], strict=True):
                     observer.receive(gradient)
         return grad_x, grad_bias, None, None, None, None, None, *grad_values
 
 
+def _twice_differentiable(
+    ctx: Any, grad: Tensor, x: Tensor | None, indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """`_Linear.backward` in operations that can be differentiated again, at dense cost."""
+    if ctx.autocast_dtype not in (None, ctx.x_dtype):
+        raise twice_under_autocast()
+    with without_autocast(grad.device.type):
+        with ctx.guard:
+            made = _with_gradient(ctx.make_weight(), list(zip(values, indices, strict=True)))
+        made = made if ctx.autocast_dtype is None else made.to(ctx.autocast_dtype)
+        grad_x = (grad @ (made.t() if ctx.fan_in_fan_out else made)).to(ctx.x_dtype).view(ctx.x_shape)
+        grad_values: list[Tensor | None] = [None] * len(values)
+        if x is not None:
+            flat = x.reshape(-1, x.shape[-1])
+            dense = (wide_product(flat, grad) if ctx.fan_in_fan_out else wide_product(grad, flat)).reshape(-1)
+            grad_values = [
+                dense[place.long()].to(value.dtype) if needed else None
+                for place, value, needed in zip(indices, values, ctx.needs_input_grad[7:], strict=True)
+            ]
+            remember_outer(ctx.made_in)
+            for observer in ctx.observers:
+                wanted, seen = observer.wanted(), dense.detach().to(torch.promote_types(dense.dtype, torch.float32))
+                observer.receive(seen if wanted is None else seen[wanted.long()])
+        grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_bias, None, None, None, None, None, *grad_values
+
+
+def twice_under_autocast() -> ConfigError:
+    """What refuses a gradient of a gradient that the cast in between would have been left out of."""
+    return ConfigError(
+        "a tuned layer cannot be differentiated twice (create_graph=True) where autocast cast its input. Compute this "
+        "forward outside of autocast, or cast the model itself."
+    )
+
+
 def _grad_input(ctx: Any, grad: Tensor) -> Tensor:
-    weight = ctx.make_weight()
-    if ctx.autocast_dtype is not None:
-        weight = weight.to(ctx.autocast_dtype)
-    return (grad @ (weight.t() if ctx.fan_in_fan_out else weight)).to(ctx.x_dtype)
+    with ctx.guard:
+        weight = ctx.make_weight()
+        if ctx.autocast_dtype is not None:
+            weight = weight.to(ctx.autocast_dtype)
+        return (grad @ (weight.t() if ctx.fan_in_fan_out else weight)).to(ctx.x_dtype)
 
 
 def embedding(
@@ -189,7 +257,7 @@ def embedding(
         weight: [V, D], without the deltas; gets no gradient.
         deltas: for each delta values [k_i] and indices [k_i] (flat row-major positions in `weight`, sorted and unique).
         padding_idx: row that gets no gradient (as in `torch.nn.Embedding`; it is looked up like any other).
-        observers: who else sees the weight's gradient; they see nothing under `torch.compile`.
+        observers: who else sees the weight's gradient; they see nothing where torch records (`is_recorded`).
 
     Returns:
         [..., D] in the weight's dtype: bit for bit the rows of the merged weight.
@@ -199,7 +267,7 @@ def embedding(
     weight = weight.detach()
     if not deltas:
         return F.embedding(ids, weight)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return _embedding_static(ids, weight, deltas, padding_idx)
     supports = tuple(index for _, index in deltas)
     flat = _Embedding.apply(ids, weight, padding_idx, supports, tuple(observers), *[value for value, _ in deltas])
@@ -267,12 +335,12 @@ class _Embedding(torch.autograd.Function):
             compact.append(place)
         tuned = Overlay(compact).add(weight[rows], [value[e] for value, e in zip(values, entries, strict=True)])
         ctx.padding_idx, ctx.width, ctx.numel, ctx.observers = padding_idx, width, weight.numel(), observers
+        ctx.made_in = current_pass()
         ctx.values = [(value.shape, value.dtype) for value in values]
         ctx.save_for_backward(rows, inverse, *entries, *compact)
         return F.embedding(inverse.reshape(-1), tuned)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, inverse, *saved = ctx.saved_tensors
         entries, compact = saved[: len(saved) // 2], saved[len(saved) // 2 :]
@@ -288,10 +356,11 @@ class _Embedding(torch.autograd.Function):
                 grad_values.append(None)
                 continue
             gradient = torch.zeros(shape, dtype=values_dtype, device=grad.device)
-            gradient[entries[i]] = flat[compact[i]].to(values_dtype)
+            gradient.index_copy_(0, entries[i], flat[compact[i]].to(values_dtype))
             grad_values.append(gradient)
+        remember_outer(ctx.made_in)
         for observer in ctx.observers:
-            observer.receive(_rows_at(flat, rows, observer.wanted(), ctx.width, ctx.numel))
+            observer.receive(_rows_at(flat.detach(), rows, observer.wanted(), ctx.width, ctx.numel))
         return None, None, None, None, None, *grad_values
 
 

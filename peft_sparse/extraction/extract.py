@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file
+from ..checkpoints.foreign import COMPOSABLE_SFT, way_in
 from ..checkpoints.native import build
 from ..checkpoints.shards import Checkpoint
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
+from ..files import check_output
 from ..selection.budget import Budget, groups_of, total_from_request
 from ..tuners.sparse_ft.config import SparseConfig
 from .criteria import check_criterion, criterion_of
 from .other_adapters import AdapterOnBase
-from .output import check_output, save_adapter
+from .output import ADAPTER, save_adapter
 from .report import Extraction
 from .sources import CheckpointPair, Source
 from .survey import Criterion, Survey, measure
@@ -122,7 +124,7 @@ def extract_adapter(
         raise ConfigError(f"num_weights='changed' keeps all that differ, which leaves no budget; got {budget!r}.")
     options = {"rank": rank, "residual_density": residual_density, "denoise_embeddings": denoise_embeddings}
     check_criterion(criterion, rank=rank, residual_density=residual_density)
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, what=ADAPTER)
     source = _open(os.fspath(base), os.fspath(tuned), base_revision, tuned_revision)
     names = [name for name in source.skeleton.targets(request) if name in set(source.names)]
     with Progress(console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
@@ -161,6 +163,8 @@ def extract_adapter(
 def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str | None) -> Source:
     if find_file(tuned, CONFIG_FILE, revision=tuned_revision) is not None:
         return AdapterOnBase(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
+    if find_file(tuned, COMPOSABLE_SFT, revision=tuned_revision) is not None:
+        raise FormatError(way_in(tuned))
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
 
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from ..checkpoints import architecture
 from ..checkpoints.adapter_files import need_file, read_config
 from ..checkpoints.files import load_tensors
+from ..checkpoints.foreign import way_in
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
 from ..errors import FormatError
+from ..selection.patterns import fullmatch
+from ..untrusted import UNREADABLE
 from .skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,10 @@ class AdapterOnBase:
         settings = read_config(adapter, revision=tuned_revision)
         _check_pure(settings, adapter)
         path = need_file(adapter, WEIGHTS, revision=tuned_revision)
-        config = PeftConfig.from_pretrained(os.fspath(path.parent))
+        try:
+            config = PeftConfig.from_pretrained(os.fspath(path.parent))
+        except UNREADABLE as error:
+            raise FormatError(f"{adapter}: PEFT cannot read its config ({error}). Nothing was written.") from error
         base_config = architecture.read_config(base, revision=base_revision)
         class_name = architecture.class_trained_on(settings, base_config) or architecture.class_name_of(base_config)
         self.skeleton = Skeleton.of(architecture.skeleton(base_config, class_name))
@@ -86,6 +92,8 @@ class AdapterOnBase:
         state = load_tensors(path)
         self._heads = _split_heads(state, kept, adapter)
         self.heads = [head for head in kept if any(_is_inside(name, head) for name in self._heads)]
+        _check_claims(settings, state, adapter)
+        _name_targets(config, self.skeleton.model)
         _fill_with_nothing(self.skeleton.model)
         self._layers = _inject(self.skeleton, config, state, base, adapter)
         self.names = [name for name in self.skeleton.shapes if name in self._layers]
@@ -112,7 +120,8 @@ def _check_pure(settings: dict[str, Any], adapter: str) -> None:
     kind = settings.get("peft_type")
     if kind not in _PURE:
         raise FormatError(
-            f"{adapter} is an adapter of type {kind}; differences can be had of {', '.join(_PURE)}. {_WAY_OUT}"
+            way_in(adapter, settings)
+            or f"{adapter} is an adapter of type {kind}; differences can be had of {', '.join(_PURE)}. {_WAY_OUT}"
         )
     for field, plain in _PURE[kind].items():
         if field in settings and settings[field] not in plain:
@@ -120,6 +129,24 @@ def _check_pure(settings: dict[str, Any], adapter: str) -> None:
                 f"{adapter} has {field}={settings[field]!r}, so it is more than a difference that could be computed "
                 f"from its own weights. {_WAY_OUT}"
             )
+
+
+def _check_claims(settings: dict[str, Any], state: dict[str, Tensor], adapter: str) -> None:
+    """Refuse ranks that no tensor of the file has, before PEFT makes matrices of them."""
+    ranks = settings.get("rank_pattern") or {}
+    # Super-Tuning has a rank only where it has a low-rank part.
+    claimed = [settings.get("r") or 0, *(ranks.values() if isinstance(ranks, dict) else [ranks])]
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    if any(type(rank) is not int or rank > largest for rank in claimed):
+        raise FormatError(f"{adapter} claims the ranks {str(claimed)[:200]}, which none of its tensors has.")
+
+
+def _name_targets(config: PeftConfig, model: nn.Module) -> None:
+    """Put the modules that regular expressions match in their place: PEFT would match them however long it takes."""
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field, None)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            setattr(config, field, {name for name, _ in model.named_modules() if fullmatch(pattern, name)})
 
 
 def _is_inside(name: str, module: str) -> bool:
@@ -161,7 +188,7 @@ def _inject(
         own = (f".{_ADAPTER}", model.base_model.prefix)
         problems = [f"{key}: surplus" for key in loaded.unexpected_keys]
         problems += [f"{key}: missing" for key in loaded.missing_keys if all(part in key for part in own)]
-    except (ValueError, RuntimeError, KeyError) as error:
+    except UNREADABLE as error:
         problems = [str(error)]
     if problems:
         raise FormatError(

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.adapter_files import CONFIG_FILE
 from ..checkpoints.card import README
 from ..checkpoints.native import SOURCE
-from ..errors import ConfigError
+from ..files import AtomicFolder, save_tensors
 from ..tuners.sparse_ft.config import SparseConfig
 
-
-def check_output(directory: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Refuse a directory that holds something, unless it is to be overwritten.
-
-    Raises:
-        ConfigError: it does, or it is a file.
-    """
-    path = Path(directory)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{directory} is a file, not a directory. Give another output directory.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise ConfigError(
-            f"{directory} exists and is not empty. Give another output directory, or replace the adapter in it with "
-            "overwrite=True (--overwrite)."
-        )
+ADAPTER = "adapter"
 
 
 def save_adapter(
@@ -48,24 +32,11 @@ def save_adapter(
         bytes of the adapter file.
 
     Raises:
-        ConfigError: see `check_output`.
+        ConfigError: see `files.AtomicFolder`.
     """
-    check_output(directory, overwrite=overwrite)
-    target = Path(directory).resolve()
-    # Where a rename reaches the directory: inside it if it is there (it may be a mount point), else beside it.
-    staging = (target if target.is_dir() else target.parent) / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    staging.mkdir(parents=True)
-    try:
-        if (target / README).is_file():
-            shutil.copyfile(target / README, staging / README)
-        save_file(dict(tensors), staging / SOURCE, metadata={"format": "pt"})
-        config.save_pretrained(os.fspath(staging))
-        size = (staging / SOURCE).stat().st_size
-        if target.is_dir():
-            for path in staging.iterdir():
-                os.replace(path, target / path.name)
-        else:
-            os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return size
+    with AtomicFolder(directory, overwrite=overwrite, what=ADAPTER, doors=(SOURCE, CONFIG_FILE)) as folder:
+        if (folder.directory / README).is_file():
+            shutil.copyfile(folder.directory / README, folder.staging / README)
+        save_tensors(tensors, folder.staging / SOURCE, metadata={"format": "pt"})
+        config.save_pretrained(os.fspath(folder.staging))
+        return (folder.staging / SOURCE).stat().st_size

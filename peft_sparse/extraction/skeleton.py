@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.layer import PARAMETERS
 from ..tuners.sparse_ft.targets import find_targets, is_excluded
 from ..tuners.sparse_ft.wrap import is_linear, wrapper_for
+from ..untrusted import UNREADABLE
 
 # PEFT's task type by the ending of the architecture's name.
 _TASKS = {
@@ -95,7 +97,7 @@ class Skeleton:
             if part not in PARAMETERS or not path or name in done:
                 continue
             try:
-                wrapper_for(modules[path], path, parent=modules[path.rpartition(".")[0]])
+                wrapper_for(modules[path], path)
             except ConfigError:
                 continue
             same = [n for n in self.aliases[name] if isinstance(modules[n.rpartition(".")[0]], nn.Embedding)]
@@ -164,4 +166,8 @@ def skeleton_of(config: Mapping[str, Any], *, source: str) -> Skeleton:
             "comes with a checkpoint is never run here. Set 'architectures' to the class that loads it, such as "
             "['LlamaForCausalLM']."
         )
-    return Skeleton.of(skeleton(kind.config_class.from_dict(dict(config)), name))
+    try:
+        made = kind.config_class.from_dict(dict(config))
+    except (*UNREADABLE, StrictDataclassError) as error:
+        raise FormatError(f"{source}: config.json is no config of a {name}: {error}") from error
+    return Skeleton.of(skeleton(made, name))

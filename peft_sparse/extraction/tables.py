@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from ..inspection.tables import FittingTable
 from .report import Extraction, Kept
 
 
 def to_rich(extraction: Extraction) -> RenderableType:
     """A table of what was kept per layer and per part, and what there is to say besides."""
-    table = Table(title=f"{extraction.tuned} minus {extraction.base}", title_justify="left")
-    table.add_column("")
-    for column in ("weights", "differ", "kept", "density", "share of the squared difference"):
-        table.add_column(column, justify="right")
-    _add_rows(table, extraction.by_group)
-    _add_rows(table, extraction.by_part)
-    _add_rows(table, [extraction.total])
+    groups, parts = extraction.by_group, extraction.by_part
+    rows = [_row(kept) for kept in (*groups, *parts, extraction.total)]
+    table = FittingTable(
+        f"{extraction.tuned} minus {extraction.base}",
+        ("", "weights", "differ", "kept", "density", "share of the squared difference"),
+        rows,
+        bold=frozenset({len(rows) - 1}),
+        sections=frozenset({len(groups) - 1, len(rows) - 2}),
+        is_framed=True,
+    )
     return Group(table, *(Text(line) for line in _notes(extraction)))
 
 
-def _add_rows(table: Table, rows: Iterable[Kept]) -> None:
-    for kept in rows:
-        cells = (f"{kept.size:,}", f"{kept.differing:,}", f"{kept.count:,}", f"{kept.count / max(1, kept.size):.2%}")
-        table.add_row(kept.name, *cells, f"{kept.share_kept:.2%}")
-    table.add_section()
+def _row(kept: Kept) -> tuple[str, ...]:
+    density = f"{kept.count / max(1, kept.size):.2%}"
+    return (kept.name, f"{kept.size:,}", f"{kept.differing:,}", f"{kept.count:,}", density, f"{kept.share_kept:.2%}")
 
 
 def _notes(extraction: Extraction) -> list[str]:

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
+from ..files import atomic_file
 from ..tuners.madg.importance import FeatureImportance
 
 _BAR = {"color": "#1f4e79"}
@@ -72,12 +73,8 @@ def plot_importance(importance: FeatureImportance, path: str | os.PathLike[str],
     map_axes.set_xticks(range(len(importance.sites)), range(len(importance.sites)), fontsize=7)
     figure.colorbar(image, ax=map_axes, label="norm at the site")
     figure.suptitle("How much typological features move the generated weights", fontsize=10)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format=ending)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_count(count: int | None) -> None:

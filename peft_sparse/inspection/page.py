@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.card import write_atomically
 from ..errors import ConfigError
+from ..files import write_atomically
 from . import plots
 from .reading import Adapter, read_adapters
 from .report import pairwise, report_on

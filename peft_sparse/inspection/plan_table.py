@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from .planner import MemoryPlan
+from .tables import FittingTable
 
 
-def plan_table(plan: MemoryPlan) -> Table:
+def plan_table(plan: MemoryPlan) -> RenderableType:
     """What takes how much, a column for each phase."""
     workload = plan.workload
     dtype = "4-bit" if workload.load_in_4bit else str(workload.dtype).removeprefix("torch.")
     ways = [f"batch {workload.batch_size} x {workload.sequence_length} tokens", dtype]
     ways += ["gradient checkpointing"] if workload.gradient_checkpointing else []
     ways += ["gradient accumulation"] if workload.gradient_accumulation else []
-    table = Table(title=f"{plan.model}, {plan.method}: {plan.num_trained:,} trained weights", caption=", ".join(ways))
-    table.add_column("at the peak of")
-    for phase in plan.phases:
-        table.add_column(phase.name, justify="right")
-    for part in dict.fromkeys(name for phase in plan.phases for name in phase.parts):
-        table.add_row(part, *[_shown(phase.parts.get(part, 0)) for phase in plan.phases])
-    table.add_section()
-    table.add_row("in all", *[_shown(phase.total) for phase in plan.phases], style="bold")
+    rows = [
+        (part, *[_shown(phase.parts.get(part, 0)) for phase in plan.phases])
+        for part in dict.fromkeys(name for phase in plan.phases for name in phase.parts)
+    ]
+    total = len(rows)
+    rows.append(("in all", *[_shown(phase.total) for phase in plan.phases]))
     for part in dict.fromkeys(name for phase in plan.phases for name in phase.host):
-        table.add_row(f"{part} (CPU)", *[_shown(phase.host.get(part, 0)) for phase in plan.phases])
-    return table
+        rows.append((f"{part} (CPU)", *[_shown(phase.host.get(part, 0)) for phase in plan.phases]))
+    title = f"{plan.model}, {plan.method}: {plan.num_trained:,} trained weights"
+    columns = ("at the peak of", *[phase.name for phase in plan.phases])
+    table = FittingTable(title, columns, rows, bold=frozenset({total}), sections=frozenset({total - 1}), is_framed=True)
+    return Group(table, Text(", ".join(ways), style="dim"))
 
 
 def describe_fit(

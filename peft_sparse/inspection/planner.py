@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config, skeleton
+from ..checkpoints.tasks import BASE_CLASSES
+from ..checks import check_one_of
 from ..errors import ConfigError, SparseError
 from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.sparse_ft.config import SparseConfig
@@ -136,10 +139,14 @@ def plan_memory(
     _name_padding(base)
     own_dtype = base.dtype if base.dtype in _DTYPES else torch.float32
     workload = dataclasses.replace(workload, dtype=dtype or own_dtype)
+    if task_type is not None:
+        check_one_of("task_type", task_type, BASE_CLASSES)
     class_name = class_name_of(base, task_type=task_type or getattr(config, "task_type", None))
 
     def make() -> PreTrainedModel:
-        return skeleton(base, class_name).to(workload.dtype).train()
+        made = skeleton(base, class_name).to(workload.dtype).train()
+        _check_length(made, sequence_length)
+        return made
 
     if load_in_4bit and (config is None or not _can_be_quantised(config)):
         raise ConfigError(
@@ -187,10 +194,27 @@ def _check(workload: Workload) -> None:
             raise ConfigError(f"{name} must be an int >= 1, got {value!r}.")
     if workload.dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {[str(d) for d in _DTYPES]}, got {workload.dtype}.")
-    if workload.optimizer is not None and workload.optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer must be one of {list(OPTIMIZERS)}, got {workload.optimizer!r}.")
-    if workload.device not in DEVICES:
-        raise ConfigError(f"device must be one of {list(DEVICES)}, got {workload.device!r}.")
+    if workload.optimizer is not None:
+        check_one_of("optimizer", workload.optimizer, OPTIMIZERS)
+    check_one_of("device", workload.device, DEVICES)
+
+
+def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
+    """Refuse more tokens than the model has positions for: on the meta device nothing would fail."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    # Tables like RoBERTa's begin to count behind the padding's row.
+    tables = [m for name, m in model.named_modules() if "position" in name.rpartition(".")[2]]
+    limits += [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if known and sequence_length > min(known):
+        raise ConfigError(
+            f"sequence_length must be at most {min(known)}, the positions of this model (max_position_embeddings), got "
+            f"{sequence_length}. To plan for a longer context, give a config that has more of them."
+        )
 
 
 def _method_of(config: PeftConfig | None) -> str:

@@ -30,6 +30,8 @@ _LINE = "#505050"
 # Behind a number that a line may cross.
 _BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _MAX_NUMBERED_BARS = 26
+# Letters that fit above a picture as wide as the figure, and beside the matrix of overlaps.
+_TITLE_LENGTH, _LABEL_LENGTH = 75, 30
 # Fonts that know more scripts than matplotlib's own, used where they are installed.
 _FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Segoe UI")
 
@@ -153,6 +155,8 @@ def token_panel(found: Sequence[TokenBars]) -> Panel:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, tokens in zip(axes, found, strict=False):
             _draw_tokens(ax, tokens)
+            name = shortened(tokens.adapter, _TITLE_LENGTH // columns)
+            ax.set_title(name, loc="left", fontweight="bold", fontsize=10)
         for ax in axes[len(found) :]:
             ax.set_axis_off()
 
@@ -238,8 +242,16 @@ def _style(changes: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 
 def _title(ax: Axes, name: str, details: str) -> None:
-    ax.set_title(name, loc="left", fontweight="bold", fontsize=10)
+    # One line above the details, where both do not fit beside each other: all titles of a picture share a baseline.
+    raised = "\n " if len(name) + 0.7 * len(details) > _TITLE_LENGTH else ""
+    ax.set_title(shortened(name, _TITLE_LENGTH) + raised, loc="left", fontweight="bold", fontsize=10)
     ax.set_title(details, loc="right", fontsize=8, color=_LINE)
+
+
+def shortened(name: str, length: int) -> str:
+    """A name that is too long without its middle: adapters' names differ at the beginning or at the end."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[len(name) - half :]}"
 
 
 def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float) -> None:
@@ -348,6 +360,7 @@ def _draw_matrix(
             height = "baseline" if len(lines) > 1 else "center"
             ax.text(column, row, lines[0], ha="center", va=height, fontsize=11, color=color)
             ax.text(column, row + 0.08, "\n".join(lines[1:]), ha="center", va="top", fontsize=7, color=color)
+    names = [shortened(name, _LABEL_LENGTH) for name in names]
     ax.set_xticks(range(size), names)
     if max(map(len, names)) > 75 / size:
         ax.tick_params(axis="x", rotation=20)
@@ -389,4 +402,3 @@ def _draw_tokens(ax: Axes, tokens: TokenBars) -> None:
     ax.set_ylim(len(texts) - 0.4, -0.6)
     ax.locator_params(axis="x", nbins=4)
     ax.set_xlabel("norm of the row's change")
-    ax.set_title(tokens.adapter, loc="left", fontweight="bold", fontsize=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,6 +16,7 @@ from torch import nn
 from ..composition.report import Deltas, Overlap, overlap
 from ..selection.anatomy import PARTS, by_group, place_of
 from ..selection.budget import check_budget
+from ..selection.patterns import search
 from .reading import Adapter, Head, adapter_of, read_adapter
 
 JSON_FORMAT = 1
@@ -311,7 +311,7 @@ def budget_shares(budget: Any, deltas: Deltas) -> tuple[BudgetShare, ...]:
         return ()
     check_budget(budget)
     return tuple(
-        BudgetShare(pattern, share, tally_of(deltas, [name for name in deltas if re.search(pattern, name)]))
+        BudgetShare(pattern, share, tally_of(deltas, [name for name in deltas if search(pattern, name)]))
         for pattern, share in budget.items()
     )
 

@@ -7,7 +7,8 @@ optimizer does with the state, so every known optimizer is a row of a table: sta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, optim
 
 from ..core.sharded import is_sharded, overwrite, sharded_like, whole
+from ..errors import ConfigError
 from ..selection.replacement import Replacement
 from .quantized_state import dequantize, quantize
 from .sm3 import SM3
@@ -96,19 +98,57 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
             _carry(state, key, replacement, initial(known), values.device)
 
 
-def exchange(optimizer: Any, old: Tensor, new: Tensor) -> None:
-    """Let an optimizer hold another parameter in the place of one, with the same state.
+def state_holders(optimizers: Iterable[Any], values: Tensor) -> list[Any]:
+    """All optimizers with state of some values, each state once: those given, and what runs them at this moment.
+
+    An optimizer that is built around another (Lookahead and its like) has state of its own.
 
     Args:
-        optimizer: a torch optimizer, or a wrapper that holds one in `.optimizer`.
-        old: the parameter that it holds.
-        new: the one to hold from now on.
+        optimizers: that hold the values.
+        values: the parameter.
+
+    Raises:
+        ConfigError: one of them keeps tensors of the values outside of its `state`, where they cannot be carried.
     """
-    optimizer = _unwrap(optimizer)
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    if old in optimizer.state:
-        optimizer.state[new] = optimizer.state.pop(old)
+    found: dict[int, Any] = {}
+    for optimizer in (*map(_unwrap, optimizers), *_running_optimizers()):
+        state = getattr(optimizer, "state", None)
+        if isinstance(state, Mapping) and any(p is values for g in optimizer.param_groups for p in g["params"]):
+            found.setdefault(id(state), optimizer)
+            _refuse_hidden_state(optimizer, values)
+    # From inside to outside.
+    return list(found.values())
+
+
+def _running_optimizers() -> Iterator[Any]:
+    """Whatever has `param_groups` and is in its `step` around the caller, innermost first."""
+    frame: Any = sys._getframe(1)
+    while (frame := frame.f_back) is not None:
+        if frame.f_code.co_name == "step":
+            own = frame.f_locals.get("self")
+            if hasattr(own, "param_groups"):
+                yield own
+
+
+def _refuse_hidden_state(optimizer: Any, values: Tensor) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups", "optimizer"):
+            continue
+        if any(id(t) not in held and t.shape == values.shape for t in _tensors_in(value) if values.numel() > 1):
+            raise ConfigError(
+                f"{type(optimizer).__name__}.{name} holds tensors like the values of a delta outside of the "
+                "optimizer's `state`, which cannot follow a weight to another place. Keep them in "
+                "optimizer.state[parameter], or train without this wrapper."
+            )
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, Mapping)):
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(member, depth - 1)
 
 
 def _no_seeds(replacement: Replacement, values: Tensor) -> Seeds:
@@ -160,6 +200,12 @@ def _aged_mean_square(known: _Known) -> Tensor:
     return known.seeds.mean_square * (1 - known.beta(1) ** known.seeds.samples)
 
 
+def _fast_and_slow_mean(known: _Known) -> Tensor:
+    """AdEMAMix stacks two means of gradients; the slow one is not corrected for its start from zero."""
+    fast = _shared_mean(known)
+    return torch.stack([fast, torch.zeros_like(fast)])
+
+
 def _age(known: _Known) -> float:
     return float(known.seeds.samples)
 
@@ -205,6 +251,7 @@ _TABLE_BY_NAME: dict[str, dict[str, _Initial]] = {
 _BITSANDBYTES: dict[str, dict[str, _Initial]] = {
     "adam": {"state1": _shared_mean, "state2": _shared_mean_square},
     "lamb": {"state1": _shared_mean, "state2": _shared_mean_square},
+    "ademamix": {"state1": _fast_and_slow_mean, "state2": _shared_mean_square},
     "lion": {"state1": _mean},
     "momentum": {"state1": _zero},
     "lars": {"state1": _zero},
@@ -217,15 +264,38 @@ def _initial_values(optimizer: optim.Optimizer, state: dict[str, Any], count: in
     """The state tensors with one entry per weight, and what grown weights start from."""
     table = _table_of(optimizer)
     if table is not None:
-        return [(key, initial) for key, initial in table.items() if isinstance(state.get(key), Tensor)]
+        known = [(key, initial) for key, initial in table.items() if isinstance(state.get(key), Tensor)]
+        if _is_bitsandbytes(optimizer):
+            return known
+        # A subclass may add state of its own.
+        more = [key for key in _entries_per_weight(state, count) if key not in table]
+        if more:
+            _warn_of_unknown(optimizer, more, [])
+        return [*known, *((key, _zero) for key in more)]
     if isinstance(optimizer, SM3):
         # With rows and columns the accumulators belong to the weight, whatever their number.
         per_weight: dict[str, _Initial] = {"momentum_buffer": _zero}
         if "accumulator_1" not in state:
             per_weight["accumulator_0"] = _sum_of_squares
         return [(key, initial) for key, initial in per_weight.items() if key in state]
-    carried = [key for key, t in state.items() if isinstance(t, Tensor) and key != "step" and t.shape == (count,)]
+    carried = _entries_per_weight(state, count)
     left = sorted(str(key) for key, t in state.items() if isinstance(t, Tensor) and key not in (*carried, "step"))
+    _warn_of_unknown(optimizer, carried, left)
+    return [(key, _zero) for key in carried]
+
+
+def _entries_per_weight(state: Mapping[str, Any], count: int) -> list[str]:
+    """State with one entry per weight: tensors [..., count] (several moments may be stacked), and lists of them."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return bool(value) and all(map(fits, value))
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] == count
+
+    return [key for key, value in state.items() if key != "step" and fits(value)]
+
+
+def _warn_of_unknown(optimizer: optim.Optimizer, carried: list[str], left: list[str]) -> None:
     _warn_once(
         type(optimizer).__name__,
         "%s is an optimizer whose state is unknown here. When weights are replaced, its %s start at zero for the new "
@@ -235,7 +305,10 @@ def _initial_values(optimizer: optim.Optimizer, state: dict[str, Any], count: in
         " and ".join(carried) or "tensors (there are none with one entry per weight)",
         f"; its {' and '.join(left)} are left as they are" if left else "",
     )
-    return [(key, _zero) for key in carried]
+
+
+def _is_bitsandbytes(optimizer: optim.Optimizer) -> bool:
+    return any(cls.__module__.startswith("bitsandbytes.optim") for cls in type(optimizer).__mro__)
 
 
 def _table_of(optimizer: optim.Optimizer) -> dict[str, _Initial] | None:
@@ -255,6 +328,12 @@ def _carry(
     state: dict[str, Any], key: str, replacement: Replacement, fill: Tensor | float, device: torch.device
 ) -> None:
     old = state[key]
+    if isinstance(old, (list, tuple)):
+        members = {str(i): member for i, member in enumerate(old)}
+        for i in members:
+            _carry(members, i, replacement, fill, device)
+        state[key] = type(old)(members.values())
+        return
     if is_sharded(old):
         overwrite(old, replacement.carry(whole(old).to(replacement.indices.device), fill))
         return
@@ -262,12 +341,25 @@ def _carry(
         # bitsandbytes: state1 is written in the code book qmap1, block by block in units of absmax1.
         number = key.removeprefix("state")
         absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
-        new = replacement.carry(dequantize(old, absmax, code), fill)
-        new, new_absmax = quantize(new, code)
+        rows = zip(_rows(old), _rows(absmax), strict=True)
+        new = _each_row([dequantize(row, units, code) for row, units in rows], old.dim(), replacement, fill)
+        quantized = [quantize(row, code) for row in _rows(new)]
+        new, new_absmax = (torch.stack(part).view(*old.shape[:-1], -1) for part in zip(*quantized, strict=True))
         _write(state, f"absmax{number}", new_absmax, device)
     else:
-        new = replacement.carry(old, fill)
+        new = _each_row(_rows(old), old.dim(), replacement, fill).view(*old.shape[:-1], replacement.count)
     _write(state, key, new, device)
+
+
+def _rows(tensor: Tensor) -> list[Tensor]:
+    return list(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def _each_row(rows: Sequence[Tensor], dim: int, replacement: Replacement, fill: Tensor | float) -> Tensor:
+    """Carry stacked moments one by one. What grown weights start from is given for each row, or for all of them."""
+    fills = list(fill) if isinstance(fill, Tensor) and fill.dim() == 2 else [fill] * len(rows)
+    carried = torch.stack([replacement.carry(row, part) for row, part in zip(rows, fills, strict=True)])
+    return carried if dim > 1 else carried[0]
 
 
 def _write(state: dict[str, Any], key: str, new: Tensor, device: torch.device) -> None:

@@ -8,7 +8,6 @@ criteria that need no scores draw with `draw_counts` how many fall to each tenso
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +16,7 @@ from math import floor, lcm, prod
 from ..errors import ConfigError
 from .criteria import bernoulli_count, random_counts
 from .layer_budgets import LAYER_BUDGETS, Zone, zones_of
+from .patterns import check_pattern, search
 
 Budget = str | Mapping[str, float]
 
@@ -86,12 +86,12 @@ def check_budget(budget: Budget) -> None:
         ConfigError: an unknown name, an invalid regex, a share outside [0, 1], or shares that do not sum to 1.
     """
     if not isinstance(budget, Mapping):
-        if budget not in BUDGETS:
+        if not isinstance(budget, str) or budget not in BUDGETS:
             known = ", ".join(map(repr, BUDGETS))
             raise ConfigError(f"budget must be one of {known} or {{regex: share}}, got {budget!r}")
         return
     for pattern in budget:
-        _compiled(pattern)
+        check_pattern("budget group", pattern)
     whole = sum((_checked_share(pattern, share) for pattern, share in budget.items()), Fraction(0))
     if abs(whole - 1) > SHARE_TOLERANCE:
         raise ConfigError(f"the shares of the budget must sum to 1, got {float(whole):.6g} from {dict(budget)}")
@@ -262,10 +262,9 @@ def _share_groups(zones: Sequence[Zone], total: int, sizes: Mapping[str, int]) -
 
 def _members_by_pattern(patterns: list[str], sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """The parameters of each regex; every parameter in exactly one, no regex without any."""
-    searches = [(pattern, _compiled(pattern).search) for pattern in patterns]
     members: dict[str, list[str]] = {pattern: [] for pattern in patterns}
     for name in sizes:
-        matching = [pattern for pattern, search in searches if search(name)]
+        matching = [pattern for pattern in patterns if search(pattern, name)]
         if len(matching) > 1:
             raise ConfigError(f"budget groups overlap: parameter {name!r} must match exactly one, matches {matching}")
         if not matching:
@@ -314,13 +313,6 @@ def _checked_share(pattern: str, share: float) -> Fraction:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ConfigError(f"the share of budget group {pattern!r} must be in [0, 1], got {share}")
     return _decimal(share)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"budget group {pattern!r} is not a valid regular expression: {error}") from error
 
 
 def _rank_one_count(shapes: Mapping[str, tuple[int, ...]], linear_names: Collection[str]) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files import atomic_file, save_tensors
+from .completeness import naming
 from .dense_phase import DensePhase
 
 FILE_NAME = "dense_phase.safetensors"
@@ -38,19 +39,19 @@ def save_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> No
     }
     path = Path(directory, FILE_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        save_tensors(tensors, temporary, metadata=metadata)
 
 
 def load_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> None:
     """Put an open dense phase where a saved one stood.
 
     Raises:
-        FormatError: the file is of another adapter, other targets or another base model. Nothing is changed then.
+        FormatError: the file is of another adapter, other targets or another base model, or damaged. Nothing is changed
+            then.
     """
     path = Path(directory, FILE_NAME)
-    with safe_open(path, framework="pt") as file:
+    with naming(str(path)), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("peft_sparse_dense_phase") != _VERSION:
             found = metadata.get("peft_sparse_dense_phase")

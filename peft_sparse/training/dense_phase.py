@@ -22,15 +22,13 @@ from ..tuners.sparse_ft.iteration import base_model_of
 from ..tuners.sparse_ft.layer import SparseLayer
 from ..tuners.sparse_ft.support import model_numel, plan_groups, targets_of
 from ..tuners.sparse_ft.two_phase_configs import DeftXConfig
+from ..tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from .denoiser import Denoiser
 from .distributed import from_first_rank
 from .progress import progress_bar
 from .ties import Ties
 
 logger = logging.getLogger(__name__)
-
-# Where a base model remembers its dense phase: an attribute and not a global, so that both die together.
-PHASE_ATTRIBUTE = "_sparse_ft_dense_phase"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +115,12 @@ class DensePhase:
         if self.l1_coefficient:
             regularization.penalised.add(self)
         self._root.__dict__[PHASE_ATTRIBUTE] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied model is in the same phase, and is penalised like what it was made from.
+        vars(self).update(state)
+        if self.is_open and self.l1_coefficient:
+            regularization.penalised.add(self)
 
     @property
     def numel(self) -> int:

@@ -11,10 +11,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError
-from ..tuners.sparse_ft.config import DENSE_PHASE, GRADIENTS, SparseConfig
+from ..tuners.sparse_ft.config import DENSE_PHASE, SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas, iter_layers
 from ..tuners.sparse_ft.packed import find_backend, is_packed
-from .dense_phase import PHASE_ATTRIBUTE, DensePhase, Target
+from ..tuners.sparse_ft.unselected import is_unselected, open_phase
+from .dense_phase import DensePhase, Target
 from .distributed import refuse_sharded
 
 logger = logging.getLogger(__name__)
@@ -91,11 +92,6 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
     return config
 
 
-def is_unselected(config: Any) -> bool:
-    """Whether a config belongs to an adapter that a dense phase or gradients have yet to choose the weights of."""
-    return isinstance(config, SparseConfig) and config.selected_by in (DENSE_PHASE, GRADIENTS) and config.counts is None
-
-
 def targets_of_adapter(model: nn.Module, adapter_name: str) -> list[Target]:
     """Every parameter that an adapter may tune."""
     return [Target(*found) for found in iter_deltas(model, adapter_name)]
@@ -129,8 +125,8 @@ def peft_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def _open_phase(model: nn.Module, adapter_name: str) -> DensePhase:
-    phase = base_model_of(model).__dict__.get(PHASE_ATTRIBUTE)
-    if phase is None or phase.adapter_name != adapter_name:
+    phase = open_phase(base_model_of(model))
+    if not isinstance(phase, DensePhase) or phase.adapter_name != adapter_name:
         raise SelectionError(
             f"adapter {adapter_name!r} is in no dense phase. Call start_dense_phase(model, {adapter_name!r}) and train "
             "first."
@@ -150,11 +146,11 @@ def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) ->
             f"adapter {adapter_name!r} has its {sum((config.counts or {}).values())} weights already. Train them, or "
             "select anew in a new adapter: model.add_adapter(name, LotteryTicketConfig(...))"
         )
-    open_phase = base_model_of(model).__dict__.get(PHASE_ATTRIBUTE)
-    if open_phase is not None:
+    other = open_phase(base_model_of(model))
+    if other is not None:
         raise ConfigError(
-            f"a dense phase of adapter {open_phase.adapter_name!r} is open on this model. Select and rewind first, or "
-            "abort() it."
+            f"a {other.name} phase of adapter {other.adapter_name!r} is open on this model. Select and rewind "
+            "first, or abort() it."
         )
 
 

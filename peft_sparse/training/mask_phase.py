@@ -11,8 +11,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import ConfigError, FormatError
+from ..files import write_atomically
 from ..tuners.ada_sft.config import MASK, WEIGHTS, AdaSftConfig
 from ..tuners.ada_sft.iteration import iter_masked
+from ..tuners.sparse_ft.iteration import base_model_of
+from ..tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
+from .completeness import naming
 from .lottery import peft_configs, refuse_wrapper
 
 logger = logging.getLogger(__name__)
@@ -93,6 +97,7 @@ class MaskPhase:
         _check_first_phase(adapter_name, _config_of(model, adapter_name))
         self.model = model
         self.adapter_name = adapter_name
+        self._root = base_model_of(model)
 
     @property
     def numel(self) -> int:
@@ -104,18 +109,16 @@ class MaskPhase:
         start_weight_phase(self.model, self.adapter_name)
 
     def __enter__(self) -> MaskPhase:
+        self._root.__dict__[PHASE_ATTRIBUTE] = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
 
 
 def save_mask_phase(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:
     """Mark a checkpoint, which holds the adapter already, as one of this phase."""
-    path = Path(directory, FILE_NAME)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"adapter": phase.adapter_name}), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(Path(directory, FILE_NAME), json.dumps({"adapter": phase.adapter_name}).encode())
 
 
 def check_mask_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:
@@ -125,7 +128,8 @@ def check_mask_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -
         FormatError: it is of another adapter, or of another kind.
     """
     path = Path(directory, FILE_NAME)
-    found = json.loads(path.read_text(encoding="utf-8")).get("adapter") if path.is_file() else None
+    with naming(str(path)):
+        found = json.loads(path.read_text(encoding="utf-8")).get("adapter") if path.is_file() else None
     if found != phase.adapter_name:
         raise FormatError(
             f"{path} must name the adapter {phase.adapter_name!r}, found {found!r}. Resume with the model and the "

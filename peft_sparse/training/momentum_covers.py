@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ..core.sharded import whole
+from ..core.sharded import is_sharded, whole
 from ..optim.sm3 import SM3, accumulate
 from ..selection.momentum import grow_candidates
 from ..selection.replacement import Candidates
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+from .gradient_tap import not_finite
 
 
 class MomentumCovers:
@@ -28,12 +29,24 @@ class MomentumCovers:
         self._deltas = {name: delta for name, delta in deltas.items() if len(delta.shape) >= 2}
         self._covers: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Take one update's gradients into account."""
-        for name, delta in self._deltas.items():
-            gradient = delta.held_values.grad
-            if gradient is None:
+    def after_step(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        """Take one update's gradients into account.
+
+        Args:
+            optimizer: which made it.
+            names: of the tensors that it updated.
+
+        Raises:
+            SelectionError: a gradient is not finite.
+        """
+        for name in names:
+            delta = self._deltas.get(name)
+            if delta is None:
                 continue
+            gradient = delta.held_values.grad
+            gathered = whole(gradient).float()
+            if is_sharded(gradient) and not bool(torch.isfinite(gathered).all()):
+                raise not_finite(name, "an update")
             if isinstance(optimizer, SM3):
                 held = delta.held_values
                 self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
@@ -42,7 +55,7 @@ class MomentumCovers:
                 rows, columns = delta.shape[0], delta.numel // delta.shape[0]
                 zeros = torch.zeros(rows + columns, dtype=torch.float32, device=delta.indices.device)
                 self._covers[name] = zeros[:rows], zeros[rows:].clone()
-            accumulate(whole(gradient).float().to(delta.indices.device), *self._covers[name], delta.indices)
+            accumulate(gathered.to(delta.indices.device), *self._covers[name], delta.indices)
 
     def candidates(self, wanted: Mapping[str, int]) -> dict[str, Candidates]:
         """The untuned weights with the largest estimates.

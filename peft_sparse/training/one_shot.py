@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
@@ -20,10 +22,11 @@ from ..tuners.sparse_ft.config import GRADIENTS, SparseConfig
 from ..tuners.sparse_ft.iteration import base_model_of, iter_layers
 from ..tuners.sparse_ft.one_shot_configs import OneShotConfig
 from ..tuners.sparse_ft.support import plan_groups, targets_of
+from ..tuners.sparse_ft.unselected import is_unselected
 from .dense_phase import Target
 from .distributed import from_first_rank, refuse_sharded
 from .gradient_means import LossFunction, gradient_means
-from .lottery import adapter_config, check_active, is_unselected, refuse_wrapper, targets_of_adapter
+from .lottery import adapter_config, check_active, refuse_wrapper, targets_of_adapter
 from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -104,18 +107,38 @@ def select_in_trainer(trainer: Any, adapter_name: str) -> None:
     Each batch counts as one, whatever `gradient_accumulation_steps` says; the loss is not scaled for float16.
 
     Raises:
-        ConfigError, SelectionError: as there; or the trainer shards the model.
+        ConfigError, SelectionError: as there; or the trainer shards the model, makes its batches while it trains
+            (GRPO), or has a loss that only its training loop can compute.
     """
+    name = type(trainer).__name__
+    if hasattr(trainer, "_generate_and_score_completions"):
+        raise ConfigError(
+            f"{name} makes its batches while it trains, so there are none to select weights with. {_SELECT_FIRST}"
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
             "fsdp and deepspeed shard the weights whose gradients are ranked. Select under DDP or in one process; an "
             "adapter that has its weights trains here."
         )
 
+    # What the training loop sets before each step, for a loss that asks.
+    trainer.current_gradient_accumulation_steps = 1
+    wanted = inspect.signature(trainer.compute_loss).parameters.get("num_items_in_batch")
+    counts_items = wanted is not None and wanted.default is inspect.Parameter.empty
+
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, inputs)
+        # A copy: a loss that takes the labels out of its inputs would not find them in the next pass.
+        batch = copy.copy(batch)
+        count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1] if counts_items else None
+        try:
+            inputs = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                return trainer.compute_loss(model, inputs, **({"num_items_in_batch": count} if counts_items else {}))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"the loss of {name} could not be computed outside of its training loop ({type(error).__name__}: "
+                f"{error}). {_SELECT_FIRST}"
+            ) from error
 
     trainer.model.train()
     select_by_gradients(
@@ -124,6 +147,12 @@ def select_in_trainer(trainer: Any, adapter_name: str) -> None:
         loss_fn=loss_of,
         adapter_name=adapter_name,
     )
+
+
+_SELECT_FIRST = (
+    "Select first, with batches and a loss of your own, e.g. those of supervised fine-tuning: "
+    "select_by_gradients(model, batches, loss_fn=...); an adapter that has its weights trains here."
+)
 
 
 def _select(

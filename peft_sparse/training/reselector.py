@@ -6,25 +6,30 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ..core.observer import current_pass, is_within_another
 from ..core.sharded import whole
-from ..errors import FormatError
-from ..optim.reindex import exchange, reindex
+from ..errors import ConfigError
+from ..optim.reindex import reindex, state_holders
 from ..selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ..selection.rows import num_rows
 from ..selection.schedule import Schedule
 from ..tuners.sparse_ft.drivers import DRIVERS, drivers_of
 from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
 from ..tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielConfig, SpielMAConfig
-from ..tuners.sparse_ft.step_watch import StepWatch
+from ..tuners.sparse_ft.step_watch import Step, StepWatch
+from .clock import check_clock
 from .distributed import check_same_supports, refuse_processes
-from .gradient_tap import Estimate, GradientTap, end_update
+from .gradient_tap import ESTIMATE_PARTS, Estimate, GradientTap, end_update, not_finite
 from .momentum_covers import MomentumCovers
+from .reselection_state import check_state
 from .seeding import clip_factor, seeds_of
+from .updates import Updates, first_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +66,19 @@ class Reselector:
         total_steps: T, all updates of the training; None while it is unknown.
         max_grad_norm: what the training loop clips gradients to; None if it does not, or if that is unknown.
         history: what every reselection did, oldest first.
+        is_restored: whether it stands where `load_state_dict` put it.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
         self.adapter_name = adapter_name
         self.config = config
         self.deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+        self._layer = next((layer for _, layer, _, _ in iter_deltas(model, adapter_name)), None)
         self.update = 0
         self.total_steps = config.total_steps
         self.max_grad_norm = config.max_grad_norm
         self.history: list[Reselection] = []
+        self.is_restored = False
         self._warned = False
         # The support to start from is random, unless somebody else sets another one: a load.
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
@@ -82,11 +90,27 @@ class Reselector:
         self._taps: dict[str, GradientTap] = {}
         self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
         self._open_window()
+        self._start()
+
+    def _start(self) -> None:
+        self._updates = Updates(self.adapter_name, self.deltas)
+        self._ends_with_pass = False
+        stepping.add(self)
         stepped.add(self)
         # Here and not above: transformers' trainer is slow to import, and only this method wants it.
         from .callback import install
 
         install()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_updates"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied model, or one from a file, reselects by itself, and goes on with the window that was open.
+        vars(self).update(state)
+        for name, tap in self._taps.items():
+            self.deltas[name].observer = tap
+        self._start()
 
     # ---- the clock -----------------------------------------------------------------------------
 
@@ -113,6 +137,11 @@ class Reselector:
     def _was_loaded(self) -> bool:
         return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
 
+    @property
+    def has_counted_none(self) -> bool:
+        """Whether no update was ever counted, nor told by a state."""
+        return self.update == 0 and not self._continues
+
     def begin_training(self, total_steps: int) -> None:
         """A trainer begins a run of so many updates. A second run goes on from the support of the first.
 
@@ -128,40 +157,82 @@ class Reselector:
     def skip_to(self, update: int) -> None:
         """Count as if `update` updates had been made, without the window that may be open then."""
         self._close_window()
+        self.is_restored = False
         self.update, self._due = update, None
         self._open_window()
 
-    def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds the adapter's values, and has a gradient for them.
+    def before_step(self, step: Step) -> None:
+        """An optimizer begins a step.
 
         Raises:
-            ConfigError: no optimizer ever will, for DeepSpeed gives them flat copies of several parameters.
+            ConfigError: several optimizers share the adapter in a way that is not supported.
         """
-        own = {id(d.held_values) for d in self.deltas.values() if d.held_values.grad is not None}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return True
-        refuse_processes(self.adapter_name, self.config.budget, self.deltas)
-        return False
+        if self._updates.before(step):
+            self._end_update(may_reselect=False)
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
-        """One optimizer update was made: the gradients it saw are still there.
+    def after_step(self, step: Step) -> None:
+        """An optimizer made a step: the gradients it saw are still there.
 
         Raises:
-            ConfigError: several processes train in a way in which the support cannot change.
-            SelectionError: the processes do not do the same.
+            ConfigError: several processes train in a way in which the support cannot change, or no optimizer ever holds
+                the values, for DeepSpeed gives it flat copies of several parameters.
+            SelectionError: the processes do not do the same, or the gradients are not finite.
         """
         refuse_processes(self.adapter_name, self.config.budget, self.deltas)
+        names = self._updates.after(step, is_active=self._is_active())
+        if names:
+            if self.has_counted_none:
+                check_clock(self.adapter_name, step.optimizer, [self.deltas[name] for name in names])
+            what = f"update {self.update + 1} of adapter {self.adapter_name!r}"
+            if (broken := first_not_finite(self.deltas, names)) is not None:
+                raise not_finite(broken, what)
+            if self._covers is not None:
+                self._covers.after_step(step.optimizer, names)
+            end_update([tap for name, tap in self._taps.items() if name in names], what=what)
+        if step.enclosing:
+            return  # the optimizer around this one has not done its part yet
+        if current_pass() == -1:
+            self._finish_update()
+        elif names and not self._ends_with_pass:
+            # An optimizer for each tensor, which steps as soon as its gradient is there.
+            self._ends_with_pass = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_pass)
+
+    @torch.no_grad()
+    def _finish_pass(self) -> None:
+        self._ends_with_pass = False
+        if is_within_another():
+            raise ConfigError(
+                f"the optimizers of adapter {self.adapter_name!r} step within the backward pass, and reentrant "
+                "gradient checkpointing cuts that into pieces: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        self._finish_update()
+
+    def _finish_update(self) -> None:
+        if self._updates.is_complete():
+            self._end_update()
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the adapter is active, and its values are not frozen."""
+        return self._is_active() and any(delta.held_values.requires_grad for delta in self.deltas.values())
+
+    def _is_active(self) -> bool:
+        layer = self._layer
+        return layer is not None and not layer.disable_adapters and self.adapter_name in layer.active_adapters
+
+    @torch.no_grad()
+    def _end_update(self, *, may_reselect: bool = True) -> None:
         self.update += 1
-        if self._covers is not None:
-            self._covers.after_step(optimizer)
-        end_update(self._taps.values(), what=f"update {self.update} of adapter {self.adapter_name!r}")
+        self.is_restored = False
         schedule = self.schedule
         if schedule.selects_after(self.update):
             self._due = self.update
-        if self._due is not None and (self._must_select(schedule) or self._is_clear(schedule)):
+        if may_reselect and self._due is not None and (self._must_select(schedule) or self._is_clear(schedule)):
             self._warn_without_total()
-            self._reselect(optimizer, schedule)
+            self._reselect(schedule)
             self._close_window()
             self._due = None
         if schedule.is_first_of_window(self.update + 1):
@@ -183,6 +254,7 @@ class Reselector:
     def stop(self) -> None:
         """Leave the adapter as it stands and never touch it again."""
         self._close_window()
+        stepping.discard(self)
         stepped.discard(self)
 
     # ---- the window ----------------------------------------------------------------------------
@@ -224,26 +296,31 @@ class Reselector:
                 self.config.initial_reselection_rate,
             )
 
+    def _warn_without_candidates(self) -> None:
+        overflowed = any(tap.met_infinity for tap in self._taps.values())
+        logger.warning(
+            "No gradient of adapter %r was seen in the window before update %d (%s): no weight was replaced.",
+            self.adapter_name,
+            self.update,
+            "all held NaN or infinity" if overflowed else "torch.compile hides them",
+        )
+
     # ---- the reselection -----------------------------------------------------------------------
 
-    def _reselect(self, optimizer: Optimizer, schedule: Schedule) -> None:
-        candidates = self._candidates(schedule)
+    def _reselect(self, schedule: Schedule) -> None:
+        # A gradient that another optimizer is about to use must not be wiped away.
+        candidates = {name: c for name, c in self._candidates(schedule).items() if not self._updates.waits(name)}
         if not candidates:
-            logger.warning(
-                "No gradient of adapter %r was seen in the window before update %d (torch.compile hides them): "
-                "no weight was replaced.",
-                self.adapter_name,
-                self.update,
-            )
+            self._warn_without_candidates()
             return
         values = {name: whole(d.held_values).to(d.indices.device) for name, d in self.deltas.items()}
         replacements = self._replacements(schedule, candidates, values)
         total = sum(delta.count for delta in self.deltas.values())
         mean_abs = sum(float(v.abs().sum(dtype=torch.float64)) for v in values.values()) / total
         old = {"deltas": self.deltas, "replacements": replacements, "estimates": self._estimates()}
-        factor = clip_factor(self.max_grad_norm, optimizer, **old)
+        factor = clip_factor(self.max_grad_norm, self._updates.optimizers(), **old)
         for name, replacement in replacements.items():
-            self._apply(name, replacement, optimizer, values[name], factor)
+            self._apply(name, replacement, values[name], factor)
         supports = {name: delta.indices for name, delta in self.deltas.items()}
         check_same_supports(supports, when=f"after update {self.update} of adapter {self.adapter_name!r}")
         ages = sum(float((self.update - grown).sum()) for grown in self._grown_at.values())
@@ -295,17 +372,13 @@ class Reselector:
             values = values - self._last_values[name].to(values.device)
         return values.abs()
 
-    def _apply(self, name: str, replacement: Replacement, optimizer: Optimizer, values: Tensor, factor: float) -> None:
+    def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]
         estimate = self._estimates().get(name)
         seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
         values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
-        reindex(optimizer, delta.held_values, replacement, seeds)
-        if replacement.count != delta.count:
-            # A graph that is still alive remembers the shape of its leaves, so another size takes another parameter.
-            old = delta.values
-            delta.values = nn.Parameter(torch.empty_like(values))
-            exchange(optimizer, old, delta.values)
+        for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
+            reindex(optimizer, delta.held_values, replacement, seeds)
         delta.set_support(replacement.indices, values)
         self._random_versions[name] = delta.support_version
         self._grown_at[name] = ages
@@ -332,8 +405,7 @@ class Reselector:
 
         Taken between two updates, as checkpoints are. Tensors only, by names that `load_state_dict` knows.
         """
-        continues = self._continues or self._was_loaded()
-        state = {"update": torch.tensor(self.update), "continues": torch.tensor(continues)}
+        state = {"update": torch.tensor(self.update), "continues": torch.tensor(self._continues or self._was_loaded())}
         if self._due is not None:
             state["due"] = torch.tensor(self._due)
         for name in self.deltas:
@@ -341,11 +413,7 @@ class Reselector:
             if name in self._last_values:
                 state[f"last_values.{name}"] = self._last_values[name].clone()
             if (estimate := self._estimates().get(name)) is not None:
-                state[f"window.indices.{name}"] = estimate.indices.clone()
-                state[f"window.nominated.{name}"] = estimate.nominated.clone()
-                state[f"window.total.{name}"] = estimate.total.clone()
-                state[f"window.total_squared.{name}"] = estimate.total_squared.clone()
-                state[f"window.updates.{name}"] = torch.tensor(estimate.updates)
+                state.update({f"window.{part}.{name}": tensor for part, tensor in estimate.state_dict().items()})
         if self._covers is not None:
             state.update({f"covers.{key}": tensor for key, tensor in self._covers.state_dict().items()})
         return state
@@ -354,17 +422,11 @@ class Reselector:
         """Go on where `state_dict` was taken; the adapter itself has to be loaded before.
 
         Raises:
-            FormatError: the state is of another adapter; nothing is changed then.
+            FormatError: the state is of another adapter, or damaged; nothing is changed then.
         """
-        for name, delta in self.deltas.items():
-            grown = state.get(f"grown_at.{name}")
-            if grown is None or grown.numel() != delta.count:
-                found = "is missing" if grown is None else f"holds {grown.numel()} weights, the adapter {delta.count}"
-                raise FormatError(
-                    f"training state: tensor 'grown_at.{name}' {found}. Load the adapter of the same checkpoint first."
-                )
+        check_state(state, self.deltas, name="training state")
         self._close_window()
-        self.update = int(state["update"])
+        self.update, self.is_restored = int(state["update"]), True
         self._due = int(state["due"]) if "due" in state else None
         self._continues = bool(state["continues"])
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
@@ -376,11 +438,8 @@ class Reselector:
             if f"last_values.{name}" in state:
                 self._last_values[name] = state[f"last_values.{name}"].to(device, copy=True)
             if f"window.indices.{name}" in state:
-                parts = (
-                    state[f"window.{part}.{name}"].to(device, copy=True)
-                    for part in ("indices", "nominated", "total", "total_squared")
-                )
-                estimates[name] = Estimate(*parts, updates=int(state[f"window.updates.{name}"]))
+                window = {part: state[f"window.{part}.{name}"] for part in ESTIMATE_PARTS}
+                estimates[name] = Estimate.from_state_dict(window, device)
         if self._covers is not None:
             self._covers.load_state_dict(
                 {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
@@ -388,13 +447,18 @@ class Reselector:
         self._open_window(estimates or None)
 
 
-def _after_step(watched: tuple[Reselector, ...], optimizer: Optimizer) -> None:
+def _before_step(watched: tuple[Reselector, ...], step: Step) -> None:
     for reselector in watched:
-        if reselector.is_stepped_by(optimizer):
-            reselector.after_step(optimizer)
+        reselector.before_step(step)
+
+
+def _after_step(watched: tuple[Reselector, ...], step: Step) -> None:
+    for reselector in watched:
+        reselector.after_step(step)
 
 
 # The base model holds its reselectors, so one that is dropped takes them along.
+stepping: StepWatch[Reselector] = StepWatch(register_optimizer_step_pre_hook, _before_step)
 stepped: StepWatch[Reselector] = StepWatch(register_optimizer_step_post_hook, _after_step)
 
 

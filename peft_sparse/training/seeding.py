@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite, sqrt
 
 from torch.optim import Optimizer
@@ -11,6 +11,7 @@ from ..core.sharded import whole
 from ..optim.reindex import Seeds
 from ..selection.replacement import Replacement
 from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+from ..tuners.sparse_ft.step_watch import all_parameters
 from .gradient_tap import Estimate
 
 
@@ -29,7 +30,7 @@ def seeds_of(estimate: Estimate, replacement: Replacement, *, clip_factor: float
 
 def clip_factor(
     max_norm: float | None,
-    optimizer: Optimizer,
+    optimizers: Iterable[Optimizer],
     *,
     deltas: Mapping[str, AdapterDelta],
     replacements: Mapping[str, Replacement],
@@ -42,8 +43,8 @@ def clip_factor(
     second moment forgets slowly, so the steps of all grown weights would be too small for long.
 
     Args:
-        max_norm: what the gradients of all the optimizer's parameters together are clipped to; None for no clipping.
-        optimizer: which still has the gradients of the update that was just made.
+        max_norm: what the gradients of all the optimizers' parameters together are clipped to; None for no clipping.
+        optimizers: which still have the gradients of the update that was just made.
         deltas, replacements, estimates: of the adapter, by parameter name, just before the support changes.
 
     Returns:
@@ -55,8 +56,9 @@ def clip_factor(
     if max_norm is None or not estimates:
         return 1.0
     own = {id(delta.held_values) for delta in deltas.values()}
-    others = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in own)
-    total = sum(float(whole(p.grad).float().square().sum()) for p in others if p.grad is not None)
+    # Of optimizers around others the same parameter is among those of each.
+    others = {id(p): p for optimizer in optimizers for p in all_parameters(optimizer) if id(p) not in own}
+    total = sum(float(whole(p.grad).float().square().sum()) for p in others.values() if p.grad is not None)
     for name, replacement in replacements.items():
         gradient = deltas[name].held_values.grad
         if gradient is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
+from transformers import Trainer, enable_full_determinism, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -19,21 +19,24 @@ from ..checkpoints.push import update_cards
 from ..errors import ConfigError, FormatError
 from ..tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
 from ..tuners.sparse_ft.config import GRADIENTS
-from ..tuners.sparse_ft.iteration import iter_deltas, iter_layers
+from ..tuners.sparse_ft.iteration import iter_layers
 from ..tuners.sparse_ft.resident import resident
+from ..tuners.sparse_ft.unselected import is_unselected
 from .dense_phase import DensePhase
-from .lottery import is_unselected, start_dense_phase
+from .lottery import start_dense_phase
 from .mask_phase import MaskPhase, is_in_mask_phase
 from .one_shot import select_in_trainer
 from .phase_args import make_first_args
+from .phase_logs import NamePhase, PhaseLogs
+from .preemption import listen, listening, take_request
 from .resume import ResumePoint, find_resume_point, is_finished
-from .spiel_in_trainer import figures, optimizer_for
+from .spiel_in_trainer import optimizer_for
 from .trainer_checkpoints import PhaseCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class TwoPhaseTraining(PhaseCheckpoints):
+class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
     """What `sparse_trainer` adds to a trainer class.
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
@@ -47,8 +50,10 @@ class TwoPhaseTraining(PhaseCheckpoints):
     "phase") and progress bar. Checkpoints of the dense phase lie in `_dense/checkpoint-N` in the output folder, the
     selection in `_dense/selection`, and those of the sparse phase in `checkpoint-N` as ever; `resume_from_checkpoint`
     finds the phase. `load_best_model_at_end` works in each phase: the best dense weights are what the selection looks
-    at. The dense folder may be deleted once the sparse phase has a checkpoint. With Ada-SFT the phases are called
-    "mask" and "weights" and the folder is `_mask`; the best masks are the ones that get fixed.
+    at. A callback that stops the first phase (early stopping) ends it: weights are selected from what it has learnt by
+    then, and the log says how many of its steps were made. SIGTERM under `enable_jit_checkpoint` stops the whole run,
+    which can be resumed. The dense folder may be deleted once the sparse phase has a checkpoint. With Ada-SFT the
+    phases are called "mask" and "weights" and the folder is `_mask`; the best masks are the ones that get fixed.
 
     Args:
         args, kwargs: of the trainer class.
@@ -81,17 +86,17 @@ class TwoPhaseTraining(PhaseCheckpoints):
     ) -> None:
         self._phase: DensePhase | MaskPhase | None = None
         self._phase_name: str | None = None
+        self._was_preempted = False
         self.dense_state: TrainerState | None = None
         self.dense_output: TrainOutput | None = None
         self.mask_state: TrainerState | None = None
         self.mask_output: TrainOutput | None = None
-        self._logged_update = 0
         self.dense_args: Mapping[str, Any] | None = dense_args
         self.mask_args: Mapping[str, Any] | None = mask_args
         super().__init__(*args, **kwargs)
         make_first_args(self.args, dense_args, name="dense_args")
         make_first_args(self.args, mask_args, name="mask_args")
-        self.add_callback(_NamePhase(self))
+        self.add_callback(NamePhase(self))
 
     # ---- the run -------------------------------------------------------------------------------------
 
@@ -110,34 +115,41 @@ class TwoPhaseTraining(PhaseCheckpoints):
             ignore_keys_for_eval: outputs of the model that evaluation leaves out.
 
         Returns:
-            What the trainer class returns, for the second phase.
+            What the trainer class returns, for the second phase; for the first one if SIGTERM ended it (see
+            `enable_jit_checkpoint`), in which case the second has not begun, and `state` is that of its step 0.
 
         Raises:
             ConfigError: the two phases cannot run under this trainer's settings; see `start_dense_phase` for those of
                 the model.
             SelectionError: fewer weights moved in the dense phase than the adapter asks for.
         """
-        with self._model_made_once(trial):
+        options = _given(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        with self._model_made_once(trial), listening(self):
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
             for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
                 layer.keep_dtypes()
             found = self._adapter_before_its_phases()
             if found is None:
-                with resident(self.model):
-                    return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                point = find_resume_point(
+                    self._get_output_dir(trial), resume_from_checkpoint, None, needs=self._needs_of_checkpoints()
+                )
+                return self._train_second(None, point, options)
             adapter, kind = found
             by_gradients = getattr(self.model.peft_config[adapter], "selected_by", None) == GRADIENTS
             if not by_gradients:
                 self._check_two_phases(kind)
-            point = find_resume_point(self._get_output_dir(trial), resume_from_checkpoint, kind.name)
-            if by_gradients and (point is None or point.phase == kind.name):
-                self._select_by_gradients(adapter, point, trial)
-            elif point is None or point.phase == kind.name:
-                self._train_first(adapter, kind, point, trial, ignore_keys_for_eval)
-            elif point.phase == "selection":
-                self._load_adapters(point.path, [adapter])
-            checkpoint = point.path if point is not None and point.phase == "second" else None
-            return self._train_second(kind.next_name, checkpoint, trial, ignore_keys_for_eval)
+            point = find_resume_point(
+                self._get_output_dir(trial), resume_from_checkpoint, kind.name, needs=self._needs_of_checkpoints()
+            )
+            output = None
+            if point is None or point.phase == kind.name:
+                if by_gradients:
+                    self._select_by_gradients(adapter, point, trial)
+                else:
+                    output = self._train_first(adapter, kind, point, trial, options)
+                if self._stops_before_second(kind):
+                    return output or TrainOutput(0, 0.0, {})
+            return self._train_second(kind.next_name, point, options)
 
     def _train_first(
         self,
@@ -145,8 +157,8 @@ class TwoPhaseTraining(PhaseCheckpoints):
         kind: type[DensePhase] | type[MaskPhase],
         point: ResumePoint | None,
         trial: Any,
-        ignore_keys_for_eval: list[str] | None,
-    ) -> None:
+        options: dict[str, Any],
+    ) -> TrainOutput:
         """Dense phase, selection, rewind; or mask phase. Whatever leaves this method, the base weights are where they
         were.
         """
@@ -154,7 +166,7 @@ class TwoPhaseTraining(PhaseCheckpoints):
         with start(self.model, adapter) as phase, self._named(phase.name), self._with_args_of(phase):
             logger.info("%s phase: %d targeted weights", phase.name, phase.numel)
             checkpoint = point.path if point is not None else None
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            output = self._run_phase(checkpoint, options)
             if kind is MaskPhase:
                 self.mask_output, self.mask_state = output, self.state
             else:
@@ -162,8 +174,11 @@ class TwoPhaseTraining(PhaseCheckpoints):
             # Its moments are two copies of the targets; what comes next should not have to fit beside them.
             self._drop_optimizer()
             self.accelerator.free_memory()
+            if self._was_preempted:
+                return output
             phase.select()
         self._save_selection(adapter, kind.name, trial)
+        return output
 
     def _select_by_gradients(self, adapter: str, point: ResumePoint | None, trial: Any) -> None:
         """Choose the support by the gradients of the first batches, and keep it for a run that is resumed."""
@@ -176,13 +191,48 @@ class TwoPhaseTraining(PhaseCheckpoints):
         select_in_trainer(self, adapter)
         self._save_selection(adapter, DensePhase.name, trial)
 
-    def _train_second(
-        self, name: str, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None
-    ) -> TrainOutput:
+    def _stops_before_second(self, kind: type[DensePhase] | type[MaskPhase]) -> bool:
+        """Whether SIGTERM came in the first phase, or while weights were selected. A later run goes on from there."""
+        if not self._was_preempted and not take_request(self):
+            return False
+        logger.warning(
+            "SIGTERM: the %s phase does not begin. train(resume_from_checkpoint=True) goes on from the checkpoint.",
+            kind.next_name,
+        )
+        self.state = TrainerState(
+            is_local_process_zero=self.is_local_process_zero(), is_world_process_zero=self.is_world_process_zero()
+        )
+        return True
+
+    def _train_second(self, name: str | None, point: ResumePoint | None, options: dict[str, Any]) -> TrainOutput:
+        """The second phase; or, without a name, the only one."""
+        checkpoint = point.path if point is not None and point.phase == "second" else None
+        if point is not None and point.phase == "selection":
+            self._load_selection(point.path)
+        if name is None:
+            with resident(self.model):
+                return self._run_phase(checkpoint, options)
         self._drop_optimizer()
         with self._named(name), resident(self.model):
             self._seed()
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            return self._run_phase(checkpoint, options)
+
+    def _run_phase(self, checkpoint: str | None, options: dict[str, Any]) -> TrainOutput:
+        """The trainer class's own training, which says so if it ends early."""
+        self._was_preempted = False
+        try:
+            output = super().train(**_given(resume_from_checkpoint=checkpoint), **options)
+        finally:
+            listen(self)
+        if self._phase_name is not None and not is_finished(self.state):
+            logger.warning(
+                "the %s phase ended after %d of %d steps%s",
+                self._phase_name,
+                self.state.global_step,
+                self.state.max_steps,
+                ": SIGTERM" if self._was_preempted else ", for a callback or the data stopped it",
+            )
+        return output
 
     @contextmanager
     def _with_args_of(self, phase: DensePhase | MaskPhase) -> Iterator[None]:
@@ -299,7 +349,7 @@ class TwoPhaseTraining(PhaseCheckpoints):
         if self.optimizer is None and chosen is None:
             self.optimizer_cls_and_kwargs = optimizer_for(self.model, self.args)
         try:
-            return super().create_optimizer(model)
+            return super().create_optimizer(*([] if model is None else [model]))
         finally:
             self.optimizer_cls_and_kwargs = chosen
 
@@ -309,48 +359,10 @@ class TwoPhaseTraining(PhaseCheckpoints):
         if self.args.should_save:
             update_cards(self.args.output_dir)
 
-    # ---- names and numbers ---------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the name of the phase ("phase"), the L1 penalty ("l1_loss") and the figures of a reselection
-        ("mean_age" and others) where there are such.
-        """
-        shown: dict[str, Any] = dict(logs)
-        if self._phase_name is not None:
-            shown["phase"] = self._phase_name
-        if "loss" in logs:
-            if (penalty := self._l1_loss()) is not None:
-                shown["l1_loss"] = penalty
-            shown.update(figures(self.model, self._logged_update))
-            self._logged_update = self.state.global_step
-        super().log(shown, start_time)
-        # The caller's dictionary gets what the trainer adds to it (evaluation returns it), but for the name, which is
-        # no number.
-        logs.update({key: value for key, value in shown.items() if key != "phase"})
-
-    def _l1_loss(self) -> float | None:
-        if self._phase is not None:
-            pulls = list(self._phase.pulls()) if self._phase.l1_coefficient else []
-        else:
-            deltas = [d for name in self._trained_adapters() for _, _, _, d in iter_deltas(self.model, name)]
-            pulls = [pull for delta in deltas if delta.l1_coefficient for pull in delta.pulls()]
-        return sum(pull.penalty() for pull in pulls) if pulls else None
-
-
-class _NamePhase(TrainerCallback):
-    """Writes the phase's name at the progress bar."""
-
-    def __init__(self, trainer: TwoPhaseTraining) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        name = self._trainer._phase_name
-        if name is None:
-            return
-        for callback in self._trainer.callback_handler.callbacks:
-            bar: Any = getattr(callback, "training_bar", None)
-            if hasattr(bar, "set_description"):
-                bar.set_description(f"{name} phase")
+def _given(**options: Any) -> dict[str, Any]:
+    """Those options that somebody gave. An override of a user's trainer need not know the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @functools.cache

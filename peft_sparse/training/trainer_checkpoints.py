@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import AtomicFolder
 from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.ada_sft.iteration import iter_masked
 from ..tuners.sparse_ft.config import SparseConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
-from .callback import STATE_FILE, load_state
+from .callback import STATE_FILE, load_state, save_state
+from .completeness import STATE, Needs, check_moments, folder_of, knows, naming
 from .dense_checkpoint import load_dense_phase, save_dense_phase
 from .dense_phase import DensePhase
 from .mask_phase import MaskPhase, check_mask_checkpoint, save_mask_phase
+from .preemption import is_just_in_time
+from .reselector import iter_reselectors
 from .resume import FIRST_FOLDERS, SELECTION_FILE, SELECTION_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -38,13 +43,15 @@ class PhaseCheckpoints(_Base):
 
     # The first phase that is under way.
     _phase: DensePhase | MaskPhase | None
+    # Whether SIGTERM has asked for a checkpoint in the phase that is under way, or just over.
+    _was_preempted: bool
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return folder if self._phase is None else os.path.join(folder, FIRST_FOLDERS[self._phase.name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, **({} if state_dict is None else {"state_dict": state_dict}))
         if self._phase is not None and self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
             if isinstance(self._phase, MaskPhase):
@@ -52,18 +59,28 @@ class PhaseCheckpoints(_Base):
             else:
                 save_dense_phase(self._phase, folder)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._was_preempted |= is_just_in_time(folder)
+        if self.args.should_save:
+            # The state comes last. An older one of the same step would call a half-written checkpoint complete.
+            Path(folder, STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            # The callback does so as well, but after the trainer's state, and not under SIGTERM.
+            save_state(self.model, output_dir)
+
     def _save_selection(self, adapter: str, first: str, trial: Any) -> None:
         """Keep adapter and heads at the boundary, for a run that stops before the second phase's first checkpoint."""
-        if not self.args.should_save or self.args.save_strategy == "no":
+        if not self.args.should_save or (self.args.save_strategy == "no" and not self.args.enable_jit_checkpoint):
             return
         folder = os.path.join(self._get_output_dir(trial), FIRST_FOLDERS[first], SELECTION_FOLDER)
-        temporary = f"{folder}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary, selected_adapters=[adapter])
-        with open(os.path.join(temporary, SELECTION_FILE), "w", encoding="utf-8") as file:
-            json.dump({"adapter": adapter}, file)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: True, doors=(SELECTION_FILE,)) as atomic:
+            self.model.save_pretrained(os.fspath(atomic.staging), selected_adapters=[adapter])
+            (atomic.staging / SELECTION_FILE).write_text(json.dumps({"adapter": adapter}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._phase is not None:
@@ -73,7 +90,7 @@ class PhaseCheckpoints(_Base):
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
                 load_state(self.model, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         best, score = self.state.best_model_checkpoint, self.state.best_metric
@@ -114,7 +131,47 @@ class PhaseCheckpoints(_Base):
         deltas = iter_deltas(self.model, name) if isinstance(config, SparseConfig) else ()
         return any(delta.values.requires_grad for _, _, _, delta in deltas)
 
+    def _needs_of_checkpoints(self) -> Needs:
+        """What this run has to find in a checkpoint. FSDP and DeepSpeed write theirs in ways of their own."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
+            return Needs(training=False)
+        adapters = tuple(self._trained_adapters() or self.model.active_adapters)
+        files = []
+        if any(reselector.adapter_name in adapters for reselector in iter_reselectors(self.model)):
+            files.append(STATE_FILE)
+        training = not self.args.save_only_model
+        if training and getattr(self.accelerator, "scaler", None) is not None:
+            files.append("scaler.pt")
+        rank = self.args.process_index if self.args.world_size > 1 else None
+        return Needs(adapters=adapters, files=tuple(files), training=training, rank=rank)
+
+    def _load_selection(self, folder: str) -> None:
+        self._load_adapters(folder, self._trained_adapters())
+
     def _load_adapters(self, folder: str, adapters: list[str]) -> None:
-        for name in adapters:
-            path = folder if name == "default" else os.path.join(folder, name)
-            set_peft_model_state_dict(self.model, load_peft_weights(path, device="cpu"), adapter_name=name)
+        known = [name for name in adapters if knows(folder, name)]
+        for name in set(adapters) - set(known):
+            logger.warning("adapter %r is not in %s: it starts afresh.", name, folder)
+        loaded = {name: self._read_adapter(os.path.join(folder, folder_of(name))) for name in known}
+        for name, tensors in loaded.items():
+            set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+
+    def _read_adapter(self, folder: str) -> dict[str, Any]:
+        with naming(folder):
+            return load_peft_weights(folder, device="cpu")
+
+    # ---- damaged files ---------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming(f"{checkpoint}/optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                check_moments(self.optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with naming(f"{checkpoint}/scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming(f"{checkpoint}/rng_state.pth"):
+            super()._load_rng_state(checkpoint)

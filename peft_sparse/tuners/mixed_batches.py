@@ -1,4 +1,7 @@
-"""`adapter_names`: one adapter per example of a batch."""
+"""`adapter_names`: one adapter per example of a batch.
+
+The names are handed to the layers by hooks on the model, as in PEFT, so one thread at a time may use them.
+"""
 
 from __future__ import annotations
 

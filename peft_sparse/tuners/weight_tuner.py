@@ -9,31 +9,73 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoints.push import keep_card_when_pushing
 from ..checkpoints.tasks import HEADS
+from ..core.names import without_adapter
+from .adapter_keys import own_state, to_model_keys, warn_if_not_finite
+from .adapter_names import check_adapter_name
 from .mixed_batches import give_names, names_by_module
+from .stacked_heads import delete_heads, has_several_heads, set_adapters
 from .weight_layer import WeightLayer
 
 
 @contextmanager
 def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
     """Give an adapter that PEFT adds to a tuner a config of its own, and forget the adapter if it is refused."""
-    config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
-    config.modules_to_save = with_heads(config)
-    if len(tuner.peft_config) == 1:
-        # What a refused file gives back: PEFT freezes the base model before it opens the file.
-        tuner.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    is_first = len(tuner.peft_config) == 1
+    named = model.named_parameters(remove_duplicate=False)
+    before = [(name, parameter, parameter.requires_grad) for name, parameter in named]
     try:
+        config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
+        config.modules_to_save = with_heads(config)
+        check_adapter_name(adapter_name, tuner.peft_config.values())
+        if is_first:
+            # What a refused file gives back: PEFT freezes the base model before it opens the file.
+            tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
         yield config
     except ValueError:
         # PEFT has entered the name already; without an adapter behind it the model would be unusable.
         if len(tuner.peft_config) > 1:
             del tuner.peft_config[adapter_name]
         raise
+    if not is_first:
+        # PEFT restores what trains and what does not but for parameters whose paths hold the new adapter's name.
+        for _, parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
-class WeightTuner(BaseTuner):
+class AdapterFiles(BaseTuner):
+    """How the tuners of this library name an adapter's tensors in its file, and find them again."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = own_state(model, adapter_name, state_dict, cls.tuner_layer_cls)
+        warn_if_not_finite(own, adapter_name)
+        config.saved_as = adapter_name
+        keep_card_when_pushing(model)
+        return own
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return to_model_keys(model, adapter_name, state_dict, cls.tuner_layer_cls)
+
+
+class WeightTuner(AdapterFiles):
     """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -55,9 +97,17 @@ class WeightTuner(BaseTuner):
         # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
         return
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
+        if has_several_heads(self, adapter_name):
+            set_adapters(self, adapter_name, inference_mode=inference_mode)
+        else:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
         left = [name for name in self.active_adapters if name != adapter_name]
+        delete_heads(self, adapter_name, left)
         super().delete_adapter(adapter_name)
         left = left or list(self.peft_config)[:1]
         # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
@@ -90,6 +140,12 @@ class WeightTuner(BaseTuner):
         if merge and safe_merge:
             self._check_finite(adapter_names)
 
+    def _as_before(self, model: nn.Module) -> None:
+        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self.trainable_before)
+
     def _restore(self) -> None:
         """Take whatever is merged or written out of the base weights."""
         for layer in self._layers():
@@ -103,15 +159,18 @@ class WeightTuner(BaseTuner):
         if adapter_names is None:
             yield
             return
-        handles = [
-            give_names(module, names)
-            for module, names in names_by_module(self, list(adapter_names), kwargs, WeightLayer)
-        ]
+        named = dict(names_by_module(self, list(adapter_names), kwargs, WeightLayer))
+        handles = [give_names(module, names) for module, names in named.items()]
+        layers = {module: names for module, names in named.items() if isinstance(module, WeightLayer)}
+        for layer, names in layers.items():
+            layer.row_names = names
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in layers:
+                layer.row_names = None
 
 
 def with_heads(config: PeftConfig) -> list[str] | None:

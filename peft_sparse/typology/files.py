@@ -9,12 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, SparseError
+from ..untrusted import UNREADABLE, check_regular, unpacked_bytes
 
 # lang2vec names a set "syntax_knn": a part of the grammar, and where the values come from.
 _PREFIXES = {"syntax": "S_", "phonology": "P_", "inventory": "INV_"}
@@ -23,7 +25,12 @@ _FILES = {"knn": "feature_predictions.npz", "average": "feature_averages.npz"}
 _OTHER_SOURCES = "features.npz"
 _MISSING_TEXT = ("", "--")
 _GLOTTOCODE_COLUMNS = ("glottocode", "id")
+# lang2vec's largest array takes 119 MB, its lists of names 0.8 MB.
+_MAX_BYTES, _MAX_NAMES_BYTES = 2**27, 2**23
 _ISO_COLUMNS = ("iso_code", "iso639p3code")
+
+
+_UNREADABLE: tuple[type[Exception], ...] = (*UNREADABLE, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,12 @@ def read_file(path: Path, features: Sequence[str]) -> Table:
     readers = {".npz": _read_npz, ".json": _read_json, ".csv": _read_delimited, ".tsv": _read_delimited}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"typology must be a file that ends in {', '.join(readers)}, or a folder, got {str(path)!r}")
+    check_regular(path, max_bytes=_MAX_BYTES)
     try:
         return readers[path.suffix.lower()](path, features)
-    except (KeyError, EOFError, zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+    except (SparseError, FileNotFoundError):
+        raise
+    except _UNREADABLE as error:
         raise FormatError(f"{path} is not a readable table of features ({type(error).__name__}: {error})") from error
 
 
@@ -72,6 +82,16 @@ def read_glottocodes(path: Path | None) -> dict[str, str]:
         path = folder / "uriel_glottocode_map.csv"
         if not path.is_file():
             return {}
+    check_regular(path, max_bytes=_MAX_BYTES)
+    try:
+        return _glottocodes(path)
+    except (SparseError, FileNotFoundError):
+        raise
+    except _UNREADABLE as error:
+        raise FormatError(f"{path} is not a readable table of codes ({type(error).__name__}: {error})") from error
+
+
+def _glottocodes(path: Path) -> dict[str, str]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = {name.lower(): name for name in reader.fieldnames or ()}
@@ -108,6 +128,7 @@ def _suffix(feature: str) -> str:
 
 
 def _read_npz(path: Path, features: Sequence[str]) -> Table:
+    _check_arrays(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             # An NpzFile decompresses a member each time it is asked for.
@@ -136,6 +157,22 @@ def _read_npz(path: Path, features: Sequence[str]) -> Table:
     values = np.concatenate(parts, axis=1).astype(np.float32)
     values[values < 0] = np.nan  # lang2vec's mark for a missing value is -1
     return Table(tuple(str(language) for language in languages), tuple(chosen), values, path.name)
+
+
+def _check_arrays(path: Path) -> None:
+    """Refuse arrays that would unpack to more than any table of features has: zeros pack a thousand to one."""
+    for member, size in unpacked_bytes(path).items():
+        limit = _MAX_BYTES if member == "data.npy" else _MAX_NAMES_BYTES
+        if size > limit:
+            raise FormatError(
+                f"{path}: {member} claims to unpack to {size} bytes, more than the {limit} that a table may have there"
+            )
+    with zipfile.ZipFile(path) as archive, archive.open("data.npy") as data:
+        version = np.lib.format.read_magic(data)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(data)
+    if prod(shape) * dtype.itemsize > _MAX_BYTES:
+        raise FormatError(f"{path}: data.npy claims the shape {list(shape)}, more than a table of features may have")
 
 
 def _read_json(path: Path, features: Sequence[str]) -> Table:

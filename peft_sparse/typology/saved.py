@@ -44,9 +44,13 @@ class SavedTypology:
                     f"a saved typology must have format {FORMAT}, got {saved['format']!r}: a newer peft_sparse made it"
                 )
             names = tuple(saved["feature_names"])
+            if not names or not all(isinstance(name, str) for name in names):
+                raise FormatError("a saved typology must name its features")
             vectors = {code: _unpacked(vector, len(names)) for code, vector in saved["vectors"].items()}
             found = cls(saved["source"], saved["version"], saved["digest"], names, vectors)
-        except (KeyError, TypeError, AttributeError) as error:
+        except FormatError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
             raise FormatError(f"a saved typology must be what Typology.to_dict gives ({error!r})") from error
         return found
 
@@ -70,4 +74,7 @@ def _unpacked(vector: str | Sequence[float], width: int) -> Tensor:
         return torch.from_numpy(bits[:width].astype(np.float32))
     if len(vector) != width:
         raise FormatError(f"a saved vector must have the typology's {width} features, got {len(vector)}")
-    return torch.tensor(vector, dtype=torch.float32)
+    values = torch.tensor(vector, dtype=torch.float32)
+    if values.dim() != 1 or not bool(values.isfinite().all()):
+        raise FormatError("a saved vector must hold one finite number for each of the typology's features")
+    return values

@@ -271,7 +271,7 @@ def _edit(folder, **changes):
         (lambda f: (f / "pytorch_adapter.bin").write_bytes(b"no"), "is not readable"),
         (lambda f: (f / "pytorch_adapter.bin").unlink(), r"holds none of adapter\.safetensors, pytorch_adapter\.bin"),
         (lambda f: (f / "adapter_config.json").unlink(), "does not exist"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "not readable JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), r'must hold a "config" and a "name"'),
         (lambda f: torch.save({"roberta.loras.x.a": torch.ones(1)}, f / "pytorch_adapter.bin"), "is no part of"),
         (lambda f: torch.save({"x": "y"}, f / "pytorch_adapter.bin"), "must hold named tensors"),

@@ -256,12 +256,6 @@ class TestSafety:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.backward(case.output_grad)
 
-    def test_not_twice_differentiable(self):
-        case = make_case()
-        (grad,) = torch.autograd.grad(sparse_linear(case).square().sum(), case.values[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
-
     def test_wrong_dtype_is_told_as_by_torch(self):
         case = make_case(dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match="dtype"):

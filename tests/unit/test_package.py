@@ -20,13 +20,14 @@ ROOT = Path(peft_sparse.__file__).parent
 # A package may import those before it in its own row and all rows above.
 RANKS = [
     ["errors", "_peft_bridge"],
+    ["files", "checks", "untrusted"],
     ["core"],
     ["selection", "typology"],
     ["composition"],
     ["checkpoints"],
     ["tuners"],
     ["optim", "training"],
-    ["distillation", "inspection", "extraction"],
+    ["distillation", "inspection", "extraction", "importing"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

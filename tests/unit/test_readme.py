@@ -27,7 +27,7 @@ def snippet(marker: str) -> str:
 
 PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merge_and_unload()"), snippet("dense_args=")
 ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
-EXTRACTING = snippet("extract_adapter(")
+EXTRACTING, IMPORTING = snippet("extract_adapter("), snippet("import_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
@@ -173,6 +173,20 @@ def test_extracting(folder, capsys):
     assert not torch.equal(output(model), output(base))
 
 
+def test_importing(folder, capsys):
+    base = tiny_model()
+    base.save_pretrained("my-base-model")
+    Path("sft-folder").mkdir()
+    name = "model.layers.0.mlp.up_proj.weight"
+    first = {"size": base.get_parameter(name).shape, "index_steps": [0, 5], "values": torch.tensor([1.0, 2.0])}
+    torch.save({"diffs": {name: first}, "abs": {}}, "sft-folder/pytorch_diff.bin")
+    exec(IMPORTING, {})
+    assert capsys.readouterr().out == "2 weights in 1 tensors, heads ()\n"
+    merged = PeftModel.from_pretrained(tiny_model(), "imported").merge_and_unload()
+    assert [int(n) for n in (merged.get_parameter(name) - base.get_parameter(name)).round()[[0, 5], 0]] == [1, 2]
+    assert torch.load("back/pytorch_diff.bin", weights_only=True)["diffs"][name]["index_steps"] == [0, 5]
+
+
 def test_criteria_of_gradients(folder):
     names: dict = {"base": tiny_model(layers=3), "batches": [collate(rows(4)[i : i + 2]) for i in (0, 2)]}
     exec(ONE_SHOT, names)
@@ -204,7 +218,7 @@ def test_generating_adapters(folder, monkeypatch):
 
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
-    run += [GENERATING, FEATURES]
+    run += [GENERATING, FEATURES, IMPORTING]
     run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES]
     assert sorted(SNIPPETS) == sorted(run)
 

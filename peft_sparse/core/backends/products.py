@@ -59,13 +59,14 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         [R, C].
 
-    Cost: 16-bit factors are multiplied as they are on NVIDIA's GPUs, and widened first elsewhere.
+    Cost: 16-bit factors are multiplied as they are on NVIDIA's GPUs, and widened first elsewhere, and where the product
+        is to be differentiated again.
     """
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left.t() @ right
     if left.is_meta and computed_on(left.device) == "cuda":
         return torch.empty(left.shape[1], right.shape[1], dtype=torch.float32, device="meta")
-    if left.is_cuda and torch.version.hip is None:
+    if left.is_cuda and torch.version.hip is None and not torch.is_grad_enabled():
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.float().t() @ right.float()
 

@@ -85,8 +85,6 @@ class AdaSftConfig(WeightConfig):
 
     # PEFT asks every config for it.
     target_parameters = None
-    # Not a field: whether the file that this config came with is still to be loaded.
-    awaits_file = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +95,7 @@ class AdaSftConfig(WeightConfig):
                 f"initial_mask must be in (0, 1), got {number!r}: a sigmoid reaches neither end. To start at the "
                 "pretrained model keep from_identity=True, at any initial_mask."
             )
-        if self.phase not in HELD:
+        if not isinstance(self.phase, str) or self.phase not in HELD:
             raise ConfigError(
                 f"phase must be one of {list(HELD)}, got {self.phase!r}. A file that says so was written by a newer "
                 "peft-sparse: pip install -U peft-sparse"
@@ -136,10 +134,3 @@ class AdaSftConfig(WeightConfig):
             peft_version=self.peft_version,
             **fields,
         )
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AdaSftConfig:
-        """Load a config (PEFT's method)."""
-        config = super().from_pretrained(*args, **kwargs)
-        config.awaits_file = True
-        return config

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..adapter_keys import modules_around_adapters
 from ..sparse_ft.iteration import base_model_of, path_in_base
 from .layer import Linear
 from .masked_weight import MaskedWeight
@@ -13,7 +14,7 @@ from .masked_weight import MaskedWeight
 
 def iter_masked_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """(path in the base model, layer) of every layer that carries masks."""
-    for name, module in base_model_of(model).named_modules():
+    for name, module in modules_around_adapters(base_model_of(model)):
         if isinstance(module, Linear):
             yield path_in_base(name), module
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ...core.masked import masked_linear, masked_weight
 from ...core.sharded import how_sharded, is_sharded
 from ...errors import ConfigError
+from ..base_module import called, foreign_forward, has_foreign_forward, home_of, loaded, own_forward
+from ..shown_state import ShownState
 from ..sparse_ft.packed import find_backend, is_packed
 from ..weight_layer import WeightLayer, not_finite, not_whole
 from .masked_weight import MaskedWeight
@@ -44,6 +47,7 @@ class Linear(WeightLayer):
         # While adapters are merged, the parameter that they were merged into: in a list, for it is no part of this
         # module.
         self._originals: list[nn.Parameter] = []
+        self._shown = ShownState(self)
 
     # ---- adapters --------------------------------------------------------------------------------
 
@@ -72,7 +76,8 @@ class Linear(WeightLayer):
         # PEFT's version also casts to the weight's dtype, which would round float32 scores over a bfloat16 weight.
         for masked in self.masked([adapter_name]):
             if not masked.trained.is_meta:
-                masked.to(device if device is not None else self.get_base_layer().weight.device)
+                base = self.get_base_layer()
+                masked.to(device if device is not None else home_of(base, base.weight))
 
     # ---- forward ---------------------------------------------------------------------------------
 
@@ -83,15 +88,25 @@ class Linear(WeightLayer):
             self.unmerge()
         if self.disable_adapters or self.merged or not self.masked(self.active_adapters):
             return self.base_layer(x, *args, **kwargs)
-        return self._delta_forward(self.active_adapters, x)
+        return called(self.get_base_layer(), partial(self._delta_forward, self.active_adapters), (x, *args), kwargs)
 
-    def _delta_forward(self, adapters: Sequence[str], x: Tensor) -> Tensor:
+    def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         parts = [masked.part for masked in self.masked(adapters)]
         return masked_linear(x, base.weight, base.bias, parts, fan_in_fan_out=self.fan_in_fan_out)
 
     def acts(self, adapter_name: str) -> bool:
         return adapter_name in self.ada_sft_weight
+
+    def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
+        masked = self.masked(adapters) if parameter == "weight" else []
+        return [leaf for each in masked for leaf in each.parameters()]
+
+    def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
+        return partial(masked_weight, self.get_base_layer().weight, [masked.part for masked in self.masked(adapters)])
+
+    def pristine(self, parameter: str) -> Tensor:
+        return self.original if parameter == "weight" else self.get_base_layer().bias
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -127,11 +142,13 @@ class Linear(WeightLayer):
         self.refuse_parts()
         if safe_merge:
             self.check_finite([*self.merged_adapters, *names])
-        original = self.original
         self.merged_adapters.extend(names)
-        merged = self.merged_weight(self.merged_adapters)
-        self.get_base_layer().weight = nn.Parameter(merged, requires_grad=original.requires_grad)
+        with loaded(self.get_base_layer(), store=True):
+            original = self.original
+            merged = self.merged_weight(self.merged_adapters)
+            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=original.requires_grad)
         self._originals = [original]
+        self._shown.begin()
 
     def refuse_parts(self, name: str = "this layer") -> None:
         """Raise a ConfigError if the weight is not whole in this process."""
@@ -140,7 +157,9 @@ class Linear(WeightLayer):
             raise not_whole(f"weight of {name}", how)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
-        if not bool(torch.isfinite(self.merged_weight(adapters)).all()):
+        with loaded(self.get_base_layer()):
+            is_finite = bool(torch.isfinite(self.merged_weight(adapters)).all())
+        if not is_finite:
             raise not_finite(adapters, "(W + D) * M is not finite")
 
     def restore(self) -> None:
@@ -150,11 +169,22 @@ class Linear(WeightLayer):
             original.data = original.data.to(base.weight)
             base.weight = original
         self._originals = []
+        self._shown.end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_shown"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._shown = ShownState(self)
+        if self.merged:
+            self._shown.begin()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the weight, float32; zeros where this layer has none of it."""
-        for masked in self.masked([adapter_name]):
-            return masked.change(self.original)
+        with loaded(self.get_base_layer()):
+            for masked in self.masked([adapter_name]):
+                return masked.change(self.original)
         return torch.zeros_like(self.original, dtype=torch.float32)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -172,6 +202,8 @@ def check_linear(module: nn.Module, name: str) -> None:
     Raises:
         ConfigError: it is no linear layer, its weight is quantised, or it is sharded.
     """
+    if has_foreign_forward(module):
+        raise foreign_forward(module, name)
     leave_out = f"Leave it out with exclude_modules=[{name!r}]"
     weight = getattr(module, "weight", None)
     if find_backend(module) is not None or (isinstance(weight, Tensor) and is_packed(weight)):
@@ -180,7 +212,9 @@ def check_linear(module: nn.Module, name: str) -> None:
             "the result would have to be kept unquantised, whole. Load the base model unquantised, or use a method "
             "that tunes few weights: SpIEL (SpielAGConfig), or Rand-SFT (RandConfig)."
         )
-    is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    is_plain = (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and own_forward(module) is None
+    )
     if not (is_plain or isinstance(module, Conv1D)) or isinstance(module, NonDynamicallyQuantizableLinear):
         raise ConfigError(
             f"target module {name} of type {type(module).__name__} is not supported: Ada-SFT masks nn.Linear and "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
+from ..base_module import NeverOffloaded
+from ..sparse_ft.unselected import announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
 
-class MaskedWeight(nn.Module):
+class MaskedWeight(NeverOffloaded):
     """One adapter's mask and difference on the weight of a layer, both float32 masters.
 
     Args:
@@ -43,6 +47,11 @@ class MaskedWeight(nn.Module):
         self.register_parameter("scores", None)
         self.register_parameter("difference", None)
         self.enter(phase)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.phase == MASK:
+            announce()
 
     @property
     def phase(self) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
+from ..base_module import home_of
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..sparse_ft.ties import forget_broken_ties
+from ..sparse_ft.unselected import announce
 from ..weight_tuner import WeightTuner, adding
 from . import compose, state
-from .config import AdaSftConfig
+from .config import MASK, AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers
 from .layer import Linear, check_linear
 from .masked_weight import MaskedWeight
@@ -68,6 +70,8 @@ class AdaSftModel(WeightTuner):
                 state_dict=state_dict,
             )
         config.target_modules = stored_target_modules(self._request, self._targets)
+        if config.phase == MASK:
+            announce()
         if not config.init_weights and not config.inference_mode:
             for _, _, masked in iter_masked(model, adapter_name):
                 if not masked.trained.is_meta:
@@ -95,7 +99,7 @@ class AdaSftModel(WeightTuner):
             phase=peft_config.phase,
             initial_mask=peft_config.initial_mask,
             from_identity=peft_config.from_identity,
-            device=base.weight.device,
+            device=home_of(base, base.weight),
         )
         layer = target if isinstance(target, Linear) else Linear(target)
         layer.update_layer(adapter_name, masked, inference_mode=peft_config.inference_mode)
@@ -127,6 +131,7 @@ class AdaSftModel(WeightTuner):
         )
         if merge:
             forget_broken_ties(model)
+        self._as_before(model)
         return model
 
     @classmethod

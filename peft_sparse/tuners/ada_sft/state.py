@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints.native import SOURCE, canonical_name
-from ...checkpoints.push import keep_card_when_pushing
 from ...errors import FormatError
 from ..sparse_ft.state import discard
 from .config import HELD, AdaSftConfig
@@ -29,8 +28,6 @@ def for_saving(model: nn.Module, config: AdaSftConfig, adapter_name: str, own: d
     """
     for _, _, masked in iter_masked(model, adapter_name):
         config.phase = masked.phase
-    config.saved_as = adapter_name
-    keep_card_when_pushing(model)
     return own
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checkpoints import native
+from ...checkpoints.adapter_files import CONFIG_FILE
+from ...checkpoints.card import README
 from ...core.delta import SparseDelta
 from ...errors import ConfigError
+from ...files import AtomicFolder, save_tensors
 from ...selection.top_k import joint_top_k
 from ..sparse_ft.config import SparseConfig
 from ..sparse_ft.iteration import base_model_of
@@ -117,12 +120,9 @@ def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _save(deltas: Mapping[str, SparseDelta], heads: Mapping[str, Tensor], config: SparseConfig, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in native.build(deltas, heads).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{native.SOURCE}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / native.SOURCE)
-    finally:
-        temporary.unlink(missing_ok=True)
     config.inference_mode = True
-    config.save_pretrained(os.fspath(folder))
+    with AtomicFolder(folder, overwrite=True, doors=(native.SOURCE, CONFIG_FILE)) as atomic:
+        if (folder / README).is_file():
+            shutil.copyfile(folder / README, atomic.staging / README)
+        save_tensors(tensors, atomic.staging / native.SOURCE, metadata={"format": "pt"})
+        config.save_pretrained(os.fspath(atomic.staging))

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from ...core.sharded import overwrite
 from ...errors import ConfigError
+from ..base_module import AdapterLinear, NeverOffloaded
 
 LEARNED = "learned"
 # Standard deviation of the weights that "near_identity" draws; cut off at two of them (Houlsby et al. 2019).
@@ -36,7 +37,7 @@ class BottleneckWeights(NamedTuple):
     up_bias: Tensor
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(NeverOffloaded):
     """scaling * up(activation(down(x))), without the residual: U alpha(D h) of thesis equation 2.8.
 
     Attributes:
@@ -55,9 +56,9 @@ class Bottleneck(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.down = nn.Linear(width, bottleneck_size, device=device, dtype=torch.float32)
+        self.down = AdapterLinear(width, bottleneck_size, device=device, dtype=torch.float32)
         self.activation = activation_named(activation)
-        self.up = nn.Linear(bottleneck_size, width, device=device, dtype=torch.float32)
+        self.up = AdapterLinear(bottleneck_size, width, device=device, dtype=torch.float32)
         self.scaling = nn.Parameter(torch.ones(1, device=device)) if scaling == LEARNED else scaling
         self.dropout = nn.Dropout(dropout)
         self.generated: BottleneckWeights | None = None
@@ -111,7 +112,7 @@ def activation_named(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         ConfigError: there is none.
     """
-    if name not in ACT2FN:
+    if not isinstance(name, str) or name not in ACT2FN:
         raise ConfigError(f"activation must be one of {sorted(ACT2FN)}, got {name!r}.")
     return ACT2FN[name]
 

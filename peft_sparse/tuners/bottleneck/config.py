@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
-from typing import Any
-
-from peft import PeftConfig
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
+from ...checks import check_one_of
 from ...errors import ConfigError
+from ..weight_config import WeightConfig
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 
@@ -21,10 +19,19 @@ KINDS = ("pfeiffer", "houlsby", "parallel")
 PLACEMENTS = ("norm", "block", "output", "parallel", "residual")
 INITS = ("near_identity", "identity")
 DEFAULT_REDUCTION_FACTOR = 16
+_ELSEWHERE = {
+    "r": "bottleneck_size=... is the width inside the adapter.",
+    "rank": "bottleneck_size=... is the width inside the adapter.",
+    "adapter_size": "bottleneck_size=... is the width inside the adapter.",
+    "non_linearity": "It is called activation here.",
+    "inv_adapter": "It is called invertible here.",
+    "density": "A bottleneck adapter has a size, no density: bottleneck_size=... or reduction_factor=...",
+}
+_LARGEST = 1e300
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WeightConfig):
     """Bottleneck adapters: a down-projection, an activation and an up-projection in every layer of a frozen model.
 
     On the architectures of `placement.ANATOMIES` nothing but the kind has to be said. On any other, `target_modules`
@@ -94,16 +101,18 @@ class BottleneckConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding to train densely (PEFT's own field)."}
     )
 
-    # Not a field: the name of the adapter that is being saved, since PEFT tells `save_pretrained` only a folder.
-    saved_as = "default"
+    elsewhere = _ELSEWHERE
+    write_card = staticmethod(update_bottleneck_card)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK
-        _check_one_of("kind", self.kind, KINDS)
-        _check_one_of("init", self.init, INITS)
-        _check_one_of("placement", self.placement, (None, *PLACEMENTS))
-        _check_one_of("invertible", self.invertible, (None, *COUPLINGS))
+        if isinstance(self.leave_out, int):
+            self.leave_out = [self.leave_out]
+        check_one_of("kind", self.kind, KINDS)
+        check_one_of("init", self.init, INITS)
+        check_one_of("placement", self.placement, (None, *PLACEMENTS))
+        check_one_of("invertible", self.invertible, (None, *COUPLINGS))
         self._check_sizes()
         activation_named(self.activation)
         if self.scaling != LEARNED and not (_is_number(self.scaling) and math.isfinite(self.scaling)):
@@ -112,8 +121,6 @@ class BottleneckConfig(PeftConfig):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         if self.placement is not None and self.target_modules is None:
             raise ConfigError(f"placement={self.placement!r} needs target_modules: it says what happens there.")
-        for name in ("target_modules", "exclude_modules", "invertible_module"):
-            _check_regex(name, getattr(self, name))
 
     def _check_sizes(self) -> None:
         if self.bottleneck_size is not None and self.reduction_factor is not None:
@@ -133,31 +140,15 @@ class BottleneckConfig(PeftConfig):
         """The bottleneck size m in a model of that width; at least 1."""
         if self.bottleneck_size is not None:
             return self.bottleneck_size
-        return max(1, int(width // (self.reduction_factor or DEFAULT_REDUCTION_FACTOR)))
+        return max(1, self.share_of(width, self.reduction_factor or DEFAULT_REDUCTION_FACTOR))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields; sets as sorted lists, so that equal configs give equal files."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        update_bottleneck_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
-
-
-def _check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {list(known)}, got {value!r}.")
-
-
-def _check_regex(name: str, pattern: object) -> None:
-    if not isinstance(pattern, str):
-        return
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}.") from error
+    @staticmethod
+    def share_of(width: int, factor: float) -> int:
+        """width / factor, rounded down, and no number that is too large to count with."""
+        return int(min(width // factor, 2.0**60))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A whole number beyond all floats comes out of a file, not out of a request.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and (isinstance(value, float) or abs(value) <= _LARGEST)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...checkpoints.adapter_hub import (
@@ -21,32 +20,20 @@ from ...checkpoints.adapter_hub import (
     read_adapter_hub,
     write_adapter_hub,
 )
-from ...errors import FormatError
+from ...errors import ConfigError, FormatError
 from ..sparse_ft.iteration import base_model_of
 from .adapter import LEARNED
-from .config import BottleneckConfig
+from .config import BOTTLENECK, BottleneckConfig
+from .hub_heads import head_layers, head_of, load_head, plan_head
 from .layer import make_adapter
-from .placement import INVERTIBLE, find_sites, resolve
+from .placement import INVERTIBLE, find_sites, reads_after_norm, resolve
 from .weights import iter_bottlenecks, iter_layers
 
-# The library's head types: (ending of the names of transformers' classes with such a head, the module that it is).
-_HEADS = {
-    "classification": ("ForSequenceClassification", "classifier"),
-    "tagging": ("ForTokenClassification", "classifier"),
-    "question_answering": ("ForQuestionAnswering", "qa_outputs"),
-}
-# How transformers' classifiers of sequences compute, in the library's terms, by model_type: one layer behind the
-# pooler, or two layers on the first token with an activation between them.
-_POOLED: dict[str, Any] = {"layers": 1, "use_pooler": True}
-_TWO_LAYERS: dict[str, Any] = {"layers": 2, "use_pooler": False}
-_CLASSIFIERS = {
-    "bert": _POOLED,
-    "albert": _POOLED,
-    "roberta": {**_TWO_LAYERS, "activation_function": "tanh"},
-    "camembert": {**_TWO_LAYERS, "activation_function": "tanh"},
-    "xlm-roberta": {**_TWO_LAYERS, "activation_function": "tanh"},
-    "electra": {**_TWO_LAYERS, "activation_function": "gelu"},
-}
+logger = logging.getLogger(__name__)
+
+# No separator of paths, nothing that a shell or a file system reads otherwise.
+_NAME = re.compile(r"[\w+@=,()\[\]-][\w +@=,()\[\]-]{0,199}")
+
 _PRESETS = {
     "pfeiffer": {"original_ln_before": True, "mh_adapter": False, "output_adapter": True, "is_parallel": False},
     "houlsby": {"original_ln_before": False, "mh_adapter": True, "output_adapter": True, "is_parallel": False},
@@ -67,29 +54,37 @@ def load_adapter_hub(
 
     Args:
         model: the base model, or a `PeftModel` with bottleneck adapters, which gets one more.
-        folder: what `save_adapter` wrote, or a downloaded AdapterHub repository.
+        folder: what `save_adapter` wrote, or the id of a repository of AdapterHub's on the Hub ("owner/name"; a folder
+            in it and a revision may follow: "owner/name/folder@revision").
         adapter_name: its name in the model; the file's own if None.
         with_head: load the prediction head beside it too, into the model's own head, which is then saved with the
-            adapter (`modules_to_save`).
+            adapter (`modules_to_save`). Its outputs go to the model's labels of the same names
+            (`config.id2label`); a model without names for them takes the file's.
 
     Returns:
-        the `PeftModel`; the adapter is active if it is the first.
+        the `PeftModel`; the adapter is active if it is the first, and in the mode (training, evaluation) of the model.
 
     Raises:
-        FormatError: the files are damaged, ask for what no adapter of this package does, or do not fit the model.
+        ConfigError: there is no such folder or repository.
+        FormatError: the files are damaged, contradict each other, ask for what no adapter of this package does, or do
+            not fit the model, or the adapter's name cannot be one or is taken. The model is as it was before.
     """
-    adapter = read_adapter_hub(folder)
+    adapter = read_adapter_hub(folder, with_head=with_head)
     name = adapter_name or adapter.name
-    if "." in name:
-        raise FormatError(f"adapter_name {name!r} has a dot, which no module's name may have: give another one.")
+    _check_name(name, model)
     base = base_model_of(model)
-    head = _find_head(base, adapter) if with_head else None
-    config = BottleneckConfig(**config_fields(adapter), modules_to_save=[head] if head else None)
+    _check_architecture(base, adapter)
+    head = plan_head(base, adapter) if with_head else None
+    config = BottleneckConfig(**config_fields(adapter), modules_to_save=list(head.modules) if head else None)
+    config.exclude_modules = _without_cross_attention(base, config, adapter)
     _check_fits(base, config, adapter)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
+        training = model.training
         model = get_peft_model(model, config, adapter_name=name)
+        # The modules around the base model take its mode; those inside have it.
+        model.training = model.base_model.training = training
     with torch.no_grad():
         for path, bottleneck in iter_bottlenecks(model, name):
             for part, tensor in adapter.tensors[_place(path)].items():
@@ -98,8 +93,8 @@ def load_adapter_hub(
             if layer.placements.get(name) == INVERTIBLE:
                 for key, tensor in adapter.invertible.items():
                     layer.bottleneck_adapters[name].get_parameter(key).copy_(tensor)
-        if head is not None:
-            _load_head(base, name, adapter)
+    if head is not None:
+        load_head(base, name, head)
     return model
 
 
@@ -117,9 +112,16 @@ def save_adapter_hub(
             keeps the head that its model has.
 
     Raises:
+        ConfigError: the model has no such bottleneck adapter.
         FormatError: the architecture is another one, or the library has no head that computes the same.
     """
     base = base_model_of(model)
+    configs = getattr(model, "peft_config", {})
+    own = [name for name, config in configs.items() if config.peft_type == BOTTLENECK]
+    if adapter_name not in own:
+        raise ConfigError(
+            f"adapter_name must be that of a bottleneck adapter of this model, {own}, got {adapter_name!r}."
+        )
     model_type = getattr(base.config, "model_type", None)
     if model_type not in _HOLDERS:
         raise FormatError(
@@ -184,9 +186,54 @@ def _place(path: str) -> Place:
     return found
 
 
+def _check_name(name: str, model: nn.Module) -> None:
+    """Refuse a name that cannot be a module's, or that would be a path when the adapter is saved.
+
+    Raises:
+        FormatError: it cannot be had, or the model has an adapter of that name.
+    """
+    if "." in name:
+        raise FormatError(f"adapter_name {name!r} has a dot, which no module's name may have: give another one.")
+    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        raise FormatError(
+            f"the adapter's name {name[:80]!r} cannot be one here: it must have 1 to 200 letters, digits, spaces or "
+            "any of -_+@=,()[], for it becomes the name of a module and of a folder. Give another with adapter_name=..."
+        )
+    if name in getattr(model, "peft_config", {}):
+        raise FormatError(f"the model has an adapter {name!r} already. Give the new one adapter_name=...")
+
+
+def _check_architecture(base: nn.Module, adapter: HubAdapter) -> None:
+    """Tell of a file that was made on another architecture; `_check_fits` sees whether its tensors fit at all."""
+    own, theirs = getattr(base.config, "model_type", None), adapter.about.get("model_type")
+    if theirs is not None and theirs != own:
+        logger.warning(
+            "Adapter %r was trained on a model of type %r and is being added to one of type %r, whose hidden states it "
+            "has not seen: expect nothing good of it.",
+            *(adapter.name, theirs, own),
+        )
+
+
+def _without_cross_attention(base: nn.Module, config: BottleneckConfig, adapter: HubAdapter) -> list[str] | None:
+    """The sites to leave out where a file has no adapters behind attention to an encoder, the library's default."""
+    if any(place.position == "cross" for place in adapter.tensors):
+        return None
+    sites = find_sites(resolve(copy.deepcopy(config), base), base)
+    cross = [path for path, site in sites.items() if site.placement != INVERTIBLE and _place(path).position == "cross"]
+    # From the decoder on, so that they are the same in a model with another head.
+    return [path[path.rfind("decoder.") :] if "decoder." in path else path for path in cross] or None
+
+
 def _check_fits(base: nn.Module, config: BottleneckConfig, adapter: HubAdapter) -> None:
     """Refuse a file before the model is touched."""
-    sites = find_sites(resolve(copy.deepcopy(config), base), base)
+    resolved = resolve(copy.deepcopy(config), base)
+    if config.kind == "parallel" and reads_after_norm(base):
+        raise FormatError(
+            f"adapter {adapter.name!r} is a parallel one, which in the adapters library reads the residual before the "
+            f"norm of the feed-forward; in {type(base).__name__} adapters of this package read what the norm gives. "
+            "It would compute something else."
+        )
+    sites = find_sites(resolved, base)
     places = {_place(path): site for path, site in sites.items() if site.placement != INVERTIBLE}
     if places.keys() != adapter.tensors.keys():
         lacking, more = sorted(places.keys() - adapter.tensors.keys()), sorted(adapter.tensors.keys() - places.keys())
@@ -206,74 +253,18 @@ def _check_fits(base: nn.Module, config: BottleneckConfig, adapter: HubAdapter) 
             )
 
 
-def _head_of(base: nn.Module) -> dict[str, Any] | None:
-    """The library's config of the head that the model has; None if the library has no such head.
-
-    Its layers are those of the module that `_HEADS` names.
-    """
-    kinds = [kind for kind, (ending, _) in _HEADS.items() if type(base).__name__.endswith(ending)]
-    model_type = getattr(base.config, "model_type", None)
-    if not kinds or (kinds == ["classification"] and model_type not in _CLASSIFIERS):
-        return None
-    (kind,) = kinds
-    computes = {"bias": True, **_CLASSIFIERS[model_type]} if kind == "classification" else {"layers": 1}
-    label2id = {str(label): index for index, label in base.config.id2label.items()}
-    about = {"num_labels": base.config.num_labels, "label2id": label2id, "dropout_prob": None}
-    return {"head_type": kind, "activation_function": "tanh", **about, **computes}
-
-
-def _linears(base: nn.Module, head: Mapping[str, Any], adapter_name: str | None = None) -> list[nn.Linear]:
-    """The layers of the model's head, of an adapter's own copy where it has one."""
-    module = base.get_submodule(_HEADS[head["head_type"]][1])
-    if isinstance(module, ModulesToSaveWrapper):
-        has_own = adapter_name in module.modules_to_save
-        module = module.modules_to_save[adapter_name] if has_own else module.original_module
-    return [part for part in module.modules() if isinstance(part, nn.Linear)]
-
-
-def _find_head(base: nn.Module, adapter: HubAdapter) -> str:
-    """The name of the module of the model that can take the file's head.
-
-    Raises:
-        FormatError: there is no head in the files, or the model has none that computes the same.
-    """
-    if adapter.head is None or not adapter.head_tensors:
-        raise FormatError(f"adapter {adapter.name!r} comes without a head: leave with_head out.")
-    own, theirs = _head_of(base), adapter.head
-    shapes = [tuple(linear.weight.shape) for linear in _linears(base, own)] if own else []
-    file = [tuple(weight.shape) for weight, _ in adapter.head_tensors]
-    same = ["head_type"]
-    if own and own["head_type"] == "classification":
-        same += ["use_pooler", "activation_function"] if own["layers"] > 1 else ["use_pooler"]
-    if not own or shapes != file or any(own[key] != theirs.get(key) for key in same):
-        raise FormatError(
-            f"the head of adapter {adapter.name!r} ({theirs.get('head_type')}, layers {file}, use_pooler="
-            f"{theirs.get('use_pooler')}, {theirs.get('activation_function')}) has no counterpart in "
-            f"{type(base).__name__} (layers {shapes or 'none'}). Load the adapter without it, and build the head from "
-            "read_adapter_hub(folder).head_tensors."
-        )
-    return _HEADS[own["head_type"]][1]
-
-
-def _load_head(base: nn.Module, adapter_name: str, adapter: HubAdapter) -> None:
-    for linear, (weight, bias) in zip(_linears(base, _head_of(base), adapter_name), adapter.head_tensors, strict=True):
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-
-
 def _add_head(adapter: HubAdapter, base: nn.Module) -> None:
     """The model's head as the library has it, into an adapter that is to be written.
 
     Raises:
         FormatError: the library has no head that computes the same.
     """
-    adapter.head = _head_of(base)
+    adapter.head = head_of(base)
     if adapter.head is None:
         raise FormatError(
             f"the head of {type(base).__name__} has no counterpart in the adapters library: leave with_head out."
         )
     # The library takes a head as one of its flexible ones only under its own name of the class.
     adapter.about["model_class"] = re.sub("For[A-Z].*", "AdapterModel", type(base).__name__)
-    linears = _linears(base, adapter.head, adapter.name)
+    linears = head_layers(base, adapter.name)
     adapter.head_tensors = [(linear.weight, linear.bias) for linear in linears]

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.sharded import gathered, is_sharded
+from ..base_module import AdapterLinear, NeverOffloaded
 from .adapter import activation_named, init_linears
 
 # The largest factor by which a GLOW coupling scales is exp(CLAMP).
 CLAMP = 5.0
 
 
-class Coupling(nn.Module):
+class Coupling(NeverOffloaded):
     """What both couplings share: the input is split in halves, each is changed by a function of the other.
 
     Attributes:
@@ -33,7 +34,7 @@ class Coupling(nn.Module):
         super().__init__()
         self.split = [width // 2, width - width // 2]
         for name, own, other in (("first", *self.split), ("second", *reversed(self.split))):
-            size = max(1, int(other // reduction_factor))
+            size = max(1, int(min(other // reduction_factor, 2.0**60)))
             self.add_module(name, _Subnet(other, size, own * self.outputs_per_entry, activation, device))
 
     def reset(self, *, init: str, random: bool) -> None:
@@ -105,9 +106,9 @@ class _Subnet(nn.Module):
 
     def __init__(self, inputs: int, size: int, outputs: int, activation: str, device: torch.device | None) -> None:
         super().__init__()
-        self.down = nn.Linear(inputs, size, device=device, dtype=torch.float32)
+        self.down = AdapterLinear(inputs, size, device=device, dtype=torch.float32)
         self.activation = activation_named(activation)
-        self.up = nn.Linear(size, outputs, device=device, dtype=torch.float32)
+        self.up = AdapterLinear(size, outputs, device=device, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(self.up, self.activation(_linear(self.down, x.to(self.down.weight.dtype))))

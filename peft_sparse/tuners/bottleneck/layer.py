@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...errors import ConfigError
+from ..base_module import attribute_of, home_of
 from ..kept_dtype import undo_cast
 from .adapter import Bottleneck, init_linears
 from .config import BottleneckConfig
@@ -70,7 +72,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """
         placement, width = site.placement, site.width
         self._around = _around(parent, self.adapter_layer_names[0])
-        adapter = self.new_adapter(adapter_name, config, site)
+        # In evaluation too if the model is: nothing may be dropped by an adapter that is added to be used.
+        adapter = self.new_adapter(adapter_name, config, site).train(self.base_layer.training)
         self.adapters[adapter_name] = adapter
         self._made[adapter_name] = _versions(adapter)
         self._dtypes[adapter_name] = _dtype_of(adapter)
@@ -122,6 +125,28 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """The base module's output with what the active adapters make of it."""
         return apply(self.base_layer, self, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in modules:
+                raise
+            try:
+                found = attribute_of(self.base_layer, name, lambda: self.base_layer)
+            except AttributeError:
+                pass
+            else:
+                if "forward" in name and callable(found):
+                    raise ConfigError(
+                        f"{name}() of a {type(self.base_layer).__name__} computes past the bottleneck adapters around "
+                        "it: call the module, or layer.base_layer for the base model's own."
+                    ) from None
+                return found
+            raise
+
     def detach_hooks(self) -> None:
         """Take this layer out of the modules around it."""
         for handles in self.hooks.values():
@@ -131,7 +156,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def _device(self) -> torch.device:
         parameter = next(self.base_layer.parameters(), None)
-        return self._around[0] if parameter is None else parameter.device
+        if parameter is None:
+            return self._around[0]
+        owner = next(m for m in self.base_layer.modules() if any(p is parameter for p in m._parameters.values()))
+        return home_of(owner, parameter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the dtype of the weight, and finds no device where the base module has no weight.
@@ -197,12 +225,13 @@ CANNOT_MERGE = (
 def _around(parent: nn.Module, adapters: str) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a module's parameters, adapters not counted; float32 where all of them are packed."""
     device = None
-    for name, parameter in parent.named_parameters():
-        if f"{adapters}." in name:
+    for path, module in parent.named_modules():
+        if f"{adapters}." in f"{path}.":
             continue
-        device = device or parameter.device
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
+        for parameter in module.parameters(recurse=False):
+            device = device or home_of(module, parameter)
+            if parameter.is_floating_point():
+                return home_of(module, parameter), parameter.dtype
     return device or torch.device("cpu"), torch.float32
 
 

@@ -7,26 +7,27 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ...checkpoints.push import keep_card_when_pushing
 from ...errors import ConfigError
 from ..mixed_batches import give_names, names_by_module
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.state import gather
-from ..weight_tuner import adding
+from ..sparse_ft.support import model_numel
+from ..stacked_heads import delete_heads, has_several_heads, set_adapters
+from ..weight_tuner import AdapterFiles, adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
 from .layer import CANNOT_MERGE, BottleneckLayer
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .sites import attach_inverse
+from .size import check_size, num_parameters
 from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
 from .weights import iter_layers
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(AdapterFiles):
     """Bottleneck adapters in a model. Several active ones stack: each works on what the ones before it made.
 
     Args:
@@ -77,10 +78,17 @@ class BottleneckModel(BaseTuner):
 
     def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""
-        return find_sites(resolve(config, model), model)
+        sites = find_sites(resolve(config, model), model)
+        size, fields = self._size(config, sites)
+        check_size(config, size, model_numel=model_numel(model), fields=fields)
+        return sites
+
+    def _size(self, config: BottleneckConfig, sites: dict[str, Site]) -> tuple[int, str]:
+        """How many parameters the adapter is going to have, and the fields that say so."""
+        return num_parameters(config, sites), "bottleneck_size, reduction_factor, invertible_reduction_factor"
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
-        return BottleneckLayer(target)
+        return BottleneckLayer(target).train(target.training)
 
     def _detach_inverse(self) -> None:
         # A head that is about to be copied for training must not take the hook with it.
@@ -133,9 +141,17 @@ class BottleneckModel(BaseTuner):
             for _, layer in iter_layers(self.model):
                 layer.cast(adapter_name)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
+        if has_several_heads(self, adapter_name):
+            set_adapters(self, adapter_name, inference_mode=inference_mode)
+        else:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
         left = [name for name in self.active_adapters if name != adapter_name]
+        delete_heads(self, adapter_name, left)
         super().delete_adapter(adapter_name)
         left = left or list(self.peft_config)[:1]
         # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones.
@@ -241,17 +257,9 @@ class BottleneckModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        config.saved_as = adapter_name
-        keep_card_when_pushing(model)
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         gather(model, own, state_dict)
         return own
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's version looks for the name before the last part of the key; here modules stand between.
-        adapters = cls.tuner_layer_cls.adapter_layer_names[0]
-        return key.replace(f".{adapters}.{adapter_name}.", f".{adapters}.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

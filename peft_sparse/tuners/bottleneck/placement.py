@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from ...errors import ConfigError
+from ...selection.patterns import fullmatch
 from ..sparse_ft.targets import is_excluded, named_targets
 from .config import BottleneckConfig
 
@@ -164,6 +165,12 @@ def resolve(config: BottleneckConfig, model: nn.Module) -> BottleneckConfig:
     return config
 
 
+def reads_after_norm(model: nn.Module) -> bool:
+    """Whether a model's feed-forward reads a norm of the residual (a pre-norm model), and not the residual itself."""
+    anatomy = ANATOMIES.get(_model_type(model))
+    return anatomy is not None and anatomy.pfeiffer[1] == BLOCK
+
+
 def find_sites(config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
     """{path: site} of every module that a resolved config puts something at, in the order of the model.
 
@@ -231,7 +238,7 @@ def _at_end(pattern: str) -> str:
 
 def _matches(pattern: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+        return fullmatch(pattern, name)
     return any(name == ending or name.endswith(f".{ending}") for ending in pattern or ())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from ...core.sharded import is_sharded, sharded_like
@@ -37,7 +38,7 @@ def check_loaded(
             for key, tensor in layer.adapters[adapter_name].state_dict().items():
                 own[f"{name}.{adapters}.{adapter_name}.{key}"] = tuple(tensor.shape)
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if f".{adapters}." in key}
-    problem = _problem(own, given)
+    problem = _problem(own, given) or _not_finite({key: state_dict[key] for key in own})
     if problem is None:
         return
     refuse(model, adapter_name, problem)
@@ -88,6 +89,15 @@ def refuse(model: nn.Module, adapter_name: str, problem: str) -> NoReturn:
         f"the adapter file does not fit this model and config: {problem}. Nothing was loaded. Load it into the "
         "architecture it was trained on (adapter_config.json names it in base_model_name_or_path)."
     )
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{key} holds values that are NaN or infinite, so the run that saved it had diverged"
+    return None
 
 
 def _problem(own: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...errors import ConfigError
+from ..adapter_keys import modules_around_adapters
 from ..sparse_ft.iteration import base_model_of, path_in_base
 from .adapter import Bottleneck, BottleneckWeights
 from .layer import BottleneckLayer
@@ -15,7 +16,7 @@ from .layer import BottleneckLayer
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, BottleneckLayer]]:
     """(path in the base model, layer) of every site that adapters may stand at."""
-    for name, module in base_model_of(model).named_modules():
+    for name, module in modules_around_adapters(base_model_of(model)):
         if isinstance(module, BottleneckLayer):
             yield path_in_base(name), module
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
-from peft import PeftConfig
-
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.madg_card import update_madg_card
 from ...errors import ConfigError
@@ -81,6 +79,8 @@ class MadGConfig(BottleneckConfig):
     language: str | None = field(default=None, metadata={"help": "The language to start with."})
     saved_typology: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the tuner."})
 
+    write_card = staticmethod(update_madg_card)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MAD_G
@@ -96,8 +96,13 @@ class MadGConfig(BottleneckConfig):
             )
         if self.scaling == LEARNED:
             raise ConfigError(f"scaling must be a number for MAD-G, got {LEARNED!r}: it is not generated.")
-        self.features = [self.features] if isinstance(self.features, str) else list(self.features)
-        if not self.features or not all(isinstance(name, str) for name in self.features):
+        self.features = [self.features] if isinstance(self.features, str) else self.features
+        self.features = list(self.features) if isinstance(self.features, (list, tuple)) else self.features
+        if (
+            not isinstance(self.features, list)
+            or not self.features
+            or not all(isinstance(name, str) for name in self.features)
+        ):
             raise ConfigError(f"features must name sets of typological features, got {self.features!r}.")
         if isinstance(self.typology, Mapping):
             self.typology = Typology.from_vectors(self.typology)
@@ -112,12 +117,6 @@ class MadGConfig(BottleneckConfig):
         plain = copy.copy(self)
         plain.typology = None
         return super(MadGConfig, plain).to_dict()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config (PEFT's method), and this library's part of the model card beside it."""
-        # Not the parent's, which writes the card of a bottleneck adapter.
-        PeftConfig.save_pretrained(self, save_directory, **kwargs)
-        update_madg_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
     def bottleneck_config(self) -> BottleneckConfig:
         """The config of the adapters that this one generates."""

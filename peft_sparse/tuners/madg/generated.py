@@ -12,8 +12,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
 
-from ...checkpoints.card import write_atomically
 from ...errors import ConfigError
+from ...files import write_atomically
 from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.layer import ADAPTERS

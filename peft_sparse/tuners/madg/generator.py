@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.ops import without_autocast
+from ...core.ops import is_recorded, without_autocast
 from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
+from ..base_module import NeverOffloaded
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
 from ..bottleneck.sites import PerExample
 from .config import MadGConfig
@@ -45,11 +46,16 @@ class GenerateAndPassOn(torch.autograd.Function):
             return None, so_far
         embedding, generator = ctx.saved_tensors
         with without_autocast(grad.device.type):
-            so_far = grad.t() @ embedding if so_far is None else so_far.addmm_(grad.t(), embedding)
+            if so_far is None:
+                so_far = grad.t() @ embedding
+            elif torch.is_grad_enabled():
+                so_far = so_far.addmm(grad.t(), embedding)
+            else:
+                so_far.addmm_(grad.t(), embedding)
             return grad @ generator, so_far
 
 
-class SharedPart(nn.Module):
+class SharedPart(NeverOffloaded):
     """What all sites of one MAD-G adapter share; it lies in the first of them.
 
     Attributes:
@@ -103,7 +109,7 @@ class SharedPart(nn.Module):
             generator = gathered(self.generator)
             embedding = embedding.to(generator)
             # A compiler plans its memory itself; FSDP frees what it gathered as soon as the site that has W is done.
-            planned = torch.compiler.is_compiling() or in_several_processes()
+            planned = is_recorded() or in_several_processes()
             if planned or not (torch.is_grad_enabled() and generator.requires_grad):
                 return F.linear(embedding, generator)
             passed_on = {} if passed_on is None else passed_on
@@ -144,7 +150,7 @@ class SharedPart(nn.Module):
         return self._typology
 
 
-class SiteGenerator(nn.Module):
+class SiteGenerator(NeverOffloaded):
     """One site of a MAD-G adapter: generates the weights of a bottleneck and computes with them.
 
     Args:
@@ -210,7 +216,7 @@ class SiteGenerator(nn.Module):
 
     def _weights_for(self, language: str) -> BottleneckWeights:
         """One language's weights, which are generated once for many forwards where nothing is trained."""
-        if torch.compiler.is_compiling():
+        if is_recorded():
             return self.generate([language])[0]
         # FSDP fills the same tensors with other values, and their versions stay.
         if self.training or torch.is_grad_enabled() or in_several_processes():

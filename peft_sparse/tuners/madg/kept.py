@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bottleneck.adapter import BottleneckWeights
+
+
+class _Kept(NamedTuple):
+    key: tuple[Any, ...]
+    sources: list[weakref.ref[Tensor]]
+    weights: BottleneckWeights
 
 
 class KeptWeights:
@@ -22,9 +28,14 @@ class KeptWeights:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._sources: list[weakref.ref[Tensor]] = []
-        self._weights: BottleneckWeights | None = None
+        # One object, put in its place in one step: several threads may compute with this site.
+        self._kept: _Kept | None = None
+
+    @property
+    def _weights(self) -> BottleneckWeights | None:
+        """What is kept, if anything."""
+        kept = self._kept
+        return None if kept is None else kept.weights
 
     def get(
         self, language: str, sources: Sequence[Tensor], generate: Callable[[], BottleneckWeights]
@@ -42,16 +53,15 @@ class KeptWeights:
         kind = sources[0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (language, autocast, *((t._version, t.data_ptr(), t.dtype) for t in sources))
-        same = self._key == key and all(kept() is own for kept, own in zip(self._sources, sources, strict=True))
-        if self._weights is None or not same:
-            self.drop()
-            self._weights, self._key = generate(), key
-            self._sources = [weakref.ref(tensor) for tensor in sources]
-        return self._weights
+        kept = self._kept
+        if kept is None or kept.key != key or not all(k() is s for k, s in zip(kept.sources, sources, strict=True)):
+            self._kept = None
+            kept = self._kept = _Kept(key, [weakref.ref(tensor) for tensor in sources], generate())
+        return kept.weights
 
     def drop(self) -> None:
         """Keep nothing."""
-        self._key, self._sources, self._weights = None, [], None
+        self._kept = None
 
     def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
         return KeptWeights, ()

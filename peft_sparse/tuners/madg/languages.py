@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,22 @@ Languages = str | tuple[str, ...]
 ARGUMENT = "language"
 
 
+class _OneForward(threading.local):
+    """What holds for the forward of the base model that this thread computes; copies and pickles start empty."""
+
+    batch: Languages | None = None
+    passed_on: dict[SharedPart, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_OneForward], tuple[()]]:
+        return _OneForward, ()
+
+
 class MadGState:
     """What all MAD-G layers of a model share.
 
     Attributes:
         shared: {adapter name: what the sites of the adapter share}.
         chosen: what `set_language` was given.
-        passed_on: during a forward of the base model, what `SharedPart.generate` wants; None outside of one.
         handles: the hooks that take the `language` of a batch from the base model's inputs.
     """
 
@@ -33,17 +43,21 @@ class MadGState:
         self.shared: dict[str, SharedPart] = {}
         self.chosen: Languages | None = None
         self.handles: list[RemovableHandle] = []
-        self.passed_on: dict[SharedPart, Tensor] | None = None
-        self._batch: Languages | None = None
+        self._forward = _OneForward()
         # Of the last forward that a backward may follow. Gradient checkpointing computes layers again inside the
         # backward, where the language of the batch is gone and another one may be set.
         self._trained: Languages | None = None
         self._recomputed = False
         self._ambiguous = False
 
+    @property
+    def passed_on(self) -> dict[SharedPart, Tensor] | None:
+        """During a forward of the base model, what `SharedPart.generate` wants; None outside of one."""
+        return self._forward.passed_on
+
     def begin(self, batch: Languages | None) -> None:
         """A forward of the base model starts, with a language of its own or without."""
-        self._batch, self.passed_on = batch, {}
+        self._forward.batch, self._forward.passed_on = batch, {}
         if torch.is_grad_enabled():
             now = batch if batch is not None else self.chosen
             waits = not self._recomputed and self._trained is not None
@@ -52,7 +66,7 @@ class MadGState:
 
     def end(self) -> None:
         """A forward of the base model is over."""
-        self._batch = self.passed_on = None
+        self._forward.batch = self._forward.passed_on = None
 
     def current(self) -> Languages:
         """What the layer that asks has to compute with.
@@ -69,7 +83,7 @@ class MadGState:
                     "languages into one batch."
                 )
             return self._trained
-        now = self._batch if self._batch is not None else self.chosen
+        now = self._forward.batch if self._forward.batch is not None else self.chosen
         if now is None:
             raise ConfigError(
                 'no language is set: call model.set_language("quy"), or give the batch a language '

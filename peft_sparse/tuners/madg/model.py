@@ -17,11 +17,11 @@ from ..bottleneck.weights import iter_layers
 from ..sparse_ft.iteration import base_model_of
 from .config import MadGConfig
 from .generated import GeneratedAdapter
-from .generator import SiteGenerator
+from .generator import SiteGenerator, num_generated
 from .importance import FeatureImportance, feature_importance
 from .languages import LanguageContext, Languages, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
-from .typology import as_typology
+from .typology import as_typology, saved_vectors
 
 
 class MadGModel(BottleneckModel):
@@ -68,8 +68,17 @@ class MadGModel(BottleneckModel):
             config.saved_typology = as_typology(config.typology, config.features).to_dict()
         elif config.typology is not None:
             as_typology(config.typology, config.features).require_same(config.saved_typology)
+        # A damaged file is refused here, before anything is touched.
+        saved_vectors(config.saved_typology)
         self._state = state_of(model) or MadGState()
         return sites
+
+    def _size(self, config: MadGConfig, sites: dict[str, Site]) -> tuple[int, str]:
+        generated = [num_generated(config, site.width) for site in sites.values()]
+        columns = config.language_dim + (config.layer_dim or 0)
+        # With layer embeddings one generator serves all sites.
+        total = sum(generated if config.layer_dim is None else generated[:1]) * columns
+        return total, "bottleneck_size, language_dim, layer_dim"
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
         return MadGLayer(target, self._state)

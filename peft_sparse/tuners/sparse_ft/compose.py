@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...composition.chance import warn_of_coinciding_draws
 from ...composition.combine import combine
 from ...core.delta import SparseDelta
 from ..new_adapter import check_names, choose_head, copy_heads, inherited
@@ -45,6 +46,7 @@ def add_weighted_adapter(
     check_names(tuner, adapters, weights, adapter_name)
     head = choose_head(tuner, adapters, head_from)
     parts = [{name: delta.delta for name, _, _, delta in iter_deltas(tuner, adapter)} for adapter in adapters]
+    warn_of_coinciding_draws(adapters, [tuner.peft_config[adapter].method for adapter in adapters], parts)
     shapes = {name: delta.shape for part in parts for name, delta in part.items()}
     combined = {
         name: combine(

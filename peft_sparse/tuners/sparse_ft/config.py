@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
 from ...checkpoints.files import verify_before_loading
+from ...checkpoints.native import Verified
+from ...checks import check_one_of, dtype_name, nearest
 from ...errors import ConfigError
 from ...selection.budget import check_budget, check_request
 from ...selection.rows import check_support_rows
@@ -23,6 +24,7 @@ BASE_METHOD = "fixed"
 # the adapter is made, the user, a dense phase, or gradients over some batches.
 NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
 DENSE_PHASE, GRADIENTS = "dense phase", "gradients"
+_LARGEST_L1 = 1e300
 VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
@@ -126,20 +128,22 @@ class SparseConfig(WeightConfig):
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
 
+    # Not a field: the checked file that this config came with, until it is loaded.
+    verified: ClassVar[Verified | None] = None
     default_method: ClassVar[str] = "rand"
     # What chooses the support of this method; until then an adapter holds no weight.
     selected_by: ClassVar[str] = NOTHING
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         if cls is SparseConfig:
-            method = kwargs.get("method", cls.default_method)
-            if method not in METHODS:
+            method = method_called(kwargs.get("method", cls.default_method))
+            if not isinstance(method, str) or method not in METHODS:
                 raise ConfigError(
-                    f"method must be one of {sorted(METHODS)}, got {method!r}. A file that says so was written by a "
-                    "newer peft-sparse: pip install -U peft-sparse"
+                    f"method must be one of {sorted(METHODS)}, got {method!r}.{nearest(method, METHODS)} A file that "
+                    "says so was written by a newer peft-sparse: pip install -U peft-sparse"
                 )
             cls = METHODS[method]
-        return super().__new__(cls)
+        return super().__new__(cls, *args, **kwargs)
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
         # copy and pickle call `__new__` with these alone.
@@ -148,6 +152,7 @@ class SparseConfig(WeightConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SPARSE_FT
+        self.method, self.values_dtype = method_called(self.method), dtype_name(self.values_dtype)
         if METHODS.get(self.method) is not type(self):
             own = next((name for name, cls in METHODS.items() if cls is type(self)), None)
             raise ConfigError(
@@ -163,9 +168,8 @@ class SparseConfig(WeightConfig):
                 f"{self.support_rows!r}."
             )
         self._check_targets()
-        if self.values_dtype not in VALUE_DTYPES:
-            raise ConfigError(f"values_dtype must be one of {list(VALUE_DTYPES)}, got {self.values_dtype!r}.")
-        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 < math.inf):
+        check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
+        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
 
@@ -178,10 +182,6 @@ class SparseConfig(WeightConfig):
         )
 
     def _check_targets(self) -> None:
-        if isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ALL_PARAMETERS):
-            _check_regex("target_modules", self.target_modules)
-        if isinstance(self.exclude_modules, str):
-            _check_regex("exclude_modules", self.exclude_modules)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "
@@ -199,15 +199,17 @@ class SparseConfig(WeightConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
-        verify_before_loading(pretrained_model_name_or_path, config.counts, subfolder=subfolder, **download_kwargs)
+        where = pretrained_model_name_or_path
+        config.verified = verify_before_loading(where, config.counts, subfolder=subfolder, **download_kwargs)
         return config
 
 
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}.") from error
+def method_called(given: Any) -> Any:
+    """The name of a method as `METHODS` spells it: "spiel-ag" and "SpIEL AG" are "spiel_ag"."""
+    if not isinstance(given, str):
+        return given
+    bare = {name.replace("_", ""): name for name in METHODS}
+    return bare.get(re.sub(r"[-_\s]", "", given).lower(), given)
 
 
 def _check_counts(counts: object) -> None:

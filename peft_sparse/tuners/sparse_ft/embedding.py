@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,23 +21,29 @@ class Embedding(SparseLayer):
 
     Args:
         base_layer: the embedding to tune.
-        leader: another embedding of the model that looks up in the same matrix (the encoder's and the decoder's of T5
-            and BART): this one then applies the leader's deltas and has none of its own.
+
+    Attributes:
+        leaders: {adapter: another embedding of the model that looks up in the same matrix} (the encoder's and the
+            decoder's of T5 and BART): of an adapter that has no delta here, the leader's acts here too.
     """
 
-    def __init__(self, base_layer: nn.Embedding, *, leader: Embedding | None = None) -> None:
+    def __init__(self, base_layer: nn.Embedding) -> None:
         super().__init__(base_layer)
-        # A list keeps the leader from being registered as this module's child.
-        self._leader = [] if leader is None else [leader]
-        self.tied_parameters = set() if leader is None else {"weight"}
+        # A plain dictionary keeps the leaders from being registered as this module's children.
+        self.leaders: dict[str, Embedding] = {}
 
-    def deltas_of(self, parameter: str) -> nn.ModuleDict:
-        return self._leader[0].deltas_of(parameter) if self._leader else super().deltas_of(parameter)
+    def deltas_of(self, parameter: str) -> Mapping[str, nn.Module]:
+        own = super().deltas_of(parameter)
+        if not self.leaders:
+            return own
+        led = {name: leader._modules[f"sparse_ft_{parameter}"] for name, leader in self.leaders.items()}
+        return {**{name: held[name] for name, held in led.items() if name in held}, **own}
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if base.weight.requires_grad:
-            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient.
+        if base.weight.requires_grad or (ops.is_recorded() and not torch.compiler.is_compiling()):
+            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient. What records or
+            # transforms what runs wants shapes that do not depend on the tokens.
             result = F.embedding(x, self.effective("weight", adapters), base.padding_idx)
         else:
             deltas = self.active_deltas("weight", adapters)

@@ -8,6 +8,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ...core.names import unwrapped as path_in_base
+from ..adapter_keys import modules_around_adapters
 from .adapter_delta import AdapterDelta
 from .layer import PARAMETERS, SparseLayer
 
@@ -25,11 +27,6 @@ def base_model_of(model: nn.Module) -> nn.Module:
             return model
 
 
-def path_in_base(name: str) -> str:
-    """A module's path without the names that FSDP and torch.compile put between."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-
-
 def _is_wrapper(model: nn.Module) -> bool:
     """Whether a model stands around another one: DDP, or an engine that hands on the attributes of what is inside."""
     inside = getattr(model, "module", None)
@@ -40,7 +37,7 @@ def _is_wrapper(model: nn.Module) -> bool:
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """(path in the base model, layer) of every layer that carries deltas."""
-    for name, module in base_model_of(model).named_modules():
+    for name, module in modules_around_adapters(base_model_of(model)):
         if isinstance(module, SparseLayer):
             yield path_in_base(name), module
 

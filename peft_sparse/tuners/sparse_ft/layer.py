@@ -4,8 +4,9 @@ bit.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,15 +15,15 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...core.observer import GradientObserver
+from ...core.observer import GradientObserver, current_pass, remember_outer
+from ...core.ops import is_recorded
 from ...core.overlay import Overlay, add_deltas
 from ...core.sharded import how_sharded, is_sharded
-from ..weight_layer import WeightLayer, not_finite, not_whole
+from ..base_module import called, loaded
+from ..shown_state import ShownState
+from ..weight_layer import PARAMETERS, WeightLayer, not_finite, not_whole
 from .adapter_delta import AdapterDelta
 from .packed import parameter_device, parameter_shape
-
-# The tensors of a layer that can carry a delta, and the attribute that holds their adapters.
-PARAMETERS = ("weight", "bias")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Written:
         originals: [u] the parameter's own entries there; None when the whole parameter was exchanged.
         parameter: the exchanged parameter; None when the entries were written in place.
         shape: of what was written into.
+        target: the parameter that was written into in place.
     """
 
     key: tuple[Any, ...]
@@ -42,6 +44,7 @@ class Written:
     originals: Tensor | None = None
     parameter: nn.Parameter | None = None
     shape: tuple[int, ...] = ()
+    target: Tensor | None = None
 
 
 class SparseLayer(WeightLayer):
@@ -61,18 +64,30 @@ class SparseLayer(WeightLayer):
         self.sparse_ft_bias = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Whether the forward may write the active deltas into the base weight (see `resident`).
-        self.is_resident = False
+        # How many `resident` blocks are open: the forward may then write the active deltas into the base weight.
+        self.num_resident = 0
+        # Held by what writes into the base weight, and by what reads a weight that may be written into.
+        self._lock = threading.RLock()
         # Names of parameters that another module shares (tied embeddings): never written in place.
         self.tied_parameters: set[str] = set()
         self._written: dict[str, Written] = {}
         self._overlays: dict[tuple[Any, ...], Overlay] = {}
+        self._shown = ShownState(self)
         base = self.get_base_layer()
         with warnings.catch_warnings():
             # PEFT does not know norms and says so.
             warnings.simplefilter("ignore")
             self.in_features, self.out_features = _get_in_out_features(base)
         self.num_embeddings = getattr(base, "num_embeddings", None)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the forward may write the active deltas into the base weight (see `resident`)."""
+        return self.num_resident > 0
+
+    @is_resident.setter
+    def is_resident(self, value: bool) -> None:
+        self.num_resident = int(value)
 
     # ---- adapters --------------------------------------------------------------------------------
 
@@ -94,7 +109,8 @@ class SparseLayer(WeightLayer):
         base = self.get_base_layer()
         for parameter, count in counts.items():
             shape, device = parameter_shape(base, parameter), parameter_device(base, parameter)
-            self.deltas_of(parameter)[adapter_name] = AdapterDelta(shape, count, dtype=dtype, device=device)
+            delta = AdapterDelta(shape, count, dtype=dtype, device=device)
+            self._modules[f"sparse_ft_{parameter}"][adapter_name] = delta
         self._overlays.clear()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -135,9 +151,13 @@ class SparseLayer(WeightLayer):
         if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
             self.restore()
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for parameter in PARAMETERS:
+                for delta in self.active_deltas(parameter):
+                    delta.check_support()
         if torch.is_grad_enabled():
             self.keep_dtypes(in_forward=True)
-        return self._delta_forward(self.active_adapters, x, *args, **kwargs)
+        return called(self.get_base_layer(), partial(self._delta_forward, self.active_adapters), (x, *args), kwargs)
 
     def keep_dtypes(self, *, in_forward: bool = False) -> None:
         """Undo casts of the active adapters' values that nobody asked for: see `AdapterDelta.keep_dtype`."""
@@ -153,58 +173,86 @@ class SparseLayer(WeightLayer):
         """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if
         it has none).
         """
-        base = self.base_tensor(parameter)
+        return self.maker(parameter, adapters)()
+
+    def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
         deltas = self.active_deltas(parameter, adapters)
+        observers = [d.observer for d in deltas if d.observer is not None and not is_recorded()]
+        values = [(d.values, d.indices) for d in deltas]
+        return partial(self._with_deltas, partial(self.base_tensor, parameter), values, observers)
+
+    @staticmethod
+    def _with_deltas(
+        base: Callable[[], Tensor], deltas: Sequence[tuple[Tensor, Tensor]], observers: Sequence[GradientObserver]
+    ) -> Tensor:
         if not deltas:
-            return base
-        result = add_deltas(base, [(d.values, d.indices) for d in deltas])
-        for delta in deltas:
-            if delta.observer is not None and result.requires_grad:
-                result.register_hook(partial(_show_gradient, delta.observer))
+            return base()
+        result = add_deltas(base(), deltas)
+        made_in = -1 if torch.compiler.is_compiling() else current_pass()
+        for observer in observers:
+            if result.requires_grad:
+                result.register_hook(partial(_show_gradient, observer, made_in))
         return result
 
+    def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
+        return [delta.values for delta in self.active_deltas(parameter, adapters)]
+
     def base_tensor(self, parameter: str) -> Tensor | None:
-        """The base layer's own tensor, dequantised if need be; None if it has none."""
-        return getattr(self.get_base_layer(), parameter)
+        """The base layer's own tensor without any delta, dequantised if need be; None if it has none."""
+        return self.pristine(parameter)
 
     # ---- writing into the base parameters --------------------------------------------------------
 
     def overlay(self, parameter: str, adapters: Sequence[str]) -> tuple[tuple[Any, ...], Overlay]:
         """The union of the adapters' supports on one tensor, and a key that changes when any support does."""
         deltas = self.active_deltas(parameter, adapters)
+        for delta in deltas:
+            delta.check_support()
         key = (parameter, *((id(d), d.support_version, d.indices.device) for d in deltas))
-        if key not in self._overlays:
-            self._overlays = {k: v for k, v in self._overlays.items() if k[0] != parameter}
-            self._overlays[key] = Overlay([d.indices for d in deltas])
-        return key, self._overlays[key]
+        found = self._overlays.get(key)
+        if found is None:
+            found = Overlay([d.indices for d in deltas])
+            # In one step: other threads look into it meanwhile.
+            self._overlays = {**{k: v for k, v in self._overlays.items() if k[0] != parameter}, key: found}
+        return key, found
 
-    def pristine(self, parameter: str, overlay: Overlay) -> Tensor:
-        """[u] the parameter's own entries at the overlay's indices, whatever is written into it now."""
-        own = self.base_tensor(parameter)
+    def pristine(self, parameter: str) -> Tensor:
         written = self._written.get(parameter)
         if written is None:
-            return flat(own)[overlay.indices]
+            return getattr(self.get_base_layer(), parameter)
         if written.parameter is not None:
-            return flat(written.parameter)[overlay.indices]
-        copy = flat(own).clone()
-        copy[written.overlay.indices] = written.originals.to(device=copy.device, dtype=copy.dtype)
-        return copy[overlay.indices]
+            return written.parameter
+        with self._lock:
+            copy = getattr(self.get_base_layer(), parameter).detach().clone()
+            written = self._written.get(parameter)
+            if written is not None:
+                flat(copy)[written.overlay.indices] = written.originals.to(device=copy.device, dtype=copy.dtype)
+            return copy
+
+    def pristine_entries(self, parameter: str, overlay: Overlay) -> Tensor:
+        """[u] the parameter's own entries at the overlay's indices, whatever is written into it now."""
+        return flat(self.base_tensor(parameter))[overlay.indices]
 
     def write(self, parameter: str, adapters: Sequence[str]) -> None:
         """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
-        base = self.get_base_layer()
         values = [d.values for d in self.active_deltas(parameter, adapters)]
-        if not values:
+        if values:
+            self.write_entries(parameter, *self.overlay(parameter, adapters), values)
+        else:
             self.restore(parameter)
-            return
-        key, overlay = self.overlay(parameter, adapters)
-        written = self._written.get(parameter)
-        if written is None or written.key != key:
-            self.restore(parameter)
-            written = self._begin_write(parameter, key, overlay)
-        own = written.parameter
-        originals = written.originals if own is None else flat(own)[overlay.indices]
-        overlay.write_(flat(getattr(base, parameter)), values, originals=originals)
+
+    def write_entries(self, parameter: str, key: tuple[Any, ...], overlay: Overlay, values: Sequence[Tensor]) -> None:
+        """`write` for what `overlay` gave, and one tensor of values for each of its deltas."""
+        base = self.get_base_layer()
+        with self._lock:
+            written = self._written.get(parameter)
+            if written is None or written.key != key or _is_another(written.target, getattr(base, parameter)):
+                self.restore(parameter)
+                self._shown.keep(parameter)
+                written = self._begin_write(parameter, key, overlay)
+            own = written.parameter
+            originals = written.originals if own is None else flat(own)[overlay.indices]
+            overlay.write_(flat(getattr(base, parameter)), values, originals=originals)
 
     def _begin_write(self, parameter: str, key: tuple[Any, ...], overlay: Overlay) -> Written:
         base = self.get_base_layer()
@@ -213,22 +261,57 @@ class SparseLayer(WeightLayer):
             written = Written(key, overlay, parameter=own)
             setattr(base, parameter, nn.Parameter(own.detach().clone(), requires_grad=False))
         else:
-            written = Written(key, overlay, originals=self.pristine(parameter, overlay), shape=tuple(own.shape))
+            entries = self.pristine_entries(parameter, overlay)
+            written = Written(key, overlay, originals=entries, shape=tuple(own.shape), target=own)
         self._written[parameter] = written
+        self._shown.begin()
         return written
 
     def restore(self, parameter: str | None = None) -> None:
         """Take whatever is written out of the base parameters (of one, or of all), bit for bit."""
-        for name in PARAMETERS if parameter is None else (parameter,):
-            written = self._written.pop(name, None)
-            if written is None:
-                continue
-            if written.parameter is not None:
-                setattr(self.get_base_layer(), name, written.parameter)
-            elif _is_all_there(own := getattr(self.get_base_layer(), name), written.shape):
-                # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
-                base = flat(own)
-                base[written.overlay.indices] = written.originals.to(device=base.device, dtype=base.dtype)
+        if not self._written:
+            return
+        with self._lock:
+            for name in PARAMETERS if parameter is None else (parameter,):
+                self._restore(name, self._written.pop(name, None))
+            if not self._written:
+                self._shown.end()
+
+    def _restore(self, name: str, written: Written | None) -> None:
+        if written is None:
+            return
+        if written.parameter is not None:
+            setattr(self.get_base_layer(), name, written.parameter)
+            return
+        own = getattr(self.get_base_layer(), name)
+        if written.target is not own and _is_all_there(written.target, written.shape):
+            # Another tensor has taken its place (torch.func.functional_call, a parameter assigned by the user).
+            own = written.target
+        if _is_all_there(own, written.shape):
+            # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
+            base = flat(own)
+            base[written.overlay.indices] = written.originals.to(device=base.device, dtype=base.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
+        # What is moved or cast is the base model, bit for bit, and what undoes a merge goes along with it.
+        if not self.merged:
+            self.restore()
+        for written in self._written.values():
+            if written.originals is not None:
+                written.originals = fn(written.originals)
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is in no `resident` block, and has its own memory.
+        super().__setstate__(state)
+        self._lock, self._shown = threading.RLock(), ShownState(self)
+        self.num_resident, self._overlays = 0, {}
+        if not self.merged:
+            self.restore()
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -251,8 +334,9 @@ class SparseLayer(WeightLayer):
         if safe_merge:
             self.check_finite([*self.merged_adapters, *present])
         self.merged_adapters.extend(present)
-        for parameter in PARAMETERS:
-            self.write(parameter, self.merged_adapters)
+        with loaded(self.get_base_layer(), store=True):
+            for parameter in PARAMETERS:
+                self.write(parameter, self.merged_adapters)
 
     def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
         """Raise a ConfigError if a tensor that `adapters` tune is not whole in this process; changes nothing."""
@@ -264,12 +348,16 @@ class SparseLayer(WeightLayer):
                     raise not_whole(f"{parameter} of {name}", how)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
+        with loaded(self.get_base_layer()):
+            self._check_finite(adapters)
+
+    def _check_finite(self, adapters: Sequence[str]) -> None:
         for parameter in PARAMETERS:
             values = [delta.values for delta in self.active_deltas(parameter, adapters)]
             if not values:
                 continue
             _, overlay = self.overlay(parameter, adapters)
-            merged = overlay.entries(self.pristine(parameter, overlay), values)
+            merged = overlay.entries(self.pristine_entries(parameter, overlay), values)
             if not bool(torch.isfinite(merged).all()):
                 overflows = all(bool(torch.isfinite(v).all()) for v in values)
                 why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
@@ -288,8 +376,13 @@ class SparseLayer(WeightLayer):
         return False
 
 
-def _show_gradient(observer: GradientObserver, gradient: Tensor) -> None:
+def _is_another(target: Tensor | None, own: Tensor) -> bool:
+    return target is not None and target is not own
+
+
+def _show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
     """Hand a dense gradient, or what is wanted of it, to an observer."""
+    remember_outer(made_in)
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])

@@ -21,6 +21,7 @@ from .quantized import warn_of_loss
 from .support import Plan, model_numel, plan, set_supports
 from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
+from .unselected import Selection, is_unselected
 from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
@@ -86,6 +87,10 @@ class SparseModel(WrappedInTraining, WeightTuner):
             coefficient = config.l1 / model_numel(model)
             for _, _, _, delta in iter_deltas(model, adapter_name):
                 delta.penalise(coefficient)
+        if is_unselected(config):
+            selection = Selection(adapter_name)
+            for _, _, _, delta in iter_deltas(model, adapter_name):
+                delta.await_selection(selection)
         drivers.start(model, adapter_name, config)
 
     def _fill(self, model: nn.Module, adapter_name: str, planned: Plan) -> None:
@@ -93,7 +98,8 @@ class SparseModel(WrappedInTraining, WeightTuner):
         config: SparseConfig = self.peft_config[adapter_name]
         is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
         if is_known and not config.inference_mode:
-            set_supports(config, {name: d for name, _, _, d in iter_deltas(model, adapter_name)}, planned.chosen)
+            deltas = {name: d for name, _, _, d in iter_deltas(model, adapter_name)}
+            set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
         if path_in_base(key) in self._targets:
@@ -209,6 +215,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
             warn_of_loss(layers, way_back="")
             forget_broken_ties(model)
         release_layouts(model)
+        self._as_before(model)
         return model
 
     @classmethod

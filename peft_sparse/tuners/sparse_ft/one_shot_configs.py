@@ -27,7 +27,9 @@ class RandConfig(SparseConfig):
     (`num_weights=141_557`, 2e-3) loses little in most of its languages: F1 0.752 against 0.791 in the mean of seven.
 
     Args:
-        seed: the support is a function of this number and the parameters' names alone.
+        seed: the support is a function of this number, the method, `task_type`, the density (or number), the adapter's
+            name and the parameters' names alone. Adapters to be added up must differ in one of these: two language
+            adapters that are both called "default" need seeds of their own, or else they change the same weights.
         draw: "exact" draws as many weights as were asked for; "bernoulli" draws each weight by itself, with the
             probability that gives as many in the mean, so that `counts` tells how many it were.
 

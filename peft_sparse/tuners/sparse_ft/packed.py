@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
+from ..base_module import home_of
 
 # What bitsandbytes keeps beside a packed weight, outside its parameters.
 _STATE = "state"
@@ -87,9 +88,9 @@ def parameter_shape(module: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def parameter_device(module: nn.Module, name: str) -> torch.device:
-    """Where a module's own parameter lies."""
+    """Where a module computes with its own parameter: where that lies, unless accelerate offloaded it."""
     tensor = getattr(module, name, None)
-    return (own_parameters(module)[name] if tensor is None else tensor).device
+    return home_of(module, own_parameters(module)[name] if tensor is None else tensor)
 
 
 def parameter_numel(module: nn.Module, name: str) -> int:

@@ -98,13 +98,13 @@ class QuantizedLinear(Linear):
         deltas = self.active_deltas("weight", adapters)
         with _cast_shared(x, dtype):
             given = x if _is_cast_shared(x, dtype) else x.to(dtype)
-            if torch.compiler.is_compiling():
+            if ops.is_recorded():
                 weight = self.effective("weight", adapters).to(dtype)  # type: ignore[union-attr]
                 result = F.linear(given, weight.t() if self.fan_in_fan_out else weight, bias)
             else:
                 result = ops.linear(
                     given,
-                    partial(self.make_weight, tuple(adapters), dtype=dtype),
+                    partial(self._make_weight, self._overlay_of(adapters), [d.values for d in deltas], dtype),
                     bias,
                     [(d.values, d.indices) for d in deltas],
                     fan_in_fan_out=self.fan_in_fan_out,
@@ -112,6 +112,9 @@ class QuantizedLinear(Linear):
                 )
         # A base layer with a compute dtype gives back what it was given, also under autocast.
         return result.to(x.dtype) if hasattr(self.get_base_layer(), "compute_dtype") else result
+
+    def has_own(self, parameter: str) -> bool:
+        return parameter != "weight"
 
     def base_tensor(self, parameter: str) -> Tensor | None:
         if parameter != "weight":
@@ -129,13 +132,17 @@ class QuantizedLinear(Linear):
 
         The sums are made in float32 and rounded once.
         """
+        values = [delta.values for delta in self.active_deltas("weight", adapters)]
+        return self._make_weight(self._overlay_of(adapters), values, dtype)
+
+    def _overlay_of(self, adapters: Sequence[str]) -> Overlay | None:
+        return self.overlay("weight", adapters)[1] if self.active_deltas("weight", adapters) else None
+
+    def _make_weight(self, overlay: Overlay | None, values: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
         weight = self.dequantized()
         result = weight if dtype is None else weight.to(dtype)
-        deltas = self.active_deltas("weight", adapters)
-        if deltas:
-            _, overlay = self.overlay("weight", adapters)
-            entries = self._entries(weight, overlay, [d.values for d in deltas])
-            flat(result)[overlay.indices] = entries.to(result.dtype)
+        if overlay is not None:
+            flat(result)[overlay.indices] = self._entries(weight, overlay, values).to(result.dtype)
         return result
 
     @staticmethod

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...core.sharded import whole
-from .step_watch import StepWatch
+from .step_watch import Step, StepWatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,25 +48,51 @@ class Pulled(Protocol):
         """The penalties as they stand now."""
 
 
-@torch.no_grad()
-def _add_gradients(watched: tuple[Pulled, ...], optimizer: Optimizer) -> None:
-    """Add lambda/N * sign(difference) to the gradients that `optimizer` is about to step on.
+def _before_step(watched: tuple[Pulled, ...], step: Step) -> Any:
+    """Add lambda/N * sign(difference) to the gradients that a step is about to use.
 
     The step, not the backward, is where this belongs: it happens once under gradient accumulation, and on every rank
-    alike after the gradients were averaged. Parameters without a gradient are not stepped on, so they get none here
-    either.
+    alike after the gradients were averaged. Where a closure computes the gradients within the step, it happens after
+    each call of the closure.
+    """
+    closure = step.closure
+    if closure is None:
+        _add_gradients(watched, step)
+        return None
+    if not any(True for _ in step.parameters()):
+        return None
+
+    def penalised_closure() -> Any:
+        loss = closure()
+        penalty = _add_gradients(watched, step)
+        # The one optimizer that compares losses, and has to compare those that its gradients are of.
+        return loss + penalty if isinstance(step.optimizer, LBFGS) else loss
+
+    return step.with_closure(penalised_closure)
+
+
+@torch.no_grad()
+def _add_gradients(watched: tuple[Pulled, ...], step: Step) -> float:
+    """Add the penalties' gradients; returns the penalties of L-BFGS.
+
+    Parameters without a gradient are not stepped on, so they get none here either.
     """
     pulls = {id(pull.parameter): pull for pulled in watched for pull in pulled.pulls()}
     # A fused optimizer under a GradScaler divides the gradients by the scale within its step.
-    scale = getattr(optimizer, "grad_scale", None)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            pull = pulls.get(id(parameter))
-            if pull is None or parameter.grad is None:
-                continue
-            step = pull.difference().sign().mul_(pull.coefficient)
-            parameter.grad.add_(step if scale is None else step * scale)
+    scale = getattr(step.optimizer, "grad_scale", None)
+    penalty = 0.0
+    for parameter in step.parameters():
+        pull = pulls.get(id(parameter))
+        if pull is None or parameter.grad is None:
+            continue
+        if not parameter.requires_grad and not bool(whole(parameter.grad).any()):
+            continue  # of an adapter whose turn it is not, set to zero instead of None
+        sign = pull.difference().sign().mul_(pull.coefficient)
+        parameter.grad.add_(sign if scale is None else sign * scale)
+        if isinstance(step.optimizer, LBFGS):
+            penalty += pull.penalty()
+    return penalty
 
 
 # An adapter that is deleted, or a model that is dropped, takes its penalty along.
-penalised: StepWatch[Pulled] = StepWatch(register_optimizer_step_pre_hook, _add_gradients)
+penalised: StepWatch[Pulled] = StepWatch(register_optimizer_step_pre_hook, _before_step)

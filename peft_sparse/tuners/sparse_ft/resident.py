@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import warnings
+from contextlib import AbstractContextManager, ContextDecorator
 
 from torch import nn
 
 from .iteration import iter_layers
+from .layer import SparseLayer
+
+# Held while blocks are entered and left: layers count them.
+_lock = threading.Lock()
 
 
-@contextmanager
-def resident(model: nn.Module) -> Iterator[nn.Module]:
+class resident(ContextDecorator, AbstractContextManager[nn.Module]):
     """Keep the active deltas written into the weights of linear layers for the length of the block.
 
-    Every forward brings the k written entries up to date first, so training works as ever, with any optimizer. Leaving
-    the block, also by an exception, restores the base weights bit for bit. Inside it, saving an adapter is right as
-    ever, but the base weights (`model.state_dict()`, a merged copy made by hand) hold the delta. Tied weights,
-    embeddings, norms, biases and convolutions keep the way they always work.
+    Every forward brings the k written entries up to date first, so training works as usual, with any optimizer. Leaving
+    the block, also by an exception, restores the base weights bit for bit. Blocks may be nested, overlap, and be open
+    in several threads: the last one to be left restores. Tied, quantised and offloaded weights, embeddings, norms,
+    biases and convolutions keep the way they always work.
+
+    State dicts that are taken inside, of the model or of any part of it, hold the base model's own weights, and so does
+    whatever is saved by them (`save_pretrained`, accelerate's `save_state`, safetensors' `save_model`); what is loaded
+    inside takes their place. Copies of the model (`copy.deepcopy`, `torch.save`) are of the model outside of the block.
+    Only the parameters themselves, read one by one (`named_parameters()`), show the weights with the deltas in them:
+    copy those outside of the block, or from `state_dict()`.
 
     Args:
-        model: a PeftModel, a tuner or a model with sparse layers in it.
-
-    Yields:
-        the model.
+        model: a PeftModel, a tuner or a model with sparse layers in it. `with` gives it back.
     """
-    layers = [layer for _, layer in iter_layers(model)]
-    before = [layer.is_resident for layer in layers]
-    for layer in layers:
-        layer.is_resident = True
-    try:
-        yield model
-    finally:
-        for layer, was_resident in zip(layers, before, strict=True):
-            layer.is_resident = was_resident
-            if not was_resident and not layer.merged:
-                layer.restore()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._entered: list[list[SparseLayer]] = []
+        self._was_entered = False
+
+    def __enter__(self) -> nn.Module:
+        layers = [layer for _, layer in iter_layers(self.model)]
+        with _lock:
+            for layer in layers:
+                layer.num_resident += 1
+            self._entered.append(layers)
+            self._was_entered = True
+        return self.model
+
+    def __exit__(self, *exception: object) -> None:
+        with _lock:
+            for layer in self._entered.pop():
+                layer.num_resident -= 1
+                if not layer.is_resident and not layer.merged:
+                    layer.restore()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_was_entered", True):
+            warnings.warn(
+                "resident(model) does nothing by itself: write `with resident(model): ...` around the training or the "
+                "forwards.",
+                stacklevel=2,
+            )

@@ -18,7 +18,8 @@ class SpielConfig(SparseConfig):
     unfrozen in their place. It happens by itself in any training loop; memory is linear in the number of tuned weights.
 
     Args:
-        seed: of the random support to start from.
+        seed: of the random support to start from, which also depends on the method, `task_type` and the adapter's name:
+            see `RandConfig`.
         reselection_steps: S, updates from one reselection to the next.
         estimation_steps: gamma, updates over which gradients are estimated before a reselection, 1 <= gamma <= S. The
             first reselection comes after update gamma, the others every S updates from there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 
 from peft import PeftModel
@@ -10,11 +9,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checkpoints import native
-from ...checkpoints.push import keep_card_when_pushing
+from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
+from ..adapter_keys import embeddings_of
+from .adapter_delta import with_support
 from .config import SparseConfig
-from .iteration import iter_deltas
+from .iteration import base_model_of, iter_deltas
+from .unselected import is_unselected, warn_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,8 @@ def for_saving(
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
-    config.saved_as = adapter_name
+    warn_of_saving(base_model_of(model), adapter_name, config)
     gather(model, own, state_dict)
-    _add_supports(model, adapter_name, own)
-    keep_card_when_pushing(model)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -63,16 +63,6 @@ def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tenso
                 tensors[key] = whole(tensor).cpu()
 
 
-def _add_supports(model: nn.Module, adapter_name: str, own: dict[str, Tensor]) -> None:
-    """Give every tensor of values its support: DeepSpeed ZeRO-3 gathers parameters alone for a file."""
-    deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
-    for key in [key for key in own if key.endswith(f".{native.VALUES}")]:
-        parameter = native.parameter_of(native.canonical_name(key, adapter_name=adapter_name))
-        support = f"{key.removesuffix(native.VALUES)}{native.INDICES}"
-        if parameter in deltas and support not in own:
-            own[support] = deltas[parameter].get_extra_state()
-
-
 def for_loading(
     model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -94,9 +84,11 @@ def for_loading(
             heads=_head_shapes(model, adapter_name),
             passengers=_embedding_names(model, adapter_name),
             adapter_name=adapter_name,
+            verified=config.verified,
         )
     except FormatError:
-        if is_new:
+        # One whose weights are to be selected was made to be trained, and a checkpoint is read into it.
+        if is_new and not is_unselected(config):
             discard(model, adapter_name)
         raise
     for name, delta in deltas.items():
@@ -105,7 +97,19 @@ def for_loading(
         delta.set_support(loaded[name].indices, loaded[name].values)
     if any(delta.count for delta in loaded.values()):
         config.counts = {name: loaded[name].count for name in deltas}
-    return {k: v for k, v in state_dict.items() if native.canonical_name(k) != native.DIGEST_KEY}
+    return _decoded(state_dict, loaded)
+
+
+def _decoded(state_dict: dict[str, Tensor], loaded: dict[str, SparseDelta]) -> dict[str, Tensor]:
+    """What is left to load of a checked file: no digest, and supports that need not be decoded once more."""
+    left = {}
+    for key, tensor in state_dict.items():
+        name = native.canonical_name(key)
+        if name == native.DIGEST_KEY:
+            continue
+        parameter = native.parameter_of(name) if name.endswith(f".{native.INDICES}") else None
+        left[key] = tensor if parameter is None else with_support(tensor, loaded[parameter].indices)
+    return left
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
@@ -145,10 +149,6 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
 
 def _embedding_names(model: nn.Module, adapter_name: str) -> set[str]:
     """The base model's own embeddings, which PEFT's `save_embedding_layers` puts into a file beside the adapter."""
-    own: set[nn.Module] = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            embedding = getattr(model, getter)()
-            own.update(m for m in (embedding, getattr(embedding, "base_layer", None)) if m is not None)
+    own = set(embeddings_of(model))
     keys = [f"{name}.{key}" for name, m in model.named_modules() if m in own for key, _ in m.named_parameters()]
-    return {native.canonical_name(key.replace(f".{adapter_name}.", ".")) for key in keys}
+    return {native.canonical_name(key, adapter_name=adapter_name) for key in keys}

@@ -51,7 +51,7 @@ def plan(config: SparseConfig, model: nn.Module) -> Plan:
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
     for name, parameters in targets.items():
-        wrapper_for(modules[name], name, parent=model.get_submodule(name.rpartition(".")[0]))
+        wrapper_for(modules[name], name)
         if not parameters:
             raise ConfigError(
                 f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
@@ -141,24 +141,41 @@ def targets_of(parameters: Iterable[str]) -> Targets:
 
 
 def set_supports(
-    config: SparseConfig, deltas: Mapping[str, AdapterDelta], chosen: Mapping[str, Tensor] | None = None
+    config: SparseConfig,
+    deltas: Mapping[str, AdapterDelta],
+    chosen: Mapping[str, Tensor] | None = None,
+    *,
+    adapter_name: str = "default",
 ) -> None:
     """Give every delta its support, and random values unless the adapter starts from the identity.
 
-    Without `chosen` supports are random: that of a parameter depends on the seed, its name and its count alone. Random
-    values come from torch's global generator, as those of PEFT's other tuners do.
+    Without `chosen` supports are random, see `stream_of`. Random values come from torch's global generator, as those of
+    PEFT's other tuners do.
     """
-    seed = getattr(config, "seed", 0)
+    seed, stream = getattr(config, "seed", 0), stream_of(config, adapter_name)
     for name, delta in deltas.items():
         # PEFT's low_cpu_mem_usage puts parameters on the meta device and leaves buffers where they are.
         if delta.values.is_meta:
             continue
         values = None if config.init_weights else torch.randn(delta.count)
         if chosen is None:
-            indices = random_in_rows(delta.shape, delta.count, share=config.support_rows, seed=seed, name=name)
+            drawn = f"{name} for {stream}"
+            indices = random_in_rows(delta.shape, delta.count, share=config.support_rows, seed=seed, name=drawn)
         else:
             indices = chosen[name]
         delta.set_support(indices, values)
+
+
+def stream_of(config: SparseConfig, adapter_name: str) -> str:
+    """What tells the random draws of one adapter from those of another with the same seed.
+
+    Draws of one seed would lie inside each other: two adapters that are added up would change the same weights. So the
+    method, the task, what was asked for and the adapter's name take part in the draw. Two adapters trained apart that
+    agree in all of these, such as two language adapters called "default", need seeds or names of their own.
+    """
+    task = getattr(config.task_type, "value", config.task_type)
+    asked = (config.density, config.num_weights, config.equivalent_rank)
+    return f"{config.method}, {task}, {asked}, {adapter_name}"
 
 
 def model_numel(model: nn.Module) -> int:

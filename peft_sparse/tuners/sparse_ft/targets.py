@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import ConfigError
+from ...selection.patterns import fullmatch, match
+from ..adapter_keys import modules_around_adapters
 from .config import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
 from .iteration import path_in_base
 from .layer import PARAMETERS
-from .packed import own_parameters
+from .packed import own_parameters, parameter_numel
 from .wrap import is_norm
 
 # {module path: names of its targeted parameters}, in the order of the model.
@@ -49,7 +50,7 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     count.
     """
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules_around_adapters(model):
         if not name or any(name.startswith(prefix) for prefix in inside):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -62,11 +63,11 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_excluded(config: SparseConfig, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps a module from being tuned sparsely."""
     excluded = config.exclude_modules
-    if isinstance(excluded, str) and re.fullmatch(excluded, name):
+    if isinstance(excluded, str) and fullmatch(excluded, name):
         return True
     if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
         return True
-    return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
+    return any(match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
 
 
 def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
@@ -109,7 +110,7 @@ def _module_rule(config: SparseConfig, model: nn.Module):
         linear = _all_linear(config, model)
         return lambda name, module: parts if name in linear else ()
     if isinstance(target, str):
-        return lambda name, module: parts if match_target_against_key(target, name) else ()
+        return lambda name, module: parts if fullmatch(target, name) else ()
     return lambda name, module: parts if _ends_with_any(name, target) else ()
 
 
@@ -135,6 +136,11 @@ def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targe
                 f"the adapter tunes {parameter!r}, which this model does not have. Load it into the architecture it "
                 "was trained on (its config names it in base_model_name_or_path)."
             )
+        if counts[parameter] > (numel := parameter_numel(modules[name], part)):
+            raise ConfigError(
+                f"counts: {counts[parameter]:,} tuned weights of {parameter!r} are claimed, of {numel:,} weights. "
+                "Nothing was loaded. Download the adapter again, or load it into the model that it was trained on."
+            )
         targets[name] = (*targets.get(name, ()), part)
     return {name: targets[name] for name in modules if name in targets}
 
@@ -143,7 +149,7 @@ def _all_linear(config: SparseConfig, model: nn.Module) -> set[str]:
     """The modules that PEFT's "all-linear" means, without touching the config."""
     scratch = PeftConfig(task_type=config.task_type)
     scratch.target_modules = ALL_LINEAR
-    return set(_maybe_include_all_linear_layers(scratch, model).target_modules)
+    return {path_in_base(name) for name in _maybe_include_all_linear_layers(scratch, model).target_modules}
 
 
 def _in_layers(config: SparseConfig, name: str) -> bool:
@@ -152,7 +158,7 @@ def _in_layers(config: SparseConfig, name: str) -> bool:
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     list_name = rf"(?:{'|'.join(patterns)})" if patterns else r"[^.]+"
-    found = re.match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
+    found = match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 

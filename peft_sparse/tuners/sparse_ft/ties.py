@@ -16,7 +16,9 @@ from .targets import named_targets
 def mark_tied(model: nn.Module, adapter_name: str, active_adapters: Sequence[str]) -> None:
     """Tell layers which of an adapter's tensors other modules share.
 
-    Embeddings that look up in the same matrix as a tuned one (T5's and BART's encoder and decoder) follow it.
+    The rule, on which merging on disk relies too: every module keeps a delta of its own. Embeddings that look up in the
+    same matrix as a tuned one and have none of this adapter (T5's and BART's encoder and decoder) follow the first
+    that has one, in the order of the model. Output matrices follow nothing.
 
     Args:
         model: the base model, its layers in place.
@@ -34,18 +36,25 @@ def mark_tied(model: nn.Module, adapter_name: str, active_adapters: Sequence[str
             continue
         layer.tied_parameters.add(part)
         if isinstance(layer, Embedding):
-            _add_followers(model, layer, [name for name, m in sharing if isinstance(m, nn.Embedding)], active_adapters)
+            lookups = [name for name, m in sharing if isinstance(m, nn.Embedding)]
+            _add_followers(model, adapter_name, layer, lookups, active_adapters)
 
 
-def _add_followers(model: nn.Module, leader: Embedding, names: list[str], active_adapters: Sequence[str]) -> None:
+def _add_followers(
+    model: nn.Module, adapter_name: str, leader: Embedding, names: list[str], active_adapters: Sequence[str]
+) -> None:
+    """Let embeddings that have no delta of this adapter, and follow none yet, follow one that has."""
     for name in names:
         module = model.get_submodule(name)
-        if isinstance(module, SparseLayer):
-            continue
-        follower = Embedding(module, leader=leader)
-        follower.set_adapter(list(active_adapters))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, follower)
+        if not isinstance(module, SparseLayer):
+            follower = Embedding(module)
+            follower.set_adapter(list(active_adapters))
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, follower)
+            module = follower
+        if isinstance(module, Embedding) and adapter_name not in module.deltas_of("weight"):
+            module.leaders[adapter_name] = leader
+            module.tied_parameters.add("weight")
 
 
 def forget_broken_ties(model: nn.Module) -> None:

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...core.sharded import is_sharded
 from ...errors import ConfigError
+from ..base_module import foreign_forward, has_foreign_forward, own_forward
 from .conv import Conv
 from .embedding import Embedding
-from .layer import SparseLayer
+from .layer import PARAMETERS, SparseLayer
 from .linear import Linear
 from .norm import LayerNorm
 from .own_forward import OwnForward
@@ -23,15 +24,12 @@ from .packed import check_tunable, find_backend, is_packed
 from .quantized import QuantizedLinear
 
 SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Embedding, norms, nn.Conv1d and nn.Conv2d"
-# Modules that their parent does not call but reads the weight of, so that a delta in their forward would not act.
-READ_BY_PARENT = {("DebertaEncoder", "rel_embeddings"), ("DebertaV2Encoder", "rel_embeddings")}
 
 
 def wrapper_for(
     module: nn.Module,
     name: str,
     *,
-    parent: nn.Module | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[nn.Module], SparseLayer]:
     """What puts the right `SparseLayer` around a module.
@@ -39,7 +37,6 @@ def wrapper_for(
     Args:
         module: the module to tune, or a tuner layer of PEFT's that stands around it.
         name: its path in the model, for the error.
-        parent: the module that holds it, if that is to be checked.
         quantization: what PEFT's `get_quantization_kwargs` finds in the model.
 
     Returns:
@@ -51,11 +48,8 @@ def wrapper_for(
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base)
-    if parent is not None and (type(parent).__name__, name.rpartition(".")[2]) in READ_BY_PARENT:
-        raise ConfigError(
-            f"{name} is never called: {type(parent).__name__} reads its weight, and would not see the delta on it. "
-            f"Leave it out with exclude_modules=[{name!r}]."
-        )
+    if has_foreign_forward(base):
+        raise foreign_forward(base, name)
     if any(is_sharded(parameter) for parameter in base.parameters(recurse=False)):
         raise ConfigError(
             f"{name} is sharded already, and an adapter added now would be left out of that: no process would see the "
@@ -65,6 +59,8 @@ def wrapper_for(
     if backend is not None:
         check_tunable(base, backend, name)
         return partial(QuantizedLinear, backend=backend)
+    if own_forward(base) is not None and {name for name, _ in base.named_parameters()} <= {*PARAMETERS}:
+        return OwnForward
     if (
         isinstance(base, nn.Linear)
         and kind.forward is nn.Linear.forward
@@ -75,7 +71,11 @@ def wrapper_for(
         return partial(Linear, fan_in_fan_out=True)
     if isinstance(base, nn.Embedding) and base.max_norm is None and not is_packed(base.weight):
         is_lookup = kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        return Embedding if is_lookup else OwnForward
+        if is_lookup:
+            return Embedding
+        if all(next(child.parameters(), None) is None for child in base.children()):
+            # Parts of a target cannot be targets: their paths would change under them.
+            return OwnForward
     if isinstance(base, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward:
         return LayerNorm
     if is_norm(base):

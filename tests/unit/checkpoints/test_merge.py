@@ -463,3 +463,41 @@ def test_a_base_of_an_unknown_class(base, tmp_path):
     refuse(base, [adapter], tmp_path, ConfigError, r"the class of the model is not known: .*\['LlamaForOracles'\]")
     adapter = write_adapter(tmp_path / "b", {"model.norm.weight": one_weight(16)}, task_type="CAUSAL_LM")
     merge_checkpoint(base, [adapter], tmp_path / "fine")
+
+
+NORM = {"model.norm.weight": one_weight(16)}
+
+
+@pytest.mark.parametrize(
+    ("weight", "match"),
+    [
+        (float("nan"), r"weights must be finite numbers, got \[nan\]"),
+        (float("-inf"), r"weights must be finite numbers, got \[-inf\]"),
+        ("1", r"weights must be finite numbers, got \['1'\]"),
+        (1e40, r"1 weights of model\.norm\.weight would be infinite or NaN: torch\.float32 holds numbers up to 3\.4"),
+    ],
+)  # fmt: skip
+def test_weights_that_leave_infinities_are_refused(base, tmp_path, weight, match):
+    adapter = write_adapter(tmp_path / "a", NORM)
+    refuse(base, [adapter], tmp_path, ConfigError, match, weights=[weight])
+
+
+def test_what_the_base_or_the_result_cannot_hold_is_refused_in_its_dtype(tmp_path):
+    base = save_base(tmp_path, llama(), torch.float16)
+    adapter = write_adapter(tmp_path / "a", NORM)
+    match = r"torch\.float16 holds numbers up to 6\.55e\+04\. Nothing was written"
+    refuse(base, [adapter], tmp_path, ConfigError, match, weights=[140_000.0])
+    assert merge_checkpoint(base, [adapter], tmp_path / "most", weights=[130_000.0]).num_weights == 1
+    assert Checkpoint(tmp_path / "most").tensor("model.norm.weight")[1] == 65_000
+    wide = merge_checkpoint(base, [adapter], tmp_path / "wide", weights=[140_000.0], dtype=torch.float32)
+    assert Checkpoint(wide.directory).tensor("model.norm.weight")[1] == 70_001
+    refuse(wide.directory, [adapter], tmp_path, ConfigError, match, dtype=torch.float16)
+
+
+def test_infinities_of_the_base_are_its_own(tmp_path):
+    model = llama()
+    model.model.norm.weight.data[3] = float("inf")
+    base = save_base(tmp_path, model)
+    merged = merge_checkpoint(base, [write_adapter(tmp_path / "a", NORM)], tmp_path / "out", dtype=torch.bfloat16)
+    norm = Checkpoint(merged.directory).tensor("model.norm.weight")
+    assert norm[:4].tolist() == [1.0, 1.5, 1.0, float("inf")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from peft_sparse import RandConfig
-from peft_sparse.checkpoints.shards import Checkpoint
+from peft_sparse.checkpoints.shards import Checkpoint, ShardWriter
 from peft_sparse.cli import app, main
 from peft_sparse.errors import ConfigError
 
@@ -77,3 +79,18 @@ def test_the_command_line_gives_one_line_and_status_1(folder, monkeypatch, capsy
     with pytest.raises(SystemExit, match="1"):
         main()
     assert f"Error: '{folder}' has no adapter_config.json" in capsys.readouterr().err
+
+
+def test_a_signal_that_ends_the_command_clears_up(folder, tmp_path, monkeypatch):
+    def stop(writer, name, tensor):
+        (writer.staging / "half").write_text("x")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ShardWriter, "add", stop)
+    arguments = ["merge", str(folder / "base"), str(folder / "adapter"), "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["peft-sparse", *arguments])
+    with pytest.raises(SystemExit, match="143"):
+        main()
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
+    RobertaConfig,
     T5Config,
     ViTConfig,
 )
@@ -435,3 +436,38 @@ def test_criteria_are_planned_though_there_is_no_weight_to_rank(criterion):
     rand = plan_memory(LLAMA, RandConfig(density=0.1, budget="global"), batch_size=2, sequence_length=8)
     assert plan.num_trained == rand.num_trained
     assert [phase.name for phase in plan.phases] == ["training"]
+
+
+def test_more_tokens_than_the_model_has_positions():
+    match = r"sequence_length must be at most 32, the positions of this model .*, got 33"
+    config = copy.deepcopy(LLAMA)
+    config.max_position_embeddings = 32
+    with pytest.raises(ConfigError, match=match):
+        plan_memory(config, RandConfig(**REQUEST), sequence_length=33)
+    assert plan_memory(config, RandConfig(**REQUEST), sequence_length=32).peak > 0
+    # RoBERTa's table of 34 rows begins to count behind the padding's, which is row 1.
+    roberta = RobertaConfig(**SMALL, max_position_embeddings=34, pad_token_id=1, architectures=["RobertaForMaskedLM"])
+    with pytest.raises(ConfigError, match=match):
+        plan_memory(roberta, RandConfig(**REQUEST), sequence_length=33)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ConfigError, match=r"task_type must be one of \['CAUSAL_LM', .*got 'CAUSAL'"):
+        plan_memory(LLAMA, RandConfig(**REQUEST), sequence_length=8, task_type="CAUSAL")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["/no/such/folder"], "there is no folder '/no/such/folder'"),
+        (["no/such-model"], r"^'no/such-model' has no config of a transformers model: [^\n]*$"),
+        (["x", "--method", "lotery-ticket"], "--method must be one of .* Did you mean 'lottery_ticket'"),
+        (["x", "--method", "lora", "--rank", "0"], "--rank must be a whole number >= 1, got 0"),
+        (["x", "--gpu", "24"], "--gpu must be a size such as 24GB, 500MB or 80GiB, got '24'"),
+        (["x", "--dtype", "float17"], r"dtype must be one of .*got 'float17'\. Did you mean 'float16'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(arguments, match):
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    with pytest.raises(ConfigError, match=match):
+        raise result.exception

@@ -197,3 +197,25 @@ def test_without_matplotlib(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"plots need matplotlib.*pip install 'peft-sparse\[plots\]'"):
         plot_adapters(folders)
+
+
+@pytest.mark.parametrize("length", [10, 60, 150])
+def test_titles_of_long_names_do_not_collide(length):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(plots._WIDTH, 3), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    plots._title(ax, "n" * length, "lottery_ticket, 196,608,123 weights, density 5.00%")
+    canvas.draw()
+    name, details = (title.get_window_extent() for title in (ax._left_title, ax._right_title))
+    lower = ax._left_title.get_window_extent().y0 + details.height
+    assert name.x1 < details.x0 or ax._left_title.get_text().endswith("\n ")
+    assert lower <= name.y1
+    assert name.x1 <= figure.bbox.x1
+
+
+def test_a_shortened_name_keeps_both_ends():
+    assert plots.shortened("abcdefghij", 10) == "abcdefghij"
+    assert plots.shortened("abcdefghijk", 7) == "abc…ijk"

@@ -15,7 +15,8 @@ from torch import Tensor, nn, optim
 from transformers.optimization import Adafactor
 
 from peft_sparse.optim import reindex as reindex_module
-from peft_sparse.optim.reindex import Seeds, exchange, reindex
+from peft_sparse.optim.quantized_state import dequantize, quantize
+from peft_sparse.optim.reindex import Seeds, reindex
 from peft_sparse.optim.sm3 import SM3
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
@@ -238,16 +239,6 @@ def test_sizes_may_change(name: str) -> None:
         assert bool(p.isfinite().all())
 
 
-def test_another_parameter_takes_the_place_with_its_state() -> None:
-    optimizer, p = trained(MAKERS["AdamW"])
-    state = optimizer.state[p]
-    q = nn.Parameter(torch.zeros(3))
-    exchange(optimizer, p, q)
-    assert optimizer.param_groups[0]["params"][0] is q
-    assert optimizer.state[q] is state
-    assert p not in optimizer.state
-
-
 def test_sm3_keeps_rows_and_columns_and_carries_momentum() -> None:
     delta = AdapterDelta((5, 4), 5, dtype=torch.float32, device=None)  # as many rows as tuned weights
     delta.set_support(OLD)
@@ -323,3 +314,83 @@ def test_an_optimizer_that_does_not_hold_the_values_is_warned_about(caplog: pyte
         reindex(optimizer, nn.Parameter(torch.zeros(5)), REPLACEMENT, seeds(0.3, 0.2))
     assert "AdamW does not hold the values of a delta" in caplog.text
     assert torch.equal(optimizer.state[p]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+class Extended(optim.AdamW):
+    """A known optimizer with state of its own: a slow mean, moments stacked, and a list of them."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                numbers = torch.arange(1.0, 6.0)
+                self.state[p].update(
+                    slow=numbers, stacked=torch.stack([numbers, 10 * numbers]), parts=[numbers.clone(), -numbers]
+                )
+        return loss
+
+
+def test_state_that_a_subclass_adds_is_carried_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer, p = trained(Extended)
+    moment = optimizer.state[p]["exp_avg"].clone()
+    with caplog.at_level(logging.WARNING, logger="peft_sparse"):
+        reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
+    state = optimizer.state[p]
+    expected = REPLACEMENT.carry(torch.arange(1.0, 6.0))
+    assert torch.equal(state["slow"], expected)
+    assert torch.equal(state["stacked"], torch.stack([expected, 10 * expected]))
+    assert torch.equal(state["parts"][0], expected)
+    assert torch.equal(state["parts"][1], -expected)
+    # What its base class does is known, and seeded.
+    assert torch.equal(state["exp_avg"][[1, 2, 4]], REPLACEMENT.carry(moment)[[1, 2, 4]])
+    assert bool((state["exp_avg"][GROWN] != 0).all())
+    assert "Extended is an optimizer whose state is unknown here" in caplog.text
+    assert "its slow and stacked and parts start at zero" in caplog.text
+
+
+class BitsAndBytes(optim.Optimizer):
+    """As bitsandbytes' AdEMAMix keeps its state: two means stacked, in 32 bits or in blocks of 8."""
+
+    optimizer_name = "ademamix"
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": LR, "betas": (0.9, 0.999, 0.9999)})
+
+
+BitsAndBytes.__module__ = "bitsandbytes.optim.ademamix"
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_both_means_of_ademamix_are_carried(is_quantized: bool) -> None:
+    k = 600
+    old = torch.arange(0, 2 * k, 2, dtype=torch.int32)
+    drop = torch.ones(k)
+    drop[:2] = 0
+    grow = Candidates(torch.tensor([1, 999], dtype=torch.int32), torch.tensor([1.0, 2.0]))
+    replacement = drop_and_grow(old, drop, grow, num_replaced=2)
+    p = nn.Parameter(torch.zeros(k))
+    optimizer = BitsAndBytes([p])
+    moments = torch.stack([torch.linspace(-1, 1, k), torch.linspace(2, -2, k)])
+    second = torch.linspace(0.1, 1, k)
+    state: dict[str, Any] = {"step": 3, "state2": second.clone()}
+    if is_quantized:
+        book = torch.linspace(-1, 1, 256)
+        codes, units = zip(*(quantize(row, book) for row in moments), strict=True)
+        state.update(state1=torch.stack(codes), absmax1=torch.stack(units), qmap1=book)
+    else:
+        state["state1"] = moments.clone()
+    optimizer.state[p] = state
+    reindex(optimizer, p, replacement, seeds(0.5, 0.25))
+    found = optimizer.state[p]["state1"]
+    if is_quantized:
+        assert found.dtype == torch.uint8
+        assert found.shape == (2, k)
+        assert optimizer.state[p]["absmax1"].shape == (2, 3)
+        found = torch.stack(
+            [dequantize(row, unit, book) for row, unit in zip(found, optimizer.state[p]["absmax1"], strict=True)]
+        )
+    expected = torch.stack([replacement.carry(moments[0], 0.5 * (1 - 0.9**3)), replacement.carry(moments[1], 0.0)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 if is_quantized else 1e-6)
+    torch.testing.assert_close(
+        optimizer.state[p]["state2"], replacement.carry(second, 0.25 * (1 - 0.999**3)), rtol=1e-5, atol=0
+    )

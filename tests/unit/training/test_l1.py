@@ -173,7 +173,10 @@ def test_the_hook_goes_with_the_last_penalised_adapter():
     assert len(regularization.penalised) == watched
     del model
     gc.collect()
+    # Whatever died is gone, also while several kinds of hooks are there.
     step()
+    assert torch.equal(other, torch.ones(3))
+    regularization.penalised.discard(other)
     assert regularization.penalised.is_hooked == (watched > 0)
 
 
@@ -202,6 +205,124 @@ def test_dense_phase_pulls_the_targets_to_where_they_started():
     watched = len(regularization.penalised)
     phase.abort()
     assert len(regularization.penalised) == watched - 1
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another; torch tells of the steps of both."""
+
+    def __init__(self, inner):
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Sub(torch.optim.SGD):
+    """A subclass, of whose steps torch tells twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Blind(Around):
+    """One that keeps its inner optimizer where nobody finds it."""
+
+    def __init__(self, inner):
+        torch.optim.Optimizer.__init__(self, [p for group in inner.param_groups for p in group["params"]], {})
+        self.call = lambda closure: inner.step(closure)
+
+    def step(self, closure=None):
+        return self.call(closure)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.3, momentum=0.5)
+
+
+WAYS = {
+    "plain": sgd,
+    "around": lambda parameters: Around(sgd(parameters)),
+    "around twice": lambda parameters: Around(Around(sgd(parameters))),
+    "blind": lambda parameters: Blind(sgd(parameters)),
+    "subclass": lambda parameters: Sub(parameters, lr=0.3, momentum=0.5),
+    "subclass around": lambda parameters: Around(Sub(parameters, lr=0.3, momentum=0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", [RandConfig, LotteryTicketConfig])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_penalty_is_applied_once_whatever_calls_the_step(way, closed, kind):
+    """In the dense phase as well, against the plain loop."""
+
+    def run(make_optimizer, closed):
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)  # so that torch has its mark on the base class
+        model = make(config_class=kind, l1=20.0)
+        if kind is LotteryTicketConfig:
+            phase = start_dense_phase(model)
+        else:
+            the_delta(model).values.data.copy_(torch.linspace(-0.4, 0.6, 8))
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+        for x in batches(5):
+
+            def closure(x=x):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        result = {n: p.detach().clone() for n, p in model.named_parameters()}
+        if kind is LotteryTicketConfig:
+            phase.abort()
+        return result
+
+    expected, found = run(sgd, False), run(WAYS[way], closed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_line_search_sees_the_penalty():
+    """L-BFGS does what it does with the penalty written into the loss."""
+
+    def run(l1, written):
+        model = make(l1=l1, modules_to_save=None, dtype=torch.float64, values_dtype="float32")
+        values = the_delta(model).values
+        values.data.fill_(0.3)
+        optimizer = torch.optim.LBFGS([values], max_iter=8, line_search_fn="strong_wolfe")
+        x = batches(1, torch.float64)[0]
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean() + written / N * values.abs().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return values.detach()
+
+    found, expected = run(4.0, 0.0), run(0.0, 4.0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert (found - run(0.0, 0.0)).abs().max() > 1e-2
+
+
+def test_an_adapter_whose_turn_it_is_not_is_not_pulled():
+    model = make()
+    model.add_adapter("other", RandConfig(num_weights=8, target_modules=["inner"], l1=L1, seed=4))
+    first, second = the_delta(model).values, the_delta(model, "other").values
+    first.data.fill_(0.5)
+    optimizer = torch.optim.SGD([first, second], lr=0.1)
+    for name, moves in (("default", True), ("other", False)):
+        model.set_adapter(name)
+        before = first.detach().clone()
+        model(batches(1)[0]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        assert torch.equal(first, before) != moves
 
 
 def test_a_gradient_that_is_scaled_until_the_step_gets_a_scaled_penalty():

@@ -320,14 +320,6 @@ def test_a_dropped_model_takes_its_reselector_along():
     assert len(reselector.stepped) == before
 
 
-def test_copies_do_not_share_a_window():
-    model = make()
-    train(model, optimizer_of(model), range(1))
-    twin = copy.deepcopy(model)
-    assert all(d.observer is None for _, _, _, d in iter_deltas(twin))
-    twin(**batch(0)).loss.backward()
-
-
 def test_global_budget_moves_weights_between_tensors():
     model = make(budget="global", total_steps=40)
     before = {name: d.count for name, _, _, d in iter_deltas(model)}

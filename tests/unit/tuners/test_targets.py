@@ -140,12 +140,16 @@ def test_a_refused_second_adapter_leaves_the_first_alone():
     assert torch.equal(model(x).logits, before)
 
 
-def test_an_embedding_that_is_read_and_never_called_is_refused():
+def test_an_embedding_that_is_read_and_never_called_acts():
     fields = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
-    base = DebertaV2Model(DebertaV2Config(**SMALL, **fields))
-    with pytest.raises(ConfigError, match=r"encoder\.rel_embeddings is never called: DebertaV2Encoder reads"):
-        get_peft_model(base, RandConfig(density=0.5, target_modules="all"))
-    assert "embeddings.LayerNorm.bias" in counts(base, target_modules="all", exclude_modules=["rel_embeddings"])
+    base = DebertaV2Model(DebertaV2Config(**SMALL, **fields)).eval()
+    x = torch.arange(2, 8)[None]
+    before = base(x).last_hidden_state
+    target = {"target_modules": ["rel_embeddings"], "density": 0.5, "init_weights": False}
+    tuned = get_peft_model(base, RandConfig(**target)).eval()
+    after = tuned(x).last_hidden_state
+    assert not torch.equal(after, before)
+    assert torch.equal(after, tuned.merge_and_unload()(x).last_hidden_state)
 
 
 def test_a_module_whose_parent_reads_its_weight_is_refused():

@@ -1,0 +1,60 @@
+"""Adapters whose random supports coincide: added up they change the same weights twice instead of others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import torch
+
+from ..core.delta import SparseDelta
+
+logger = logging.getLogger(__name__)
+
+# Methods whose supports are drawn, or start from a draw.
+RANDOM_METHODS = ("rand", "spiel_ag", "spiel_ma")
+# Shares of the smaller support: above the first one and this many times what chance gives, two draws are no two draws.
+_COINCIDING, _TIMES_CHANCE = 0.8, 3.0
+
+
+def shared_positions(one: Mapping[str, SparseDelta], other: Mapping[str, SparseDelta]) -> tuple[float, float]:
+    """What share of the smaller support the larger one has too, and what share two independent draws would have.
+
+    Args:
+        one, other: {parameter: delta}; parameters that only one of them tunes count as not shared.
+    """
+    smaller = min(sum(delta.count for delta in part.values()) for part in (one, other))
+    if not smaller:
+        return 0.0, 0.0
+    shared, expected = 0, 0.0
+    for name in one.keys() & other.keys():
+        a, b = one[name], other[name]
+        if a.count and b.count:
+            shared += int(torch.isin(a.indices.cpu(), b.indices.cpu(), assume_unique=True).sum())
+            expected += a.count * b.count / a.numel
+    return shared / smaller, expected / smaller
+
+
+def warn_of_coinciding_draws(
+    names: Sequence[str], methods: Sequence[str | None], parts: Sequence[Mapping[str, SparseDelta]]
+) -> None:
+    """Log a warning about each pair of adapters whose random supports coincide far above chance.
+
+    Args:
+        names: what to call the adapters.
+        methods: of each, as its config says.
+        parts: {parameter: delta} of each.
+    """
+    for i, j in combinations([n for n, method in enumerate(methods) if method in RANDOM_METHODS], 2):
+        shared, expected = shared_positions(parts[i], parts[j])
+        if shared >= _COINCIDING and shared > _TIMES_CHANCE * expected:
+            logger.warning(
+                "The random supports of %s and %s share %.0f %% of their weights, where two independent draws would "
+                "share %.0f %%: they were drawn with the same seed, method, task and name, and their sum changes the "
+                "same weights twice. Train one of them with another seed=..., or under another adapter_name.",
+                names[i],
+                names[j],
+                100 * shared,
+                100 * expected,
+            )

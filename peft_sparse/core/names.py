@@ -1,0 +1,53 @@
+"""The one canonical name of a tensor: the same in a PeftModel, in a transformers model, under DDP, FSDP and
+torch.compile, and in an adapter's file.
+"""
+
+from __future__ import annotations
+
+PREFIX = "base_model.model."
+# Path components that stand for a wrapper, not for a module of the model.
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+# What DDP and its like call the model that they stand around.
+_WRAPPED = "module."
+_HEADS = "modules_to_save"
+# The containers that hold one entry per adapter, by its name: those of all tuner types here, and PEFT's own.
+SLOTS = frozenset(
+    {
+        "sparse_ft_weight",
+        "sparse_ft_bias",
+        "ada_sft_weight",
+        "bottleneck_adapters",
+        "mad_g_generators",
+        _HEADS,
+        "trainable_tokens_delta",
+        "trainable_tokens_original",
+    }
+)
+
+
+def unwrapped(name: str) -> str:
+    """A module's path or a tensor's key without what FSDP, DDP, torch.compile and checkpointing put into it."""
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(_WRAPPED)
+    if plain.startswith(PREFIX):
+        return PREFIX + plain.removeprefix(PREFIX).removeprefix(_WRAPPED)
+    return plain
+
+
+def without_adapter(key: str, adapter_name: str) -> str:
+    """A key of a model's state dict as an adapter's file has it: unwrapped, and without the adapter's name.
+
+    The name is told by its place behind a container of adapters; anywhere else it is a part of the model's own path.
+    PEFT's `classifier.modules_to_save.<adapter>.weight` becomes `classifier.weight`.
+    """
+    parts, kept = unwrapped(key).split("."), list[str]()
+    is_name = False
+    for part in parts:
+        if is_name and part == adapter_name:
+            if kept[-1] == _HEADS:
+                kept.pop()
+            is_name = False
+            continue
+        kept.append(part)
+        # An adapter may itself be called like a container.
+        is_name = part in SLOTS and len(kept) > 1
+    return ".".join(kept)

@@ -1,0 +1,85 @@
+"""Imported adapters, written: all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoints.native import PREFIX, SOURCE, build
+from ..extraction.output import save_adapter
+from ..tuners.sparse_ft.config import SparseConfig
+from .foreign import Foreign
+from .rosa import LowRank
+
+SPARSE_FOLDER, LORA_FOLDER = "sparse", "lora"
+
+
+def write_sparse(directory: str | os.PathLike[str], foreign: Foreign, config: SparseConfig, *, overwrite: bool) -> int:
+    """Write the sparse adapter.
+
+    Args:
+        directory: where.
+        foreign: the adapter.
+        config: of it.
+        overwrite: replace an adapter that is there.
+
+    Returns:
+        bytes of its file.
+    """
+    tensors = build(foreign.deltas, foreign.heads, values_dtype=getattr(torch, config.values_dtype))
+    return save_adapter(directory, tensors, config, overwrite=overwrite)
+
+
+def write_both(
+    output: Path, foreign: Foreign, config: SparseConfig | None, low_rank: LowRank | None, common: Mapping[str, Any]
+) -> tuple[str | None, str | None, int]:
+    """Write RoSA's two parts, as far as there are two.
+
+    Args:
+        output: the folder that they lie in, which is there or not; an earlier import in it is replaced.
+        foreign: the sparse part, and the heads.
+        config: of the sparse part; None if there is none.
+        low_rank: the other one.
+        common: fields that both configs have.
+
+    Returns:
+        the two folders, None for a part that there is not; bytes of the sparse adapter's file.
+    """
+    sparse, lora, size = None, None, 0
+    target = output.resolve()
+    staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        if config is not None:
+            size = write_sparse(staging / SPARSE_FOLDER, foreign, config, overwrite=False)
+            sparse = os.fspath(output / SPARSE_FOLDER)
+        if low_rank is not None:
+            _save_lora(staging / LORA_FOLDER, low_rank, foreign.heads if config is None else {}, common)
+            lora = os.fspath(output / LORA_FOLDER)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (SPARSE_FOLDER, LORA_FOLDER):
+            shutil.rmtree(target / name, ignore_errors=True)
+        for folder in staging.iterdir():
+            os.replace(folder, target / folder.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return sparse, lora, size
+
+
+def _save_lora(folder: Path, low_rank: LowRank, heads: Mapping[str, Tensor], common: Mapping[str, Any]) -> None:
+    """Write the low-rank part as an adapter of PEFT's; the heads too, where there is no sparse part to hold them."""
+    folder.mkdir(parents=True)
+    tensors = {**low_rank.tensors, **{PREFIX + name: tensor.contiguous() for name, tensor in heads.items()}}
+    save_file(tensors, folder / SOURCE, metadata={"format": "pt"})
+    config = LoraConfig(
+        **low_rank.fields, **{**common, "modules_to_save": common["modules_to_save"] if heads else None}
+    )
+    config.save_pretrained(os.fspath(folder))

@@ -1,0 +1,113 @@
+"""Adapters whose weights are yet to be selected: until then nothing of them trains, and whoever tries is told so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ...errors import ConfigError
+from .config import DENSE_PHASE, GRADIENTS, SparseConfig
+from .step_watch import Step, StepWatch, all_parameters
+
+logger = logging.getLogger(__name__)
+
+# Where a base model remembers the first phase that is open on it: an attribute and not a global, so that both die
+# together.
+PHASE_ATTRIBUTE = "_sparse_ft_open_phase"
+
+# Called when an adapter is made that has a first phase before it. Training, which imports the tuners and not the other
+# way round, registers here how it tells the trainers that know no phases.
+ON_UNFINISHED: list[Callable[[], None]] = []
+
+
+@dataclass
+class Selection:
+    """What the deltas of an adapter share: whether its weights were selected.
+
+    Attributes:
+        adapter_name: the adapter.
+        is_made: whether any delta of it holds weights, or has held some.
+    """
+
+    adapter_name: str
+    is_made: bool = False
+
+
+class Waiting(Protocol):
+    """A delta of such an adapter."""
+
+    selection: Selection | None
+
+    @property
+    def held_values(self) -> nn.Parameter:
+        """What optimizers hold of it."""
+
+
+def announce() -> None:
+    """Say that there is an adapter which has a first phase before it."""
+    for tell in ON_UNFINISHED:
+        tell()
+
+
+def open_phase(base_model: nn.Module) -> Any:
+    """The first phase that is open on a base model; None if there is none."""
+    return base_model.__dict__.get(PHASE_ATTRIBUTE)
+
+
+def is_unselected(config: Any) -> bool:
+    """Whether a config belongs to an adapter that a dense phase or gradients have yet to choose the weights of."""
+    return (
+        isinstance(config, SparseConfig)
+        and config.selected_by in (DENSE_PHASE, GRADIENTS)
+        and not any((config.counts or {}).values())
+    )
+
+
+HOW_TO_SELECT = (
+    "Train with SparseSFTTrainer, SparseTrainer or sparse_trainer(YourTrainer), which select the weights first. In a "
+    "loop of your own, start_dense_phase(model) (LT-SFT, DeFT-X) or select_by_gradients(model, batches) (criteria that "
+    "look at gradients) comes first."
+)
+
+
+def warn_of_saving(base_model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
+    """Say that an adapter is saved which holds nothing; a checkpoint in its own dense phase is no news."""
+    phase = open_phase(base_model)
+    if is_unselected(config) and (phase is None or phase.adapter_name != adapter_name):
+        logger.warning(
+            "adapter %r is saved without weights: none are selected yet, so it changes nothing. %s",
+            adapter_name,
+            HOW_TO_SELECT,
+        )
+
+
+def _tell(watched: tuple[Waiting, ...], step: Step) -> None:
+    held = list(all_parameters(step.optimizer))
+    ids = {id(parameter) for parameter in held}
+    for delta in watched:
+        if delta.selection is None or delta.selection.is_made:
+            unselected.discard(delta)
+    waiting = [delta for delta in unselected if id(delta.held_values) in ids]
+    if not waiting:
+        return
+    if not any(parameter.numel() and parameter.requires_grad for parameter in held):
+        raise ConfigError(f"this optimizer has nothing to train: {_have_no_weights(waiting)} {HOW_TO_SELECT}")
+    told = [delta for delta in waiting if delta.held_values.requires_grad]
+    if told:
+        logger.warning("%s This optimizer trains what else it holds. %s", _have_no_weights(told), HOW_TO_SELECT)
+        for delta in told:
+            unselected.discard(delta)
+
+
+def _have_no_weights(deltas: Sequence[Waiting]) -> str:
+    names = sorted({delta.selection.adapter_name for delta in deltas if delta.selection is not None})
+    return f"the weights of the adapters {names} are not selected yet."
+
+
+# Deltas of such adapters, until the first step after the selection. An adapter that is deleted takes itself out.
+unselected: StepWatch[Waiting] = StepWatch(register_optimizer_step_pre_hook, _tell)
