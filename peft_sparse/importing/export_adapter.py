@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoints.adapter_files import AdapterFiles, read_adapter
 from ..errors import ConfigError
-from ..extraction.output import check_output
+from ..files import check_output
 from .composable_sft import DIFF_FILE, write_composable_sft
 from .foreign import COMPOSABLE_SFT
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..checkpoints.architecture import Names
-from ..checkpoints.native import PREFIX
 from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
+from ..core.names import PREFIX
 from ..errors import ConfigError, FormatError
 from ..selection.schedule import Schedule
 from .base import parameters_of

@@ -14,7 +14,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints.native import PREFIX, SOURCE, build
+from ..checkpoints.native import SOURCE, build
+from ..core.names import PREFIX
 from ..extraction.output import save_adapter
 from ..tuners.sparse_ft.config import SparseConfig
 from .foreign import Foreign
