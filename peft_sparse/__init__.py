@@ -10,9 +10,9 @@ from .core.delta import SparseDelta
 from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
-from .selection.saliency import Criterion, GradientMeans
-from .training import unfinished as unfinished
-from .training.reselector import Reselection, Reselector, iter_reselectors
+from .selection.criteria import Criterion, GradientMeans
+from .training.phases import unfinished as unfinished
+from .training.spiel.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel
 from .tuners.ada_sft.to_sparse import sparse_from_ada
@@ -25,14 +25,14 @@ from .tuners.madg.config import MadGConfig
 from .tuners.madg.generated import GeneratedAdapter
 from .tuners.madg.importance import FeatureImportance
 from .tuners.madg.model import MadGModel, generate_adapter, set_language
-from .tuners.sparse_ft.config import SparseConfig
+from .tuners.sparse_ft.configs.base import SparseConfig
+from .tuners.sparse_ft.configs.one_shot import GivenConfig, OneShotConfig, RandConfig
+from .tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielMAConfig
+from .tuners.sparse_ft.configs.two_phase import DeftXConfig, LotteryTicketConfig
 from .tuners.sparse_ft.iteration import iter_deltas
 from .tuners.sparse_ft.measured_budget import layer_budget_from
 from .tuners.sparse_ft.model import SparseModel
-from .tuners.sparse_ft.one_shot_configs import GivenConfig, OneShotConfig, RandConfig
 from .tuners.sparse_ft.resident import resident
-from .tuners.sparse_ft.spiel_configs import SpielAGConfig, SpielMAConfig
-from .tuners.sparse_ft.two_phase_configs import DeftXConfig, LotteryTicketConfig
 
 if TYPE_CHECKING:
     from .checkpoints.merge import merge_checkpoint
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
     from .inspection.conflicts import conflicts
     from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
-    from .inspection.planner import MemoryPlan, plan_memory
     from .inspection.report import inspect_adapter
+    from .planning.plan import MemoryPlan, plan_memory
     from .training.average import AdapterAverage
-    from .training.callback import load_state as load_training_state
-    from .training.callback import save_state as save_training_state
-    from .training.dense_phase import DensePhase
-    from .training.language_switch import LanguageSwitch, language_below_task
-    from .training.lottery import select, start_dense_phase, start_sparse_phase
-    from .training.mask_phase import start_weight_phase
-    from .training.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
-    from .training.one_shot import select_by_gradients
-    from .training.trainer import SparseSFTTrainer as SparseSFTTrainer
-    from .training.trainer import SparseTrainer, sparse_trainer
+    from .training.languages.language_switch import LanguageSwitch, language_below_task
+    from .training.languages.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
+    from .training.phases.dense_phase import DensePhase
+    from .training.phases.lottery import select, start_dense_phase, start_sparse_phase
+    from .training.phases.mask_phase import start_weight_phase
+    from .training.phases.one_shot import select_by_gradients
+    from .training.spiel.callback import load_state as load_training_state
+    from .training.spiel.callback import save_state as save_training_state
+    from .training.trainer.trainer import SparseSFTTrainer as SparseSFTTrainer
+    from .training.trainer.trainer import SparseTrainer, sparse_trainer
     from .tuners.for_language import for_language
     from .typology import Typology, load_typology
 
@@ -144,19 +144,19 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "AdapterAverage": "training.average.AdapterAverage",
-    "DensePhase": "training.dense_phase.DensePhase",
+    "DensePhase": "training.phases.dense_phase.DensePhase",
     "Exported": "importing.export_adapter.Exported",
     "Extraction": "extraction.report.Extraction",
     "Imported": "importing.import_adapter.Imported",
-    "LanguageSwitch": "training.language_switch.LanguageSwitch",
-    "MemoryPlan": "inspection.planner.MemoryPlan",
-    "MultiSourceCollator": "training.multisource.MultiSourceCollator",
-    "MultiSourceDataset": "training.multisource.MultiSourceDataset",
-    "SparseSFTTrainer": "training.trainer.SparseSFTTrainer",
-    "SparseTrainer": "training.trainer.SparseTrainer",
+    "LanguageSwitch": "training.languages.language_switch.LanguageSwitch",
+    "MemoryPlan": "planning.plan.MemoryPlan",
+    "MultiSourceCollator": "training.languages.multisource.MultiSourceCollator",
+    "MultiSourceDataset": "training.languages.multisource.MultiSourceDataset",
+    "SparseSFTTrainer": "training.trainer.trainer.SparseSFTTrainer",
+    "SparseTrainer": "training.trainer.trainer.SparseTrainer",
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
-    "evaluation_batches": "training.multisource.evaluation_batches",
+    "evaluation_batches": "training.languages.multisource.evaluation_batches",
     "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",
     "for_language": "tuners.for_language.for_language",
@@ -164,20 +164,20 @@ _LAZY = {
     "import_mask": "importing.rosa.import_mask",
     "importance_table": "inspection.feature_importance.importance_table",
     "inspect_adapter": "inspection.report.inspect_adapter",
-    "language_below_task": "training.language_switch.language_below_task",
-    "load_training_state": "training.callback.load_state",
+    "language_below_task": "training.languages.language_switch.language_below_task",
+    "load_training_state": "training.spiel.callback.load_state",
     "load_typology": "typology.table.load_typology",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
-    "plan_memory": "inspection.planner.plan_memory",
+    "plan_memory": "planning.plan.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
     "plot_importance": "inspection.feature_importance.plot_importance",
-    "save_training_state": "training.callback.save_state",
-    "select": "training.lottery.select",
-    "select_by_gradients": "training.one_shot.select_by_gradients",
-    "sparse_trainer": "training.trainer.sparse_trainer",
-    "start_dense_phase": "training.lottery.start_dense_phase",
-    "start_sparse_phase": "training.lottery.start_sparse_phase",
-    "start_weight_phase": "training.mask_phase.start_weight_phase",
+    "save_training_state": "training.spiel.callback.save_state",
+    "select": "training.phases.lottery.select",
+    "select_by_gradients": "training.phases.one_shot.select_by_gradients",
+    "sparse_trainer": "training.trainer.trainer.sparse_trainer",
+    "start_dense_phase": "training.phases.lottery.start_dense_phase",
+    "start_sparse_phase": "training.phases.lottery.start_sparse_phase",
+    "start_weight_phase": "training.phases.mask_phase.start_weight_phase",
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)

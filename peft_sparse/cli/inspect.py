@@ -11,7 +11,7 @@ from rich.console import Console
 from ..inspection.reading import read_adapters
 from ..inspection.report import document, pairwise, report_on
 from ..inspection.sheets import report_sheets
-from ..inspection.tables import to_rich
+from ..tables import to_rich
 from . import app
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from ..checks import check_one_of
 from ..errors import ConfigError
-from ..inspection.fitting import fitting_methods, largest_density
-from ..inspection.plan_table import describe_fit, plan_table
-from ..inspection.planner import MemoryPlan, plan_memory
+from ..planning.fitting import fitting_methods, largest_density
+from ..planning.plan import MemoryPlan, plan_memory
+from ..planning.table import describe_fit, plan_table
 from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.bottleneck.config import BottleneckConfig
-from ..tuners.sparse_ft.config import METHODS, SparseConfig, method_called
+from ..tuners.sparse_ft.configs.base import METHODS, SparseConfig, method_called
 from . import app
 from ._values import parse_dtype, parse_size
 

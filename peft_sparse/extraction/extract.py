@@ -18,7 +18,7 @@ from ..checkpoints.shards import Checkpoint
 from ..errors import ConfigError, FormatError
 from ..files import check_output
 from ..selection.budget import Budget, groups_of, total_from_request
-from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.configs.base import SparseConfig
 from .criteria import check_criterion, criterion_of
 from .other_adapters import AdapterOnBase
 from .output import ADAPTER, save_adapter

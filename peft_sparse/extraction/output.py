@@ -12,7 +12,7 @@ from ..checkpoints.adapter_files import CONFIG_FILE
 from ..checkpoints.card import README
 from ..checkpoints.native import SOURCE
 from ..files import AtomicFolder, save_tensors
-from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.configs.base import SparseConfig
 
 ADAPTER = "adapter"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..inspection.tables import FittingTable
+from ..tables import FittingTable
 from .report import Extraction, Kept
 
 

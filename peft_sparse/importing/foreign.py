@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
-from ..tuners.weight_layer import PARAMETERS
+from ..tuners.common.layer import PARAMETERS
 
 COMPOSABLE_SFT, SPIEL, ROSA = "composable-sft", "spiel", "rosa"
 

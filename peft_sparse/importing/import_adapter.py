@@ -15,7 +15,7 @@ import torch
 from ..checkpoints.tasks import BASE_CLASSES
 from ..errors import ConfigError, FormatError
 from ..files import check_output
-from ..tuners.sparse_ft.config import VALUE_DTYPES, SparseConfig
+from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
 from .base import check_shapes, config_of_base
 from .composable_sft import is_mlm_head
 from .foreign import COMPOSABLE_SFT, ROSA, SPIEL, Foreign, modules_of_heads

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoints.native import SOURCE, build
 from ..core.names import PREFIX
 from ..extraction.output import save_adapter
-from ..tuners.sparse_ft.config import SparseConfig
+from ..tuners.sparse_ft.configs.base import SparseConfig
 from .foreign import Foreign
 from .rosa import LowRank
 

@@ -38,8 +38,8 @@ class Conflicts:
     pairs: Mapping[tuple[str, str], Overlap]
 
     def __rich__(self) -> Group:
+        from ..tables import to_rich
         from .sheets import conflict_sheets
-        from .tables import to_rich
 
         return to_rich(conflict_sheets(self))
 

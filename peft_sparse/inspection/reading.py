@@ -15,7 +15,7 @@ from ..checkpoints import adapter_files
 from ..checkpoints.native import SOURCE
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
-from ..tuners.sparse_ft.config import SPARSE_FT
+from ..tuners.sparse_ft.configs.base import SPARSE_FT
 from ..tuners.sparse_ft.iteration import iter_deltas
 
 

@@ -14,9 +14,9 @@ from fractions import Fraction
 from math import floor, lcm, prod
 
 from ..errors import ConfigError
-from .criteria import bernoulli_count, random_counts
 from .layer_budgets import LAYER_BUDGETS, Zone, zones_of
 from .patterns import check_pattern, search
+from .random import bernoulli_count, random_counts
 
 Budget = str | Mapping[str, float]
 

@@ -1,191 +1,180 @@
-"""Which: random supports, and scores that rank weights."""
+"""Which: criteria that score weights once, from the weights themselves or from gradients over a few batches."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.indices import index_dtype
-from ..errors import SelectionError
+from ..errors import ConfigError
 
-# Above this density a mask of one byte per element is smaller and faster than sorting the drawn positions.
-_MASK_DENSITY = 1 / 32
+WEIGHT, MEAN, MEAN_SQUARED = "weight", "mean", "mean_squared"
+# How a file names a criterion that somebody else's code computes.
+CALLABLE = "callable:"
 
 
-def random_indices(numel: int, k: int, *, seed: int, name: str) -> Tensor:
-    """Draw k of `numel` positions uniformly without replacement.
+@dataclass(frozen=True)
+class GradientMeans:
+    """What is known of the gradients of one tensor.
+
+    Attributes:
+        mean: mean over the batches of the gradient of a batch's loss, shape of the tensor; None if not asked for.
+        mean_squared: mean of its square, likewise.
+        batches: how many.
+    """
+
+    mean: Tensor | None
+    mean_squared: Tensor | None
+    batches: int
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to score weights: those with the highest scores are tuned.
 
     Args:
-        numel: number of elements of the tensor.
-        k: how many, 0 <= k <= numel.
-        seed: >= 0. The result is a function of `seed`, `name`, `numel` and `k` alone: not of the order of calls, of any
-            global random state, of the machine, or of the version of numpy or torch.
-        name: of the tensor; tensors of different names get independent draws.
-
-    Returns:
-        [k] flat positions on the CPU, ascending, in the dtype of `index_dtype`.
+        score: (weight, gradients) -> scores of the weight's shape, any floating dtype, compared as float32; must not
+            change its arguments. What `uses` does not name is None.
+        uses: what of "weight", "mean" and "mean_squared" it needs. If that is "weight" alone, the support is chosen as
+            soon as the adapter is made.
+        min_score: scores must exceed it to be eligible; None: all are.
 
     Raises:
-        SelectionError: `k` outside [0, numel], or `seed` negative.
-
-    Cost: O(k) memory; no dense scores.
+        ConfigError: `uses` names something else, or nothing.
     """
-    if not 0 <= k <= numel:
-        raise SelectionError(f"{k} random weights are asked from {name}: ask for 0 to {numel}, its number of weights")
-    dtype = np.int32 if index_dtype(numel) == torch.int32 else np.int64
-    chosen: NDArray[Any] = _distinct(_bits(seed, f"indices of {name}"), numel, k).astype(dtype, copy=False)
-    return torch.from_numpy(chosen)
+
+    score: Callable[[Tensor | None, GradientMeans], Tensor]
+    uses: tuple[str, ...] = (WEIGHT, MEAN, MEAN_SQUARED)
+    min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        known = (WEIGHT, MEAN, MEAN_SQUARED)
+        if not self.uses or any(name not in known for name in self.uses):
+            raise ConfigError(f"a criterion must use some of {known}, got uses={self.uses!r}")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it scores nothing before gradients were seen."""
+        return MEAN in self.uses or MEAN_SQUARED in self.uses
 
 
-def random_counts(sizes: Sequence[int], k: int, *, seed: int, name: str) -> list[int]:
-    """How many of k positions, drawn uniformly without replacement from several tensors together, fall into each.
+def fisher(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """The mean squared gradient. With batches of one example, the diagonal of the empirical Fisher information.
 
-    An exact draw from the multivariate hypergeometric distribution. Independent binomial counts with the same density
-    are the counts of a uniformly random set of random size; uniformly removing its surplus, or adding what it lacks,
-    leaves a uniformly random set of size k.
+    Source: Sung et al. 2021 (FISH mask), arXiv:2111.09839. With larger batches the squares are those of
+    their mean gradients, which are smaller where examples disagree.
+    """
+    return _known(gradients.mean_squared)
+
+
+def gradient(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """|mean gradient|: how fast the loss over all batches falls with the weight."""
+    return _known(gradients.mean).abs()
+
+
+def weight_times_gradient(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """|weight * mean gradient|: what removing the weight would change the loss by, to first order.
+
+    Source: Lee et al. 2019 (SNIP), arXiv:1810.02340, where the scores are also divided by their sum: the order stays.
+    """
+    return (_known(weight) * _known(gradients.mean)).abs()
+
+
+def largest_weight(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """|weight|: one of the two supports of PEFT's Super-Tuning."""
+    return _known(weight).abs()
+
+
+def smallest_weight(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """-|weight|: exact zeros come first.
+
+    Source: Liao et al. 2023 (PaFi), arXiv:2305.16742; also the other support of PEFT's Super-Tuning.
+    """
+    return -_known(weight).abs()
+
+
+# A weight whose gradient is zero in every batch (the row of a token that occurred in none) has nothing to show for
+# itself, as one that did not move has not in LT-SFT: it is not eligible. Of magnitudes any is as good as another.
+CRITERIA: dict[str, Criterion] = {
+    "fisher": Criterion(fisher, (MEAN_SQUARED,), min_score=0.0),
+    "gradient": Criterion(gradient, (MEAN,), min_score=0.0),
+    "weight_times_gradient": Criterion(weight_times_gradient, (WEIGHT, MEAN), min_score=0.0),
+    "largest_weight": Criterion(largest_weight, (WEIGHT,)),
+    "smallest_weight": Criterion(smallest_weight, (WEIGHT,)),
+}
+
+
+def check_criterion(criterion: object) -> None:
+    """Check a criterion as a config or a file may hold it.
+
+    Raises:
+        ConfigError: neither a known name, nor that of a callable in a file, nor a callable.
+    """
+    is_name = isinstance(criterion, str) and (criterion in CRITERIA or criterion.startswith(CALLABLE))
+    if not (is_name or isinstance(criterion, Criterion) or callable(criterion)):
+        raise ConfigError(
+            f"criterion must be one of {sorted(CRITERIA)}, a Criterion, or a function (weight, gradients) -> scores, "
+            f"got {criterion!r}"
+        )
+
+
+def resolve_criterion(criterion: str | Criterion | Callable[..., Tensor]) -> Criterion:
+    """What a config's `criterion` stands for; a plain function is given all that there is.
+
+    Raises:
+        ConfigError: as `check_criterion`; or it is a file's name for a callable, which nothing here imports.
+    """
+    check_criterion(criterion)
+    if isinstance(criterion, Criterion):
+        return criterion
+    if not isinstance(criterion, str):
+        return Criterion(criterion)
+    if criterion in CRITERIA:
+        return CRITERIA[criterion]
+    raise ConfigError(
+        f"criterion={criterion!r} is how a file names the function that its author scored with. An adapter that has "
+        "its weights does not need it; to select anew, give the function itself: OneShotConfig(criterion=function)"
+    )
+
+
+def criterion_name(criterion: str | Criterion | Callable[..., Tensor]) -> str:
+    """How a file names a criterion: its name, or "callable:" and where its function was defined."""
+    if isinstance(criterion, str):
+        return criterion
+    named = next((name for name, known in CRITERIA.items() if known is criterion), None)
+    if named is not None:
+        return named
+    function: Any = criterion.score if isinstance(criterion, Criterion) else criterion
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{CALLABLE}{owner.__module__}.{owner.__qualname__}"
+
+
+class Computed(Mapping[str, Tensor]):
+    """Tensors that are computed when they are asked for, and not kept.
 
     Args:
-        sizes: number of elements of each tensor.
-        k: how many in all, 0 <= k <= sum of the sizes.
-        seed: >= 0. The result is a function of `seed`, `name`, `sizes` and `k` (for one version of numpy).
-        name: of the group of tensors.
-
-    Returns:
-        A count for each tensor, at most its size, summing to `k`.
-
-    Raises:
-        SelectionError: `k` outside [0, sum of the sizes], or `seed` negative.
-
-    Cost: O(tensors + sqrt(k)) time and memory.
+        names: in their order.
+        compute: name -> tensor.
     """
-    total = sum(sizes)
-    if not 0 <= k <= total:
-        raise SelectionError(f"{k} random weights are asked from {name}: ask for 0 to {total}, its number of weights")
-    if len(sizes) <= 1 or k in (0, total):
-        return list(sizes) if k == total else [k] * len(sizes)
-    bits = _bits(seed, f"counts of {name}")
-    numels = np.array(sizes, dtype=np.int64)
-    counts = np.random.Generator(bits).binomial(numels, k / total)
-    surplus = int(counts.sum()) - k
-    # Each drawn position is one of the chosen weights (to remove), or one of the others (to add).
-    pool = counts if surplus > 0 else numels - counts
-    ends = np.cumsum(pool)
-    changed = _distinct(bits, int(ends[-1]), abs(surplus))
-    per_tensor = np.bincount(np.searchsorted(ends, changed, side="right"), minlength=numels.size)
-    return [int(count) for count in counts - np.sign(surplus) * per_tensor]
+
+    def __init__(self, names: Sequence[str], compute: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-def bernoulli_count(numel: int, probability: float, *, seed: int, name: str) -> int:
-    """How many of a tensor's weights are drawn if each is drawn by itself: an exact draw from the binomial.
-
-    A uniformly random set of so many positions (`random_indices`) is then a draw of each weight by itself.
-
-    Args:
-        numel: number of elements of the tensor.
-        probability: p in [0, 1].
-        seed: >= 0. The result is a function of the four arguments (for one version of numpy).
-        name: of the tensor; tensors of different names get independent draws.
-
-    Returns:
-        a count in [0, numel]; numel * p in the mean.
-
-    Raises:
-        SelectionError: `probability` outside [0, 1], or `seed` negative.
-    """
-    if not 0 <= probability <= 1:
-        raise SelectionError(f"the weights of {name} must be drawn with a probability in [0, 1], got {probability}")
-    return int(np.random.Generator(_bits(seed, f"number of {name}")).binomial(numel, probability))
-
-
-def difference(weight: Tensor, original: Tensor) -> Tensor:
-    """How training moved each weight.
-
-    Args:
-        weight: after training, any shape and floating dtype.
-        original: before it, same shape and device.
-
-    Returns:
-        weight - original as a new float32 tensor of the same shape. bfloat16, float16 and float32 weights are
-        subtracted in float32, so it is 0 if and only if the weight did not move. If either is float64, the difference
-        is taken in float64 and rounded once; differences below 1e-45 are then 0.
-
-    Raises:
-        SelectionError: the shapes differ.
-
-    Cost: one float32 tensor.
-    """
-    if weight.shape != original.shape:
-        found = f"{tuple(weight.shape)} and {tuple(original.shape)}"
-        raise SelectionError(f"a change is between two states of one weight, got the shapes {found}")
-    weight, original = weight.detach(), original.detach()
-    if torch.float64 in (weight.dtype, original.dtype):
-        return (weight.double() - original.double()).to(torch.float32)
-    return weight.to(torch.float32, copy=True).sub_(original)
-
-
-def change(weight: Tensor, original: Tensor) -> Tensor:
-    """Score weights by how far training moved them: |weight - original|.
-
-    Args, Returns, Raises, Cost: as `difference`.
-
-    Source: Ansell et al. 2022, arXiv:2110.07560, section 3.1.
-    """
-    return difference(weight, original).abs_()
-
-
-def _bits(seed: int, purpose: str) -> np.random.PCG64:
-    """A stream of bits of its own for each seed and purpose; numpy guarantees it across versions."""
-    if seed < 0:
-        raise SelectionError(f"seed must be >= 0, got {seed}")
-    digest = hashlib.sha256(purpose.encode()).digest()
-    return np.random.PCG64(np.random.SeedSequence([seed, int.from_bytes(digest[:16], "little")]))
-
-
-def _distinct(bits: np.random.PCG64, numel: int, k: int) -> NDArray[Any]:
-    """A uniformly random set of k positions, sorted.
-
-    Draws with replacement, and again for as many as are still missing. No position is treated differently from another
-    on the way, so all sets of size k are equally likely in the end.
-    """
-    if k == 0:
-        return np.empty(0, dtype=np.int64)
-    if k > numel // 2:
-        kept = np.ones(numel, dtype=np.bool_)
-        kept[_distinct(bits, numel, numel - k)] = False
-        return np.flatnonzero(kept)
-    if k > numel * _MASK_DENSITY:
-        mask = np.zeros(numel, dtype=np.bool_)
-        missing = k
-        while missing:
-            mask[_uniform(bits, numel, missing)] = True
-            missing = k - int(np.count_nonzero(mask))
-        return np.flatnonzero(mask)
-    drawn = _sorted_set(_uniform(bits, numel, k))
-    while drawn.size < k:
-        drawn = _sorted_set(np.concatenate((drawn, _uniform(bits, numel, k - drawn.size))))
-    return drawn
-
-
-def _sorted_set(positions: NDArray[Any]) -> NDArray[Any]:
-    """Sorted without duplicates; overwrites its input."""
-    # Not np.unique: its newer versions hash, which takes twenty times as long.
-    positions.sort()
-    return positions[np.concatenate(([True], positions[1:] != positions[:-1]))]
-
-
-def _uniform(bits: np.random.PCG64, numel: int, count: int) -> NDArray[Any]:
-    """`count` independent positions below `numel`, each exactly equally likely."""
-    words = np.empty(0, dtype=np.uint64)
-    # The last, incomplete run of `numel` words would favour low positions.
-    limit = np.uint64(2**64 - 1 - 2**64 % numel)
-    while words.size < count:
-        raw = bits.random_raw(count - words.size)
-        words = np.concatenate((words, raw[raw <= limit]))
-    words %= np.uint64(numel)
-    return words.astype(np.int32 if numel < 2**31 else np.int64)
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # the criterion's `uses` names it
+    return tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.indices import index_dtype
 from ..errors import ConfigError
 from .budget import Group
-from .criteria import random_indices
+from .random import random_indices
 from .top_k import top_k
 
 

@@ -10,8 +10,8 @@ from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.sharded import whole
 from ..errors import ConfigError
+from ..tuners.sparse_ft.configs.one_shot import GivenConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
-from ..tuners.sparse_ft.one_shot_configs import GivenConfig
 
 
 class AdapterAverage:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.sharded import how_sharded, in_several_processes, is_sharded
 from ..errors import ConfigError, SelectionError
-from ..tuners.sparse_ft.adapter_delta import AdapterDelta
+from ..tuners.sparse_ft.layers.delta import AdapterDelta
 
 
 def from_first_rank(indices: dict[str, Tensor]) -> dict[str, Tensor]:

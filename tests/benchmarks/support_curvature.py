@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse.selection.budget import round_density
-from peft_sparse.selection.criteria import random_indices
+from peft_sparse.selection.random import random_indices
 from peft_sparse.selection.top_k import top_k
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca"

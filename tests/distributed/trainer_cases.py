@@ -14,7 +14,7 @@ from training_cases import make_config, rank_and_world, result
 from transformers import Trainer, TrainerCallback
 
 from peft_sparse import OneShotConfig, SparseTrainer
-from peft_sparse.training import callback
+from peft_sparse.training.spiel import callback
 
 
 def pretend_accelerators() -> None:

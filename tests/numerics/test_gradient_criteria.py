@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peft_sparse import Criterion, OneShotConfig, iter_deltas, select_by_gradients
-from peft_sparse.training import gradient_means
+from peft_sparse.training.phases import gradient_means
 
 VOCAB = 30
 PASSES = 3

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import LotteryTicketConfig, iter_deltas, resident
-from peft_sparse.training.lottery import start_dense_phase
+from peft_sparse.training.phases.lottery import start_dense_phase
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_sparse import RandConfig, iter_deltas, resident
 from peft_sparse.core.overlay import Overlay
-from peft_sparse.tuners.sparse_ft.packed import dequantize, find_backend, hold_layouts, is_packed_for_cpu
-from peft_sparse.tuners.sparse_ft.quantized import QuantizedLinear
+from peft_sparse.tuners.common.packed import dequantize, find_backend, hold_layouts, is_packed_for_cpu
+from peft_sparse.tuners.sparse_ft.layers.quantized import QuantizedLinear
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the weights of these tests")
 

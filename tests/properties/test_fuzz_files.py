@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_sparse import RandConfig, iter_deltas
 from peft_sparse.checkpoints import native
 from peft_sparse.errors import SparseError
-from peft_sparse.tuners.sparse_ft.layer import SparseLayer
+from peft_sparse.tuners.sparse_ft.layers.base import SparseLayer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = native.PREFIX

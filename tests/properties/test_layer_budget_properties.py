@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_sparse.selection.budget import bernoulli_counts, groups_of
-from peft_sparse.selection.criteria import bernoulli_count
 from peft_sparse.selection.layer_budgets import LAYER_BUDGETS, measured_shares, zones_of
+from peft_sparse.selection.random import bernoulli_count
 from peft_sparse.selection.shortlist import Shortlist
 from peft_sparse.selection.top_k import joint_top_k
 

@@ -288,7 +288,7 @@ def drifting_restore(layer: BaseTunerLayer, parameter: str | None = None) -> Non
 
 
 def test_the_machine_notices_subtracting_instead_of_restoring(monkeypatch):
-    from peft_sparse.tuners.sparse_ft.layer import SparseLayer
+    from peft_sparse.tuners.sparse_ft.layers.base import SparseLayer
 
     monkeypatch.setattr(SparseLayer, "restore", drifting_restore)
     machine = type("Drifting", (Adapters,), {"dtype": torch.bfloat16})

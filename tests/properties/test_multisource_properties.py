@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from peft_sparse import MultiSourceDataset
-from peft_sparse.training.multisource import sampling_probabilities
+from peft_sparse.training.languages.multisource import sampling_probabilities
 
 sizes_ = st.lists(st.integers(1, 30), min_size=1, max_size=5).map(
     lambda found: {f"l{i}": n for i, n in enumerate(found)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_sparse import SelectionError
 from peft_sparse.core.indices import check_indices
 from peft_sparse.selection.budget import allocate, draw_counts, groups_of, round_density, total_from_request
-from peft_sparse.selection.criteria import random_counts, random_indices
+from peft_sparse.selection.random import random_counts, random_indices
 from peft_sparse.selection.top_k import joint_top_k, streamed_top_k, top_k
 
 # Few different values, so that most examples have ties; all float32 otherwise.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import ConfigError
-from ..new_adapter import check_names, choose_head, copy_heads, inherited
+from ..common.combining import check_names, choose_head, copy_heads, inherited
 from .config import COMPOSED, AdaSftConfig
 from .iteration import iter_masked
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..._peft_bridge import add_peft_type
 from ...errors import ConfigError
-from ..sparse_ft.config import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
-from ..weight_config import WeightConfig
+from ..common.config import WeightConfig
+from ..sparse_ft.configs.base import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
 
 ADA_SFT = add_peft_type("ADA_SFT")
 MASK, WEIGHTS, COMPOSED = "mask", "weights", "composed"

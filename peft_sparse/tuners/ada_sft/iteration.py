@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..adapter_keys import modules_around_adapters
+from ..common.keys import modules_around_adapters
 from ..sparse_ft.iteration import base_model_of, path_in_base
 from .layer import Linear
 from .masked_weight import MaskedWeight

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from ...core.masked import masked_linear, masked_weight
 from ...core.sharded import how_sharded, is_sharded
 from ...errors import ConfigError
-from ..base_module import called, foreign_forward, has_foreign_forward, home_of, loaded, own_forward
-from ..shown_state import ShownState
-from ..sparse_ft.packed import find_backend, is_packed
-from ..weight_layer import WeightLayer, not_finite, not_whole
+from ..common.base_module import called, foreign_forward, has_foreign_forward, home_of, loaded, own_forward
+from ..common.layer import WeightLayer, not_finite, not_whole
+from ..common.packed import find_backend, is_packed
+from ..common.shown_state import ShownState
 from .masked_weight import MaskedWeight
 
 

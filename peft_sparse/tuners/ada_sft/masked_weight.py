@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
-from ..base_module import NeverOffloaded
+from ..common.base_module import NeverOffloaded
 from ..sparse_ft.unselected import announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 

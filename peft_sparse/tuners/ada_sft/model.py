@@ -8,12 +8,12 @@ from typing import Any
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
-from ..base_module import home_of
+from ..common.base_module import home_of
+from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
+from ..common.tuner import WeightTuner, adding
 from ..sparse_ft.iteration import path_in_base
-from ..sparse_ft.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..sparse_ft.ties import forget_broken_ties
 from ..sparse_ft.unselected import announce
-from ..weight_tuner import WeightTuner, adding
 from . import compose, state
 from .config import MASK, AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers

@@ -17,7 +17,7 @@ from ...core.delta import SparseDelta
 from ...errors import ConfigError
 from ...files import AtomicFolder, save_tensors
 from ...selection.top_k import joint_top_k
-from ..sparse_ft.config import SparseConfig
+from ..sparse_ft.configs.base import SparseConfig
 from ..sparse_ft.iteration import base_model_of
 from ..sparse_ft.support import plan_groups
 from .config import AdaSftConfig

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from ...core.sharded import overwrite
 from ...errors import ConfigError
-from ..base_module import AdapterLinear, NeverOffloaded
+from ..common.base_module import AdapterLinear, NeverOffloaded
 
 LEARNED = "learned"
 # Standard deviation of the weights that "near_identity" draws; cut off at two of them (Houlsby et al. 2019).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..new_adapter import check_names, choose_head, copy_heads
+from ..common.combining import check_names, choose_head, copy_heads
 from .weights import iter_layers
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from ..._peft_bridge import add_peft_type
 from ...checkpoints.bottleneck_card import update_bottleneck_card
 from ...checks import check_one_of
 from ...errors import ConfigError
-from ..weight_config import WeightConfig
+from ..common.config import WeightConfig
 from .adapter import LEARNED, activation_named
 from .invertible import COUPLINGS
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.sharded import gathered, is_sharded
-from ..base_module import AdapterLinear, NeverOffloaded
+from ..common.base_module import AdapterLinear, NeverOffloaded
 from .adapter import activation_named, init_linears
 
 # The largest factor by which a GLOW coupling scales is exp(CLAMP).

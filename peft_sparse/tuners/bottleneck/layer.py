@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import ConfigError
-from ..base_module import attribute_of, home_of
-from ..kept_dtype import undo_cast
+from ..common.base_module import attribute_of, home_of
+from ..common.kept_dtype import undo_cast
 from .adapter import Bottleneck, init_linears
 from .config import BottleneckConfig
 from .invertible import COUPLINGS

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..mixed_batches import give_names, names_by_module
+from ..common.mixed_batches import give_names, names_by_module
+from ..common.stacked_heads import delete_heads, has_several_heads, set_adapters
+from ..common.tuner import AdapterFiles, adding
 from ..sparse_ft.iteration import path_in_base
 from ..sparse_ft.state import gather
 from ..sparse_ft.support import model_numel
-from ..stacked_heads import delete_heads, has_several_heads, set_adapters
-from ..weight_tuner import AdapterFiles, adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig

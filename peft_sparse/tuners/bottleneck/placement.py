@@ -24,7 +24,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
-from ..sparse_ft.targets import is_excluded, named_targets
+from ..common.targets import is_excluded, named_targets
 from .config import BottleneckConfig
 
 NORM, BLOCK, OUTPUT, PARALLEL, RESIDUAL = "norm", "block", "output", "parallel", "residual"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...errors import ConfigError
-from ..adapter_keys import modules_around_adapters
+from ..common.keys import modules_around_adapters
 from ..sparse_ft.iteration import base_model_of, path_in_base
 from .adapter import Bottleneck, BottleneckWeights
 from .layer import BottleneckLayer

@@ -15,9 +15,9 @@ from ...core.ops import is_recorded, without_autocast
 from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
-from ..base_module import NeverOffloaded
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
 from ..bottleneck.sites import PerExample
+from ..common.base_module import NeverOffloaded
 from .config import MadGConfig
 from .kept import KeptWeights
 from .languages import MadGState

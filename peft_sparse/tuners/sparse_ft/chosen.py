@@ -12,11 +12,11 @@ from ...core.indices import check_indices, index_dtype
 from ...core.sharded import how_sharded
 from ...errors import ConfigError
 from ...selection.budget import Group
+from ...selection.criteria import Computed, GradientMeans, resolve_criterion
 from ...selection.rows import RowConfinement
-from ...selection.saliency import Computed, GradientMeans, resolve_criterion
 from ...selection.top_k import joint_top_k
-from .one_shot_configs import GivenConfig, OneShotConfig
-from .packed import dequantize, find_backend, parameter_numel
+from ..common.packed import dequantize, find_backend, parameter_numel
+from .configs.one_shot import GivenConfig, OneShotConfig
 
 
 def given_support(config: GivenConfig) -> dict[str, Tensor] | None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ...composition.chance import warn_of_coinciding_draws
 from ...composition.combine import combine
 from ...core.delta import SparseDelta
-from ..new_adapter import check_names, choose_head, copy_heads, inherited
-from .config import SparseConfig
+from ..common.combining import check_names, choose_head, copy_heads, inherited
+from .configs.base import SparseConfig
 from .iteration import iter_deltas
 
 if TYPE_CHECKING:

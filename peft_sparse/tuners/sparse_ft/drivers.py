@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from .config import SparseConfig
+from .configs.base import SparseConfig
 
 
 class Driver(Protocol):

@@ -9,9 +9,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...core.names import unwrapped as path_in_base
-from ..adapter_keys import modules_around_adapters
-from .adapter_delta import AdapterDelta
-from .layer import PARAMETERS, SparseLayer
+from ..common.keys import modules_around_adapters
+from .layers.base import PARAMETERS, SparseLayer
+from .layers.delta import AdapterDelta
 
 
 def base_model_of(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from ...checkpoints.adapter_files import read_sparse_config
 from ...errors import ConfigError
 from ...selection.layer_budgets import measured_shares
-from .config import SparseConfig
+from .configs.base import SparseConfig
 from .state import count_weights
 
 

@@ -10,19 +10,19 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..weight_tuner import WeightTuner, adding
+from ..common.packed import hold_layouts, release_layouts
+from ..common.targets import is_excluded, stored_target_modules
+from ..common.tuner import WeightTuner, adding
 from . import compose, drivers, state
-from .config import CHANCE, SparseConfig
-from .dense import Dequantization
+from .configs.base import CHANCE, SparseConfig
+from .dequantization import Dequantization
 from .iteration import iter_deltas, iter_layers, path_in_base
-from .layer import SparseLayer
-from .packed import hold_layouts, release_layouts
-from .quantized import warn_of_loss
+from .layers.base import SparseLayer
+from .layers.choice import wrapper_for
+from .layers.quantized import warn_of_loss
 from .support import Plan, model_numel, plan, set_supports
-from .targets import is_excluded, stored_target_modules
 from .ties import forget_broken_ties, mark_tied
 from .unselected import Selection, is_unselected
-from .wrap import wrapper_for
 from .wrapped import WrappedInTraining
 
 

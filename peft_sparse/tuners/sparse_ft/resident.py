@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ContextDecorator
 from torch import nn
 
 from .iteration import iter_layers
-from .layer import SparseLayer
+from .layers.base import SparseLayer
 
 # Held while blocks are entered and left: layers count them.
 _lock = threading.Lock()

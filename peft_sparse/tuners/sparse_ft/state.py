@@ -12,10 +12,10 @@ from ...checkpoints import native
 from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded, whole
 from ...errors import FormatError
-from ..adapter_keys import embeddings_of
-from .adapter_delta import with_support
-from .config import SparseConfig
+from ..common.keys import embeddings_of
+from .configs.base import SparseConfig
 from .iteration import base_model_of, iter_deltas
+from .layers.delta import with_support
 from .unselected import is_unselected, warn_of_saving
 
 logger = logging.getLogger(__name__)

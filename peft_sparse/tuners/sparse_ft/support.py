@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...selection.budget import Group, bernoulli_counts, draw_counts, groups_of, total_from_request
 from ...selection.rows import check_room, random_in_rows, room
-from .adapter_delta import AdapterDelta
+from ..common.packed import own_parameters, parameter_numel, parameter_shape
+from ..common.targets import Targets, find_targets, named_targets
 from .chosen import checked_support, choose_by_weights, given_support
-from .config import CHANCE, NOTHING, WEIGHTS, SparseConfig
-from .one_shot_configs import GivenConfig
-from .packed import own_parameters, parameter_numel, parameter_shape
-from .targets import Targets, find_targets, named_targets
-from .wrap import is_linear, wrapper_for
+from .configs.base import CHANCE, NOTHING, WEIGHTS, SparseConfig
+from .configs.one_shot import GivenConfig
+from .layers.choice import is_linear, wrapper_for
+from .layers.delta import AdapterDelta
 
 
 @dataclass(frozen=True)

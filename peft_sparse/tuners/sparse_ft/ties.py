@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .embedding import Embedding
+from ..common.packed import own_parameters
+from ..common.targets import named_targets
 from .iteration import iter_deltas
-from .layer import SparseLayer
-from .packed import own_parameters
-from .targets import named_targets
+from .layers.base import SparseLayer
+from .layers.embedding import Embedding
 
 
 def mark_tied(model: nn.Module, adapter_name: str, active_adapters: Sequence[str]) -> None:

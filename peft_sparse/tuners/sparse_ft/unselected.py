@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...errors import ConfigError
-from .config import DENSE_PHASE, GRADIENTS, SparseConfig
-from .step_watch import Step, StepWatch, all_parameters
+from ...optim.step_watch import Step, StepWatch, all_parameters
+from .configs.base import DENSE_PHASE, GRADIENTS, SparseConfig
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from peft_sparse import RandConfig, iter_deltas
 from peft_sparse.checkpoints import native
 from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.errors import FormatError
-from peft_sparse.tuners.sparse_ft.layer import SparseLayer
+from peft_sparse.tuners.sparse_ft.layers.base import SparseLayer
 
 WEIGHTS = native.SOURCE
 IDS = torch.arange(10)[None]

@@ -24,7 +24,7 @@ from peft_sparse.inspection.report import (
     value_statistics,
 )
 from peft_sparse.inspection.sheets import report_sheets
-from peft_sparse.inspection.tables import to_rich
+from peft_sparse.tables import to_rich
 
 
 def test_groups_and_parts():

@@ -43,7 +43,7 @@ from peft_sparse import (
 from peft_sparse.cli import app
 from peft_sparse.core.backends import products, sddmm
 from peft_sparse.errors import ConfigError
-from peft_sparse.inspection.fitting import fitting_methods, largest_density
+from peft_sparse.planning.fitting import fitting_methods, largest_density
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}

@@ -20,7 +20,7 @@ from peft_sparse.optim.reindex import Seeds, reindex
 from peft_sparse.optim.sm3 import SM3
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
-from peft_sparse.tuners.sparse_ft.adapter_delta import AdapterDelta
+from peft_sparse.tuners.sparse_ft.layers.delta import AdapterDelta
 
 LR = 0.01
 GAMMA = 5

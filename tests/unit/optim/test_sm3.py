@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_sparse.optim.sm3 import SM3
-from peft_sparse.tuners.sparse_ft.adapter_delta import AdapterDelta
+from peft_sparse.tuners.sparse_ft.layers.delta import AdapterDelta
 
 
 def delta(shape: tuple[int, ...], indices: list[int], dtype: torch.dtype = torch.float32) -> AdapterDelta:

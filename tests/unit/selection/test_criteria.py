@@ -10,7 +10,7 @@ import torch
 
 from peft_sparse.core.indices import check_indices
 from peft_sparse.errors import SelectionError
-from peft_sparse.selection.criteria import change, random_counts, random_indices
+from peft_sparse.selection.random import change, random_counts, random_indices
 
 # Sparse (sorted draws), dense (a mask) and very dense (a mask of what is left out).
 REGIMES = [(1000, 10), (1000, 200), (1000, 800)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft_sparse import ConfigError, SelectionError
 from peft_sparse.core.indices import check_indices
 from peft_sparse.selection.budget import Group
-from peft_sparse.selection.criteria import random_indices
+from peft_sparse.selection.random import random_indices
 from peft_sparse.selection.rows import (
     RowConfinement,
     best_rows,

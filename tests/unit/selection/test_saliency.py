@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_sparse.errors import ConfigError, SelectionError
-from peft_sparse.selection.saliency import (
+from peft_sparse.selection.criteria import (
     CRITERIA,
     Computed,
     Criterion,

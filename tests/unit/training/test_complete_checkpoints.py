@@ -27,9 +27,9 @@ from peft_sparse import (
     iter_deltas,
     iter_reselectors,
 )
-from peft_sparse.training.callback import STATE_FILE, load_state, save_state
-from peft_sparse.training.completeness import Needs
-from peft_sparse.training.resume import find_resume_point
+from peft_sparse.training.spiel.callback import STATE_FILE, load_state, save_state
+from peft_sparse.training.trainer.completeness import Needs
+from peft_sparse.training.trainer.resume import find_resume_point
 
 CONFIGS = {
     "spiel": SpielAGConfig(density=0.05, target_modules=["query"], reselection_steps=4, estimation_steps=2),

@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_sparse.training.progress as progress
 from peft_sparse import DeftXConfig, SelectionError
-from peft_sparse.training.lottery import start_dense_phase
+from peft_sparse.training.phases.lottery import start_dense_phase
 
 
 def make_phase(**config):
@@ -259,7 +259,7 @@ def test_trained_saved_loaded_and_resumed(tmp_path):
 
 def test_output_matrices_of_gpt2s_kind_are_denoised_like_linear_ones():
     # transformers' Conv1D holds [in, out]: the transpose of a Linear, whose denoised difference is the transpose.
-    from peft_sparse.training.denoiser import Denoiser
+    from peft_sparse.training.phases.denoiser import Denoiser
 
     denoiser = Denoiser(DeftXConfig(density=0.1, rank=2, residual_density=0.1))
     difference = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))

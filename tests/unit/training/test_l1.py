@@ -10,8 +10,8 @@ from tiny_training import deltas, make_adapted, make_trainer
 from torch import nn
 
 from peft_sparse import LotteryTicketConfig, RandConfig, iter_deltas
-from peft_sparse.training.lottery import start_dense_phase
-from peft_sparse.tuners.sparse_ft import regularization
+from peft_sparse.optim import l1 as regularization
+from peft_sparse.training.phases.lottery import start_dense_phase
 
 L1 = 2.0
 # 5 * 4 + 4 weights in the tuned layer, 4 * 3 + 3 in the head, 7 frozen.

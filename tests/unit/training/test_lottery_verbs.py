@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas, resident
-from peft_sparse.training.lottery import DensePhase, select, start_dense_phase, start_sparse_phase
+from peft_sparse.training.phases.lottery import DensePhase, select, start_dense_phase, start_sparse_phase
 
 
 def train(model, *, steps=3, lr=1e-2, seed=0, optimizer_class=torch.optim.AdamW, **settings):

@@ -20,7 +20,7 @@ from tiny_training import (
 from transformers import Trainer, TrainerCallback
 
 from peft_sparse import AdaSftConfig, ConfigError, FormatError, start_weight_phase
-from peft_sparse.training.resume import find_resume_point
+from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
 
 SETTINGS = {

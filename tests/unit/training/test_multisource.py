@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from peft_sparse import ConfigError, MultiSourceCollator, MultiSourceDataset, evaluation_batches
-from peft_sparse.training.multisource import LanguageBatch, sampling_probabilities
+from peft_sparse.training.languages.multisource import LanguageBatch, sampling_probabilities
 
 
 def made(**changes) -> MultiSourceDataset:

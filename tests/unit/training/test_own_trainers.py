@@ -20,7 +20,7 @@ from peft_sparse import (
     SpielAGConfig,
     sparse_trainer,
 )
-from peft_sparse.training.one_shot import select_in_trainer
+from peft_sparse.training.phases.one_shot import select_in_trainer
 
 CONFIGS = {
     "ticket": LotteryTicketConfig(num_weights=50, target_modules=["query"]),

@@ -21,10 +21,10 @@ from tiny_training import (
 from transformers import Trainer, TrainerCallback, trainer_jit_checkpoint
 
 from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, SparseTrainer, iter_deltas
-from peft_sparse.training import trainer as trainer_module
-from peft_sparse.training.callback import STATE_FILE
-from peft_sparse.training.dense_phase import DensePhase
-from peft_sparse.training.resume import find_resume_point
+from peft_sparse.training.phases.dense_phase import DensePhase
+from peft_sparse.training.spiel.callback import STATE_FILE
+from peft_sparse.training.trainer import trainer as trainer_module
+from peft_sparse.training.trainer.resume import find_resume_point
 
 CONFIGS = {
     "dense": LotteryTicketConfig(num_weights=100, target_modules=["query"], modules_to_save=["classifier"]),

@@ -13,9 +13,9 @@ from transformers import Trainer
 
 from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas, resident
 from peft_sparse.optim.sparse_adamw import SparseAdamW
-from peft_sparse.training import callback, gradient_tap, reselector
-from peft_sparse.training.gradient_tap import GradientTap
-from peft_sparse.training.reselector import iter_reselectors
+from peft_sparse.training.spiel import callback, gradient_tap, reselector
+from peft_sparse.training.spiel.gradient_tap import GradientTap
+from peft_sparse.training.spiel.reselector import iter_reselectors
 
 METHODS = [SpielAGConfig, SpielMAConfig]
 QUICK = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}

@@ -25,7 +25,7 @@ from peft_sparse import (
     select_by_gradients,
     start_dense_phase,
 )
-from peft_sparse.training.trainer import SparseTrainer
+from peft_sparse.training.trainer.trainer import SparseTrainer
 
 BATCHES = [
     {key: torch.stack([Labelled(16)[i][key] for i in range(start, start + 4)]) for key in Labelled(1)[0]}
@@ -275,7 +275,7 @@ def test_a_stopped_run_resumes_without_selecting_again(tmp_path, stop, point, mo
     assert json.loads((tmp_path / "part" / "_dense" / "selection" / "selection.json").read_text()) == {
         "adapter": "default"
     }
-    monkeypatch.setattr("peft_sparse.training.trainer.select_in_trainer", None)
+    monkeypatch.setattr("peft_sparse.training.trainer.trainer.select_in_trainer", None)
     resumed = make_trainer(tmp_path / "part", model=make(), **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
     assert_same_tensors(deltas(resumed.model), deltas(whole.model))

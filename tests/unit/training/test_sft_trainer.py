@@ -53,7 +53,7 @@ def make_data():
 
 
 def make_trainer(folder, model, *, peft_config=None, dense_args=None, mask_args=None, callbacks=None, **changes):
-    from peft_sparse.training.trainer import SparseSFTTrainer
+    from peft_sparse.training.trainer.trainer import SparseSFTTrainer
 
     settings = {
         "max_steps": 4,
@@ -200,7 +200,7 @@ def test_rand_sft_trains_in_one_phase(tmp_path):
 
 
 def test_the_class_is_found_by_name():
-    from peft_sparse.training import trainer
+    from peft_sparse.training.trainer import trainer
 
     made = trainer.SparseSFTTrainer
     assert made is trainer.sparse_trainer(trl.SFTTrainer)
@@ -209,7 +209,7 @@ def test_the_class_is_found_by_name():
 
 
 def test_without_trl_the_error_says_what_to_install(monkeypatch):
-    from peft_sparse.training import trainer
+    from peft_sparse.training.trainer import trainer
 
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"SparseSFTTrainer needs TRL .*: pip install 'peft-sparse\[trl\]'"):
@@ -218,7 +218,8 @@ def test_without_trl_the_error_says_what_to_install(monkeypatch):
 
 def test_the_package_offers_the_names():
     import peft_sparse
-    from peft_sparse.training import lottery, trainer
+    from peft_sparse.training.phases import lottery
+    from peft_sparse.training.trainer import trainer
 
     for name in ("start_dense_phase", "select", "start_sparse_phase"):
         assert getattr(peft_sparse, name) is getattr(lottery, name)

@@ -21,7 +21,7 @@ from tiny_training import (
 from transformers import Trainer, TrainerCallback
 
 from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas
-from peft_sparse.training.trainer import SparseTrainer, sparse_trainer
+from peft_sparse.training.trainer.trainer import SparseTrainer, sparse_trainer
 
 
 class Recorder(TrainerCallback):

@@ -11,9 +11,9 @@ from tiny_training import assert_same_tensors, base_weights, deltas, head, make_
 from transformers import TrainerCallback
 
 from peft_sparse import FormatError, iter_deltas
-from peft_sparse.training.dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
-from peft_sparse.training.lottery import start_dense_phase
-from peft_sparse.training.resume import find_resume_point
+from peft_sparse.training.phases.dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
+from peft_sparse.training.phases.lottery import start_dense_phase
+from peft_sparse.training.trainer.resume import find_resume_point
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from peft_sparse import SparseConfig, iter_deltas
-from peft_sparse.training.trainer import SparseTrainer
+from peft_sparse.training.trainer.trainer import SparseTrainer
 
 VOCAB = 40
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peft_sparse import RandConfig, iter_deltas
-from peft_sparse.tuners.sparse_ft.packed import dequantize, find_backend
+from peft_sparse.tuners.common.packed import dequantize, find_backend
 
 F32, BF16 = torch.float32, torch.bfloat16
 IDS = torch.tensor([[3, 5, 7, 9, 2], [4, 4, 11, 22, 1], [1, 6, 2, 8, 8]])

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForMaskedLM
 from trl_case import trl_trainer
 
 from peft_sparse import BottleneckConfig, MadGConfig
-from peft_sparse.tuners import kept_dtype
 from peft_sparse.tuners.bottleneck.weights import iter_layers
+from peft_sparse.tuners.common import kept_dtype
 
 F32, BF16 = torch.float32, torch.bfloat16
 VECTORS = {"eng": torch.tensor([1.0, 0.0, 1.0]), "quy": torch.tensor([0.0, 1.0, 1.0])}

@@ -12,7 +12,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from peft_sparse import ConfigError, DeftXConfig, LotteryTicketConfig, RandConfig, SparseConfig
-from peft_sparse.tuners.sparse_ft.config import METHODS
+from peft_sparse.tuners.sparse_ft.configs.base import METHODS
 
 
 def request_of(method):

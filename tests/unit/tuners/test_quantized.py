@@ -22,8 +22,8 @@ from peft_sparse import (
     iter_deltas,
     start_dense_phase,
 )
-from peft_sparse.tuners.sparse_ft import packed
-from peft_sparse.tuners.sparse_ft.quantized import QuantizedLinear
+from peft_sparse.tuners.common import packed
+from peft_sparse.tuners.sparse_ft.layers.quantized import QuantizedLinear
 from peft_sparse.tuners.sparse_ft.support import model_numel
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the models of these tests")

@@ -10,8 +10,8 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import Tensor, nn
 
 from peft_sparse import ConfigError, RandConfig, iter_deltas
-from peft_sparse.tuners.sparse_ft import packed
-from peft_sparse.tuners.sparse_ft.quantized import QuantizedLinear
+from peft_sparse.tuners.common import packed
+from peft_sparse.tuners.sparse_ft.layers.quantized import QuantizedLinear
 from peft_sparse.tuners.sparse_ft.support import model_numel
 
 

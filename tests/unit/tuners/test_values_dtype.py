@@ -14,10 +14,10 @@ from torch import nn
 from trl_case import trl_trainer
 
 from peft_sparse import LotteryTicketConfig, RandConfig, iter_deltas
-from peft_sparse.tuners import kept_dtype
+from peft_sparse.tuners.common import kept_dtype
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LOGGER = "peft_sparse.tuners.kept_dtype"
+LOGGER = "peft_sparse.tuners.common.kept_dtype"
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from verbs import VERBS
 from verbs_case import REQUESTS, Case, logits
 
 from peft_sparse import iter_deltas
-from peft_sparse.tuners.sparse_ft.layer import SparseLayer
+from peft_sparse.tuners.sparse_ft.layers.base import SparseLayer
 
 # PEFT warns about switching while merged, transformers about a name of its own that PEFT uses: none of it is ours.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from peft_sparse import AdaSftConfig, SparseConfig, iter_deltas
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
-from peft_sparse.tuners.sparse_ft.config import METHODS
+from peft_sparse.tuners.sparse_ft.configs.base import METHODS
 
 _TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22], [1, 6, 2, 8]])

@@ -1,0 +1,320 @@
+"""The phases of each method's training, taken as dry runs, and the memory that each of them needs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.indices import index_dtype
+from ..errors import ConfigError
+from ..training.phases.ties import Ties
+from ..tuners.ada_sft.config import MASK, AdaSftConfig
+from ..tuners.ada_sft.config import WEIGHTS as MASKED_WEIGHTS
+from ..tuners.common.targets import find_targets, named_targets
+from ..tuners.sparse_ft.configs.base import WEIGHTS, SparseConfig
+from ..tuners.sparse_ft.configs.one_shot import RandConfig
+from ..tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
+from ..tuners.sparse_ft.configs.two_phase import LotteryTicketConfig
+from ..tuners.sparse_ft.iteration import iter_deltas
+from ..tuners.sparse_ft.layers.delta import AdapterDelta
+from ..tuners.sparse_ft.layers.embedding import Embedding
+from ..tuners.sparse_ft.resident import resident
+from ..tuners.sparse_ft.support import Plan, plan, plan_groups
+from .base_weights import base_bytes, multiply_as_packed, nbytes, tensors_of
+from .dry_run import StepMemory, measure_step
+from .optimizer import PlannedOptimizer
+
+# What a window of SpIEL-AG keeps of a growth candidate: its index, whether it was nominated, and three sums.
+_CANDIDATE_BYTES = 1 + 3 * 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a training is planned for; see `plan_memory`."""
+
+    batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    gradient_accumulation: bool
+    load_in_4bit: bool
+    optimizer: str | None
+    device: str
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """The most memory that one phase of a training needs at a time, in bytes.
+
+    Attributes:
+        name: "training"; "estimating gradients" (SpIEL-AG); "dense phase" and "sparse phase" (LT-SFT); "mask phase" and
+            "weight phase" (Ada-SFT).
+        parts: {what takes it: bytes} at the moment when most is taken, so that they add up to the peak. "activations"
+            is what the forward pass takes, logits and loss included; "temporaries" what is taken and given back.
+        all_gradients: bytes of the gradients when all of them are there, at the end of the backward pass.
+        host: what the computer's own memory takes, where the model is trained on an accelerator.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    all_gradients: int
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+
+def phases_of(
+    make: Callable[[], PreTrainedModel], config: PeftConfig | None, workload: Workload
+) -> tuple[int, list[PhaseMemory]]:
+    """(number of trained weights, the phases of a method in the order in which they come).
+
+    Args:
+        make: makes the base model, on the meta device and in training mode.
+        config: the adapter's; None for full fine-tuning.
+        workload: what for.
+    """
+    if isinstance(config, AdaSftConfig):
+        second = replace(config, phase=MASKED_WEIGHTS)
+        num_trained, weights = _other_method(make(), second, workload, name="weight phase")
+        if config.phase != MASK:
+            return num_trained, [weights]
+        return num_trained, [_other_method(make(), config, workload, name="mask phase")[1], weights]
+    if config is None or not isinstance(config, SparseConfig):
+        num_trained, training = _other_method(make(), config, workload, name="training")
+        return num_trained, [training]
+    if isinstance(config, LotteryTicketConfig) and config.counts is None:
+        dense = _dense_phase(make(), config, workload)
+        num_trained, sparse = _sparse_training(make(), config, workload, name="sparse phase")
+        return num_trained, [dense, sparse]
+    num_trained, training = _sparse_training(make(), config, workload, name="training")
+    if not isinstance(config, SpielAGConfig):
+        return num_trained, [training]
+    _, first = _sparse_training(make(), config, workload, name="estimating gradients", nominates=True)
+    candidates = round(num_trained * config.candidates_per_weight) * (_CANDIDATE_BYTES + 4)
+    later = replace(first, parts={**training.parts, "growth candidates": candidates})
+    return num_trained, [training, max(first, later, key=lambda phase: phase.total)]
+
+
+# The kinds of training
+
+
+def _other_method(
+    model: PreTrainedModel, config: PeftConfig | None, workload: Workload, *, name: str
+) -> tuple[int, PhaseMemory]:
+    base, own_tensors = base_bytes(model, load_in_4bit=workload.load_in_4bit), tensors_of(model)
+    if workload.load_in_4bit:
+        multiply_as_packed(model)
+    # PEFT's tuners write the names that they resolve into the config that they are given.
+    own = copy.deepcopy(config)
+    tuned: nn.Module = model if own is None else get_peft_model(model, own, low_cpu_mem_usage=True)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = PlannedOptimizer(workload.optimizer or "adamw", trained)
+    step = _measure(model, tuned, optimizer, workload)
+    # Not only what is trained: fixed masks, frozen projections.
+    added = [tensor for key, tensor in tensors_of(tuned).items() if key not in own_tensors]
+    adapter = {} if config is None else {"adapter": nbytes(added)}
+    parts = {"base weights": base, **adapter, **_parts_of(step, optimizer)}
+    return sum(p.numel() for p in trained), PhaseMemory(name, parts, nbytes(trained))
+
+
+def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload) -> PhaseMemory:
+    targets = plan(config, model).targets
+    modules = dict(named_targets(model))
+    owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
+    base = base_bytes(model)
+    Ties.untie(model, owners)
+    model.requires_grad_(False)
+    trained = [getattr(module, which) for module, which in owners]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = PlannedOptimizer(workload.optimizer or "adamw", trained)
+    step = _measure(model, model, optimizer, workload)
+    untied = base_bytes(model) - base
+    originals = {"copy of the weights": nbytes(trained)}
+    on_device = originals if workload.device == "cpu" or config.l1 else {}
+    parts = {"base weights": base + untied, **_parts_of(step, optimizer), **on_device}
+    return PhaseMemory("dense phase", parts, nbytes(trained), {} if on_device else originals)
+
+
+def _sparse_training(
+    model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str, nominates: bool = False
+) -> tuple[int, PhaseMemory]:
+    base = base_bytes(model, load_in_4bit=workload.load_in_4bit)
+    tuned = get_peft_model(model, _static(config, model), low_cpu_mem_usage=True)
+    deltas = [(layer, delta) for _, layer, _, delta in iter_deltas(tuned)]
+    for _, delta in deltas:
+        delta.indices = delta.indices.to("meta")
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = PlannedOptimizer(workload.optimizer or _own_optimizer(config), trained, [delta for _, delta in deltas])
+    # Looking up in a tuned embedding depends on the tokens, which a dry run has not. It only touches their rows.
+    lookups = [delta for layer, delta in deltas if isinstance(layer, Embedding)]
+    _take_out_embeddings(tuned)
+    optimizer.has_ages = isinstance(config, SpielConfig)
+    ratio = getattr(config, "candidates_per_weight", 1.0)
+    watch = partial(_watch, [delta for layer, delta in deltas if not isinstance(layer, Embedding)], ratio)
+    step = _measure(
+        model,
+        tuned,
+        optimizer,
+        workload,
+        unseen=[delta.values for delta in lookups],
+        is_resident=not workload.load_in_4bit,
+        watch=watch if nominates else None,
+    )
+    parts = {
+        "base weights": base,
+        "adapter values": nbytes(delta.values for _, delta in deltas),
+        "adapter indices": sum(delta.count * index_dtype(delta.numel).itemsize for _, delta in deltas),
+        **_parts_of(step, optimizer),
+    }
+    own = {id(delta.values) for _, delta in deltas}
+    heads = nbytes(p for p in trained if id(p) not in own)
+    if heads:
+        parts["heads"] = heads
+    if nominates and lookups:
+        # The whole gradient of an embedding, its magnitudes, and two masks of it. It comes last in the backward pass.
+        candidates = round(sum(delta.count for _, delta in deltas) * ratio) * _CANDIDATE_BYTES
+        largest = max(delta.numel for delta in lookups)
+        at_the_end = {"activations": 0, "gradients": nbytes(trained), "temporaries": 10 * largest + candidates}
+        parts = max(parts, {**parts, **at_the_end}, key=lambda moment: sum(moment.values()))
+    return sum(p.numel() for p in trained), PhaseMemory(name, parts, nbytes(trained))
+
+
+def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
+    """A config of the same request whose support is there at once: sizes are all that matters here."""
+    # Weights on the meta device cannot be ranked, and how the total falls to tensors makes little difference.
+    planned = Plan(find_targets(config, model)) if config.selected_by == WEIGHTS else plan(config, model)
+    if planned.counts is None:
+        total = sum(group.count for group in plan_groups(config, planned.targets, model))
+        return _rand_of(config, num_weights=total)
+    return _rand_of(config, counts=planned.counts, num_weights=max(1, sum(planned.counts.values())))
+
+
+def _rand_of(config: SparseConfig, **answer: Any) -> RandConfig:
+    names = (
+        "target_modules", "exclude_modules", "target_biases", "target_norms", "target_parameters",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "values_dtype", "task_type",
+    )  # fmt: skip
+    return RandConfig(**{name: getattr(config, name) for name in names}, **answer)
+
+
+# A step
+
+
+def _measure(
+    model: PreTrainedModel,
+    tuned: nn.Module,
+    optimizer: PlannedOptimizer,
+    workload: Workload,
+    *,
+    unseen: Iterable[nn.Parameter] = (),
+    is_resident: bool = False,
+    watch: Callable[[], object] | None = None,
+) -> StepMemory:
+    if workload.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    hidden = list(unseen)
+
+    def first_update() -> None:
+        for values in hidden:
+            values.grad = torch.empty_like(values)
+        optimizer.first_step()
+
+    return measure_step(
+        tuned,
+        _loss_of(model, tuned, workload),
+        first_update=first_update,
+        update=optimizer.step if optimizer.takes_memory else None,
+        watch=watch,
+        keep_gradients=workload.gradient_accumulation,
+        around=resident(tuned) if is_resident else nullcontext(),
+        device_type=workload.device,
+    )
+
+
+def _parts_of(step: StepMemory, optimizer: PlannedOptimizer) -> dict[str, int]:
+    return {
+        "optimizer states": optimizer.state_bytes(),
+        # The original entries of the weights that resident mode writes to.
+        "originals": step.kept - optimizer.booked_bytes(),
+        "gradients": step.gradients,
+        "activations": step.activations,
+        "temporaries": step.temporaries,
+    }
+
+
+def _loss_of(model: PreTrainedModel, tuned: nn.Module, workload: Workload) -> Callable[[], Tensor]:
+    known = inspect.signature(model.forward).parameters
+    if "input_ids" not in known:
+        raise ConfigError(f"{type(model).__name__} takes no input_ids: only models of text can be planned.")
+    shape = (workload.batch_size, workload.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids}
+    per_example = torch.zeros(workload.batch_size, dtype=torch.long, device="meta")
+    if "start_positions" in known:
+        inputs |= {"start_positions": per_example, "end_positions": per_example}
+    elif "labels" in known:
+        inputs["labels"] = per_example if "SequenceClassification" in type(model).__name__ else ids
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+
+    def loss() -> Tensor:
+        output = tuned(**inputs)
+        return output.loss if getattr(output, "loss", None) is not None else output[0].sum()
+
+    return loss
+
+
+def _own_optimizer(config: SparseConfig) -> str:
+    if isinstance(config, SpielMAConfig):
+        return "sm3"
+    return "sparse_adamw" if isinstance(config, SpielConfig) else "adamw"
+
+
+def _take_out_embeddings(tuned: nn.Module) -> None:
+    for name, module in list(tuned.named_modules()):
+        if isinstance(module, Embedding):
+            parent, _, child = name.rpartition(".")
+            base = module.get_base_layer()
+            setattr(tuned.get_submodule(parent), child, base)
+            # The backward pass goes all the way down, as it does for the delta.
+            base.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+
+class _Nominator:
+    """Watches a gradient as the first micro-batch of SpIEL-AG's window does: all of it, to choose candidates."""
+
+    def __init__(self, num_candidates: int) -> None:
+        self._num_candidates = num_candidates
+        self._kept: list[Tensor] = []
+
+    def wanted(self) -> Tensor | None:
+        return None
+
+    def receive(self, gradient: Tensor) -> None:
+        bool(torch.isfinite(gradient).all())
+        sizes = gradient.abs()
+        # The integer images of a piece of the scores, see `top_k`.
+        images = torch.empty(2 * min(sizes.numel(), 2**24), dtype=torch.int32, device=sizes.device)
+        del images
+        self._kept = [gradient.new_empty(self._num_candidates * _CANDIDATE_BYTES, dtype=torch.uint8)]
+
+
+def _watch(deltas: list[AdapterDelta], candidates_per_weight: float) -> None:
+    for delta in deltas:
+        delta.observer = _Nominator(round(delta.count * candidates_per_weight))

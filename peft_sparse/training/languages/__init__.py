@@ -1,0 +1,1 @@
+"""Batches of several languages, and the adapters that go with them."""

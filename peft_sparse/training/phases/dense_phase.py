@@ -1,0 +1,286 @@
+"""The dense phase of LT-SFT and DeFT-X: base parameters train, are compared with their start, and are rewound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...core.indices import index_dtype
+from ...errors import SelectionError
+from ...optim import l1 as regularization
+from ...selection.random import difference
+from ...selection.rows import RowConfinement
+from ...selection.top_k import streamed_top_k
+from ...tuners.sparse_ft.configs.base import SparseConfig
+from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
+from ...tuners.sparse_ft.iteration import base_model_of
+from ...tuners.sparse_ft.layers.base import SparseLayer
+from ...tuners.sparse_ft.layers.delta import AdapterDelta
+from ...tuners.sparse_ft.support import model_numel, plan_groups, targets_of
+from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
+from ..distributed import from_first_rank
+from ..progress import progress_bar
+from .denoiser import Denoiser
+from .ties import Ties
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One parameter that an adapter may tune.
+
+    Attributes:
+        name: its name in the base model.
+        layer: the layer around it.
+        which: "weight" or "bias".
+        delta: the adapter's delta on it.
+    """
+
+    name: str
+    layer: SparseLayer
+    which: str
+    delta: AdapterDelta
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of the base model that holds the parameter."""
+        layer: Any = self.layer
+        return layer.get_base_layer()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The base parameter as it stands now."""
+        return getattr(self.module, self.which)
+
+
+class DensePhase:
+    """The first phase of LT-SFT and DeFT-X, in which how far each targeted base parameter moves decides what to tune.
+
+    Made by `start_dense_phase`. As a context manager it never leaves a moved weight behind: leaving the block starts
+    the sparse phase if `select` was called in it, and takes everything back otherwise, so also after an exception.
+
+        with start_dense_phase(model) as phase:
+            train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0))
+            phase.select()
+        train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+
+    During the phase the targeted parameters and whatever was trainable before it (heads in `modules_to_save`) are
+    trainable, the adapter's own values are not. Other active adapters stay applied as they are: scores are the change
+    of the base parameter under them.
+
+    Attributes:
+        name, next_name: what a trainer calls this phase and the one after it.
+        args_name: the trainer's argument for how this phase's training arguments differ.
+        model: the model it was started on.
+        adapter_name: the adapter that it chooses weights for.
+        targets: the parameters that train.
+        originals: {parameter name: where it started}.
+        others: {name: tensor} of everything else that training may change: heads, and buffers.
+        start_of_others: {name: where it started}.
+        l1_coefficient: lambda/N of the penalty lambda/N * sum |theta - theta0|; 0 for none.
+        is_open: False once the phase was left.
+    """
+
+    name: ClassVar = "dense"
+    next_name: ClassVar = "sparse"
+    args_name: ClassVar = "dense_args"
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig, targets: list[Target]) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.targets = targets
+        self.is_open = True
+        self._config = config
+        self._root = base_model_of(model)
+        self._selection: dict[str, Tensor] | None = None
+        self.l1_coefficient = config.l1 / model_numel(self._root) if config.l1 else 0.0
+        self._ties = Ties.untie(self._root, [(t.module, t.which) for t in targets])
+        own = {id(parameter) for t in targets for parameter in (t.parameter, t.delta.values)}
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+        buffers = {n: b for n, b in model.named_buffers() if "sparse_ft_" not in n}
+        self.others: dict[str, Tensor] = {**trainable, **buffers}
+        # The penalty needs the originals at every step; otherwise they are better kept out of an accelerator's memory.
+        self.originals = {t.name: _copy(t.parameter, stay=bool(self.l1_coefficient)) for t in targets}
+        self.start_of_others = {name: _copy(tensor) for name, tensor in self.others.items()}
+        self._flags = [(p, p.requires_grad) for t in targets for p in (t.parameter, t.delta.values)]
+        for target in targets:
+            target.parameter.requires_grad_(True)
+            target.delta.values.requires_grad_(False)
+        if self.l1_coefficient:
+            regularization.penalised.add(self)
+        self._root.__dict__[PHASE_ATTRIBUTE] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied model is in the same phase, and is penalised like what it was made from.
+        vars(self).update(state)
+        if self.is_open and self.l1_coefficient:
+            regularization.penalised.add(self)
+
+    @property
+    def numel(self) -> int:
+        """How many base weights train."""
+        return sum(target.delta.numel for target in self.targets)
+
+    # ---- selection ---------------------------------------------------------------------------------
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """|theta - theta0| of every target, float32, in the parameter's shape; for DeFT-X, denoised before |.|.
+
+        Computed when asked for, one tensor at a time, and not kept.
+
+        Raises:
+            SelectionError: (when a tensor is asked for) the training diverged to an infinite weight.
+        """
+        self._check_open("score")
+        return _Scores(self.targets, self.originals, self._new_denoiser())
+
+    def _new_denoiser(self) -> Denoiser | None:
+        return Denoiser(self._config) if isinstance(self._config, DeftXConfig) else None
+
+    def select(self) -> dict[str, Tensor]:
+        """Choose the weights that moved most: exactly as many as the adapter's config asks for.
+
+        Nothing is rewound yet; several calls may be made, and the last one counts. Every process must call it.
+
+        Returns:
+            {parameter name: [k_i] sorted flat indices}; also what the sparse phase will tune.
+
+        Raises:
+            SelectionError: fewer weights moved than are asked for (DeFT-X: have a non-zero denoised difference), or the
+                training diverged. The phase stays open: train on, or leave it.
+
+        Cost: each target is scored once, and one tensor's scores are in memory at a time; besides, up to 40 bytes for
+        each of the K weights, on the CPU. DeFT-X decomposes each matrix: see `selection.denoise.denoise`.
+        """
+        self._check_open("select")
+        denoiser = self._new_denoiser()
+        scores = _Scores(self.targets, self.originals, denoiser)
+        confinement = RowConfinement(self._config.support_rows)
+        indices: dict[str, Tensor] = {}
+        with progress_bar("selecting weights", len(self.targets)) as advance:
+            for group in plan_groups(self._config, targets_of(t.name for t in self.targets), self._root):
+                stream = ((name, confinement.confine(name, s)) for name, s in _scored(group.members, scores, advance))
+                indices.update(confinement.in_whole(streamed_top_k(stream, group.count, min_score=0.0)))
+        if denoiser is not None:
+            denoiser.log()
+        self._selection = from_first_rank({target.name: indices[target.name] for target in self.targets})
+        logger.info(
+            "dense phase of adapter %r: selected %d of %d weights",
+            self.adapter_name,
+            sum(chosen.numel() for chosen in self._selection.values()),
+            self.numel,
+        )
+        return self._selection
+
+    # ---- leaving -----------------------------------------------------------------------------------
+
+    def start_sparse_phase(self) -> dict[str, int]:
+        """Rewind and go on with the selected weights alone (selecting them now if `select` was not called).
+
+        Targeted parameters are restored bit for bit, heads and buffers to where the dense phase found them. Make a new
+        optimizer: what the old one holds is frozen now.
+
+        Returns:
+            {parameter name: number of tuned weights}, also stored as `counts` in the model's copy of the config.
+
+        Raises:
+            SelectionError: as `select`.
+        """
+        self._check_open("start the sparse phase")
+        selection = self._selection if self._selection is not None else self.select()
+        self.abort()
+        for target in self.targets:
+            target.delta.set_support(selection[target.name].to(index_dtype(target.delta.numel)))
+        counts = {target.name: target.delta.count for target in self.targets}
+        self._config.counts = counts
+        return counts
+
+    def abort(self) -> None:
+        """Leave the phase as if it had never been: weights, heads, ties, and what is trainable."""
+        self._check_open("abort")
+        self.is_open = False
+        regularization.penalised.discard(self)
+        for target in self.targets:
+            target.parameter.data.copy_(self.originals[target.name])
+            target.parameter.grad = None
+        for name, tensor in self.others.items():
+            tensor.data.copy_(self.start_of_others[name])
+            tensor.grad = None
+        for parameter, was_trainable in self._flags:
+            parameter.requires_grad_(was_trainable)
+        self._ties.retie()
+        self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
+        self.originals, self.start_of_others = {}, {}
+
+    def __enter__(self) -> DensePhase:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.is_open:
+            return
+        if kind is None and self._selection is not None:
+            self.start_sparse_phase()
+        else:
+            self.abort()
+
+    def _check_open(self, what: str) -> None:
+        if not self.is_open:
+            raise SelectionError(
+                f"cannot {what}: the dense phase of adapter {self.adapter_name!r} is over. start_dense_phase(model) "
+                "starts one."
+            )
+
+    # ---- L1 ----------------------------------------------------------------------------------------
+
+    def pulls(self) -> Iterator[regularization.Pull]:
+        """The L1 penalty of the config on the targets: lambda/N * |theta - theta0|."""
+        for target in self.targets:
+            yield regularization.Pull(target.parameter, self.l1_coefficient, self.originals[target.name])
+
+
+class _Scores(Mapping[str, Tensor]):
+    """Scores that are computed when they are asked for."""
+
+    def __init__(self, targets: list[Target], originals: dict[str, Tensor], denoiser: Denoiser | None) -> None:
+        self._targets = {t.name: t for t in targets}
+        self._originals = originals
+        self._denoiser = denoiser
+
+    def __getitem__(self, name: str) -> Tensor:
+        target = self._targets[name]
+        parameter = target.parameter.detach()
+        moved = difference(parameter, self._originals[name].to(parameter.device))
+        if moved.numel() and any(extreme.isinf() for extreme in moved.aminmax()):
+            raise SelectionError(
+                f"the dense phase diverged: {name} holds an infinite weight. Lower its learning rate, or clip "
+                "gradients."
+            )
+        if self._denoiser is not None:
+            moved = self._denoiser(name, target.module, moved)
+        return moved.abs_()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+def _scored(
+    names: Sequence[str], scores: Mapping[str, Tensor], advance: Callable[[], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        yield name, scores[name]
+        advance()
+
+
+def _copy(tensor: Tensor, *, stay: bool = False) -> Tensor:
+    return tensor.detach().to(tensor.device if stay else "cpu", copy=True)

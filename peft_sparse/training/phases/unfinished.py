@@ -1,0 +1,80 @@
+"""What a trainer that knows no phases is told of an adapter that has its first phase before it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...errors import ConfigError
+from ...tuners.sparse_ft.iteration import base_model_of, iter_deltas
+from ...tuners.sparse_ft.unselected import HOW_TO_SELECT, ON_UNFINISHED, is_unselected, open_phase
+from .lottery import peft_configs
+from .mask_phase import is_in_mask_phase
+
+logger = logging.getLogger(__name__)
+
+
+class FirstPhaseCallback(TrainerCallback):
+    """Refuses to train what cannot train, in every trainer that is built after `install`."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        check_training(model)
+
+
+def check_training(model: Any) -> None:
+    """Look for active adapters that have a first phase before them, at the beginning of a training run.
+
+    An adapter of Ada-SFT does train, if only its masks: that is worth a warning.
+
+    Args:
+        model: what is about to be trained, wrapped or not; with or without adapters.
+
+    Raises:
+        ConfigError: the weights of an active adapter are not selected, and no dense phase of it is open.
+    """
+    inner: Any = model
+    while not isinstance(getattr(inner, "peft_config", None), dict):
+        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if inner is None:
+            return
+    phase = open_phase(base_model_of(inner))
+    names = [name for name in peft_configs(inner) if phase is None or phase.adapter_name != name]
+    waiting = [name for name in names if is_unselected(inner.peft_config[name]) and _is_active(inner, name)]
+    if waiting:
+        wrap = "" if isinstance(inner, PeftModel) else "Make a PeftModel: get_peft_model(model, config). "
+        raise ConfigError(
+            f"the weights of the active adapters {waiting} "
+            f"({', '.join(sorted({type(inner.peft_config[name]).__name__ for name in waiting}))}) are not selected "
+            f"yet, so this trainer would train nothing of them. {wrap}{HOW_TO_SELECT}"
+        )
+    masks = [name for name in names if is_in_mask_phase(inner, name)]
+    if masks:
+        logger.warning(
+            "this trainer trains the masks of the adapters %s, the first phase of Ada-SFT, and not the weights under "
+            "them. Call start_weight_phase(model) afterwards and train again; or use sparse_trainer(YourTrainer) "
+            "(SparseTrainer, SparseSFTTrainer), which does both.",
+            masks,
+        )
+
+
+def _is_active(model: nn.Module, adapter_name: str) -> bool:
+    layers = (layer for _, layer, _, _ in iter_deltas(model, adapter_name))
+    return any(adapter_name in layer.active_adapters for layer in layers)
+
+
+def install() -> None:
+    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
+    # Here and not above: transformers' trainer is slow to import.
+    import transformers.trainer
+
+    if FirstPhaseCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(FirstPhaseCallback)
+
+
+ON_UNFINISHED.append(install)

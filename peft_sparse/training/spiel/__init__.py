@@ -1,0 +1,1 @@
+"""SpIEL: counting updates, watching gradients, dropping and growing weights."""

@@ -1,0 +1,177 @@
+"""What a Hugging Face trainer has to tell SpIEL, and what it has to keep for it: any trainer gets this by itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...files import atomic_file, save_tensors
+from ..trainer.completeness import naming
+from .reselector import iter_reselectors
+from .saved_state import check_state
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "sparse_training_state.safetensors"
+
+
+class ReselectionCallback(TrainerCallback):
+    """Gives the length of the training to reselecting adapters, and their training state to checkpoints.
+
+    `install` puts it into the default callbacks of transformers, so that a plain `Trainer`, or TRL's, needs no word.
+    """
+
+    def __init__(self) -> None:
+        self._before_update: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        reselectors = list(iter_reselectors(model))
+        # A sparse trainer has read the state already, from wherever its checkpoint lies. It may count fewer updates
+        # than the trainer has steps: those that a loss scaler skipped.
+        is_read = state.global_step > 0 and any(r.is_restored for r in reselectors)
+        for reselector in reselectors:
+            if reselector.config.max_grad_norm is None:
+                reselector.max_grad_norm = args.max_grad_norm or None
+            if is_read and reselector.is_restored:
+                reselector.set_total_steps(state.max_steps)
+            else:
+                reselector.begin_training(state.max_steps)
+        if reselectors and state.global_step and not is_read:
+            resume(model, args, state.global_step)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if args.should_save:
+            save_state(model, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    # transformers writes a checkpoint that answers a SIGTERM without `on_save`: at one of its own callbacks, which come
+    # after this one. What belongs to it is the state before the update that follows.
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if args.enable_jit_checkpoint and args.should_save:
+            self._before_update = _tensors(model)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control, self._before_update)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control, _tensors(model))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control, _tensors(model))
+        for reselector in iter_reselectors(model):
+            if state.global_step and not reselector.update and reselector.is_trainable:
+                logger.warning(
+                    "%d steps were made, and none of them updated adapter %r, so its weights were never replaced: the "
+                    "optimizer holds other tensors than its values, every step was skipped, or the adapter is not "
+                    "active. Build the optimizer from model.parameters(), after wrapping.",
+                    state.global_step,
+                    reselector.adapter_name,
+                )
+
+    @staticmethod
+    def _complete(
+        args: TrainingArguments, state: TrainerState, control: TrainerControl, tensors: dict[str, Tensor]
+    ) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        is_just_in_time = args.enable_jit_checkpoint and control.should_training_stop and args.should_save
+        if is_just_in_time and folder.is_dir() and not Path(folder, STATE_FILE).exists():
+            _write(tensors, folder)
+
+
+def install() -> None:
+    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
+    if ReselectionCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(ReselectionCallback)
+
+
+def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the training state of a model's reselecting adapters into a checkpoint; nothing if there are none.
+
+    Args:
+        model: the model, wrapped or not.
+        folder: the checkpoint.
+    """
+    _write(_tensors(model), folder)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{reselector.adapter_name}/{key}": tensor.cpu().contiguous()
+        for reselector in iter_reselectors(model)
+        for key, tensor in reselector.state_dict().items()
+    }
+
+
+def _write(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    if tensors:
+        path = Path(folder, STATE_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            save_tensors(tensors, temporary)
+
+
+def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Read what `save_state` wrote; the adapters of the same checkpoint have to be loaded before.
+
+    An adapter that the checkpoint does not know, because it was added later, starts afresh, and the log names it.
+
+    Raises:
+        FormatError: the state is of another adapter, or damaged; no reselector is changed then.
+        FileNotFoundError: the checkpoint has no state.
+    """
+    path = Path(folder, STATE_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint has no state of reselecting adapters.")
+    with naming(str(path)):
+        tensors = load_file(path)
+    states = {}
+    for reselector in iter_reselectors(model):
+        prefix = f"{reselector.adapter_name}/"
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            check_state(state, reselector.deltas, name=f"{path} (adapter {reselector.adapter_name!r})")
+            states[reselector] = state
+        else:
+            logger.warning("%s does not know adapter %r: its reselection starts afresh.", path, reselector.adapter_name)
+    for reselector, state in states.items():
+        with naming(str(path)):
+            reselector.load_state_dict(state)
+
+
+def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:
+    """Find and load the state of the checkpoint that a trainer resumes from, which it does not tell its callbacks."""
+    folders = [Path(args.output_dir, f"checkpoint-{global_step}")]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if Path(folder, STATE_FILE).is_file():
+            load_state(model, folder)
+            return
+    logger.warning(
+        "%s was not found in %s: reselection goes on from update %d without the open window and the ages of the "
+        "weights. Call peft_sparse.load_training_state(model, checkpoint) in a callback, or use SparseTrainer.",
+        STATE_FILE,
+        " or ".join(map(str, folders)),
+        global_step,
+    )
+    for reselector in iter_reselectors(model):
+        reselector.skip_to(global_step)

@@ -1,0 +1,85 @@
+"""SpIEL-MA's estimate of gradients: what SM3's accumulators say about the weights that are not tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ...core.sharded import is_sharded, whole
+from ...optim.sm3 import SM3, accumulate
+from ...selection.momentum import grow_candidates
+from ...selection.replacement import Candidates
+from ...tuners.sparse_ft.layers.delta import AdapterDelta
+from .gradient_tap import not_finite
+
+
+class MomentumCovers:
+    """Row and column accumulators of every tuned matrix: those of SM3, or kept on the side under other optimizers.
+
+    Vectors (biases, norms) have no rows and columns to guess from; their supports stay as they are.
+
+    Args:
+        deltas: {parameter name: delta}.
+    """
+
+    def __init__(self, deltas: Mapping[str, AdapterDelta]) -> None:
+        self._deltas = {name: delta for name, delta in deltas.items() if len(delta.shape) >= 2}
+        self._covers: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def after_step(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        """Take one update's gradients into account.
+
+        Args:
+            optimizer: which made it.
+            names: of the tensors that it updated.
+
+        Raises:
+            SelectionError: a gradient is not finite.
+        """
+        for name in names:
+            delta = self._deltas.get(name)
+            if delta is None:
+                continue
+            gradient = delta.held_values.grad
+            gathered = whole(gradient).float()
+            if is_sharded(gradient) and not bool(torch.isfinite(gathered).all()):
+                raise not_finite(name, "an update")
+            if isinstance(optimizer, SM3):
+                held = delta.held_values
+                self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
+                continue
+            if name not in self._covers:
+                rows, columns = delta.shape[0], delta.numel // delta.shape[0]
+                zeros = torch.zeros(rows + columns, dtype=torch.float32, device=delta.indices.device)
+                self._covers[name] = zeros[:rows], zeros[rows:].clone()
+            accumulate(gathered.to(delta.indices.device), *self._covers[name], delta.indices)
+
+    def candidates(self, wanted: Mapping[str, int]) -> dict[str, Candidates]:
+        """The untuned weights with the largest estimates.
+
+        Args:
+            wanted: {parameter name: how many}.
+        """
+        return {
+            name: grow_candidates(row, column, self._deltas[name].indices, wanted[name])
+            for name, (row, column) in self._covers.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The accumulators, by parameter name."""
+        return {
+            f"{part}.{name}": c.clone()
+            for name, pair in self._covers.items()
+            for part, c in zip("rc", pair, strict=True)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._covers = {}
+        for name, delta in self._deltas.items():
+            if f"r.{name}" in state:
+                row, column = (state[f"{part}.{name}"].to(delta.indices.device, copy=True) for part in "rc")
+                self._covers[name] = row, column

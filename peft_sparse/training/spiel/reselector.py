@@ -1,0 +1,473 @@
+"""SpIEL in any training loop: counts optimizer updates, watches gradients in windows, drops and regrows weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ...core.observer import current_pass, is_within_another
+from ...core.sharded import whole
+from ...errors import ConfigError
+from ...optim.reindex import reindex, state_holders
+from ...optim.step_watch import Step, StepWatch
+from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
+from ...selection.rows import num_rows
+from ...selection.schedule import Schedule
+from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
+from ...tuners.sparse_ft.drivers import DRIVERS, drivers_of
+from ...tuners.sparse_ft.iteration import base_model_of, iter_deltas
+from ..distributed import check_same_supports, refuse_processes
+from .clock import check_clock
+from .gradient_tap import ESTIMATE_PARTS, Estimate, GradientTap, end_update, not_finite
+from .momentum_covers import MomentumCovers
+from .saved_state import check_state
+from .seeding import clip_factor, seeds_of
+from .updates import Updates, first_not_finite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reselection:
+    """What one reselection did.
+
+    Attributes:
+        update: after which optimizer update, counted from 1.
+        share_replaced: of all tuned weights.
+        mean_age: updates since a weight was last grown, mean over all tuned weights after the reselection.
+        mean_abs_delta: mean |value| before it.
+    """
+
+    update: int
+    share_replaced: float
+    mean_age: float
+    mean_abs_delta: float
+
+
+class Reselector:
+    """Drives one SpIEL adapter. Made by itself when the adapter is added; an optimizer-step hook calls it.
+
+    Args:
+        model: the base model, with its sparse layers.
+        adapter_name: the adapter.
+        config: the model's copy of its config.
+
+    Attributes:
+        adapter_name, config: as given.
+        deltas: {parameter name: delta} of the adapter.
+        update: optimizer updates so far.
+        total_steps: T, all updates of the training; None while it is unknown.
+        max_grad_norm: what the training loop clips gradients to; None if it does not, or if that is unknown.
+        history: what every reselection did, oldest first.
+        is_restored: whether it stands where `load_state_dict` put it.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
+        self.adapter_name = adapter_name
+        self.config = config
+        self.deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+        self._layer = next((layer for _, layer, _, _ in iter_deltas(model, adapter_name)), None)
+        self.update = 0
+        self.total_steps = config.total_steps
+        self.max_grad_norm = config.max_grad_norm
+        self.history: list[Reselection] = []
+        self.is_restored = False
+        self._warned = False
+        # The support to start from is random, unless somebody else sets another one: a load.
+        self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
+        self._continues = False
+        # The update after which a reselection was due that waits for clearer gradients.
+        self._due: int | None = None
+        self._grown_at = {name: torch.zeros(d.count, dtype=torch.int32) for name, d in self.deltas.items()}
+        self._last_values: dict[str, Tensor] = {}
+        self._taps: dict[str, GradientTap] = {}
+        self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
+        self._open_window()
+        self._start()
+
+    def _start(self) -> None:
+        self._updates = Updates(self.adapter_name, self.deltas)
+        self._ends_with_pass = False
+        stepping.add(self)
+        stepped.add(self)
+        # Here and not above: transformers' trainer is slow to import, and only this method wants it.
+        from .callback import install
+
+        install()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_updates"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied model, or one from a file, reselects by itself, and goes on with the window that was open.
+        vars(self).update(state)
+        for name, tap in self._taps.items():
+            self.deltas[name].observer = tap
+        self._start()
+
+    # ---- the clock -----------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to reselect and how much, with the total number of updates as far as it is known."""
+        return Schedule(
+            reselection_steps=self.config.reselection_steps,
+            estimation_steps=self.config.estimation_steps,
+            initial_rate=self.config.initial_reselection_rate,
+            kind=self.config.reselection_schedule,
+            replace_all_first=self.config.replace_all_first and not self._continues and not self._was_loaded(),
+            reselection_until=self.config.reselection_until,
+            total_steps=self.total_steps,
+        )
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Say how many updates the whole training has; `total_steps` of the config goes before it."""
+        if self.config.total_steps is None and total_steps > 0:
+            self.total_steps = total_steps
+            if self._taps and not self.schedule.in_window(self.update + 1):
+                self._close_window()
+
+    def _was_loaded(self) -> bool:
+        return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
+
+    @property
+    def has_counted_none(self) -> bool:
+        """Whether no update was ever counted, nor told by a state."""
+        return self.update == 0 and not self._continues
+
+    def begin_training(self, total_steps: int) -> None:
+        """A trainer begins a run of so many updates. A second run goes on from the support of the first.
+
+        Raises:
+            ConfigError: several processes train in a way in which the support cannot change.
+        """
+        refuse_processes(self.adapter_name, self.config.budget, self.deltas)
+        if self.update:
+            self._continues = True
+            self.skip_to(0)
+        self.set_total_steps(total_steps)
+
+    def skip_to(self, update: int) -> None:
+        """Count as if `update` updates had been made, without the window that may be open then."""
+        self._close_window()
+        self.is_restored = False
+        self.update, self._due = update, None
+        self._open_window()
+
+    def before_step(self, step: Step) -> None:
+        """An optimizer begins a step.
+
+        Raises:
+            ConfigError: several optimizers share the adapter in a way that is not supported.
+        """
+        if self._updates.before(step):
+            self._end_update(may_reselect=False)
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """An optimizer made a step: the gradients it saw are still there.
+
+        Raises:
+            ConfigError: several processes train in a way in which the support cannot change, or no optimizer ever holds
+                the values, for DeepSpeed gives it flat copies of several parameters.
+            SelectionError: the processes do not do the same, or the gradients are not finite.
+        """
+        refuse_processes(self.adapter_name, self.config.budget, self.deltas)
+        names = self._updates.after(step, is_active=self._is_active())
+        if names:
+            if self.has_counted_none:
+                check_clock(self.adapter_name, step.optimizer, [self.deltas[name] for name in names])
+            what = f"update {self.update + 1} of adapter {self.adapter_name!r}"
+            if (broken := first_not_finite(self.deltas, names)) is not None:
+                raise not_finite(broken, what)
+            if self._covers is not None:
+                self._covers.after_step(step.optimizer, names)
+            end_update([tap for name, tap in self._taps.items() if name in names], what=what)
+        if step.enclosing:
+            return  # the optimizer around this one has not done its part yet
+        if current_pass() == -1:
+            self._finish_update()
+        elif names and not self._ends_with_pass:
+            # An optimizer for each tensor, which steps as soon as its gradient is there.
+            self._ends_with_pass = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_pass)
+
+    @torch.no_grad()
+    def _finish_pass(self) -> None:
+        self._ends_with_pass = False
+        if is_within_another():
+            raise ConfigError(
+                f"the optimizers of adapter {self.adapter_name!r} step within the backward pass, and reentrant "
+                "gradient checkpointing cuts that into pieces: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        self._finish_update()
+
+    def _finish_update(self) -> None:
+        if self._updates.is_complete():
+            self._end_update()
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the adapter is active, and its values are not frozen."""
+        return self._is_active() and any(delta.held_values.requires_grad for delta in self.deltas.values())
+
+    def _is_active(self) -> bool:
+        layer = self._layer
+        return layer is not None and not layer.disable_adapters and self.adapter_name in layer.active_adapters
+
+    @torch.no_grad()
+    def _end_update(self, *, may_reselect: bool = True) -> None:
+        self.update += 1
+        self.is_restored = False
+        schedule = self.schedule
+        if schedule.selects_after(self.update):
+            self._due = self.update
+        if may_reselect and self._due is not None and (self._must_select(schedule) or self._is_clear(schedule)):
+            self._warn_without_total()
+            self._reselect(schedule)
+            self._close_window()
+            self._due = None
+        if schedule.is_first_of_window(self.update + 1):
+            self._open_window()
+
+    def _must_select(self, schedule: Schedule) -> bool:
+        """Whether a reselection that is due cannot wait for clearer gradients: the next window or the end is near."""
+        share = self.config.uncertain_share if isinstance(self.config, SpielAGConfig) else None
+        is_last = self.total_steps is not None and self.update + 1 >= self.total_steps
+        return share is None or is_last or schedule.is_first_of_window(self.update + 1)
+
+    def _is_clear(self, schedule: Schedule) -> bool:
+        """Whether the cut between grown and refused candidates is as sure as `uncertain_share` asks."""
+        counts = [
+            tap.uncertain(schedule.num_replaced(self._due, self.deltas[name].count)) for name, tap in self._taps.items()
+        ]
+        return sum(u for u, _ in counts) <= self.config.uncertain_share * sum(g for _, g in counts)
+
+    def stop(self) -> None:
+        """Leave the adapter as it stands and never touch it again."""
+        self._close_window()
+        stepping.discard(self)
+        stepped.discard(self)
+
+    # ---- the window ----------------------------------------------------------------------------
+
+    def _open_window(self, estimates: dict[str, Estimate] | None = None) -> None:
+        if not isinstance(self.config, SpielAGConfig):
+            return
+        if estimates is None and not self.schedule.is_first_of_window(self.update + 1):
+            return
+        end = self.schedule.window_end(self.update + 1)
+        total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in self.deltas.values()), strict=True))
+        for name, delta in self.deltas.items():
+            # Where weights move between tensors, a tensor that has lost all of its own may still win others.
+            count = total * delta.numel / numel if self.config.budget == "global" else delta.count
+            num_candidates = ceil(self.config.candidates_per_weight * count)
+            estimate = (estimates or {}).get(name)
+            self._taps[name] = GradientTap(
+                name,
+                delta,
+                num_candidates=num_candidates,
+                estimate=estimate,
+                num_rows=num_rows(self.config.support_rows, delta.shape),
+                rows_anew=end is not None and self.schedule.rate(end) == 1,
+            )
+            delta.observer = self._taps[name]
+
+    def _close_window(self) -> None:
+        for name in self._taps:
+            self.deltas[name].observer = None
+        self._taps = {}
+
+    def _warn_without_total(self) -> None:
+        if self.total_steps is None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "The reselection rate of adapter %r stays at %s, for the length of the training is not known. Give "
+                "total_steps=... in its config (a Hugging Face trainer says it by itself).",
+                self.adapter_name,
+                self.config.initial_reselection_rate,
+            )
+
+    def _warn_without_candidates(self) -> None:
+        overflowed = any(tap.met_infinity for tap in self._taps.values())
+        logger.warning(
+            "No gradient of adapter %r was seen in the window before update %d (%s): no weight was replaced.",
+            self.adapter_name,
+            self.update,
+            "all held NaN or infinity" if overflowed else "torch.compile hides them",
+        )
+
+    # ---- the reselection -----------------------------------------------------------------------
+
+    def _reselect(self, schedule: Schedule) -> None:
+        # A gradient that another optimizer is about to use must not be wiped away.
+        candidates = {name: c for name, c in self._candidates(schedule).items() if not self._updates.waits(name)}
+        if not candidates:
+            self._warn_without_candidates()
+            return
+        values = {name: whole(d.held_values).to(d.indices.device) for name, d in self.deltas.items()}
+        replacements = self._replacements(schedule, candidates, values)
+        total = sum(delta.count for delta in self.deltas.values())
+        mean_abs = sum(float(v.abs().sum(dtype=torch.float64)) for v in values.values()) / total
+        old = {"deltas": self.deltas, "replacements": replacements, "estimates": self._estimates()}
+        factor = clip_factor(self.max_grad_norm, self._updates.optimizers(), **old)
+        for name, replacement in replacements.items():
+            self._apply(name, replacement, values[name], factor)
+        supports = {name: delta.indices for name, delta in self.deltas.items()}
+        check_same_supports(supports, when=f"after update {self.update} of adapter {self.adapter_name!r}")
+        ages = sum(float((self.update - grown).sum()) for grown in self._grown_at.values())
+        replaced = sum(r.num_grown for r in replacements.values())
+        self.history.append(Reselection(self.update, replaced / total, ages / total, mean_abs))
+        logger.info(
+            "reselection of %r after update %d: %.2f%% of %d weights replaced, mean age %.1f, mean |delta| %.3g",
+            self.adapter_name,
+            self.update,
+            100 * replaced / total,
+            total,
+            ages / total,
+            mean_abs,
+        )
+
+    def _candidates(self, schedule: Schedule) -> dict[str, Candidates]:
+        if self._covers is not None:
+            wanted = {name: schedule.num_replaced(self._due, d.count) for name, d in self.deltas.items()}
+            if self.config.budget == "global":
+                # Any tensor might win all of them.
+                wanted = dict.fromkeys(wanted, sum(wanted.values()))
+            return self._covers.candidates(wanted)
+        return {n: Candidates(e.indices[e.nominated], e.mean[e.nominated].abs()) for n, e in self._estimates().items()}
+
+    def _estimates(self) -> dict[str, Estimate]:
+        return {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
+
+    def _replacements(
+        self, schedule: Schedule, candidates: dict[str, Candidates], values: dict[str, Tensor]
+    ) -> dict[str, Replacement]:
+        deltas = {name: self.deltas[name] for name in candidates}
+        scores = {name: self._drop_scores(name, values[name]) for name in deltas}
+        if self.config.budget == "global":
+            total = sum(delta.count for delta in deltas.values())
+            indices = {name: delta.indices for name, delta in deltas.items()}
+            return redistribute(indices, scores, candidates, num_replaced=schedule.num_replaced(self._due, total))
+        return {
+            name: drop_and_grow(
+                delta.indices,
+                scores[name],
+                candidates[name],
+                num_replaced=schedule.num_replaced(self._due, delta.count),
+            )
+            for name, delta in deltas.items()
+        }
+
+    def _drop_scores(self, name: str, values: Tensor) -> Tensor:
+        if self.config.drop_by == "change_since_reselection" and name in self._last_values:
+            values = values - self._last_values[name].to(values.device)
+        return values.abs()
+
+    def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
+        delta = self.deltas[name]
+        estimate = self._estimates().get(name)
+        seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
+        values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
+        for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
+            reindex(optimizer, delta.held_values, replacement, seeds)
+        delta.set_support(replacement.indices, values)
+        self._random_versions[name] = delta.support_version
+        self._grown_at[name] = ages
+        if self.config.drop_by == "change_since_reselection":
+            self._last_values[name] = values.clone()
+        if self.config.counts is not None:
+            self.config.counts[name] = delta.count
+
+    def _ages(self, name: str) -> Tensor:
+        """`_grown_at` of one tensor, begun anew if a load gave it another number of weights."""
+        count = self.deltas[name].count
+        if self._grown_at[name].numel() != count:
+            self._grown_at[name] = torch.zeros(count, dtype=torch.int32)
+        return self._grown_at[name]
+
+    # ---- resuming ------------------------------------------------------------------------------
+
+    def grown_at(self) -> dict[str, Tensor]:
+        """{parameter: [k] the update after which each weight was last grown; 0 for those of the first support}."""
+        return {name: self._ages(name).clone() for name in self._grown_at}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a training needs to go on exactly as if it had not stopped, beside adapter and optimizer.
+
+        Taken between two updates, as checkpoints are. Tensors only, by names that `load_state_dict` knows.
+        """
+        state = {"update": torch.tensor(self.update), "continues": torch.tensor(self._continues or self._was_loaded())}
+        if self._due is not None:
+            state["due"] = torch.tensor(self._due)
+        for name in self.deltas:
+            state[f"grown_at.{name}"] = self._ages(name).clone()
+            if name in self._last_values:
+                state[f"last_values.{name}"] = self._last_values[name].clone()
+            if (estimate := self._estimates().get(name)) is not None:
+                state.update({f"window.{part}.{name}": tensor for part, tensor in estimate.state_dict().items()})
+        if self._covers is not None:
+            state.update({f"covers.{key}": tensor for key, tensor in self._covers.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken; the adapter itself has to be loaded before.
+
+        Raises:
+            FormatError: the state is of another adapter, or damaged; nothing is changed then.
+        """
+        check_state(state, self.deltas, name="training state")
+        self._close_window()
+        self.update, self.is_restored = int(state["update"]), True
+        self._due = int(state["due"]) if "due" in state else None
+        self._continues = bool(state["continues"])
+        self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
+        estimates: dict[str, Estimate] = {}
+        for name, delta in self.deltas.items():
+            device = delta.values.device
+            self._grown_at[name] = state[f"grown_at.{name}"].clone()
+            self._last_values.pop(name, None)
+            if f"last_values.{name}" in state:
+                self._last_values[name] = state[f"last_values.{name}"].to(device, copy=True)
+            if f"window.indices.{name}" in state:
+                window = {part: state[f"window.{part}.{name}"] for part in ESTIMATE_PARTS}
+                estimates[name] = Estimate.from_state_dict(window, device)
+        if self._covers is not None:
+            self._covers.load_state_dict(
+                {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
+            )
+        self._open_window(estimates or None)
+
+
+def _before_step(watched: tuple[Reselector, ...], step: Step) -> None:
+    for reselector in watched:
+        reselector.before_step(step)
+
+
+def _after_step(watched: tuple[Reselector, ...], step: Step) -> None:
+    for reselector in watched:
+        reselector.after_step(step)
+
+
+# The base model holds its reselectors, so one that is dropped takes them along.
+stepping: StepWatch[Reselector] = StepWatch(register_optimizer_step_pre_hook, _before_step)
+stepped: StepWatch[Reselector] = StepWatch(register_optimizer_step_post_hook, _after_step)
+
+
+def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:
+    """The reselectors that drive adapters of a model."""
+    for driver in drivers_of(base_model_of(model)).values():
+        if isinstance(driver, Reselector):
+            yield driver
+
+
+DRIVERS["spiel_ag"] = Reselector
+DRIVERS["spiel_ma"] = Reselector

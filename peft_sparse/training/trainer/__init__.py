@@ -1,0 +1,1 @@
+"""Trainers that know the phases, their arguments and their checkpoints."""

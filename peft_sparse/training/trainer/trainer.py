@@ -1,0 +1,400 @@
+"""Trainers for sparse fine-tuning: any Hugging Face trainer, going through the two phases of LT-SFT or of Ada-SFT."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, enable_full_determinism, set_seed
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from ...checkpoints.push import update_cards
+from ...errors import ConfigError, FormatError
+from ...tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
+from ...tuners.sparse_ft.configs.base import GRADIENTS
+from ...tuners.sparse_ft.iteration import iter_layers
+from ...tuners.sparse_ft.resident import resident
+from ...tuners.sparse_ft.unselected import is_unselected
+from ..phases.dense_phase import DensePhase
+from ..phases.logs import NamePhase, PhaseLogs
+from ..phases.lottery import start_dense_phase
+from ..phases.mask_phase import MaskPhase, is_in_mask_phase
+from ..phases.one_shot import select_in_trainer
+from ..spiel.in_trainer import optimizer_for
+from .checkpoints import PhaseCheckpoints
+from .phase_args import make_first_args
+from .preemption import listen, listening, take_request
+from .resume import ResumePoint, find_resume_point, is_finished
+
+logger = logging.getLogger(__name__)
+
+
+class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
+    """What `sparse_trainer` adds to a trainer class.
+
+    `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
+    the rewind and the sparse phase run one after the other; if it is one of Ada-SFT that has yet to learn its masks,
+    the mask phase and the weight phase do (see `start_weight_phase`). If gradients are to choose its weights
+    (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as ever,
+    only in `resident` mode.
+
+    Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
+    sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
+    "phase") and progress bar. Checkpoints of the dense phase lie in `_dense/checkpoint-N` in the output folder, the
+    selection in `_dense/selection`, and those of the sparse phase in `checkpoint-N` as ever; `resume_from_checkpoint`
+    finds the phase. `load_best_model_at_end` works in each phase: the best dense weights are what the selection looks
+    at. A callback that stops the first phase (early stopping) ends it: weights are selected from what it has learnt by
+    then, and the log says how many of its steps were made. SIGTERM under `enable_jit_checkpoint` stops the whole run,
+    which can be resumed. The dense folder may be deleted once the sparse phase has a checkpoint. With Ada-SFT the
+    phases are called "mask" and "weights" and the folder is `_mask`; the best masks are the ones that get fixed.
+
+    Args:
+        args, kwargs: of the trainer class.
+        dense_args: {field: value}, where the training arguments of the dense phase differ from `args`: learning_rate,
+            max_steps, num_train_epochs, lr_scheduler_type, ... Weight decay is 0 in the dense phase unless it stands
+            here.
+        mask_args: the same for the mask phase of Ada-SFT.
+
+    Attributes:
+        dense_state: TrainerState at the end of the dense phase (its `log_history`, ...); None before it, or if it was
+            not run here.
+        dense_output: what the dense phase's training returned; likewise.
+        mask_state, mask_output: the same of the mask phase of Ada-SFT.
+
+    Raises:
+        ConfigError: `dense_args` or `mask_args` names an unknown field, or one that holds for both phases.
+    """
+
+    # The trainer's own, which the phases exchange.
+    args: Any
+    model_init: Any
+    _train_batch_size: int
+
+    def __init__(
+        self,
+        *args: Any,
+        dense_args: Mapping[str, Any] | None = None,
+        mask_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._phase: DensePhase | MaskPhase | None = None
+        self._phase_name: str | None = None
+        self._was_preempted = False
+        self.dense_state: TrainerState | None = None
+        self.dense_output: TrainOutput | None = None
+        self.mask_state: TrainerState | None = None
+        self.mask_output: TrainOutput | None = None
+        self.dense_args: Mapping[str, Any] | None = dense_args
+        self.mask_args: Mapping[str, Any] | None = mask_args
+        super().__init__(*args, **kwargs)
+        make_first_args(self.args, dense_args, name="dense_args")
+        make_first_args(self.args, mask_args, name="mask_args")
+        self.add_callback(NamePhase(self))
+
+    # ---- the run -------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train: in two phases if the active adapter has its first one before it, after the selection if gradients are
+        to choose its weights.
+
+        Args:
+            resume_from_checkpoint: a checkpoint of either phase; True for the last one that is complete.
+            trial: of a hyperparameter search.
+            ignore_keys_for_eval: outputs of the model that evaluation leaves out.
+
+        Returns:
+            What the trainer class returns, for the second phase; for the first one if SIGTERM ended it (see
+            `enable_jit_checkpoint`), in which case the second has not begun, and `state` is that of its step 0.
+
+        Raises:
+            ConfigError: the two phases cannot run under this trainer's settings; see `start_dense_phase` for those of
+                the model.
+            SelectionError: fewer weights moved in the dense phase than the adapter asks for.
+        """
+        options = _given(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        with self._model_made_once(trial), listening(self):
+            # TRL has cast them if the base is quantised; DDP has to find them as they train.
+            for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
+                layer.keep_dtypes()
+            found = self._adapter_before_its_phases()
+            if found is None:
+                point = find_resume_point(
+                    self._get_output_dir(trial), resume_from_checkpoint, None, needs=self._needs_of_checkpoints()
+                )
+                return self._train_second(None, point, options)
+            adapter, kind = found
+            by_gradients = getattr(self.model.peft_config[adapter], "selected_by", None) == GRADIENTS
+            if not by_gradients:
+                self._check_two_phases(kind)
+            point = find_resume_point(
+                self._get_output_dir(trial), resume_from_checkpoint, kind.name, needs=self._needs_of_checkpoints()
+            )
+            output = None
+            if point is None or point.phase == kind.name:
+                if by_gradients:
+                    self._select_by_gradients(adapter, point, trial)
+                else:
+                    output = self._train_first(adapter, kind, point, trial, options)
+                if self._stops_before_second(kind):
+                    return output or TrainOutput(0, 0.0, {})
+            return self._train_second(kind.next_name, point, options)
+
+    def _train_first(
+        self,
+        adapter: str,
+        kind: type[DensePhase] | type[MaskPhase],
+        point: ResumePoint | None,
+        trial: Any,
+        options: dict[str, Any],
+    ) -> TrainOutput:
+        """Dense phase, selection, rewind; or mask phase. Whatever leaves this method, the base weights are where they
+        were.
+        """
+        start: Any = MaskPhase if kind is MaskPhase else start_dense_phase
+        with start(self.model, adapter) as phase, self._named(phase.name), self._with_args_of(phase):
+            logger.info("%s phase: %d targeted weights", phase.name, phase.numel)
+            checkpoint = point.path if point is not None else None
+            output = self._run_phase(checkpoint, options)
+            if kind is MaskPhase:
+                self.mask_output, self.mask_state = output, self.state
+            else:
+                self.dense_output, self.dense_state = output, self.state
+            # Its moments are two copies of the targets; what comes next should not have to fit beside them.
+            self._drop_optimizer()
+            self.accelerator.free_memory()
+            if self._was_preempted:
+                return output
+            phase.select()
+        self._save_selection(adapter, kind.name, trial)
+        return output
+
+    def _select_by_gradients(self, adapter: str, point: ResumePoint | None, trial: Any) -> None:
+        """Choose the support by the gradients of the first batches, and keep it for a run that is resumed."""
+        if point is not None:
+            raise FormatError(
+                f"resume_from_checkpoint: {point.path} is of a dense phase, which adapter {adapter!r} "
+                f"({type(self.model.peft_config[adapter]).__name__}) does not have."
+            )
+        self._seed()
+        select_in_trainer(self, adapter)
+        self._save_selection(adapter, DensePhase.name, trial)
+
+    def _stops_before_second(self, kind: type[DensePhase] | type[MaskPhase]) -> bool:
+        """Whether SIGTERM came in the first phase, or while weights were selected. A later run goes on from there."""
+        if not self._was_preempted and not take_request(self):
+            return False
+        logger.warning(
+            "SIGTERM: the %s phase does not begin. train(resume_from_checkpoint=True) goes on from the checkpoint.",
+            kind.next_name,
+        )
+        self.state = TrainerState(
+            is_local_process_zero=self.is_local_process_zero(), is_world_process_zero=self.is_world_process_zero()
+        )
+        return True
+
+    def _train_second(self, name: str | None, point: ResumePoint | None, options: dict[str, Any]) -> TrainOutput:
+        """The second phase; or, without a name, the only one."""
+        checkpoint = point.path if point is not None and point.phase == "second" else None
+        if point is not None and point.phase == "selection":
+            self._load_selection(point.path)
+        if name is None:
+            with resident(self.model):
+                return self._run_phase(checkpoint, options)
+        self._drop_optimizer()
+        with self._named(name), resident(self.model):
+            self._seed()
+            return self._run_phase(checkpoint, options)
+
+    def _run_phase(self, checkpoint: str | None, options: dict[str, Any]) -> TrainOutput:
+        """The trainer class's own training, which says so if it ends early."""
+        self._was_preempted = False
+        try:
+            output = super().train(**_given(resume_from_checkpoint=checkpoint), **options)
+        finally:
+            listen(self)
+        if self._phase_name is not None and not is_finished(self.state):
+            logger.warning(
+                "the %s phase ended after %d of %d steps%s",
+                self._phase_name,
+                self.state.global_step,
+                self.state.max_steps,
+                ": SIGTERM" if self._was_preempted else ", for a callback or the data stopped it",
+            )
+        return output
+
+    @contextmanager
+    def _with_args_of(self, phase: DensePhase | MaskPhase) -> Iterator[None]:
+        """The trainer with the first phase's arguments and checkpoints."""
+        args, batch_size = self.args, self._train_batch_size
+        self.args = make_first_args(args, getattr(self, phase.args_name), name=phase.args_name)
+        self._train_batch_size = self.args.train_batch_size
+        self._phase = phase
+        self._drop_optimizer()
+        self._seed()
+        try:
+            yield
+        finally:
+            self._phase = None
+            self.args, self._train_batch_size = args, batch_size
+            self._drop_optimizer()
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        self._phase_name = name
+        logger.info("%s phase begins", name)
+        try:
+            yield
+        finally:
+            self._phase_name = None
+
+    @contextmanager
+    def _model_made_once(self, trial: Any) -> Iterator[None]:
+        """Call `model_init` here and not in each of the two phases, where it would throw the first one's selection
+        away."""
+        model_init = self.model_init
+        if model_init is not None:
+            self._seed()
+            self.model = self.call_model_init(trial)
+            if self.place_model_on_device:
+                self._move_model_to_device(self.model, self.args.device)
+            self._drop_optimizer()
+            self.model_init = None
+        try:
+            yield
+        finally:
+            self.model_init = model_init
+
+    def _seed(self) -> None:
+        if self.args.full_determinism:
+            enable_full_determinism(self.args.seed)
+        else:
+            set_seed(self.args.seed)
+
+    def _drop_optimizer(self) -> None:
+        """Forget optimizer, scheduler and wrappers: they belong to the parameters that were trainable until now."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.model_wrapped = self.model
+
+    # ---- what can run --------------------------------------------------------------------------------
+
+    def _adapter_before_its_phases(self) -> tuple[str, type[DensePhase] | type[MaskPhase]] | None:
+        """The active adapter that has its first phase before it (or in progress), and which phase that is. One whose
+        weights gradients choose counts as before a dense phase.
+        """
+        if not isinstance(self.model, PeftModel):
+            return None
+        kinds: dict[str, type[DensePhase] | type[MaskPhase]] = {}
+        for name in self.model.active_adapters:
+            if is_unselected(self.model.peft_config[name]):
+                kinds[name] = DensePhase
+            elif is_in_mask_phase(self.model, name):
+                kinds[name] = MaskPhase
+        if len(kinds) > 1:
+            raise ConfigError(
+                "one adapter at a time can go through its phases or have its weights selected, got the active adapters "
+                f"{list(kinds)}."
+            )
+        return next(iter(kinds.items()), None)
+
+    def _check_two_phases(self, kind: type[DensePhase] | type[MaskPhase]) -> None:
+        other = DensePhase if kind is MaskPhase else MaskPhase
+        if getattr(self, other.args_name) is not None and getattr(self, kind.args_name) is None:
+            raise ConfigError(
+                f"{other.args_name} is for a {other.name} phase, and the active adapter begins with a {kind.name} "
+                f"phase: {kind.args_name}={{...}}"
+            )
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise ConfigError(
+                "optimizers= gives one optimizer, and each phase trains other parameters with an optimizer of its own. "
+                "Give optimizer_cls_and_kwargs=(class, {...}), or override create_optimizer."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"fsdp and deepspeed shard the weights that the {kind.name} phase works on. Run it under DDP, or in "
+                "one process."
+            )
+        if kind is DensePhase and getattr(self, "ref_model", self) is None and getattr(self, "beta", 1.0) != 0:
+            raise ConfigError(
+                f"{type(self).__name__} takes the model without its adapter as its reference, which in the dense phase "
+                "is what trains. Select with SparseSFTTrainer or the verbs in peft_sparse.training.phases.lottery first; an "
+                "adapter that has its weights trains here."
+            )
+
+    # ---- the loop ------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        # Resumed where a phase ended in the middle of an epoch, the trainer would take one step more before it noticed.
+        if is_finished(self.state):
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    # ---- adapters that reselect ----------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The trainer's optimizer; the one that SpIEL is made with where the arguments leave it open."""
+        chosen = self.optimizer_cls_and_kwargs
+        if self.optimizer is None and chosen is None:
+            self.optimizer_cls_and_kwargs = optimizer_for(self.model, self.args)
+        try:
+            return super().create_optimizer(*([] if model is None else [model]))
+        finally:
+            self.optimizer_cls_and_kwargs = chosen
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's model card, with this library's part in it."""
+        super().create_model_card(*args, **kwargs)
+        if self.args.should_save:
+            update_cards(self.args.output_dir)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those options that somebody gave. An override of a user's trainer need not know the others."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@functools.cache
+def sparse_trainer(trainer_class: type[Trainer]) -> type[Any]:
+    """A trainer class with LT-SFT's two phases in its `train`; see `TwoPhaseTraining` for what that adds.
+
+    Args:
+        trainer_class: `transformers.Trainer` or a class derived from it: TRL's, or your own.
+
+    Returns:
+        A class derived from both, called "Sparse" and the class's name; the same one for the same argument.
+
+    Raises:
+        ConfigError: not a trainer class.
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise ConfigError(f"trainer_class must be a class derived from transformers.Trainer, got {trainer_class!r}.")
+    if issubclass(trainer_class, TwoPhaseTraining):
+        return trainer_class
+    name = f"Sparse{trainer_class.__name__}"
+    return type(name, (TwoPhaseTraining, trainer_class), {"__module__": __name__, "__doc__": TwoPhaseTraining.__doc__})
+
+
+SparseTrainer = sparse_trainer(Trainer)
+
+
+def __getattr__(name: str) -> Any:
+    # TRL is optional and slow to import.
+    if name == "SparseSFTTrainer":
+        try:
+            from trl import SFTTrainer
+        except ModuleNotFoundError as error:
+            raise ImportError(f"SparseSFTTrainer needs TRL ({error}): pip install 'peft-sparse[trl]'") from error
+        return sparse_trainer(SFTTrainer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""What the tuner types share: configs, layers, tuners, targets, names and files."""

@@ -1,0 +1,167 @@
+"""A base module as its adapters make it: with other parameters for one call, with its hooks, its weights loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import named_module_tensors
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+
+# Where torch keeps the hooks of a module that take the module as their first argument.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def own_forward(module: nn.Module) -> Any:
+    """A forward that was given to this very module, accelerate's hooks aside; None if it computes as its class does."""
+    given = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
+    is_of_class = isinstance(given, MethodType) and given.__func__ is type(module).forward
+    return None if is_of_class else given
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether a forward that was given to this very module may read its parameters past whoever calls it."""
+    given = own_forward(module)
+    return given is not None and not (isinstance(given, MethodType) and given.__self__ is module)
+
+
+def foreign_forward(module: nn.Module, name: str) -> ConfigError:
+    """What refuses such a module, by its path."""
+    return ConfigError(
+        f"the forward of {name} ({type(module).__name__}) was replaced on this very module, by a function that reads "
+        "its weight itself and would not see the delta. Add the adapter before whatever replaces it, or leave the "
+        f"module out with exclude_modules=[{name!r}]."
+    )
+
+
+def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A module like `module`, whose parameters of these names are other tensors; that itself is left alone.
+
+    It shares buffers and children, has no hooks, and what a method of it writes into its attributes is lost.
+    """
+    view: nn.Module = object.__new__(type(module))
+    state = {name: value for name, value in vars(module).items() if name not in ("forward", "_hf_hook", "_old_forward")}
+    state["_parameters"] = {**module._parameters, **tensors}
+    state.update({hooks: {} for hooks in _HOOKS})
+    given = own_forward(module)
+    if given is not None:
+        state["forward"] = MethodType(given.__func__, view)
+    object.__setattr__(view, "__dict__", state)
+    return view
+
+
+def called(module: nn.Module, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`compute(*args, **kwargs)` in the place of a module's forward: with the hooks that are on the module, and its
+    weights on the device where accelerate computes.
+    """
+    own = vars(module)
+    if any(own[hooks] for hooks in _HOOKS):
+        view = seen_through(module, {})
+        for hooks in _HOOKS:
+            vars(view)[hooks] = {key: partial(_as_if_on, module, hook) for key, hook in own[hooks].items()}
+        vars(view)["forward"] = partial(_aligned, module, compute)
+        return view(*args, **kwargs)
+    return _aligned(module, compute, *args, **kwargs)
+
+
+def _as_if_on(module: nn.Module, hook: Callable[..., Any], view: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return hook(module, *args, **kwargs)
+
+
+def _aligned(module: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return compute(*args, **kwargs)
+    output = None
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not hook.no_grad):
+            output = compute(*args, **kwargs)
+    finally:
+        output = hook.post_forward(module, output)
+    return output
+
+
+def attribute_of(module: nn.Module, name: str, view: Callable[[], nn.Module]) -> Any:
+    """What a base module has under a name, for the layer that took its place in the model.
+
+    Private attributes that the class does not know are left out: libraries mark modules by them.
+
+    Args:
+        module: the base module.
+        name: the attribute.
+        view: gives the module with its adapters in it. Methods and properties are those of that.
+
+    Raises:
+        AttributeError: the module has no such attribute.
+    """
+    kind = type(module)
+    is_known = hasattr(kind, name) or any(name in inspect.get_annotations(each) for each in kind.__mro__)
+    if is_known or not name.startswith("_"):
+        for held in (vars(module), module._buffers, module._modules, module._parameters):
+            if name in held and not (isinstance(held[name], MethodType) and held[name].__self__ is module):
+                return held[name]
+        if name in vars(module) or hasattr(kind, name):
+            return getattr(view(), name)
+    raise AttributeError(name)
+
+
+# ---- accelerate's offloading ---------------------------------------------------------------------
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """The hook of accelerate that keeps a module's own parameters elsewhere between its forwards; None without one."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((each for each in hooks if getattr(each, "offload", False)), None)
+
+
+def home_of(module: nn.Module, tensor: Tensor) -> torch.device:
+    """The device on which a module computes with one of its parameters."""
+    hook = offload_hook(module) if tensor.is_meta else None
+    return tensor.device if hook is None else torch.device(hook.execution_device)
+
+
+@contextmanager
+def loaded(module: nn.Module, *, store: bool = False) -> Iterator[None]:
+    """Have a module's own parameters at hand, if accelerate offloaded them.
+
+    Args:
+        module: which has them.
+        store: keep what they are at the end.
+    """
+    hook = offload_hook(module)
+    if hook is None or not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if store:
+            hook.weights_map = {name: tensor.to("cpu") for name, tensor in named_module_tensors(module)}
+        hook.post_forward(module, None)
+
+
+class NeverOffloaded(nn.Module):
+    """A module whose parameters stay on the device where accelerate computes, also where it offloads the base model.
+
+    They are few, they are read outside of the module's own forward, and trained ones would lose their gradients.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook" and (hook := offload_hook(self)) is not None:
+            hook.pre_forward(self)
+            hook.offload = False
+
+
+class AdapterLinear(NeverOffloaded, nn.Linear):
+    """A linear map of an adapter."""

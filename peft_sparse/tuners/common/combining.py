@@ -1,0 +1,59 @@
+"""What `add_weighted_adapter` of every tuner does alike: what it refuses, and what the new adapter takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+
+from ...errors import ConfigError
+
+
+def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Refuse adapters that are not there, a number of weights that is not theirs, and a name that is taken."""
+    known = sorted(tuner.peft_config)
+    unknown = [name for name in adapters if name not in tuner.peft_config]
+    if unknown or not adapters:
+        raise ConfigError(f"adapters must name adapters of this model, got {adapters}. It has {known}.")
+    if len(adapters) != len(weights):
+        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
+    if adapter_name in tuner.peft_config:
+        raise ConfigError(
+            f"adapter_name {adapter_name!r} is taken; this model has {known}. Delete it first, or choose another name."
+        )
+
+
+def choose_head(tuner: BaseTuner, adapters: list[str], head_from: str | None) -> str | None:
+    """The adapter whose heads a new one gets: `head_from`, the only one that has any, or None."""
+    having = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
+    if head_from is not None:
+        if head_from not in having:
+            raise ConfigError(
+                f"head_from must be one of the combined adapters that have heads ({having}), got {head_from!r}."
+            )
+        return head_from
+    if len(having) > 1:
+        raise ConfigError(
+            f"the adapters {having} all have heads (modules_to_save): say whose to keep with head_from=..."
+        )
+    return having[0] if having else None
+
+
+def copy_heads(tuner: BaseTuner, source: str, target: str) -> None:
+    """Give one adapter the heads of another."""
+    for module in tuner.model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
+            module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())
+
+
+def inherited(tuner: BaseTuner, adapters: Sequence[str], head: str | None) -> dict[str, Any]:
+    """Fields of the new adapter's config that the combined ones have already; `head` is whose heads it gets."""
+    first = tuner.peft_config[adapters[0]]
+    return {
+        "modules_to_save": tuner.peft_config[head].modules_to_save if head else None,
+        "task_type": tuner.peft_config[head].task_type if head else first.task_type,
+        "base_model_name_or_path": first.base_model_name_or_path,
+        "revision": first.revision,
+    }

@@ -1,0 +1,67 @@
+"""What the configs of this library share in how they are written to disk and read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from ...checkpoints.card import update_card
+from ...checkpoints.files import size_of_weights
+from ...checks import check_arguments
+from .field_checks import check_shared_fields
+
+_ELSEWHERE = {
+    "r": "There is no rank here: equivalent_rank=... tunes as many weights as LoRA of that rank trains.",
+    "rank": "There is no rank here: equivalent_rank=... tunes as many weights as LoRA of that rank trains.",
+    "lora_alpha": "Weights are tuned themselves, without a scaling; give the strength when adding adapters up.",
+    "lora_dropout": "Weights are tuned themselves, without a dropout of their own.",
+    "sparsity": "density=... is the share of the weights that are tuned: 1 - sparsity.",
+    "k": "num_weights=... is the number of weights to tune.",
+    "dtype": "values_dtype=... is the dtype of the trained values.",
+    "bias": "target_biases=True tunes the biases of the targeted modules as well.",
+}
+
+
+class WeightConfig(PeftConfig):
+    """Base class of configs whose files are the same for equal configs, and lie beside a model card of ours."""
+
+    # Not fields. The name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
+    # tells `save_pretrained` only a folder.
+    saved_as = "default"
+    # Whether the config came from a folder, whose weights are still to be loaded; and how many bytes those have.
+    awaits_file = False
+    file_bytes: ClassVar[int | None] = None
+    # What writes this library's part of the model card.
+    write_card = staticmethod(update_card)
+    # {what other libraries call a field: what to write here}
+    elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> WeightConfig:
+        check_arguments(cls, args, kwargs, elsewhere=cls.elsewhere)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shared_fields(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; sets as sorted lists, so that equal configs give equal files."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config (PEFT's method), and this library's part of the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.write_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> WeightConfig:
+        """Load a config (PEFT's method), and note that weights are to follow, and how large their file is."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download_kwargs, _, _ = cls._split_kwargs(kwargs)
+        config.awaits_file = True
+        config.file_bytes = size_of_weights(pretrained_model_name_or_path, subfolder=subfolder, **download_kwargs)
+        return config

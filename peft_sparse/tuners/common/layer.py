@@ -1,0 +1,225 @@
+"""What the tuner layers of this library share: being read like the base layer, one adapter per example of a batch, and
+what merging says.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...core.on_demand import on_demand
+from ...core.ops import is_recorded
+from ...core.sharded import is_sharded
+from ...errors import ConfigError
+from .base_module import attribute_of, called, home_of, loaded, offload_hook, seen_through
+
+# The parameters of a base layer that adapters can change.
+PARAMETERS = ("weight", "bias")
+
+READ_ALONE = (
+    "this is the weight with its adapters in it, made to be read: what is written into it would be lost. The base "
+    "layer's own parameter is layer.get_base_layer().weight."
+)
+
+
+class WeightLayer(nn.Module, BaseTunerLayer):
+    """Base class of tuner layers that change the parameters of the module they stand around.
+
+    To the model such a layer is its base layer with other weights: `weight` and `bias` are what the active adapters
+    make of them, with their gradient, and every other attribute is the base layer's own.
+
+    Attributes:
+        row_names: while a mixed batch is computed, the adapter of each example; None otherwise.
+    """
+
+    row_names: list[str] | None = None
+
+    # ---- what the model reads past the forward ---------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with; the base layer's own parameter where no adapter changes it.
+
+        Cost: nothing for its dtype, shape or device. What computes with it forms it, and its gradient, densely.
+        """
+        return self._read("weight", BaseTunerLayer.weight.fget(self))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that the layer computes with; the base layer's own parameter where no adapter changes it."""
+        return self._read("bias", self.get_base_layer().bias)
+
+    def _read(self, parameter: str, own: Tensor | None) -> Tensor | None:
+        if own is None or not own.is_floating_point() or is_sharded(own) or not self.has_own(parameter):
+            return own
+        # transformers ties parameters that it finds by name: those of the base layer.
+        if not torch.compiler.is_compiling() and sys._getframe(2).f_code is nn.Module.get_parameter.__code__:
+            return own
+        if self.disable_adapters:
+            return self.pristine(parameter)
+        if self.merged:
+            return own
+        adapters = self.active_adapters
+        if self.row_names is not None:
+            adapters = [name for name in dict.fromkeys(self.row_names) if self.acts(name)]
+            if adapters and len(set(self.row_names)) > 1:
+                return on_demand(own, partial(_refuse_rows, self), (), READ_ALONE)
+        leaves = self.leaves(parameter, adapters)
+        if not leaves:
+            return self.pristine(parameter)
+        base = self.get_base_layer()
+        if own.is_meta and offload_hook(base) is not None:
+            make = partial(self._read_offloaded, parameter, adapters)
+            return on_demand(own, make, leaves, READ_ALONE, device=home_of(base, own))
+        make = self.maker(parameter, adapters)
+        if own.dim() < 2 or is_recorded():
+            return make()
+        return on_demand(own, make, [*leaves, own], READ_ALONE)
+
+    def _read_offloaded(self, parameter: str, adapters: Sequence[str]) -> Tensor:
+        with loaded(self.get_base_layer()):
+            return self.maker(parameter, adapters)()
+
+    def has_own(self, parameter: str) -> bool:
+        """Whether the base layer's parameter is itself the tensor that adapters change, and not a packed form of it."""
+        return True
+
+    def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
+        """What `adapters` change a parameter by; empty if they do not."""
+        raise TypeError(f"{type(self).__name__} does not say what its adapters consist of")
+
+    def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
+        """What computes a parameter with `adapters` in it from the tensors of this moment, differentiably."""
+        raise TypeError(f"{type(self).__name__} does not say how its adapters change a parameter")
+
+    def pristine(self, parameter: str) -> Tensor:
+        """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
+        raise TypeError(f"{type(self).__name__} does not say what stands in its base parameters")
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in modules:
+                raise
+            try:
+                return attribute_of(self.get_base_layer(), name, self._view)
+            except AttributeError:
+                pass
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A setting of the base layer, such as the epsilon of a norm, is set where it acts.
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        is_ours = name.startswith("_") or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        if base is not None and not is_ours and name != "forward":
+            inner = self.get_base_layer()
+            if name in vars(inner) or name in inner._modules:
+                setattr(inner, name, value)
+                return
+        super().__setattr__(name, value)
+
+    def _view(self) -> nn.Module:
+        """The base layer with its parameters as this layer has them."""
+        base = self.get_base_layer()
+        return seen_through(base, {p: getattr(self, p) for p in PARAMETERS if p in base._parameters})
+
+    def acts(self, adapter_name: str) -> bool:
+        """Whether an adapter changes what this layer computes."""
+        raise TypeError(f"{type(self).__name__} does not say which adapters act")
+
+    def restore(self) -> None:
+        """Take whatever stands in the base parameters out of them, bit for bit."""
+        raise TypeError(f"{type(self).__name__} does not say what stands in its base parameters")
+
+    def check_finite(self, adapters: Sequence[str]) -> None:
+        """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
+        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+
+    def unmerge(self) -> None:
+        """Restore the base parameters bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        with loaded(self.get_base_layer(), store=True):
+            self.restore()
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
+        raise TypeError(f"{type(self).__name__} does not say how it computes with a delta")
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """One adapter per example of the batch; "__base__" stands for none."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names must name one adapter per example ({len(x)}), "
+                f"got {len(adapter_names)} names: {adapter_names}"
+            )
+        if self.merged:
+            raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
+        if self.disable_adapters:
+            raise ValueError(
+                "adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first."
+            )
+        base = self.get_base_layer()
+        return called(base, partial(self._mixed_rows, adapter_names), (x, *args), kwargs)
+
+    def _mixed_rows(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.restore()
+        result = seen_through(self.get_base_layer(), {}).forward(x, *args, **kwargs)
+        if len(result) != len(x):
+            raise ValueError(
+                f"adapter_names cannot be given: {type(self.get_base_layer()).__name__} mixes the examples."
+            )
+        for name in dict.fromkeys(adapter_names):
+            if not self.acts(name):
+                continue
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+
+            def part(value: Any, rows: Tensor = rows) -> Any:
+                """What belongs to the rows, of a tensor with one entry per example; anything else as it is."""
+                is_per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(x)
+                return value[rows.to(value.device)] if is_per_example else value
+
+            others, named = [part(value) for value in args], {key: part(value) for key, value in kwargs.items()}
+            tuned = self._delta_forward([name], x[rows], *others, **named)
+            result = result.index_copy(0, rows, tuned.to(result.dtype))
+        return result
+
+
+def _refuse_rows(layer: WeightLayer) -> Tensor:
+    raise ConfigError(
+        f"adapter_names cannot name several adapters here: the model reads the weight of a "
+        f"{type(layer.get_base_layer()).__name__} itself, once for all examples. Give one adapter per batch, or leave "
+        "the module out with exclude_modules."
+    )
+
+
+def not_finite(adapters: Sequence[str], why: str) -> ValueError:
+    """What `check_finite` raises."""
+    # The first sentences are PEFT's: its tests match them for every tuner.
+    return ValueError(
+        f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. The base "
+        "model is unchanged."
+    )
+
+
+def not_whole(what: str, how: str | None) -> ConfigError:
+    """What refuses to merge where a process holds only a part of the weights; `how` is that of `how_sharded`."""
+    return ConfigError(
+        f"the {what} is {how}, and merging needs all of it. Save the adapter (model.save_pretrained, on every "
+        "process), load it onto the base model in a single process, and merge there."
+    )

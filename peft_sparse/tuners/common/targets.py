@@ -1,0 +1,176 @@
+"""From a config to the parameters of a model that it targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...errors import ConfigError
+from ...selection.patterns import fullmatch, match
+from ..sparse_ft.configs.base import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
+from ..sparse_ft.iteration import path_in_base
+from ..sparse_ft.layers.base import PARAMETERS
+from ..sparse_ft.layers.choice import is_norm
+from .keys import modules_around_adapters
+from .packed import own_parameters, parameter_numel
+
+# {module path: names of its targeted parameters}, in the order of the model.
+Targets = dict[str, tuple[str, ...]]
+
+
+def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
+    """Which parameters of which modules a config targets.
+
+    A config with `counts` (one that came from a file) names its parameters itself; the rules decide otherwise.
+
+    Raises:
+        ConfigError: a parameter of `counts` or of `target_parameters` is not in the model.
+    """
+    modules = dict(named_targets(model))
+    if config.counts is not None:
+        return _from_counts(config.counts, modules)
+    rules = [_module_rule(config, model), _norm_rule(config), _parameter_rule(config, modules)]
+    targets: Targets = {}
+    for name, module in modules.items():
+        if is_excluded(config, name) or not _in_layers(config, name):
+            continue
+        wanted = {parameter for rule in rules for parameter in rule(name, module)}
+        present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
+        if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
+            targets[name] = present
+    return targets
+
+
+def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not
+    count.
+    """
+    inside: list[str] = []
+    for name, module in modules_around_adapters(model):
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside.append(name + ".")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        yield path_in_base(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_excluded(config: SparseConfig, name: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keeps a module from being tuned sparsely."""
+    excluded = config.exclude_modules
+    if isinstance(excluded, str) and fullmatch(excluded, name):
+        return True
+    if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
+        return True
+    return any(match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
+
+
+def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
+    """The user's `target_modules` in the forms that PEFT can do with: a set or a string, and no bare embedding names.
+
+    PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that
+    name or by a regex.
+    """
+    requested = config.target_modules
+    if config.selected_by == GIVEN:
+        return set(targets)
+    if requested is None:
+        return set() if config.target_parameters else ALL_LINEAR
+    embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
+    if isinstance(requested, str):
+        return set(targets) if embeddings and requested not in (ALL_LINEAR, ALL_PARAMETERS) else requested
+    return {name for name in requested if name not in ("embed_tokens", "lm_head")} | embeddings
+
+
+def _module_rule(config: SparseConfig, model: nn.Module):
+    """target_modules, with the biases if `target_biases` asks for them."""
+    parts = PARAMETERS if config.target_biases else ("weight",)
+    target = config.target_modules
+    if target == ALL_PARAMETERS:
+        root = _base_prefix(model)
+        seen: set[int] = set()
+
+        def every(name: str, module: nn.Module) -> tuple[str, ...]:
+            own = {p: t for p, t in own_parameters(module).items() if id(t) not in seen}
+            if not own or not name.startswith(root):
+                return ()
+            seen.update(map(id, own.values()))
+            # A module whose only parameters have other names is wanted all the same: `wrap` refuses it by name.
+            return tuple(own)
+
+        return every
+    if target is None and config.target_parameters:
+        return lambda name, module: ()
+    if target is None or target == ALL_LINEAR:
+        linear = _all_linear(config, model)
+        return lambda name, module: parts if name in linear else ()
+    if isinstance(target, str):
+        return lambda name, module: parts if fullmatch(target, name) else ()
+    return lambda name, module: parts if _ends_with_any(name, target) else ()
+
+
+def _norm_rule(config: SparseConfig):
+    parts = PARAMETERS if config.target_biases else ("weight",)
+    return lambda name, module: parts if config.target_norms and is_norm(module) else ()
+
+
+def _parameter_rule(config: SparseConfig, modules: dict[str, nn.Module]):
+    wanted = config.target_parameters or []
+    for target in wanted:
+        if not any(_ends_with_any(f"{name}.{p}", [target]) for name, m in modules.items() for p in own_parameters(m)):
+            raise ConfigError(f"target_parameters: no parameter of the model ends with {target!r}.")
+    return lambda name, module: tuple(p for p in own_parameters(module) if _ends_with_any(f"{name}.{p}", wanted))
+
+
+def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targets:
+    targets: Targets = {}
+    for parameter in counts:
+        name, _, part = parameter.rpartition(".")
+        if part not in PARAMETERS or name not in modules or not _has_parameter(modules[name], part):
+            raise ConfigError(
+                f"the adapter tunes {parameter!r}, which this model does not have. Load it into the architecture it "
+                "was trained on (its config names it in base_model_name_or_path)."
+            )
+        if counts[parameter] > (numel := parameter_numel(modules[name], part)):
+            raise ConfigError(
+                f"counts: {counts[parameter]:,} tuned weights of {parameter!r} are claimed, of {numel:,} weights. "
+                "Nothing was loaded. Download the adapter again, or load it into the model that it was trained on."
+            )
+        targets[name] = (*targets.get(name, ()), part)
+    return {name: targets[name] for name in modules if name in targets}
+
+
+def _all_linear(config: SparseConfig, model: nn.Module) -> set[str]:
+    """The modules that PEFT's "all-linear" means, without touching the config."""
+    scratch = PeftConfig(task_type=config.task_type)
+    scratch.target_modules = ALL_LINEAR
+    return {path_in_base(name) for name in _maybe_include_all_linear_layers(scratch, model).target_modules}
+
+
+def _in_layers(config: SparseConfig, name: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    list_name = rf"(?:{'|'.join(patterns)})" if patterns else r"[^.]+"
+    found = match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _base_prefix(model: nn.Module) -> str:
+    """Path of the model without its head, with a dot; empty if the model is not split that way."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _has_parameter(module: nn.Module, parameter: str) -> bool:
+    return parameter in own_parameters(module)
+
+
+def _ends_with_any(name: str, endings) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)

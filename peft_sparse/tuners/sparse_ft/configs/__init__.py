@@ -1,0 +1,1 @@
+"""The configs of sparse fine-tuning, one module per kind of method."""

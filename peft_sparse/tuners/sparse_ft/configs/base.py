@@ -1,0 +1,221 @@
+"""Configuration of sparse fine-tunings: the request, checked when it is made, and the answer that a file carries."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...._peft_bridge import add_peft_type
+from ....checkpoints.files import verify_before_loading
+from ....checkpoints.native import Verified
+from ....checks import check_one_of, dtype_name, nearest
+from ....errors import ConfigError
+from ....selection.budget import check_budget, check_request
+from ....selection.rows import check_support_rows
+from ...common.config import WeightConfig
+
+SPARSE_FT = add_peft_type("SPARSE_FT")
+ALL_PARAMETERS = "all"
+ALL_LINEAR = "all-linear"
+BASE_METHOD = "fixed"
+# What chooses an adapter's support: nothing (it comes with the adapter), random draws or the base model's weights when
+# the adapter is made, the user, a dense phase, or gradients over some batches.
+NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
+DENSE_PHASE, GRADIENTS = "dense phase", "gradients"
+_LARGEST_L1 = 1e300
+VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
+METHODS: dict[str, type[SparseConfig]] = {}
+
+
+def method_name(name: str):
+    """Class decorator: make a config class the one that `method=name` gives."""
+
+    def add(cls: type[SparseConfig]) -> type[SparseConfig]:
+        METHODS[name] = cls
+        # PEFT drops fields of a newer file that `SparseConfig.__init__` does not take, so it says that it takes all.
+        base = SparseConfig if name != BASE_METHOD else cls
+        known = {**inspect.signature(base.__init__).parameters, **inspect.signature(cls.__init__).parameters}
+        base.__init__.__signature__ = inspect.Signature(known.values())
+        return cls
+
+    return add
+
+
+@method_name(BASE_METHOD)
+@dataclass
+class SparseConfig(WeightConfig):
+    """A sparse delta on a model's own weights: how many (budget), which (method), on what (targets).
+
+    `SparseConfig(method="lottery_ticket", ...)` gives a `LotteryTicketConfig`, as does loading a file that says so;
+    without a method it gives a `RandConfig`. Method "fixed" is what composed and imported adapters carry: their support
+    is given, nothing selects it.
+
+    Args:
+        method: one of `METHODS`.
+        density: share of the weights named by `density_of` to tune, in (0, 1].
+        num_weights: the number of weights to tune, instead of a density.
+        equivalent_rank: r instead of a density: r * (in + out) weights per targeted linear layer, the number that LoRA
+            of rank r trains.
+        density_of: what `density` is a share of: "targets" (the targeted tensors) or "model" (all parameters of the
+            base model).
+        budget: how the total is spread: "uniform" (the same density in every tensor), "global" (one joint selection
+            over all targets) or {regex: share} (shares of the total per group of parameter names; a joint selection
+            inside each group: SC-SFT). "sc_sft_nli", "sc_sft_sentiment" and "sc_sft_mlm" are SC-SFT's own shares, by
+            depth (`peft_sparse.selection.layer_budgets.zones_of`); `layer_budget_from` measures those of an adapter.
+        support_rows: keep the support of each tensor to this share of its rows, in (0, 1]; the number of weights stays
+            what was asked for. A row is an output of a linear layer, a token of an embedding. The weight gradient is
+            then a product of those rows alone, which is what a step on a GPU saves time by. Criteria take the rows with
+            the largest sums of scores, then the best weights in them; random methods draw the rows. SpIEL keeps to its
+            rows: SpIEL-AG chooses them by gradients where it replaces the whole first support, SpIEL-MA stays in those
+            that were drawn. None: weights may lie anywhere. Vectors (biases, norms) have no rows and are not confined.
+        target_modules: names (a module matches if its path ends with one), a regex for the whole path, "all-linear"
+            (the default), or "all" (every parameter of the base model without its head: embeddings, biases, norms,
+            convolutions).
+        exclude_modules: names or a regex of modules to leave out.
+        target_biases: tune the biases of the targeted modules as well.
+        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`); these
+            alone with target_modules=[].
+        target_parameters: names of single parameters to tune (a parameter matches if its path ends with one); without
+            target_modules these alone.
+        layers_to_transform: indices of the layers to tune; the others are left out.
+        layers_pattern: name of the module list that `layers_to_transform` counts in, if it is not obvious.
+        modules_to_save: modules (heads) to train densely and save whole.
+        trainable_token_indices: PEFT's own field: rows of the embedding to train densely.
+        values_dtype: dtype of the trained values, in memory and in the file, whatever the weight's dtype.
+        l1: lambda of the penalty lambda/N * sum |delta|, N the number of parameters of the base model.
+        init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
+        counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved
+            in the file.
+        provenance: not a request either: how an adapter came about that no training here made, such as {"tuned": ...,
+            "criterion": "change", "share_kept": 0.41}; filled in by the library and told by the model card.
+
+    Raises:
+        ConfigError: a field has a value that no run can honour; the message says which rule it breaks and what to write
+            instead.
+    """
+
+    method: str = field(default="rand", metadata={"help": "How the weights to tune are chosen."})
+    density: float | None = field(default=None, metadata={"help": "Share of the weights to tune, in (0, 1]."})
+    num_weights: int | None = field(default=None, metadata={"help": "Number of weights to tune."})
+    equivalent_rank: int | None = field(default=None, metadata={"help": "As many weights as LoRA of this rank trains."})
+    density_of: str = field(default="targets", metadata={"help": "What density is a share of: 'targets' or 'model'."})
+    budget: str | dict[str, float] = field(
+        default="uniform",
+        metadata={"help": "How the total is spread: 'uniform', 'global', 'sc_sft_...' or {regex: share}."},
+    )
+    support_rows: float | None = field(
+        default=None, metadata={"help": "Share of the rows of each tensor that its tuned weights may lie in."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regex, 'all-linear' (the default) or 'all'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_biases: bool = field(default=False, metadata={"help": "Tune the biases of the targeted modules as well."})
+    target_norms: bool = field(default=False, metadata={"help": "Tune the normalisation layers as well."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Single parameters to tune."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to tune."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train densely and save."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding to train densely (PEFT's own field)."}
+    )
+    values_dtype: str = field(default="float32", metadata={"help": "dtype of the trained values."})
+    l1: float = field(default=0.0, metadata={"help": "Weight of the L1 penalty on the delta."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
+    counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
+
+    # Not a field: the checked file that this config came with, until it is loaded.
+    verified: ClassVar[Verified | None] = None
+    default_method: ClassVar[str] = "rand"
+    # What chooses the support of this method; until then an adapter holds no weight.
+    selected_by: ClassVar[str] = NOTHING
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+        if cls is SparseConfig:
+            method = method_called(kwargs.get("method", cls.default_method))
+            if not isinstance(method, str) or method not in METHODS:
+                raise ConfigError(
+                    f"method must be one of {sorted(METHODS)}, got {method!r}.{nearest(method, METHODS)} A file that "
+                    "says so was written by a newer peft-sparse: pip install -U peft-sparse"
+                )
+            cls = METHODS[method]
+        return super().__new__(cls, *args, **kwargs)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
+        # copy and pickle call `__new__` with these alone.
+        return (), {"method": self.method}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SPARSE_FT
+        self.method, self.values_dtype = method_called(self.method), dtype_name(self.values_dtype)
+        if METHODS.get(self.method) is not type(self):
+            own = next((name for name, cls in METHODS.items() if cls is type(self)), None)
+            raise ConfigError(
+                f"method must be {own!r} for a {type(self).__name__}, got {self.method!r}. "
+                "SparseConfig(method=...) picks the class."
+            )
+        self._check_request()
+        check_budget(self.budget)
+        check_support_rows(self.support_rows)
+        if self.support_rows is not None and self.selected_by in (NOTHING, GIVEN):
+            raise ConfigError(
+                f"support_rows must not be given to method {self.method!r}, whose weights are chosen already, got "
+                f"{self.support_rows!r}."
+            )
+        self._check_targets()
+        check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
+        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
+            raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
+        _check_counts(self.counts)
+
+    def _check_request(self) -> None:
+        check_request(
+            density=self.density,
+            num_weights=self.num_weights,
+            equivalent_rank=self.equivalent_rank,
+            density_of=self.density_of,
+        )
+
+    def _check_targets(self) -> None:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "
+                "it says where those indices are counted."
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SparseConfig:
+        """Load a config (PEFT's method), and check the weights beside it while the model is still untouched.
+
+        Raises:
+            FormatError: the weights are damaged or do not fit the config.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download_kwargs, _, _ = cls._split_kwargs(kwargs)
+        where = pretrained_model_name_or_path
+        config.verified = verify_before_loading(where, config.counts, subfolder=subfolder, **download_kwargs)
+        return config
+
+
+def method_called(given: Any) -> Any:
+    """The name of a method as `METHODS` spells it: "spiel-ag" and "SpIEL AG" are "spiel_ag"."""
+    if not isinstance(given, str):
+        return given
+    bare = {name.replace("_", ""): name for name in METHODS}
+    return bare.get(re.sub(r"[-_\s]", "", given).lower(), given)
+
+
+def _check_counts(counts: object) -> None:
+    if counts is None:
+        return
+    if not isinstance(counts, dict) or not all(
+        isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in counts.items()
+    ):
+        raise ConfigError(f"counts must map parameter names to numbers of weights >= 0, got {counts!r}.")

@@ -1,0 +1,110 @@
+"""Configs of the methods whose support changes while training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ....errors import ConfigError
+from .base import CHANCE, SparseConfig, method_name
+
+
+@dataclass
+class SpielConfig(SparseConfig):
+    """What SpIEL-AG and SpIEL-MA share: starting from a random support, weights are dropped and regrown while training.
+
+    Every `reselection_steps` optimizer updates the weights that changed least are reset and frozen, and as many others
+    unfrozen in their place. It happens by itself in any training loop; memory is linear in the number of tuned weights.
+
+    Args:
+        seed: of the random support to start from, which also depends on the method, `task_type` and the adapter's name:
+            see `RandConfig`.
+        reselection_steps: S, updates from one reselection to the next.
+        estimation_steps: gamma, updates over which gradients are estimated before a reselection, 1 <= gamma <= S. The
+            first reselection comes after update gamma, the others every S updates from there.
+        initial_reselection_rate: xi in (0, 1], the share of weights to replace at the beginning; it falls to 0.
+        reselection_schedule: how it falls: "linear" xi (1 - t/T) or "cosine" xi/2 (1 + cos(pi t/T)).
+        drop_by: "delta" drops the weights that differ least from their pretrained values (the authors' code, and the
+            thesis's text), "change_since_reselection" those that moved least since the last one (its Algorithm 2).
+        replace_all_first: replace every weight at the first reselection, for the support to start from is random.
+        reselection_until: share of training after which the support stays as it is, in (0, 1].
+        total_steps: T, updates in all of training; None takes the trainer's.
+        max_grad_norm: what the training loop clips the norm of the gradients to; None takes the trainer's. Moments of
+            grown weights are seeded with it, for larger gradients will be clipped harder.
+
+    Source: Ansell et al. 2024, arXiv:2401.16405; thesis sections 7.3.1 and 7.3.2, appendix E.2. Differs from the
+    authors' code in: windows of exactly gamma updates, no reselection after the last update, replacement of the first
+    support under the cosine schedule too, and `density` counts the targets (theirs the model: `density_of="model"`).
+    """
+
+    seed: int = field(default=0, metadata={"help": "Seed of the random support to start from."})
+    reselection_steps: int = field(default=20, metadata={"help": "Updates from one reselection to the next."})
+    estimation_steps: int = field(default=5, metadata={"help": "Updates over which gradients are estimated."})
+    initial_reselection_rate: float = field(default=0.2, metadata={"help": "Share of weights to replace at first."})
+    reselection_schedule: str = field(default="linear", metadata={"help": "How the share falls: 'linear' or 'cosine'."})
+    drop_by: str = field(default="delta", metadata={"help": "'delta' or 'change_since_reselection'."})
+    replace_all_first: bool = field(default=True, metadata={"help": "Replace the whole random support at first."})
+    reselection_until: float = field(default=1.0, metadata={"help": "Share of training with reselection."})
+    total_steps: int | None = field(default=None, metadata={"help": "Updates in all of training."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "What the loop clips gradients to."})
+
+    selected_by: ClassVar[str] = CHANCE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+        if self.drop_by not in ("delta", "change_since_reselection"):
+            raise ConfigError(f"drop_by must be 'delta' or 'change_since_reselection', got {self.drop_by!r}.")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ConfigError(f"max_grad_norm must be a finite number > 0 or None, got {self.max_grad_norm!r}.")
+
+
+@method_name("spiel_ag")
+@dataclass
+class SpielAGConfig(SpielConfig):
+    """SpIEL-AG: grow the weights with the largest gradients, averaged over the estimation window.
+
+    Args:
+        candidates_per_weight: how many growth candidates are watched over a window, per tuned weight of the tensor;
+            they are the largest gradients of its first micro-batch. With 1.0 (the choice of the authors) the first,
+            full replacement takes all of them.
+        uncertain_share: lets a window go on beyond `estimation_steps`, at most to the next one, until the candidates
+            whose mean gradient lies within two standard errors of the cut between grown and refused are at most this
+            share of the grown ones. None ends every window after `estimation_steps`, as the authors do. Proposed in
+            thesis section 7.6.
+
+    Source: thesis section 7.3.1, Algorithm 2.
+    """
+
+    method: str = field(default="spiel_ag", metadata={"help": "How the weights to tune are chosen."})
+    candidates_per_weight: float = field(default=1.0, metadata={"help": "Growth candidates per tuned weight."})
+    uncertain_share: float | None = field(
+        default=None, metadata={"help": "End a window when at most this share of the grown weights is uncertain."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.candidates_per_weight < math.inf:
+            raise ConfigError(
+                f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
+            )
+        if self.uncertain_share is not None:
+            if not 0 < self.uncertain_share < 1:
+                raise ConfigError(f"uncertain_share must be in (0, 1) or None, got {self.uncertain_share!r}.")
+            if self.estimation_steps < 2:
+                raise ConfigError("uncertain_share needs estimation_steps >= 2: one gradient has no standard error.")
+
+
+@method_name("spiel_ma")
+@dataclass
+class SpielMAConfig(SpielConfig):
+    """SpIEL-MA: grow the weights whose row and column had the largest gradients, by the accumulators of SM3.
+
+    The accumulators are those of the optimizer if it is `peft_sparse.SM3`, and kept on the side under any other.
+
+    Source: thesis section 7.3.2, equation 7.7.
+    """
+
+    method: str = field(default="spiel_ma", metadata={"help": "How the weights to tune are chosen."})

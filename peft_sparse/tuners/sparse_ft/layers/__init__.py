@@ -1,0 +1,1 @@
+"""The tuned layers: where a delta meets a module of the base model."""

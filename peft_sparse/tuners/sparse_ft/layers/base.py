@@ -1,0 +1,405 @@
+"""What every tuned layer shares: its adapters' deltas, and writing them into the base parameters and out again, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ....core.observer import GradientObserver, current_pass, remember_outer
+from ....core.ops import is_recorded
+from ....core.overlay import Overlay, add_deltas
+from ....core.sharded import how_sharded, is_sharded
+from ...common.base_module import called, loaded
+from ...common.layer import PARAMETERS, WeightLayer, not_finite, not_whole
+from ...common.packed import parameter_device, parameter_shape
+from ...common.shown_state import ShownState
+from .delta import AdapterDelta
+
+
+@dataclass
+class Written:
+    """A delta that stands in a base parameter right now, and what undoes it.
+
+    Attributes:
+        key: the adapters and the versions of their supports.
+        overlay: where it stands.
+        originals: [u] the parameter's own entries there; None when the whole parameter was exchanged.
+        parameter: the exchanged parameter; None when the entries were written in place.
+        shape: of what was written into.
+        target: the parameter that was written into in place.
+    """
+
+    key: tuple[Any, ...]
+    overlay: Overlay
+    originals: Tensor | None = None
+    parameter: nn.Parameter | None = None
+    shape: tuple[int, ...] = ()
+    target: Tensor | None = None
+
+
+class SparseLayer(WeightLayer):
+    """Base class of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own
+    parameters.
+
+    A subclass says in `_delta_forward` how the layer computes with deltas in it.
+    """
+
+    adapter_layer_names = ("sparse_ft_weight", "sparse_ft_bias")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.sparse_ft_weight = nn.ModuleDict()
+        self.sparse_ft_bias = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # How many `resident` blocks are open: the forward may then write the active deltas into the base weight.
+        self.num_resident = 0
+        # Held by what writes into the base weight, and by what reads a weight that may be written into.
+        self._lock = threading.RLock()
+        # Names of parameters that another module shares (tied embeddings): never written in place.
+        self.tied_parameters: set[str] = set()
+        self._written: dict[str, Written] = {}
+        self._overlays: dict[tuple[Any, ...], Overlay] = {}
+        self._shown = ShownState(self)
+        base = self.get_base_layer()
+        with warnings.catch_warnings():
+            # PEFT does not know norms and says so.
+            warnings.simplefilter("ignore")
+            self.in_features, self.out_features = _get_in_out_features(base)
+        self.num_embeddings = getattr(base, "num_embeddings", None)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the forward may write the active deltas into the base weight (see `resident`)."""
+        return self.num_resident > 0
+
+    @is_resident.setter
+    def is_resident(self, value: bool) -> None:
+        self.num_resident = int(value)
+
+    # ---- adapters --------------------------------------------------------------------------------
+
+    def deltas_of(self, parameter: str) -> nn.ModuleDict:
+        """{adapter name: AdapterDelta} of one tensor, "weight" or "bias"."""
+        return getattr(self, f"sparse_ft_{parameter}")
+
+    def update_layer(
+        self, adapter_name: str, counts: dict[str, int], *, dtype: torch.dtype, inference_mode: bool
+    ) -> None:
+        """Give this layer a new adapter.
+
+        Args:
+            adapter_name: its name.
+            counts: {"weight" or "bias": number of weights}; their indices come later.
+            dtype: dtype of the values.
+            inference_mode: whether the adapter starts frozen.
+        """
+        base = self.get_base_layer()
+        for parameter, count in counts.items():
+            shape, device = parameter_shape(base, parameter), parameter_device(base, parameter)
+            delta = AdapterDelta(shape, count, dtype=dtype, device=device)
+            self._modules[f"sparse_ft_{parameter}"][adapter_name] = delta
+        self._overlays.clear()
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
+        """The deltas on one tensor that take part in a forward, of `adapters` (None: the active ones), in order."""
+        held = self.deltas_of(parameter)
+        names = self.active_adapters if adapters is None else adapters
+        return [held[name] for name in names if name in held and held[name].takes_part]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer, out of the base parameters first if it stands there."""
+        if not self.merged:
+            self.restore()
+        super().delete_adapter(adapter_name)
+        self._overlays.clear()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the weight's dtype, which would round float32 values over a bfloat16 weight.
+        for parameter in PARAMETERS:
+            if adapter_name in self.deltas_of(parameter):
+                target = device if device is not None else parameter_device(self.get_base_layer(), parameter)
+                delta = self.deltas_of(parameter)[adapter_name]
+                if not delta.values.is_meta:
+                    delta.to(target)
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            self.restore()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
+            self.restore()
+            return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for parameter in PARAMETERS:
+                for delta in self.active_deltas(parameter):
+                    delta.check_support()
+        if torch.is_grad_enabled():
+            self.keep_dtypes(in_forward=True)
+        return called(self.get_base_layer(), partial(self._delta_forward, self.active_adapters), (x, *args), kwargs)
+
+    def keep_dtypes(self, *, in_forward: bool = False) -> None:
+        """Undo casts of the active adapters' values that nobody asked for: see `AdapterDelta.keep_dtype`."""
+        for parameter in PARAMETERS:
+            for delta in self.active_deltas(parameter):
+                if delta.values.dtype != delta.values_dtype:
+                    delta.keep_dtype(in_forward=in_forward)
+
+    def acts(self, adapter_name: str) -> bool:
+        return any(self.active_deltas(parameter, [adapter_name]) for parameter in PARAMETERS)
+
+    def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
+        """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if
+        it has none).
+        """
+        return self.maker(parameter, adapters)()
+
+    def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
+        deltas = self.active_deltas(parameter, adapters)
+        observers = [d.observer for d in deltas if d.observer is not None and not is_recorded()]
+        values = [(d.values, d.indices) for d in deltas]
+        return partial(self._with_deltas, partial(self.base_tensor, parameter), values, observers)
+
+    @staticmethod
+    def _with_deltas(
+        base: Callable[[], Tensor], deltas: Sequence[tuple[Tensor, Tensor]], observers: Sequence[GradientObserver]
+    ) -> Tensor:
+        if not deltas:
+            return base()
+        result = add_deltas(base(), deltas)
+        made_in = -1 if torch.compiler.is_compiling() else current_pass()
+        for observer in observers:
+            if result.requires_grad:
+                result.register_hook(partial(_show_gradient, observer, made_in))
+        return result
+
+    def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
+        return [delta.values for delta in self.active_deltas(parameter, adapters)]
+
+    def base_tensor(self, parameter: str) -> Tensor | None:
+        """The base layer's own tensor without any delta, dequantised if need be; None if it has none."""
+        return self.pristine(parameter)
+
+    # ---- writing into the base parameters --------------------------------------------------------
+
+    def overlay(self, parameter: str, adapters: Sequence[str]) -> tuple[tuple[Any, ...], Overlay]:
+        """The union of the adapters' supports on one tensor, and a key that changes when any support does."""
+        deltas = self.active_deltas(parameter, adapters)
+        for delta in deltas:
+            delta.check_support()
+        key = (parameter, *((id(d), d.support_version, d.indices.device) for d in deltas))
+        found = self._overlays.get(key)
+        if found is None:
+            found = Overlay([d.indices for d in deltas])
+            # In one step: other threads look into it meanwhile.
+            self._overlays = {**{k: v for k, v in self._overlays.items() if k[0] != parameter}, key: found}
+        return key, found
+
+    def pristine(self, parameter: str) -> Tensor:
+        written = self._written.get(parameter)
+        if written is None:
+            return getattr(self.get_base_layer(), parameter)
+        if written.parameter is not None:
+            return written.parameter
+        with self._lock:
+            copy = getattr(self.get_base_layer(), parameter).detach().clone()
+            written = self._written.get(parameter)
+            if written is not None:
+                flat(copy)[written.overlay.indices] = written.originals.to(device=copy.device, dtype=copy.dtype)
+            return copy
+
+    def pristine_entries(self, parameter: str, overlay: Overlay) -> Tensor:
+        """[u] the parameter's own entries at the overlay's indices, whatever is written into it now."""
+        return flat(self.base_tensor(parameter))[overlay.indices]
+
+    def write(self, parameter: str, adapters: Sequence[str]) -> None:
+        """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
+        values = [d.values for d in self.active_deltas(parameter, adapters)]
+        if values:
+            self.write_entries(parameter, *self.overlay(parameter, adapters), values)
+        else:
+            self.restore(parameter)
+
+    def write_entries(self, parameter: str, key: tuple[Any, ...], overlay: Overlay, values: Sequence[Tensor]) -> None:
+        """`write` for what `overlay` gave, and one tensor of values for each of its deltas."""
+        base = self.get_base_layer()
+        with self._lock:
+            written = self._written.get(parameter)
+            if written is None or written.key != key or _is_another(written.target, getattr(base, parameter)):
+                self.restore(parameter)
+                self._shown.keep(parameter)
+                written = self._begin_write(parameter, key, overlay)
+            own = written.parameter
+            originals = written.originals if own is None else flat(own)[overlay.indices]
+            overlay.write_(flat(getattr(base, parameter)), values, originals=originals)
+
+    def _begin_write(self, parameter: str, key: tuple[Any, ...], overlay: Overlay) -> Written:
+        base = self.get_base_layer()
+        own = getattr(base, parameter)
+        if parameter in self.tied_parameters:
+            written = Written(key, overlay, parameter=own)
+            setattr(base, parameter, nn.Parameter(own.detach().clone(), requires_grad=False))
+        else:
+            entries = self.pristine_entries(parameter, overlay)
+            written = Written(key, overlay, originals=entries, shape=tuple(own.shape), target=own)
+        self._written[parameter] = written
+        self._shown.begin()
+        return written
+
+    def restore(self, parameter: str | None = None) -> None:
+        """Take whatever is written out of the base parameters (of one, or of all), bit for bit."""
+        if not self._written:
+            return
+        with self._lock:
+            for name in PARAMETERS if parameter is None else (parameter,):
+                self._restore(name, self._written.pop(name, None))
+            if not self._written:
+                self._shown.end()
+
+    def _restore(self, name: str, written: Written | None) -> None:
+        if written is None:
+            return
+        if written.parameter is not None:
+            setattr(self.get_base_layer(), name, written.parameter)
+            return
+        own = getattr(self.get_base_layer(), name)
+        if written.target is not own and _is_all_there(written.target, written.shape):
+            # Another tensor has taken its place (torch.func.functional_call, a parameter assigned by the user).
+            own = written.target
+        if _is_all_there(own, written.shape):
+            # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
+            base = flat(own)
+            base[written.overlay.indices] = written.originals.to(device=base.device, dtype=base.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
+        # What is moved or cast is the base model, bit for bit, and what undoes a merge goes along with it.
+        if not self.merged:
+            self.restore()
+        for written in self._written.values():
+            if written.originals is not None:
+                written.originals = fn(written.originals)
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is in no `resident` block, and has its own memory.
+        super().__setstate__(state)
+        self._lock, self._shown = threading.RLock(), ShownState(self)
+        self.num_resident, self._overlays = 0, {}
+        if not self.merged:
+            self.restore()
+
+    # ---- merging ---------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base parameters until `unmerge`.
+
+        Args:
+            safe_merge: check first that the result is finite.
+            adapter_names: the adapters to merge; the active ones if None.
+
+        Raises:
+            ValueError: `safe_merge` found a NaN or an infinity; the layer is as it was.
+            ConfigError: this process holds only a part of the weights.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            return
+        present = [name for name in adapter_names if any(name in self.deltas_of(p) for p in PARAMETERS)]
+        self.refuse_parts(present)
+        if safe_merge:
+            self.check_finite([*self.merged_adapters, *present])
+        self.merged_adapters.extend(present)
+        with loaded(self.get_base_layer(), store=True):
+            for parameter in PARAMETERS:
+                self.write(parameter, self.merged_adapters)
+
+    def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
+        """Raise a ConfigError if a tensor that `adapters` tune is not whole in this process; changes nothing."""
+        for parameter in PARAMETERS:
+            own = getattr(self.get_base_layer(), parameter, None)
+            for delta in self.active_deltas(parameter, adapters):
+                how = how_sharded(own)
+                if is_sharded(own) or (how is not None and not _is_all_there(own, delta.shape)):
+                    raise not_whole(f"{parameter} of {name}", how)
+
+    def check_finite(self, adapters: Sequence[str]) -> None:
+        with loaded(self.get_base_layer()):
+            self._check_finite(adapters)
+
+    def _check_finite(self, adapters: Sequence[str]) -> None:
+        for parameter in PARAMETERS:
+            values = [delta.values for delta in self.active_deltas(parameter, adapters)]
+            if not values:
+                continue
+            _, overlay = self.overlay(parameter, adapters)
+            merged = overlay.entries(self.pristine_entries(parameter, overlay), values)
+            if not bool(torch.isfinite(merged).all()):
+                overflows = all(bool(torch.isfinite(v).all()) for v in values)
+                why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
+                raise not_finite(adapters, why)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The adapter's delta on the weight as a dense tensor, zeros where this layer has none of it."""
+        base = self.get_base_layer()
+        for delta in self.active_deltas("weight", [adapter_name]):
+            return delta.delta.to_dense()
+        shape, device = parameter_shape(base, "weight"), parameter_device(base, "weight")
+        return torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""
+        return False
+
+
+def _is_another(target: Tensor | None, own: Tensor) -> bool:
+    return target is not None and target is not own
+
+
+def _show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
+    """Hand a dense gradient, or what is wanted of it, to an observer."""
+    remember_outer(made_in)
+    wanted = observer.wanted()
+    whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
+    observer.receive(whole if wanted is None else whole[wanted.long()])
+
+
+def _is_all_there(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is in this process's memory as a whole."""
+    return not is_sharded(parameter) and tuple(parameter.shape) == shape and parameter.untyped_storage().size() > 0
+
+
+def flat(parameter: Tensor) -> Tensor:
+    """A one-dimensional view of a parameter's memory, row-major, outside autograd."""
+    data = parameter.data
+    if not data.is_contiguous():
+        raise ValueError(
+            "a delta can only be written into a contiguous tensor, "
+            f"got shape {tuple(data.shape)} with strides {data.stride()}. "
+            "Make it contiguous first: module.weight.data = module.weight.data.contiguous()"
+        )
+    return data.view(-1)
