@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends.products import wide_product
 from .ops import autocast_dtype, is_recorded, twice_under_autocast, without_autocast
 
 
@@ -155,12 +156,12 @@ class _MaskedLinear(torch.autograd.Function):
         ]
         with without_autocast(grad.device.type):
             with torch.enable_grad():
-                made = masked_weight(weight.detach(), parts)
-                if ctx.autocast_dtype is not None:
-                    made = made.to(ctx.autocast_dtype)
+                # Not yet rounded to the weight's dtype, so that neither is its gradient.
+                made = masked_weight(weight.detach(), parts, dtype=working_dtype(weight.dtype, parts))
             grad_x = grad_bias = None
             if ctx.needs_input_grad[0]:
                 factor = made if twice else made.detach()
+                factor = factor.to(weight.dtype).to(ctx.autocast_dtype or weight.dtype)
                 grad_x = (grad @ (factor.t() if ctx.fan_in_fan_out else factor)).to(ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
@@ -168,7 +169,8 @@ class _MaskedLinear(torch.autograd.Function):
             wanted = {i: leaf for i, leaf in enumerate(leaves) if leaf is not None and needed[i]}
             if wanted:
                 flat = x.reshape(-1, x.shape[-1])
-                grad_weight = flat.t() @ grad if ctx.fan_in_fan_out else grad.t() @ flat
+                left, right = (flat, grad) if ctx.fan_in_fan_out else (grad, flat)
+                grad_weight = wide_product(left, right).to(made.dtype)
                 found = torch.autograd.grad(made, list(wanted.values()), grad_weight, create_graph=twice)
                 for i, gradient in zip(wanted, found, strict=True):
                     grads[i] = gradient

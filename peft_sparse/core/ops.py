@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ConfigError
 from .backends import sddmm
+from .backends.products import wide_product
 from .indices import positions
 from .observer import GradientObserver, current_pass, remember_outer
 from .overlay import Overlay
@@ -159,8 +160,9 @@ class _Linear(torch.autograd.Function):
             ctx.shape = tuple(weight.shape)
             weight = weight if dtype is None else weight.to(dtype)
             result = F.linear(x.reshape(-1, x.shape[-1]), weight.t() if fan_in_fan_out else weight, bias)
-        count = sum(v.numel() for v, needed in zip(values, ctx.needs_input_grad[7:], strict=True) if needed)
-        ctx.sampled = sddmm.prefer_sampled(count, ctx.shape, dtype=x.dtype, device=x.device)
+        tuned = [support for support, needed in zip(indices, ctx.needs_input_grad[7:], strict=True) if needed]
+        count, in_use = sum(support.numel() for support in tuned), sddmm.shape_in_use(tuned, ctx.shape)
+        ctx.sampled = sddmm.prefer_sampled(count, in_use, dtype=x.dtype, device=x.device)
         if shared is not None and ctx.sampled:
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.
@@ -211,7 +213,7 @@ def _twice_differentiable(
         grad_values: list[Tensor | None] = [None] * len(values)
         if x is not None:
             flat = x.reshape(-1, x.shape[-1])
-            dense = (flat.t() @ grad if ctx.fan_in_fan_out else grad.t() @ flat).reshape(-1)
+            dense = (wide_product(flat, grad) if ctx.fan_in_fan_out else wide_product(grad, flat)).reshape(-1)
             grad_values = [
                 dense[place.long()].to(value.dtype) if needed else None
                 for place, value, needed in zip(indices, values, ctx.needs_input_grad[7:], strict=True)

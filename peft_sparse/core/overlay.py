@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .backends.entries import add_entries_
 from .indices import positions, union
 
 
@@ -59,9 +60,22 @@ class Overlay:
         if self._slots is None and values[0].dtype == flat.dtype and flat.dtype in (torch.float32, torch.float64):
             # The common case in one pass; nothing is rounded twice here, so the numbers are those of `entries`.
             return flat.index_add_(0, self._union, values[0].detach()).view(result.shape)
-        indices = self.indices
-        flat[indices] = self.entries(flat[indices], values)
+        self.write_(flat, values)
         return result
+
+    def write_(self, flat: Tensor, values: Sequence[Tensor], *, originals: Tensor | None = None) -> None:
+        """Write `entries` into a weight's memory.
+
+        Args:
+            flat: [numel] contiguous, written in place; no gradient is recorded.
+            values: one [k_i] tensor per support.
+            originals: [u] the weight's own entries; what stands in `flat` if None.
+        """
+        if self._slots is None:
+            add_entries_(flat, self._union, values[0], originals)
+            return
+        indices = self.indices
+        flat[indices] = self.entries(flat[indices] if originals is None else originals, values)
 
 
 def add_deltas(parameter: Tensor, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.backends.sddmm import meta_stands_for
+from ..core.backends.products import meta_stands_for
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 

@@ -66,12 +66,15 @@ def make_case(
     bias: bool = True,
     fan_in_fan_out: bool = False,
     frozen: Sequence[int] = (),
+    device: str = "cpu",
 ) -> Case:
-    """A random case. Every tensor is exact in `dtype`, so that the float64 oracle is given the same numbers."""
+    """A random case. Every tensor is exact in `dtype`, so that the float64 oracle is given the same numbers; those of
+    all devices are equal.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int, target: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(target)
+        return torch.randn(*shape, generator=generator).to(device, target)
 
     shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
     numel = out_features * in_features
@@ -80,7 +83,7 @@ def make_case(
         weight=random(*shape),
         bias=random(out_features).requires_grad_() if bias else None,
         values=[random(k, target=values_dtype).requires_grad_(i not in frozen) for i, k in enumerate(counts)],
-        indices=[support(numel, k, seed=i) for i, k in enumerate(counts)],
+        indices=[support(numel, k, seed=i).to(device) for i, k in enumerate(counts)],
         output_grad=random(*leading, out_features),
         fan_in_fan_out=fan_in_fan_out,
     )

@@ -57,17 +57,17 @@ class Net(nn.Module):
         return self.layer(x)
 
 
-def make(kind: str, *, dtype=torch.float32, adapters=("default",), density=0.4):
+def make(kind: str, *, dtype=torch.float32, adapters=("default",), density=0.4, device="cpu"):
     """(base, tuned, input); the tuned model's adapters are random and all active."""
     torch.manual_seed(0)
     build, shape = LAYERS[kind]
-    base = Net(build()).to(dtype)
+    base = Net(build()).to(device, dtype)
     model = get_peft_model(copy.deepcopy(base), config(density, 0))
     for seed, name in enumerate(adapters[1:], start=1):
         model.add_adapter(name, config(density, seed))
     model.base_model.set_adapter(list(adapters))
     x = torch.randint(0, 20, (5, 3)) if shape is None else torch.randn(shape, dtype=dtype)
-    return base, model, x
+    return base, model, x.to(device)
 
 
 def config(density: float, seed: int) -> RandConfig:
@@ -79,7 +79,7 @@ def run(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     if x.is_floating_point():
         x = x.detach().clone().requires_grad_()
     y = model(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
     (y.double() * weights).sum().backward()
     return y.detach(), x.grad
 

@@ -19,14 +19,16 @@ SUPPORTS = {"one": (40,), "overlapping": (90, 150, 60), "empty": (0,), "empty an
 IDS = torch.tensor([[3, 7, 3, 29], [0, 7, 12, 3]])
 
 
-def make(counts, *, dtype=torch.float32, values_dtype=torch.float32) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def make(
+    counts, *, dtype=torch.float32, values_dtype=torch.float32, device="cpu"
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Weight, values, indices."""
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(ROWS, WIDTH, generator=generator).to(dtype)
+    weight = torch.randn(ROWS, WIDTH, generator=generator).to(device, dtype)
     # A negative zero shows whether entries outside the supports are left alone.
     weight[3] = -0.0
-    values = [torch.randn(k, generator=generator).to(values_dtype).requires_grad_() for k in counts]
-    return weight, values, [support(ROWS * WIDTH, k, seed=i) for i, k in enumerate(counts)]
+    values = [torch.randn(k, generator=generator).to(device, values_dtype).requires_grad_() for k in counts]
+    return weight, values, [support(ROWS * WIDTH, k, seed=i).to(device) for i, k in enumerate(counts)]
 
 
 def run(lookup, ids, weight, values, indices, output_grad, **options) -> dict[str, Tensor]:
@@ -36,9 +38,12 @@ def run(lookup, ids, weight, values, indices, output_grad, **options) -> dict[st
     return {"output": output.detach(), **{f"gradient of values {i}": leaf.grad for i, leaf in enumerate(leaves)}}
 
 
-def check_embedding(counts, ids=IDS, *, dtype=torch.float32, values_dtype=torch.float32, **options) -> None:
-    weight, values, indices = make(counts, dtype=dtype, values_dtype=values_dtype)
-    output_grad = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3)).to(dtype)
+def check_embedding(
+    counts, ids=IDS, *, dtype=torch.float32, values_dtype=torch.float32, device="cpu", **options
+) -> None:
+    weight, values, indices = make(counts, dtype=dtype, values_dtype=values_dtype, device=device)
+    ids = ids.to(device)
+    output_grad = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     double = [value.double() for value in values]
     compare(
         run(ops.embedding, ids, weight, values, indices, output_grad, **options),

@@ -73,11 +73,11 @@ def config(seed: int, density: float = 0.1) -> RandConfig:
     return RandConfig(density=density, seed=seed, target_modules="all", init_weights=False)
 
 
-def make(kind: str, *, adapters=("default",), density=0.1):
+def make(kind: str, *, adapters=("default",), density=0.1, device="cpu"):
     """(tuned model with random, active adapters; input; dtype of the product)."""
     torch.manual_seed(0)
     build, dtype, compute = KINDS[kind]
-    model = get_peft_model(Net(build()), config(0, density))
+    model = get_peft_model(Net(build()).to(device), config(0, density))
     for seed, name in enumerate(adapters[1:], start=1):
         model.add_adapter(name, config(seed, density))
     model.base_model.set_adapter(list(adapters))
@@ -85,7 +85,7 @@ def make(kind: str, *, adapters=("default",), density=0.1):
     for name in adapters:
         for _, _, _, delta in iter_deltas(model, name):
             delta.values.data *= 0.05
-    return model, torch.randn(5, 3, COLUMNS, dtype=dtype), compute
+    return model, torch.randn(5, 3, COLUMNS, dtype=dtype).to(device), compute
 
 
 def tuned(model: nn.Module) -> QuantizedLinear:
@@ -96,7 +96,7 @@ def tuned(model: nn.Module) -> QuantizedLinear:
 
 def read(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and input gradient of a fixed scalar function of the output."""
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
     (y.double() * weights).sum().backward()
     return y.detach(), x.grad
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ops_cases import Case, make_case, sparse_linear, support
+from oracle import relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +73,20 @@ class TestSampledProduct:
                 expected = reference.sampled_product(grad, x, own, shape)
                 torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("sampled", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+    def test_neither_product_is_rounded_to_the_dtype_of_the_factors(self, dtype, sampled, transposed):
+        grad, x, shape = factors(700, dtype=dtype, transposed=transposed)
+        few_rows = support(5 * shape[1], 30) + 2 * shape[1]
+        for supports in ([support(480, 60)], [few_rows], [few_rows, support(480, 60)], [None, few_rows]):
+            found = sddmm.weight_gradients(grad, x, supports, shape, sampled=sampled, transposed=transposed)
+            for one, own in zip(found, supports, strict=True):
+                own = torch.arange(480) if own is None else own
+                expected = reference.sampled_product(grad.double(), x.double(), own, shape, transposed=transposed)
+                assert one.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                assert relative_error(one, expected) < (1e-14 if dtype == torch.float64 else 2e-6)
+
     def test_first_use_warns_of_nothing(self):
         # torch warns once per process, so a process of its own.
         script = (
@@ -99,7 +114,8 @@ class TestRule:
             (0.05, (768, 768), torch.float16, True),
             (0.05, (768, 768), torch.float64, True),
             (0.01, (768, 768), torch.bfloat16, True),
-            (0.10, (768, 768), torch.bfloat16, False),
+            (0.10, (768, 768), torch.bfloat16, True),
+            (0.50, (768, 768), torch.bfloat16, False),
             (0.01, (32, 32), torch.float32, False),
         ],
     )

@@ -40,13 +40,13 @@ def batch(step: int, micro: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return x.to(dtype), x[:, :4].argmax(1)
 
 
-def make(method: str, dtype: torch.dtype = torch.float64, **fields):
+def make(method: str, dtype: torch.dtype = torch.float64, *, device: str = "cpu", **fields):
     torch.manual_seed(0)
     base = Net().to(dtype)
     config = (SpielAGConfig if method == "ag" else SpielMAConfig)(
         density=0.25, target_modules=["first", "second"], **{**SETTINGS, **fields}
     )
-    model = get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base).to(device), config)
     if dtype == torch.float64:
         model = model.double()
     deltas = [delta for _, _, _, delta in iter_deltas(model)]
@@ -61,7 +61,7 @@ def make(method: str, dtype: torch.dtype = torch.float64, **fields):
 def reference_of(method, base, model, *, clip, fields, dtype=torch.float64):
     return ReferenceSpiel(
         {name: base.get_parameter(name) for name, *_ in iter_deltas(model)},
-        {name: delta.indices for name, _, _, delta in iter_deltas(model)},
+        {name: delta.indices.cpu() for name, _, _, delta in iter_deltas(model)},
         method=method,
         lr=LR[method],
         weight_decay=0.1,
@@ -84,24 +84,24 @@ def reference_losses(base, step, accumulate, dtype):
     return [loss_of(*batch(step, micro, dtype)) for micro in range(accumulate)]
 
 
-def run(method, *, accumulate=1, clip=None, mode="plain", **fields):
-    base, model, optimizer = make(method, **fields)
+def run(method, *, accumulate=1, clip=None, mode="plain", device="cpu", **fields):
+    base, model, optimizer = make(method, device=device, **fields)
     reference = reference_of(method, base, model, clip=clip, fields=fields)
     model.base_model.model.checkpointing = mode == "checkpointing"
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=mode == "scaler")
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=3, enabled=mode == "scaler")
     skipped = 0
     with resident(model) if mode == "resident" else torch.enable_grad():
         for step in range(STEPS):
             # Overflows: outside of windows, in the middle of one, and in a nominating micro-batch.
             if mode == "scaler" and step in (3, 5, 8):
-                x, y = batch(step, 99, torch.float64)
+                x, y = (part.to(device) for part in batch(step, 99, torch.float64))
                 scaler.scale(F.cross_entropy(model(x), y) * float("inf")).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
                 skipped += 1
             for micro in range(accumulate):
-                x, y = batch(step, micro, torch.float64)
+                x, y = (part.to(device) for part in batch(step, micro, torch.float64))
                 scaler.scale(F.cross_entropy(model(x), y) / accumulate).backward()
             if clip is not None:
                 scaler.unscale_(optimizer)
@@ -111,9 +111,9 @@ def run(method, *, accumulate=1, clip=None, mode="plain", **fields):
             optimizer.zero_grad()
             reference.update(reference_losses(base, step, accumulate, torch.float64))
             for name, _, _, delta in iter_deltas(model):
-                assert torch.equal(delta.indices.long(), reference.indices(name)), (step, name)
+                assert torch.equal(delta.indices.long().cpu(), reference.indices(name)), (step, name)
                 torch.testing.assert_close(
-                    delta.values.detach(), reference.values(name), rtol=1e-4, atol=1e-7, msg=f"{step} {name}"
+                    delta.values.detach().cpu(), reference.values(name), rtol=1e-4, atol=1e-7, msg=f"{step} {name}"
                 )
     (reselector,) = iter_reselectors(model)
     assert [r.update for r in reselector.history] == [update for update, _ in reference.history] == [2, 6, 10]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from threading import local
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .products import computed_on, entries_of_product, layout_of, wide_product
 
 # The sampled kernel exists for these alone; 16-bit factors are widened first.
 _SAMPLED_DTYPES = (torch.float32, torch.float64)
@@ -25,45 +26,35 @@ _SAMPLED_DTYPES = (torch.float32, torch.float64)
 _BLOCK_ROWS = 512
 
 
-# The kind of device that tensors without data are treated as being on.
-_meta_stands_for = "meta"
-
-
-@contextmanager
-def meta_stands_for(device_type: str) -> Iterator[None]:
-    """Let tensors on the meta device take the way that they would take on another one (the memory planner runs steps
-    there).
-    """
-    global _meta_stands_for
-    before, _meta_stands_for = _meta_stands_for, device_type
-    try:
-        yield
-    finally:
-        _meta_stands_for = before
-
-
 def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> bool:
     """The one rule that chooses between the sampled and the dense product.
 
     Measured (AVX-512 cores, torch 2.13, 8 to 2048 rows, weights of 64 to 2048 rows and columns) as shares of the dense
-    product's time. An entry costs about 4 times as much when sampled, and 15 times where 16-bit products have
-    instructions of their own. Both transposes run on one core however many the dense product has, and cost as much as
-    30 (90) dense entries for each row and column. So in float32 on two cores the ways meet at density 0.13 for
-    [512 x 512] and 0.24 for [2048 x 2048], and in bfloat16 at 0.02 and 0.05. float16 is widened either way, for torch
-    multiplies it 25 times slower. On accelerators the dense product runs on matrix units; it is taken there always,
-    unmeasured.
+    product's time. An entry costs about 4 times as much when sampled. Both transposes run on one core however many the
+    dense product has, and cost as much as 30 dense entries for each row and column. So on two cores the ways meet at
+    density 0.13 for [512 x 512] and 0.24 for [2048 x 2048]. On accelerators the dense product runs on matrix units; it
+    is taken there always.
 
     Args:
         count: number of tuned weights, of all deltas of the weight together.
-        shape: [R, C] of the weight.
-        dtype: of the factors.
+        shape: [R, C] of the weight, or of the rows that hold tuned weights, see `shape_in_use`.
+        dtype: of the factors. It decides nothing: 16-bit ones are widened for either product, for a dense one of theirs
+            would be rounded to 16 bits.
         device: of the factors.
     """
-    if (_meta_stands_for if device.type == "meta" else device.type) != "cpu":
+    del dtype
+    if computed_on(device) != "cpu":
         return False
-    entry, line = (15, 90) if dtype == torch.bfloat16 else (4, 30)
     rows, columns = shape
-    return entry * count + line * torch.get_num_threads() * (rows + columns) <= rows * columns
+    return 4 * count + 30 * torch.get_num_threads() * (rows + columns) <= rows * columns
+
+
+def shape_in_use(supports: Sequence[Tensor], shape: tuple[int, int]) -> tuple[int, int]:
+    """[R, C] of the product that a CPU has to make for some supports of a weight: see `products.Layout`."""
+    if not supports or any(support.device.type != "cpu" for support in supports):
+        return shape
+    layout = layout_of(supports, shape)
+    return layout.num_rows, layout.num_columns
 
 
 def sampled_product(
@@ -116,20 +107,30 @@ def weight_gradients(
     Returns:
         one [k_i] tensor per support, float32 or wider.
     """
-    if not sampled or any(support is None for support in supports):
+    wanted = [support for support in supports if support is not None]
+    left, right = (x, grad) if transposed else (grad, x)
+    if not sampled or len(wanted) < len(supports):
         if shared is not None and sampled:
             shared.leave()
-        if grad.dtype == torch.float16 and grad.device.type == "cpu":
-            grad, x = grad.float(), x.float()
-        dense = (x.t() @ grad if transposed else grad.t() @ x).reshape(-1)
-        return [_wide(dense if support is None else dense[support]) for support in supports]
-    columns = shared.transposed(x) if shared is not None else _transposed_blocks(x)
-    patterns = [_pattern(support, shape, _wide(grad[:0]).dtype) for support in supports if support is not None]
-    for block, x_columns in zip(grad.split(_BLOCK_ROWS), columns, strict=True):
+        if len(wanted) == len(supports):
+            return entries_of_product(left, right, wanted)
+        whole = wide_product(left, right).view(-1)
+        return [whole if support is None else whole.index_select(0, support) for support in supports]
+    layout = layout_of(wanted, shape)
+    if layout.rows is not None:
+        left = left.index_select(1, layout.rows)
+        if transposed and shared is not None:
+            # What other layers make of the input is of all of its columns.
+            shared.leave()
+            shared = None
+    x_blocks = shared.transposed(x) if shared is not None else _transposed_blocks(left if transposed else right)
+    shape = (layout.num_rows, layout.num_columns)
+    patterns = [_pattern(layout.places(support), shape, _wide(grad[:0]).dtype) for support in wanted]
+    for block, x_columns in zip((right if transposed else left).split(_BLOCK_ROWS), x_blocks, strict=True):
         grad_columns = _transposed(block)
-        left, right = (x_columns, grad_columns) if transposed else (grad_columns, x_columns)
+        left_columns, right_columns = (x_columns, grad_columns) if transposed else (grad_columns, x_columns)
         for pattern in patterns:
-            torch.sparse.sampled_addmm(pattern, left, right.t(), out=pattern)
+            torch.sparse.sampled_addmm(pattern, left_columns, right_columns.t(), out=pattern)
     return [pattern.values() for pattern in patterns]
 
 

@@ -14,6 +14,7 @@ from ...core.indices import index_dtype
 from ...errors import SelectionError
 from ...optim import l1 as regularization
 from ...selection.random import difference
+from ...selection.rows import RowConfinement
 from ...selection.top_k import streamed_top_k
 from ...tuners.sparse_ft.configs.base import SparseConfig
 from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
@@ -160,11 +161,12 @@ class DensePhase:
         self._check_open("select")
         denoiser = self._new_denoiser()
         scores = _Scores(self.targets, self.originals, denoiser)
+        confinement = RowConfinement(self._config.support_rows)
         indices: dict[str, Tensor] = {}
         with progress_bar("selecting weights", len(self.targets)) as advance:
             for group in plan_groups(self._config, targets_of(t.name for t in self.targets), self._root):
-                stream = _scored(group.members, scores, advance)
-                indices.update(streamed_top_k(stream, group.count, min_score=0.0))
+                stream = ((name, confinement.confine(name, s)) for name, s in _scored(group.members, scores, advance))
+                indices.update(confinement.in_whole(streamed_top_k(stream, group.count, min_score=0.0)))
         if denoiser is not None:
             denoiser.log()
         self._selection = from_first_rank({target.name: indices[target.name] for target in self.targets})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...core.indices import index_dtype
 from ...errors import ConfigError
 from ...selection.criteria import WEIGHT, Criterion, GradientMeans, resolve_criterion
+from ...selection.rows import RowConfinement
 from ...selection.shortlist import Shortlist
 from ...tuners.sparse_ft.chosen import check_scores
 from ...tuners.sparse_ft.configs.base import GRADIENTS, SparseConfig
@@ -164,6 +165,7 @@ def _select(
 ) -> dict[str, Tensor]:
     by_name = {target.name: target for target in targets}
     groups = plan_groups(config, targets_of(by_name), base_model_of(model))
+    confinement = RowConfinement(config.support_rows)
     shortlists: dict[str, Shortlist] = {}
     for group in groups:
         if group.count:
@@ -180,12 +182,12 @@ def _select(
                 loss_fn=loss_fn,
                 on_batch=advance,
             )
-            scores = {name: _scores(criterion, by_name[name], mean) for name, mean in means}
+            scores = {name: confinement.confine(name, _scores(criterion, by_name[name], mean)) for name, mean in means}
             for shortlist in dict.fromkeys(shortlists[name] for name in scores):
                 shortlist.add({name: scores.pop(name) for name in list(scores) if shortlists[name] is shortlist})
     chosen: dict[str, Tensor] = {}
     for shortlist in dict.fromkeys(shortlists.values()):
-        chosen.update(shortlist.select())
+        chosen.update(confinement.in_whole(shortlist.select()))
     return from_first_rank({t.name: chosen.get(t.name, _nothing(t)) for t in targets})
 
 

@@ -15,6 +15,7 @@ from ...core.observer import current_pass, is_accumulated
 from ...core.sharded import is_sharded, whole
 from ...errors import SelectionError
 from ...selection.clarity import count_uncertain
+from ...selection.rows import best_rows, in_whole, rows_of
 from ...selection.top_k import top_k
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from ..distributed import means_over_ranks
@@ -85,6 +86,8 @@ class GradientTap:
         delta: the adapter's delta on the tensor.
         num_candidates: c, how many positions to nominate.
         estimate: sums to go on with, of a window that was interrupted.
+        num_rows: candidates lie in so many rows at most, among them those of the support; None: anywhere.
+        rows_anew: the support's own rows do not count, for all of it is about to be replaced.
 
     Attributes:
         estimate: the sums so far; None before the candidates are nominated.
@@ -92,10 +95,19 @@ class GradientTap:
     """
 
     def __init__(
-        self, name: str, delta: AdapterDelta, *, num_candidates: int, estimate: Estimate | None = None
+        self,
+        name: str,
+        delta: AdapterDelta,
+        *,
+        num_candidates: int,
+        estimate: Estimate | None = None,
+        num_rows: int | None = None,
+        rows_anew: bool = False,
     ) -> None:
         self._name = name
         self._delta = delta
+        self._num_rows = num_rows
+        self._rows_anew = rows_anew
         self._num_candidates = min(num_candidates, delta.numel)
         self.estimate = estimate
         self.met_infinity = False
@@ -165,10 +177,21 @@ class GradientTap:
         size = gradient.abs()
         active = self._delta.indices
         probes = active[size[active.long()].topk(min(NUM_PROBES, active.numel())).indices].sort().values
-        nominees = top_k(size, self._num_candidates, name="the gradient")
+        nominees = self._largest(size)
         indices = union([nominees, probes])
         zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=gradient.device)
         return Estimate(indices, positions(nominees, indices)[1], zeros, zeros.clone())
+
+    def _largest(self, size: Tensor) -> Tensor:
+        """Positions of the largest entries, in the rows that may be used."""
+        if self._num_rows is None:
+            return top_k(size, self._num_candidates, name="the gradient")
+        shape = self._delta.shape
+        by_row = size.view(shape[0], -1)
+        kept = None if self._rows_anew else rows_of(self._delta.indices, shape)
+        rows = best_rows(by_row, self._num_rows, name="the gradient", kept=kept)
+        inside = by_row[rows]
+        return in_whole(top_k(inside, min(self._num_candidates, inside.numel()), name="the gradient"), rows, shape)
 
     def _begins_update(self) -> bool:
         """Whether the update that the sums so far belong to was skipped: it ended in zero_grad without a step."""

@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ...optim.reindex import reindex, state_holders
 from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
+from ...selection.rows import num_rows
 from ...selection.schedule import Schedule
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
 from ...tuners.sparse_ft.drivers import DRIVERS, drivers_of
@@ -263,13 +264,21 @@ class Reselector:
             return
         if estimates is None and not self.schedule.is_first_of_window(self.update + 1):
             return
+        end = self.schedule.window_end(self.update + 1)
         total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in self.deltas.values()), strict=True))
         for name, delta in self.deltas.items():
             # Where weights move between tensors, a tensor that has lost all of its own may still win others.
             count = total * delta.numel / numel if self.config.budget == "global" else delta.count
             num_candidates = ceil(self.config.candidates_per_weight * count)
             estimate = (estimates or {}).get(name)
-            self._taps[name] = GradientTap(name, delta, num_candidates=num_candidates, estimate=estimate)
+            self._taps[name] = GradientTap(
+                name,
+                delta,
+                num_candidates=num_candidates,
+                estimate=estimate,
+                num_rows=num_rows(self.config.support_rows, delta.shape),
+                rows_anew=end is not None and self.schedule.rate(end) == 1,
+            )
             delta.observer = self._taps[name]
 
     def _close_window(self) -> None:

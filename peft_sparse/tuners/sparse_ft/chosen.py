@@ -13,6 +13,7 @@ from ...core.sharded import how_sharded
 from ...errors import ConfigError
 from ...selection.budget import Group
 from ...selection.criteria import Computed, GradientMeans, resolve_criterion
+from ...selection.rows import RowConfinement
 from ...selection.top_k import joint_top_k
 from ..common.packed import dequantize, find_backend, parameter_numel
 from .configs.one_shot import GivenConfig, OneShotConfig
@@ -76,17 +77,19 @@ def choose_by_weights(
     Cost: three passes over the scores of all targets; one tensor's scores (and dequantised weight) in memory at a time.
     """
     criterion = resolve_criterion(config.criterion)
+    confinement = RowConfinement(config.support_rows)
 
     def score(name: str) -> Tensor:
         path, _, which = name.rpartition(".")
         weight = base_weight(modules[path], which, name=name)
-        return check_scores(criterion.score(weight, GradientMeans(None, None, 0)), weight.shape, name=name)
+        scores = check_scores(criterion.score(weight, GradientMeans(None, None, 0)), weight.shape, name=name)
+        return confinement.confine(name, scores)
 
     chosen: dict[str, Tensor] = {}
     for group in groups:
         scores = Computed(group.members, score)
         chosen.update(joint_top_k(scores, group.count, min_score=criterion.min_score))
-    return chosen
+    return confinement.in_whole(chosen)
 
 
 def base_weight(module: nn.Module, which: str, *, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...selection.budget import Group, bernoulli_counts, draw_counts, groups_of, total_from_request
-from ...selection.random import random_indices
+from ...selection.rows import check_room, random_in_rows, room
 from ..common.packed import own_parameters, parameter_numel, parameter_shape
 from ..common.targets import Targets, find_targets, named_targets
 from .chosen import checked_support, choose_by_weights, given_support
@@ -73,7 +73,8 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
     """Groups of parameters with the number of weights that each group gets: the budget, applied to a model.
 
     Raises:
-        ConfigError: the request is larger than the targets, or the budget's groups do not fit them.
+        ConfigError: the request is larger than the targets or than the rows they may use, or the budget's groups do not
+            fit them.
     """
     modules = dict(named_targets(model))
     owners = {name: modules[name.rpartition(".")[0]] for name in parameters_of(targets)}
@@ -87,7 +88,9 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
         density_of=config.density_of,
         model_numel=model_numel(model),
     )
-    return groups_of(config.budget, total, {name: prod(shape) for name, shape in shapes.items()})
+    groups = groups_of(config.budget, total, {name: prod(shape) for name, shape in shapes.items()})
+    check_room(groups, shapes, config.support_rows)
+    return groups
 
 
 def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dict[str, int] | None:
@@ -107,7 +110,7 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
         return None
     modules = dict(named_targets(model))
     sizes = {
-        name: parameter_numel(modules[path], which)
+        name: room(config.support_rows, parameter_shape(modules[path], which))
         for name in parameters_of(targets)
         for path, _, which in [name.rpartition(".")]
     }
@@ -155,8 +158,11 @@ def set_supports(
         if delta.values.is_meta:
             continue
         values = None if config.init_weights else torch.randn(delta.count)
-        drawn = f"{name} for {stream}"
-        indices = random_indices(delta.numel, delta.count, seed=seed, name=drawn) if chosen is None else chosen[name]
+        if chosen is None:
+            drawn = f"{name} for {stream}"
+            indices = random_in_rows(delta.shape, delta.count, share=config.support_rows, seed=seed, name=drawn)
+        else:
+            indices = chosen[name]
         delta.set_support(indices, values)
 
 

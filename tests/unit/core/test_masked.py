@@ -80,3 +80,14 @@ def test_scores_changed_between_forward_and_backward_are_noticed():
         scores.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_gradients_of_a_bfloat16_weight_are_not_rounded_to_bfloat16():
+    # The product of the gradient and the input, exact in float64 for these numbers, has more bits than bfloat16 holds.
+    x = torch.randn(64, 6).bfloat16()
+    weight = torch.randn(5, 6).bfloat16()
+    difference = torch.zeros(5, 6, requires_grad=True)
+    output_grad = torch.randn(64, 5).bfloat16()
+    part = MaskedPart(None, difference, 0.5, True)
+    masked_linear(x, weight, None, [part]).backward(output_grad)
+    torch.testing.assert_close(difference.grad, output_grad.float().t() @ x.float(), rtol=1e-5, atol=1e-5)

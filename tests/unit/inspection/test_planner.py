@@ -41,7 +41,7 @@ from peft_sparse import (
     start_dense_phase,
 )
 from peft_sparse.cli import app
-from peft_sparse.core.backends import sddmm
+from peft_sparse.core.backends import products, sddmm
 from peft_sparse.errors import ConfigError
 from peft_sparse.planning.fitting import fitting_methods, largest_density
 
@@ -288,7 +288,7 @@ def test_planning_leaves_everything_as_it_was():
     assert config.to_dict() == LLAMA.to_dict()
     meta = torch.device("meta")
     assert not sddmm.prefer_sampled(1, (1000, 1000), dtype=torch.float32, device=meta)
-    with sddmm.meta_stands_for("cpu"):
+    with products.meta_stands_for("cpu"):
         assert sddmm.prefer_sampled(1, (1000, 1000), dtype=torch.float32, device=meta)
 
 

@@ -227,3 +227,40 @@ def test_twenty_million_scores_in_little_time_and_memory(dtype: torch.dtype) -> 
     assert elapsed < 10, f"{elapsed:.1f} s; about 0.2 s on a quiet core"
     # A chunk of 2**18 positions in int64 is the largest intermediate there can be.
     assert 0 < largest.num_bytes <= 2**18 * 8, f"a tensor of {largest.num_bytes} bytes beside the scores"
+
+
+class TestSelectedByTorch:
+    """The way of accelerators, taken on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def _by_torch(self, monkeypatch):
+        monkeypatch.setattr("peft_sparse.selection.top_k._SELECTED_BY_TORCH", ("cpu",))
+        monkeypatch.setattr("peft_sparse.selection.top_k._SORTED", 0)
+        monkeypatch.setattr("peft_sparse.selection.top_k._CHUNK", {"cpu": 700})
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("k", [1, 2, 499, 500, 1999, 2000])
+    def test_equals_a_stable_sort(self, k, dtype):
+        # Few different values and both zeros: ties everywhere.
+        scores = torch.randint(-3, 4, (2000,), generator=torch.Generator().manual_seed(k)).to(dtype)
+        scores[::7] = -0.0
+        scores[5], scores[1500] = float("inf"), -float("inf")
+        expected = scores.float().add(0.0).argsort(descending=True, stable=True)[:k].sort().values
+        assert top_k(scores, k, name="w").tolist() == expected.tolist()
+
+    def test_nan_is_refused(self):
+        scores = torch.zeros(2000)
+        scores[7] = float("nan")
+        with pytest.raises(SelectionError, match="scores of w contain NaN"):
+            top_k(scores, 3, name="w")
+
+    def test_a_lowest_score_is_respected(self):
+        scores = torch.zeros(2000)
+        scores[:3] = 1.0
+        assert top_k(scores, 3, name="w", min_score=0.0).tolist() == [0, 1, 2]
+        with pytest.raises(SelectionError, match="only 3 of 2000 moved"):
+            top_k(scores, 4, name="w", min_score=0.0)
+
+    def test_it_is_taken(self, monkeypatch):
+        monkeypatch.setattr("peft_sparse.selection.top_k._find_threshold", None)
+        assert top_k(torch.arange(2000.0), 2, name="w").tolist() == [1998, 1999]

@@ -13,6 +13,7 @@ from ....checkpoints.native import Verified
 from ....checks import check_one_of, dtype_name, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
+from ....selection.rows import check_support_rows
 from ...common.config import WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
@@ -64,6 +65,12 @@ class SparseConfig(WeightConfig):
             over all targets) or {regex: share} (shares of the total per group of parameter names; a joint selection
             inside each group: SC-SFT). "sc_sft_nli", "sc_sft_sentiment" and "sc_sft_mlm" are SC-SFT's own shares, by
             depth (`peft_sparse.selection.layer_budgets.zones_of`); `layer_budget_from` measures those of an adapter.
+        support_rows: keep the support of each tensor to this share of its rows, in (0, 1]; the number of weights stays
+            what was asked for. A row is an output of a linear layer, a token of an embedding. The weight gradient is
+            then a product of those rows alone, which is what a step on a GPU saves time by. Criteria take the rows with
+            the largest sums of scores, then the best weights in them; random methods draw the rows. SpIEL keeps to its
+            rows: SpIEL-AG chooses them by gradients where it replaces the whole first support, SpIEL-MA stays in those
+            that were drawn. None: weights may lie anywhere. Vectors (biases, norms) have no rows and are not confined.
         target_modules: names (a module matches if its path ends with one), a regex for the whole path, "all-linear"
             (the default), or "all" (every parameter of the base model without its head: embeddings, biases, norms,
             convolutions).
@@ -98,6 +105,9 @@ class SparseConfig(WeightConfig):
     budget: str | dict[str, float] = field(
         default="uniform",
         metadata={"help": "How the total is spread: 'uniform', 'global', 'sc_sft_...' or {regex: share}."},
+    )
+    support_rows: float | None = field(
+        default=None, metadata={"help": "Share of the rows of each tensor that its tuned weights may lie in."}
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex, 'all-linear' (the default) or 'all'."}
@@ -151,6 +161,12 @@ class SparseConfig(WeightConfig):
             )
         self._check_request()
         check_budget(self.budget)
+        check_support_rows(self.support_rows)
+        if self.support_rows is not None and self.selected_by in (NOTHING, GIVEN):
+            raise ConfigError(
+                f"support_rows must not be given to method {self.method!r}, whose weights are chosen already, got "
+                f"{self.support_rows!r}."
+            )
         self._check_targets()
         check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
         if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):

@@ -252,7 +252,7 @@ class SparseLayer(WeightLayer):
                 written = self._begin_write(parameter, key, overlay)
             own = written.parameter
             originals = written.originals if own is None else flat(own)[overlay.indices]
-            flat(getattr(base, parameter))[overlay.indices] = overlay.entries(originals, values)
+            overlay.write_(flat(getattr(base, parameter)), values, originals=originals)
 
     def _begin_write(self, parameter: str, key: tuple[Any, ...], overlay: Overlay) -> Written:
         base = self.get_base_layer()
