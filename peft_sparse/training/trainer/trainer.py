@@ -329,8 +329,8 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
         if kind is DensePhase and getattr(self, "ref_model", self) is None and getattr(self, "beta", 1.0) != 0:
             raise ConfigError(
                 f"{type(self).__name__} takes the model without its adapter as its reference, which in the dense phase "
-                "is what trains. Select with SparseSFTTrainer or start_dense_phase and select first; an adapter that has "
-                "its weights trains here."
+                "is what trains. Select with SparseSFTTrainer, or start_dense_phase and select, first; an adapter that "
+                "has its weights trains here."
             )
 
     # ---- the loop ------------------------------------------------------------------------------------

@@ -226,6 +226,7 @@ def test_the_file_is_a_normal_adapter(tmp_path):
         "share_kept": pytest.approx(found.total.share_kept, abs=1e-6),
     }
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert f"Extracted without training from `{tmp_path / 'tuned'}`" in card
+    assert "Extracted without training from `tuned`" in card
+    assert str(tmp_path) not in card
     assert f"{found.total.share_kept:.1%} of the squared difference" in card
     assert sum(delta.count for _, _, _, delta in iter_deltas(model, "default")) == found.total.count
