@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView
 from pathlib import Path
 from statistics import stdev
 
@@ -52,6 +52,10 @@ class Results:
 
     def get(self, *key) -> dict | None:
         return self._runs.get(key)
+
+    def items(self) -> ItemsView[tuple, dict]:
+        """(values of the fields, run) of all runs of these settings."""
+        return self._runs.items()
 
 
 class ShowSteps(TrainerCallback):

@@ -18,13 +18,17 @@ def read_rows(data: Path, tokenizer, *, max_length: int, valid_rows: int | None)
 
     Args:
         data: a .jsonl file, of which the last tenth, at most 128 rows, is held out; or a folder with train.jsonl and
-            valid.jsonl.
+            valid.jsonl (or test.jsonl).
         tokenizer: the model's.
         max_length: tokens; longer rows are cut.
         valid_rows: how many held-out rows to use; None for all.
     """
     if data.is_dir():
-        train, valid = (read_jsonl(data / f"{split}.jsonl") for split in ("train", "valid"))
+        held_out = data / "valid.jsonl"
+        train, valid = (
+            read_jsonl(data / "train.jsonl"),
+            read_jsonl(held_out if held_out.exists() else data / "test.jsonl"),
+        )
     else:
         found = read_jsonl(data)
         cut = len(found) - max(1, min(128, len(found) // 10))
@@ -41,6 +45,14 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.exists():
         raise SystemExit(f"{path} does not exist: --data takes a .jsonl file, or a folder with train and valid.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def read_texts(path: Path, tokenizer, max_length: int, count: int) -> list[dict]:
+    """Rows of the first lines of a text file, scored whole."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    encoded = [tokenizer(line)["input_ids"][:max_length] for line in lines]
+    # The first token is not predicted; one that is alone has no loss.
+    return [{"input_ids": ids, "labels": ids} for ids in encoded if len(ids) > 1]
 
 
 def encode(tokenizer, row: dict, max_length: int) -> dict:

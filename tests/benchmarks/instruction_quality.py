@@ -1,20 +1,24 @@
-"""Held-out loss after a short instruction tuning: SpIEL beside other sparse methods, LoRA and full fine-tuning.
+"""Held-out loss after an instruction tuning: sparse methods beside LoRA and full fine-tuning, each at its best rate.
 
     python tests/benchmarks/instruction_quality.py --model PATH --data PATH            # hours on two cores
-    python tests/benchmarks/instruction_quality.py --steps 40 --batch-size 2 --max-length 128 --valid-rows 32
+    python tests/benchmarks/instruction_quality.py --workers 8 --minutes 10            # side by side, on a GPU
     python tests/benchmarks/instruction_quality.py --quick                             # do all methods run?
+    python tests/benchmarks/instruction_quality.py --plot curves.png --minutes 0       # from what has run
 
 Every method trains as many weights as LoRA (full fine-tuning: all), takes the same number of optimizer steps on the
 same batches in the same order (a function of the seed), with cosine decay after a short warm-up, no weight decay and
 gradients clipped to norm 1. LT-SFT spends half of its steps in the dense phase, with `--dense-learning-rate`, and half
 in the sparse phase, which starts the rows over. Frozen bases are bfloat16 with float32 adapters; where base weights
 themselves train (full fine-tuning, LT-SFT) they are float32 under bfloat16 autocast, for many updates are too small for
-bfloat16. The loss is the mean over all answer tokens of the held-out rows, in nats.
+bfloat16. The loss is the mean over all answer tokens of the held-out rows, in nats. With `--general FILE` the loss on
+other text (its first lines) is measured as well: what the tuning made the model forget.
 
-Runs come in stages, so that the table means something after each: every method at its first learning rate with the
-first seed, at its second, then the other seeds at the better of the two. A finished run is a line of `--output`; the
-next call with the same settings goes on from there. The seed draws order, random supports and LoRA's matrices alike;
-differences to LoRA are taken seed by seed.
+With the first seed every method runs at the rates of its row, and at more, by factors of two, until its best has a
+worse one on either side; the other seeds run at the best, methods with the lowest loss first. A finished run is a line
+of `--output`; the next call with the same settings goes on from there. The seed draws order, random supports and LoRA's
+matrices alike; differences to LoRA are taken seed by seed.
+
+Methods on trial are in `_quality_methods.py`; `--methods` takes them by name.
 """
 
 from __future__ import annotations
@@ -26,96 +30,45 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
 import torch
 import transformers
-from _bench_runs import Results, ShowSteps, spread
-from _instruction_rows import collate, read_rows, row_losses
-from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
+from _bench_runs import Results, spread
+from _instruction_rows import collate, read_rows, read_texts, row_losses
+from _quality_methods import EXTRAS, LORA, LOTTERY, METHODS, UNTUNED, Method, Run, input_energies, linear_layers
+from peft import get_peft_model
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig
+from peft_sparse import LotteryTicketConfig, SparseTrainer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca"
 MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "smollm2"
-UNTUNED = "untuned"
+ALL = METHODS | EXTRAS
+# A search over learning rates ends here, bracketed or not.
+MOST_RATES = 6
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the table.
+class Tasks:
+    """Rows to train on, held-out rows of the same task, and rows of other text (may be none)."""
 
-    Attributes:
-        learning_rates: the two candidates.
-        config: the adapter's, of (number of weights, LoRA's rank, seed, model, options); None trains the model itself.
-        trains_base: whether base weights train, and so have to be float32.
-        is_ours: whether `SparseTrainer` trains it; PEFT's own methods and the model itself take transformers' trainer.
-    """
-
-    learning_rates: tuple[float, float]
-    config: Callable[[int, int, int, nn.Module, argparse.Namespace], PeftConfig | None]
-    trains_base: bool = False
-    is_ours: bool = True
-
-
-TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-
-
-def spiel(kind: type[PeftConfig], **changes):
-    def config(count: int, rank: int, seed: int, model: nn.Module, options: argparse.Namespace) -> PeftConfig:
-        cycle = {"reselection_steps": options.reselection_steps, "estimation_steps": options.estimation_steps}
-        return kind(**{**TARGETS, **cycle, "num_weights": count, "seed": seed, **changes})
-
-    return config
-
-
-def with_embeddings(count: int, rank: int, seed: int, model: nn.Module, options: argparse.Namespace) -> PeftConfig:
-    """SpIEL-AG with the same total, which it shares out itself over the linear layers and the embedding."""
-    embedding = model.get_input_embeddings()
-    targets = [name for name, _ in linear_layers(model)]
-    targets += [name for name, module in model.named_modules() if module is embedding]
-    names = sorted({name.rsplit(".", 1)[-1] for name in targets})
-    return spiel(SpielAGConfig, target_modules=names, budget="global")(count, rank, seed, model, options)
-
-
-# Weights chosen by their gradients change the outputs more than random ones, so they take smaller steps.
-RANDOM, CHOSEN, SM3 = (2e-3, 4e-3), (5e-4, 2.5e-4), (2e-3, 1e-3)
-LORA, LOTTERY = "lora", "lottery_ticket"
-METHODS = {
-    "spiel_ag": Method(CHOSEN, spiel(SpielAGConfig)),
-    LORA: Method(RANDOM, lambda k, r, *_: LoraConfig(r=r, lora_alpha=2 * r, **TARGETS), is_ours=False),
-    "spiel_ma": Method(SM3, spiel(SpielMAConfig)),
-    "rand": Method(RANDOM, lambda k, r, seed, *_: RandConfig(num_weights=k, seed=seed, **TARGETS)),
-    "full": Method((1e-4, 2e-4), lambda *_: None, trains_base=True, is_ours=False),
-    LOTTERY: Method((5e-4, 1e-3), lambda k, *_: LotteryTicketConfig(num_weights=k, **TARGETS), trains_base=True),
-    "spiel_ag_3_candidates": Method(CHOSEN, spiel(SpielAGConfig, candidates_per_weight=3.0)),
-    "shira": Method(RANDOM, lambda k, r, seed, *_: ShiraConfig(r=r, random_seed=seed, **TARGETS), is_ours=False),
-}
-EXTRAS = {
-    "spiel_ag_global": Method(CHOSEN, spiel(SpielAGConfig, budget="global")),
-    "spiel_ma_global": Method(SM3, spiel(SpielMAConfig, budget="global")),
-    "spiel_ag_embeddings": Method(CHOSEN, with_embeddings),
-}
+    train: list[dict]
+    valid: list[dict]
+    general: list[dict]
 
 
 # ---- one run ---------------------------------------------------------------------------------------
-
-
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    output = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not output:
-            yield name, module
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
@@ -124,7 +77,7 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
 
 
 def train(
-    method: Method, rate: float, seed: int, rows: list[dict], options: argparse.Namespace, advance: Callable[[], None]
+    method: Method, rate: float, seed: int, rows: list[dict], options: argparse.Namespace
 ) -> tuple[nn.Module, int]:
     """(the trained model, how many weights it trained)."""
     set_seed(seed)
@@ -132,10 +85,14 @@ def train(
     shapes = [layer.weight.shape for _, layer in linear_layers(model)]
     per_rank = sum(o + i for o, i in shapes)
     rank = max(1, round(options.density * sum(o * i for o, i in shapes) / per_rank))
-    config = method.config(rank * per_rank, rank, seed, model, options)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [rows[i] for i in order]
+    first = [collate(shuffled[start : start + 4]) for start in range(0, 16, 4)]
+    energies = input_energies(model, first) if method.prepare is not None else {}
+    run = Run(rank * per_rank, rank, seed, model, energies, options)
+    config = method.config(run)
     if config is not None:
         model = get_peft_model(model, config)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     dense_steps = options.steps // 2 if isinstance(config, LotteryTicketConfig) else 0
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -154,15 +111,35 @@ def train(
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=False,
         )
         dense = {"max_steps": dense_steps, "learning_rate": options.dense_learning_rate} if dense_steps else None
         kind = partial(SparseTrainer, dense_args=dense) if method.is_ours else Trainer
-        shuffled, callbacks = [rows[i] for i in order], [ShowSteps(advance)]
+        callback = method.prepare(model, run) if method.prepare is not None else None
+        callbacks = [callback] if callback is not None else []
         trainer = kind(model=model, args=args, train_dataset=shuffled, data_collator=collate, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def measure(name: str, rate: float, seed: int, tasks: Tasks, options: argparse.Namespace) -> dict:
+    """One run, as a line of the results."""
+    start, trained = time.perf_counter(), 0
+    autocast = name != UNTUNED and ALL[name].trains_base
+    if name == UNTUNED:
+        model = load(options, torch.bfloat16)
+    else:
+        model, trained = train(ALL[name], rate, seed, tasks.train, options)
+    rows = row_losses(model, tasks.valid, autocast=autocast)
+    found = {"loss": mean_loss(rows), "trained": trained, "rows": rows}
+    if tasks.general:
+        found["general"] = mean_loss(row_losses(model, tasks.general, autocast=autocast))
+    return {"method": name, "learning_rate": rate, "seed": seed, **found, "seconds": time.perf_counter() - start}
+
+
+def mean_loss(rows: list[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in rows) / sum(count for _, count in rows)
 
 
 def finite(loss: float) -> float:
@@ -173,23 +150,44 @@ def finite(loss: float) -> float:
 # ---- which runs, and in which order ----------------------------------------------------------------
 
 
-def best_rate(results: Results, name: str, method: Method, seed: int) -> float | None:
-    """The learning rate with the lower loss at this seed, of those that have run."""
-    found = {rate: run["loss"] for rate in method.learning_rates if (run := results.get(name, rate, seed))}
-    return min(found, key=lambda rate: finite(found[rate])) if found else None
+def rates_run(results: Results, name: str, seed: int) -> dict[float, dict]:
+    """{learning rate: run} of a method and a seed."""
+    return {rate: run for (method, rate, s), run in results.items() if method == name and s == seed}
 
 
-def plan(methods: dict[str, Method], seeds: list[int], results: Results) -> Iterator[tuple[str, float, int]]:
-    """(method, learning rate, seed) of all runs, in stages; later ones depend on the results of earlier ones."""
-    yield UNTUNED, 0.0, 0
-    for number in range(2):
-        for name, method in methods.items():
-            yield name, method.learning_rates[number], seeds[0]
-    for seed in seeds[1:]:
-        for name, method in methods.items():
-            rate = best_rate(results, name, method, seeds[0])
-            assert rate is not None
-            yield name, rate, seed
+def best_rate(results: Results, name: str, seed: int) -> float | None:
+    """The learning rate with the lowest loss at this seed, of those that have run."""
+    found = rates_run(results, name, seed)
+    return min(found, key=lambda rate: finite(found[rate]["loss"])) if found else None
+
+
+def next_rates(rates: tuple[float, ...], results: Results, name: str, seed: int) -> list[float]:
+    """What a method's search still wants: its own rates, then one beyond the best where that lies at an end."""
+    found = rates_run(results, name, seed)
+    if missing := [rate for rate in rates if rate not in found]:
+        return missing
+    best = best_rate(results, name, seed)
+    assert best is not None
+    if len(found) >= MOST_RATES or min(found) < best < max(found):
+        return []
+    return [best * 2 if best == max(found) else best / 2]
+
+
+def wanted(methods: dict[str, Method], seeds: list[int], results: Results) -> list[tuple[str, float, int]]:
+    """(method, learning rate, seed) of all runs that can start now, the most telling first."""
+    first = [] if results.get(UNTUNED, 0.0, seeds[0]) else [(UNTUNED, 0.0, seeds[0])]
+    searched, beyond, others = [], [], []
+    for name, method in methods.items():
+        missing = next_rates(method.learning_rates, results, name, seeds[0])
+        given = [rate for rate in missing if rate in method.learning_rates]
+        searched += [(method.learning_rates.index(rate), (name, rate, seeds[0])) for rate in given]
+        beyond += [(name, rate, seeds[0]) for rate in missing if rate not in method.learning_rates]
+        best = best_rate(results, name, seeds[0])
+        if not missing and best is not None:
+            loss = finite(results.get(name, best, seeds[0])["loss"])
+            others += [((name != LORA, loss), (name, best, s)) for s in seeds[1:] if not results.get(name, best, s)]
+    in_order = [run for _, run in sorted(searched, key=lambda item: item[0])]
+    return first + in_order + beyond + [run for _, run in sorted(others, key=lambda item: item[0])]
 
 
 def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], dict]:
@@ -201,6 +199,8 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
             fields += ["reselection_steps", "estimation_steps"]
         if name == LOTTERY:
             fields += ["dense_learning_rate"]
+        if "one_shot" in name:
+            fields += ["selection_batches"]
         found = {field: getattr(options, field) for field in fields}
         return {"model": Path(options.model).name, "data": checksum, **found}
 
@@ -225,6 +225,12 @@ def paired(runs: list[dict], others: list[dict]) -> str:
     return f"{mean(differences):+.4f} ({spread(differences)}; {error:.4f})"
 
 
+def general(*runs: dict) -> str:
+    """Mean loss on other text, where it was measured."""
+    found = [run["general"] for run in runs if "general" in run]
+    return f"{mean(found):.4f}" if found else ""
+
+
 def table(methods: dict[str, Method], seeds: list[int], results: Results, options: argparse.Namespace) -> Table:
     """What has run so far, best first."""
     caption = "loss: mean (standard deviation over seeds). - LoRA: mean (same, over seeds; standard error over rows)"
@@ -233,67 +239,60 @@ def table(methods: dict[str, Method], seeds: list[int], results: Results, option
     )
     shown = Table(title=title, caption=caption)
     shown.add_column("method")
-    for heading in ("trained", "learning rate", "first seed at both", "seeds", "loss", "- LoRA", "s/run"):
+    for heading in ("trained", "learning rate", "first seed by rate", "seeds", "loss", "- LoRA", "other text", "s/run"):
         shown.add_column(heading, justify="right")
     if untuned := results.get(UNTUNED, 0.0, 0):
-        shown.add_row(UNTUNED, "0", "", "", "", f"{untuned['loss']:.4f}", "", "")
+        shown.add_row(UNTUNED, "0", "", "", "", f"{untuned['loss']:.4f}", "", general(untuned), "")
 
     def runs_of(name: str) -> dict[int, dict]:
-        rate = best_rate(results, name, methods[name], seeds[0])
+        rate = best_rate(results, name, seeds[0])
         return {seed: run for seed in seeds if rate is not None and (run := results.get(name, rate, seed))}
 
     found = {name: runs for name in methods if (runs := runs_of(name))}
     base = found.get(LORA, {})
     for name, runs in sorted(found.items(), key=lambda item: finite(mean(run["loss"] for run in item[1].values()))):
         losses = [run["loss"] for run in runs.values()]
-        both = [results.get(name, rate, seeds[0]) for rate in methods[name].learning_rates]
+        searched = sorted(rates_run(results, name, seeds[0]).items())
         common = [seed for seed in runs if seed in base]
         last = next(iter(runs.values()))
         shown.add_row(
             name,
             f"{last['trained']:,}",
             f"{last['learning_rate']:g}",
-            " ".join(f"{run['learning_rate']:g}: {run['loss']:.4f}" for run in both if run),
+            " ".join(f"{rate:g}: {run['loss']:.4f}" for rate, run in searched),
             str(len(losses)),
             f"{mean(losses):.4f} ({spread(losses)})",
             paired([runs[s] for s in common], [base[s] for s in common]) if common and name != LORA else "",
+            general(*runs.values()),
             f"{mean(run['seconds'] for run in runs.values()):.0f}",
         )
     return shown
 
 
-def run_all(methods: dict[str, Method], results: Results, train_rows, valid_rows, options, console: Console) -> None:
-    total = 1 + len(methods) * (1 + len(options.seeds))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        overall = progress.add_task("runs", total=total)
-        steps = progress.add_task("steps", total=options.steps)
-        for name, rate, seed in plan(methods, options.seeds, results):
-            if results.get(name, rate, seed) is None:
-                progress.reset(steps, total=options.steps, description=f"{name} {rate:g} seed {seed}")
-                start, trained = time.process_time(), 0
-                if name == UNTUNED:
-                    model = load(options, torch.bfloat16)
-                else:
-                    model, trained = train(
-                        methods[name], rate, seed, train_rows, options, lambda: progress.advance(steps)
-                    )
-                autocast = name != UNTUNED and methods[name].trains_base
-                rows = row_losses(model, valid_rows, autocast=autocast)
-                del model
-                loss = sum(row for row, _ in rows) / sum(count for _, count in rows)
-                seconds = time.process_time() - start
-                found = {"loss": loss, "trained": trained, "seconds": seconds, "rows": rows}
-                results.add({"method": name, "learning_rate": rate, "seed": seed, **found})
-                console.print(f"{name} {rate:g} seed {seed}: {loss:.4f} in {seconds:.0f} s of processor time")
-            progress.advance(overall)
+def run_all(methods: dict[str, Method], results: Results, tasks: Tasks, options, console: Console) -> None:
+    """Run what is wanted, `--workers` at a time, until nothing is or the time is up."""
+    end = time.monotonic() + 60 * options.minutes
+    running: dict[Future, tuple[str, float, int]] = {}
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        while True:
+            free = [run for run in wanted(methods, options.seeds, results) if run not in running.values()]
+            while free and len(running) < options.workers and time.monotonic() < end:
+                run = free.pop(0)
+                running[pool.submit(measure, *run, tasks, options)] = run
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[done]
+                run = done.result()
+                results.add(run)
+                console.print("{method} {learning_rate:g} seed {seed}: {loss:.4f} in {seconds:.0f} s".format(**run))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="directory or hub id")
     parser.add_argument("--data", default=str(DATA), help="a .jsonl file, or a folder with train.jsonl and valid.jsonl")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *EXTRAS], default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(ALL), default=list(METHODS))
     parser.add_argument("--extras", action="store_true", help=f"also {', '.join(EXTRAS)}")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -301,16 +300,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--valid-rows", type=int, help="held-out rows to use [all]")
     parser.add_argument("--density", type=float, default=0.02, help="share of the linear layers' weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", nargs="*", default=[], metavar="METHOD=A,B", help="instead of the built-in")
+    parser.add_argument(
+        "--learning-rates", nargs="*", default=[], metavar="METHOD=A,B,...", help="instead of the built-in"
+    )
     parser.add_argument("--dense-learning-rate", type=float, default=5e-5, help="of LT-SFT's dense phase")
     parser.add_argument("--reselection-steps", type=int, default=10, help="S of SpIEL")
     parser.add_argument("--estimation-steps", type=int, default=3, help="gamma of SpIEL")
+    parser.add_argument("--selection-batches", type=int, default=8, help="of the one-shot criteria")
+    parser.add_argument("--general", type=Path, help="a text file: loss on its first lines, to see what is forgotten")
+    parser.add_argument("--general-rows", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, each in a process of its own")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no run starts after so many")
+    parser.add_argument("--plot", type=Path, help="draw loss by learning rate, and other text's loss against it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/instruction_quality.jsonl"))
     parser.add_argument("--quick", action="store_true", help="8 steps of 2 short rows, to see that all methods run")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.batch_size, options.max_length, options.valid_rows = 8, 2, 48, 4
+        options.learning_rates = [f"{name}=1e-3" for name in options.methods]
         options.reselection_steps, options.estimation_steps, options.seeds = 3, 2, options.seeds[:1]
     if options.extras:
         options.methods = list(dict.fromkeys([*options.methods, *EXTRAS]))
@@ -320,38 +328,45 @@ def parse() -> argparse.Namespace:
 
 
 def chosen_methods(options: argparse.Namespace) -> dict[str, Method]:
-    methods = {name: (METHODS | EXTRAS)[name] for name in options.methods}
+    methods = {name: ALL[name] for name in options.methods}
     for given in options.learning_rates:
         name, _, rates = given.partition("=")
         try:
-            first, second = map(float, rates.split(","))
-            methods[name] = replace(methods[name], learning_rates=(first, second))
+            methods[name] = replace(methods[name], learning_rates=tuple(map(float, rates.split(","))))
         except (KeyError, ValueError):
-            raise SystemExit(f"--learning-rates takes METHOD=A,B with a method that runs, got {given!r}") from None
+            raise SystemExit(f"--learning-rates takes METHOD=A,B,... with a method that runs, got {given!r}") from None
     return methods
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     methods = chosen_methods(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     train_rows, valid_rows, checksum = read_rows(
-        Path(options.data),
-        AutoTokenizer.from_pretrained(options.model),
-        max_length=options.max_length,
-        valid_rows=options.valid_rows,
+        Path(options.data), tokenizer, max_length=options.max_length, valid_rows=options.valid_rows
     )
+    other = read_texts(options.general, tokenizer, options.max_length, options.general_rows) if options.general else []
     results = Results(options.output, ("method", "learning_rate", "seed"), settings_of(options, checksum))
     # Wide enough for the table also where the output is a file.
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     console.print(f"{len(train_rows)} rows to train on, {len(valid_rows)} held out; results in {options.output}")
     try:
-        run_all(methods, results, train_rows, valid_rows, options, console)
+        run_all(methods, results, Tasks(train_rows, valid_rows, other), options, console)
     finally:
         console.print(table(methods, options.seeds, results, options))
+    if options.plot:
+        from _quality_plot import draw
+
+        searched = {name: rates_run(results, name, options.seeds[0]) for name in methods}
+        draw(searched, results.get(UNTUNED, 0.0, options.seeds[0]), options.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,289 @@
+"""The methods that `instruction_quality.py` compares, and those that are on trial there.
+
+A method on trial is written here, against the library's public interface, until its figures say that it belongs into
+the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from peft_sparse import (
+    GivenConfig,
+    LotteryTicketConfig,
+    OneShotConfig,
+    RandConfig,
+    SpielAGConfig,
+    SpielMAConfig,
+    iter_deltas,
+)
+from peft_sparse.selection.saliency import Criterion
+
+TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA, LOTTERY, UNTUNED = "lora", "lottery_ticket", "untuned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method's config may depend on.
+
+    Attributes:
+        count: weights to tune; rank: LoRA's, which trains as many; seed: of supports and initial values.
+        model: the base model; energies: {linear layer: [I] mean squared input} where the method
+            prepares its model, else empty.
+        options: S and gamma of SpIEL, among others.
+    """
+
+    count: int
+    rank: int
+    seed: int
+    model: nn.Module
+    energies: dict[str, Tensor]
+    options: Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        learning_rates: where the search begins, best guess first; it goes on by factors of two until the best is
+            bracketed.
+        config: the adapter's; None trains the model itself.
+        trains_base: whether base weights train, and so have to be float32.
+        is_ours: whether `SparseTrainer` trains it; PEFT's own methods and the model itself take transformers' trainer.
+        prepare: what is done to the tuned model before it trains; may return a callback.
+    """
+
+    learning_rates: tuple[float, ...]
+    config: Callable[[Run], PeftConfig | None]
+    trains_base: bool = False
+    is_ours: bool = True
+    prepare: Callable[[nn.Module, Run], TrainerCallback | None] | None = None
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    output = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not output:
+            yield name, module
+
+
+@torch.no_grad()
+def input_energies(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """{linear layer: [I] float32, mean over the tokens of its inputs squared}."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0][mask].float().square().sum(0)
+            sums[name] = squares if name not in sums else sums[name] + squares
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linear_layers(model)]
+    device = next(model.parameters()).device
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        mask = batch["attention_mask"].bool()
+        tokens += int(mask.sum())
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: total / tokens for name, total in sums.items()}
+
+
+class ScaledSteps(TrainerCallback):
+    """Takes only a part of each of the optimizer's steps.
+
+    Args:
+        scales: gives (parameter, how much of each step to take, a number or one for each entry); called at the first
+            step, when the support is chosen.
+    """
+
+    def __init__(self, scales: Callable[[], list[tuple[nn.Parameter, Tensor]]]) -> None:
+        self._find = scales
+        self.scales: list[tuple[nn.Parameter, Tensor]] = []
+        self.before: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.scales = self.scales or self._find()
+        self.before = [parameter.detach().clone() for parameter, _ in self.scales]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        for (parameter, scale), before in zip(self.scales, self.before, strict=True):
+            parameter.copy_(before + scale * (parameter - before))
+
+
+def _energy_of_entries(model: nn.Module, run: Run) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+    """(values [k], [k] input energy of each tuned weight's column, mean input energy of its layer)."""
+    for name, _, _, delta in iter_deltas(model):
+        energy = run.energies[name.removesuffix(".weight")].to(delta.indices.device)
+        yield delta.values, energy[delta.indices.long() % delta.shape[1]], energy.mean()
+
+
+def steps_by_column(model: nn.Module, run: Run) -> ScaledSteps:
+    """Each weight steps in inverse proportion to the size of its input, at most ten times the mean, or a tenth."""
+    return ScaledSteps(lambda: [(v, (m / e).sqrt().clamp(0.1, 10)) for v, e, m in _energy_of_entries(model, run)])
+
+
+def steps_by_tensor(model: nn.Module, run: Run) -> ScaledSteps:
+    """Each tensor steps in inverse proportion to the output energy of its support, beside that of a random one."""
+    return ScaledSteps(lambda: [(v, (m / e.mean()).sqrt()) for v, e, m in _energy_of_entries(model, run)])
+
+
+def steps_by_both(model: nn.Module, run: Run) -> ScaledSteps:
+    """By tensor, and half as strongly (by the fourth root) by column."""
+
+    def scale(energy: Tensor, mean: Tensor) -> Tensor:
+        return (mean / energy.mean()).sqrt() * (energy.mean() / energy).pow(0.25).clamp(0.2, 5)
+
+    return ScaledSteps(lambda: [(v, scale(e, m)) for v, e, m in _energy_of_entries(model, run)])
+
+
+class LowRank(nn.Module):
+    """x B A for a layer's output, as LoRA with alpha = 2r computes it."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        weight = layer.get_base_layer().weight
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * nn.functional.linear(nn.functional.linear(x.float(), self.down), self.up).to(x.dtype)
+
+
+def with_low_rank(model: nn.Module, run: Run) -> None:
+    """Beside each sparse delta a low-rank one with as many weights (RoSA's idea)."""
+    for layer in dict.fromkeys(layer for _, layer, _, _ in iter_deltas(model)):
+        layer.low_rank = LowRank(layer, max(1, run.rank // 2))
+        layer.register_forward_hook(lambda module, inputs, output: output + module.low_rank(inputs[0]))
+
+
+def spiel(kind: type[PeftConfig], **changes):
+    def config(run: Run) -> PeftConfig:
+        cycle = {"reselection_steps": run.options.reselection_steps, "estimation_steps": run.options.estimation_steps}
+        return kind(**{**TARGETS, **cycle, "num_weights": run.count, "seed": run.seed, **changes})
+
+    return config
+
+
+def rand(share: float = 1.0, **changes):
+    return lambda run: RandConfig(**{**TARGETS, "num_weights": int(run.count * share), "seed": run.seed, **changes})
+
+
+def one_shot(criterion, share: float = 1.0, **changes):
+    return lambda run: OneShotConfig(
+        **{
+            **TARGETS,
+            "num_weights": int(run.count * share),
+            "criterion": criterion,
+            "selection_batches": run.options.selection_batches,
+            "selection_passes": 1,
+            "budget": "uniform",
+            **changes,
+        }
+    )
+
+
+def with_embeddings(run: Run) -> PeftConfig:
+    """SpIEL-AG with the same total, which it shares out itself over the linear layers and the embedding."""
+    embedding = run.model.get_input_embeddings()
+    targets = [name for name, _ in linear_layers(run.model)]
+    targets += [name for name, module in run.model.named_modules() if module is embedding]
+    names = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    return spiel(SpielAGConfig, target_modules=names, budget="global")(run)
+
+
+def confined(share: float, axis: int):
+    """A random support in a random share of the rows (axis 0) or columns (axis 1) of each matrix."""
+
+    def config(run: Run) -> PeftConfig:
+        layers = dict(linear_layers(run.model))
+        density = run.count / sum(layer.weight.numel() for layer in layers.values())
+        generator = torch.Generator().manual_seed(run.seed)
+        support = {}
+        for name, layer in layers.items():
+            shape = layer.weight.shape
+            lines = torch.randperm(shape[axis], generator=generator)[: max(1, round(share * shape[axis]))]
+            across = torch.arange(shape[1 - axis])
+            rows, columns = (lines, across) if axis == 0 else (across, lines)
+            inside = (rows[:, None] * shape[1] + columns).flatten()
+            k = min(round(density * layer.weight.numel()), inside.numel())
+            support[f"{name}.weight"] = inside[torch.randperm(inside.numel(), generator=generator)[:k]]
+        return GivenConfig(support=support, task_type="CAUSAL_LM")
+
+    return config
+
+
+def gallop(weight: Tensor, gradients) -> Tensor:
+    """Large gradients on small weights (GaLLoP, arXiv:2510.19778)."""
+    return gradients.mean.abs().float() / (weight.abs().float() + weight.float().square().mean().sqrt() * 0.1)
+
+
+def fisher_over_energy(weight: Tensor, gradients) -> Tensor:
+    """|mean gradient| over the root of its column's mean square: the loss's slope for a step of a given output."""
+    mean = gradients.mean.float()
+    return mean.abs() / mean.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def lift(rank: int):
+    """The largest entries of the weight's best approximation of a low rank (LIFT, arXiv:2506.00772)."""
+
+    def score(weight: Tensor, gradients) -> Tensor:
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        return ((u[:, :rank] * s[:rank]) @ v[:rank]).abs()
+
+    return Criterion(score, ("weight",))
+
+
+# Weights chosen by their gradients change the outputs more than random ones, so they take smaller steps.
+RANDOM, CHOSEN, SM3 = (4e-3, 2e-3, 8e-3), (5e-4, 2.5e-4, 1e-3), (2e-3, 1e-3, 4e-3)
+METHODS = {
+    LORA: Method((2e-3, 1e-3, 4e-3), lambda r: LoraConfig(r=r.rank, lora_alpha=2 * r.rank, **TARGETS), is_ours=False),
+    "rand": Method(RANDOM, rand()),
+    "spiel_ag": Method(CHOSEN, spiel(SpielAGConfig)),
+    "one_shot": Method(CHOSEN, one_shot("gradient")),
+    "spiel_ma": Method(SM3, spiel(SpielMAConfig)),
+    "full": Method((2e-4, 1e-4, 4e-4), lambda _: None, trains_base=True, is_ours=False),
+    "shira": Method(RANDOM, lambda r: ShiraConfig(r=r.rank, random_seed=r.seed, **TARGETS), is_ours=False),
+    "super_tuning": Method(
+        RANDOM,
+        lambda r: SupertuningConfig(
+            sparsity=1 - r.count / sum(m.weight.numel() for _, m in linear_layers(r.model)), **TARGETS
+        ),
+        is_ours=False,
+    ),
+    LOTTERY: Method(
+        (1e-3, 5e-4, 2e-3), lambda r: LotteryTicketConfig(num_weights=r.count, **TARGETS), trains_base=True
+    ),
+}
+EXTRAS = {
+    "rand_by_column": Method(RANDOM, rand(), prepare=steps_by_column),
+    "one_shot_by_column": Method(RANDOM, one_shot("gradient"), prepare=steps_by_column),
+    "one_shot_by_tensor": Method((2e-3, 1e-3, 4e-3), one_shot("gradient"), prepare=steps_by_tensor),
+    "one_shot_by_both": Method((2e-3, 1e-3, 4e-3), one_shot("gradient"), prepare=steps_by_both),
+    "flat_gradient": Method(RANDOM, one_shot(Criterion(fisher_over_energy, ("mean",)))),
+    "rand_low_rank": Method(RANDOM, rand(0.5), prepare=with_low_rank),
+    "one_shot_low_rank": Method(SM3, one_shot("gradient", 0.5), prepare=with_low_rank),
+    "rand_all": Method(RANDOM, rand(target_modules="all")),
+    "rand_rows": Method(RANDOM, confined(0.1, 0)),
+    "rand_columns": Method(RANDOM, confined(0.1, 1)),
+    "gallop": Method((1e-3, 5e-4, 2e-3), one_shot(gallop)),
+    "lift": Method(SM3, one_shot(lift(32))),
+    "spiel_ag_global": Method(CHOSEN, spiel(SpielAGConfig, budget="global")),
+    "spiel_ma_global": Method(SM3, spiel(SpielMAConfig, budget="global")),
+    "spiel_ag_embeddings": Method(CHOSEN, with_embeddings),
+    "spiel_ag_3_candidates": Method(CHOSEN, spiel(SpielAGConfig, candidates_per_weight=3.0)),
+}

@@ -1,0 +1,42 @@
+"""Pictures of `instruction_quality.py`: how forgiving each method's rate is, and what it makes the model forget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def draw(searched: dict[str, dict[float, dict]], untuned: dict | None, path: Path) -> None:
+    """Loss by learning rate for each method, and beside it the loss on other text against that on the task.
+
+    Args:
+        searched: {method: {learning rate: run}} of one seed.
+        untuned: the run of the untuned model, if there is one.
+        path: the picture's file.
+    """
+    curves = {name: sorted(runs.items()) for name, runs in searched.items() if runs}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for number, (name, runs) in enumerate(curves.items()):
+        style = {"marker": "os^Dv*"[number // 10 % 6], "color": f"C{number % 10}", "label": name, "markersize": 4}
+        left.plot([rate for rate, _ in runs], [run["loss"] for _, run in runs], **style)
+        with_other = [run for _, run in runs if "general" in run]
+        right.plot([run["general"] for run in with_other], [run["loss"] for run in with_other], **style)
+    best = min(run["loss"] for runs in curves.values() for _, run in runs)
+    ceiling = max(min(run["loss"] for _, run in runs) for runs in curves.values())
+    for axes in (left, right):
+        axes.set_ylim(best - 0.1 * (ceiling - best), ceiling + 1.0 * (ceiling - best) + 1e-6)
+        axes.set_ylabel("held-out loss of the task, nats")
+        axes.grid(alpha=0.3)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.set_xlabel("learning rate")
+    right.set_xlabel("loss on other text, nats")
+    if untuned and "general" in untuned:
+        right.axvline(untuned["general"], color="grey", linestyle=":", label="untuned")
+    left.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
