@@ -24,7 +24,7 @@ from peft_sparse import (
     SpielMAConfig,
     iter_deltas,
 )
-from peft_sparse.selection.saliency import Criterion
+from peft_sparse.selection.criteria import Criterion
 
 TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA, LOTTERY, UNTUNED = "lora", "lottery_ticket", "untuned"
