@@ -8,7 +8,9 @@ from typing import Any
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ..common.base_module import home_of
+from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.tuner import WeightTuner, adding
 from ..sparse_ft.iteration import path_in_base
@@ -60,8 +62,13 @@ class AdaSftModel(WeightTuner):
             self._request = config.as_sparse()
             self._targets = find_targets(self._request, model)
             modules = dict(named_targets(model))
+            refused: dict[str, ConfigError] = {}
             for name in self._targets:
-                check_linear(modules[name], name)
+                try:
+                    check_linear(modules[name], name)
+                except ConfigError as error:
+                    refused[name] = error
+            refuse_unsupported(refused, [name for name in self._targets if name not in refused])
             super().inject_adapter(
                 model,
                 adapter_name,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
@@ -17,6 +19,9 @@ from ..sparse_ft.layers.base import PARAMETERS
 from ..sparse_ft.layers.choice import is_norm
 from .keys import modules_around_adapters
 from .packed import own_parameters, parameter_numel
+from .target_checks import check_names, warn_if_deeper
+
+logger = logging.getLogger(__name__)
 
 # {module path: names of its targeted parameters}, in the order of the model.
 Targets = dict[str, tuple[str, ...]]
@@ -32,6 +37,7 @@ def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
     """
     modules = dict(named_targets(model))
     if config.counts is not None:
+        warn_if_deeper(config, config.counts, modules)
         return _from_counts(config.counts, modules)
     rules = [_module_rule(config, model), _norm_rule(config), _parameter_rule(config, modules)]
     targets: Targets = {}
@@ -42,6 +48,7 @@ def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
         present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
         if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
             targets[name] = present
+    check_names(config.target_modules, modules, is_empty=not targets)
     return targets
 
 
@@ -146,10 +153,15 @@ def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targe
 
 
 def _all_linear(config: SparseConfig, model: nn.Module) -> set[str]:
-    """The modules that PEFT's "all-linear" means, without touching the config."""
+    """The modules that PEFT's "all-linear" means, but those that are never called; the config is not touched."""
     scratch = PeftConfig(task_type=config.task_type)
     scratch.target_modules = ALL_LINEAR
-    return {path_in_base(name) for name in _maybe_include_all_linear_layers(scratch, model).target_modules}
+    named = dict(modules_around_adapters(model))
+    found = _maybe_include_all_linear_layers(scratch, model).target_modules
+    bypassed = sorted(name for name in found if isinstance(named.get(name), NonDynamicallyQuantizableLinear))
+    if bypassed:
+        logger.warning("all-linear leaves out %s: nn.MultiheadAttention never calls it.", ", ".join(bypassed))
+    return {path_in_base(name) for name in found if name not in bypassed}
 
 
 def _in_layers(config: SparseConfig, name: str) -> bool:

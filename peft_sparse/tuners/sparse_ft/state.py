@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 
+import torch
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -38,6 +41,7 @@ def for_saving(
     if any(counts.values()):
         config.counts = counts
     warn_of_saving(base_model_of(model), adapter_name, config)
+    warn_beyond_range(model, adapter_name)
     gather(model, own, state_dict)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -83,6 +87,7 @@ def for_loading(
             shapes={name: delta.shape for name, delta in deltas.items()},
             heads=_head_shapes(model, adapter_name),
             passengers=_embedding_names(model, adapter_name),
+            vocabularies=_vocabularies(model, adapter_name),
             adapter_name=adapter_name,
             verified=config.verified,
         )
@@ -91,10 +96,21 @@ def for_loading(
         if is_new and not is_unselected(config):
             discard(model, adapter_name)
         raise
+    grown = {name: loaded[name].shape for name, delta in deltas.items() if loaded[name].shape != delta.shape}
+    for name, shape in grown.items():
+        logger.warning(
+            "%s has %d rows here and had %d where adapter %r was trained: of the rows here the first %d are tuned.",
+            name,
+            deltas[name].shape[0],
+            shape[0],
+            adapter_name,
+            shape[0],
+        )
     for name, delta in deltas.items():
         if delta.values.is_meta:
             delta.values = nn.Parameter(loaded[name].values, requires_grad=delta.values.requires_grad)
         delta.set_support(loaded[name].indices, loaded[name].values)
+    warn_beyond_range(model, adapter_name)
     if any(delta.count for delta in loaded.values()):
         config.counts = {name: loaded[name].count for name in deltas}
     return _decoded(state_dict, loaded)
@@ -110,6 +126,25 @@ def _decoded(state_dict: dict[str, Tensor], loaded: dict[str, SparseDelta]) -> d
         parameter = native.parameter_of(name) if name.endswith(f".{native.INDICES}") else None
         left[key] = tensor if parameter is None else with_support(tensor, loaded[parameter].indices)
     return left
+
+
+def warn_beyond_range(model: nn.Module, adapter_name: str) -> None:
+    """Say that values are finite in their own dtype and not in that of the weight to which they are added."""
+    broken = []
+    for name, layer, part, delta in iter_deltas(model, adapter_name):
+        weight = getattr(layer.get_base_layer(), part)
+        values = delta.held_values.detach()
+        if not weight.is_floating_point() or is_sharded(values) or values.is_meta or not values.numel():
+            continue
+        largest = float(values.abs().max())
+        if torch.finfo(weight.dtype).max < largest < math.inf:
+            broken.append(f"{name} ({largest:.3g} in {str(weight.dtype).removeprefix('torch.')})")
+    if broken:
+        logger.warning(
+            "adapter %r holds values beyond the range of the weights that they are added to, which become infinite: %s",
+            adapter_name,
+            ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else ""),
+        )
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
@@ -145,6 +180,19 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
             for key, model_key in module.adapter_state_dict_load_map(adapter_name).items():
                 shapes[native.canonical_name(f"{name}.{key}")] = tuple(state[model_key].shape)
     return shapes
+
+
+def _vocabularies(model: nn.Module, adapter_name: str) -> set[str]:
+    """The tuned parameters that have a row for each token: embeddings, and the output layer."""
+    output = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        output = model.get_output_embeddings()
+    return {
+        name
+        for name, layer, part, _ in iter_deltas(model, adapter_name)
+        if isinstance(layer.get_base_layer(), nn.Embedding)
+        or (output is not None and output in (layer, layer.base_layer))
+    }
 
 
 def _embedding_names(model: nn.Module, adapter_name: str) -> set[str]:

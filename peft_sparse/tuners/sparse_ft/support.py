@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ...selection.budget import Group, bernoulli_counts, draw_counts, groups_of, total_from_request
 from ...selection.rows import check_room, random_in_rows, room
 from ..common.packed import own_parameters, parameter_numel, parameter_shape
+from ..common.target_checks import refuse_unsupported
 from ..common.targets import Targets, find_targets, named_targets
 from .chosen import checked_support, choose_by_weights, given_support
 from .configs.base import CHANCE, NOTHING, WEIGHTS, SparseConfig
@@ -50,8 +51,14 @@ def plan(config: SparseConfig, model: nn.Module) -> Plan:
         config.counts = {name: indices.numel() for name, indices in support.items()}
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
+    refused: dict[str, ConfigError] = {}
+    for name in targets:
+        try:
+            wrapper_for(modules[name], name)
+        except ConfigError as error:
+            refused[name] = error
+    refuse_unsupported(refused, [name for name in targets if name not in refused])
     for name, parameters in targets.items():
-        wrapper_for(modules[name], name)
         if not parameters:
             raise ConfigError(
                 f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
