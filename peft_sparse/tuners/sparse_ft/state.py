@@ -7,17 +7,18 @@ import logging
 import math
 
 import torch
-from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checkpoints import native
 from ...core.delta import SparseDelta
-from ...core.sharded import is_sharded, whole
+from ...core.sharded import is_sharded
 from ...errors import FormatError
+from ..common.base_model import base_model_of
+from ..common.files import discard, gather
 from ..common.keys import embeddings_of
 from .configs.base import SparseConfig
-from .iteration import base_model_of, iter_deltas
+from .iteration import iter_deltas
 from .layers.delta import with_support
 from .unselected import is_unselected, warn_of_saving
 
@@ -50,21 +51,6 @@ def for_saving(
             inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
             heads.update({f"{name}.{k}": v for k, v in module.adapter_state_dict(adapter_name, inside).items()})
     return native.finish(own, heads, adapter_name=adapter_name)
-
-
-def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
-    """Put whole tensors in the place of sharded ones that go into an adapter's file, in both dictionaries.
-
-    Args:
-        model: whatever carries the adapter.
-        own: the adapter's own tensors.
-        state_dict: the model's state dict, in which the heads are.
-    """
-    heads = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    for tensors in (own, state_dict):
-        for key, tensor in tensors.items():
-            if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
-                tensors[key] = whole(tensor).cpu()
 
 
 def for_loading(
@@ -145,18 +131,6 @@ def warn_beyond_range(model: nn.Module, adapter_name: str) -> None:
             adapter_name,
             ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else ""),
         )
-
-
-def discard(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a model whose loading failed; the base model is as it was before."""
-    if not isinstance(model, PeftModel):
-        logger.warning("The adapter %s was refused but stays in the model without effect: delete it.", adapter_name)
-    elif len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        trainable = model.base_model.trainable_before
-        for name, parameter in model.base_model.unload().named_parameters():
-            parameter.requires_grad_(name in trainable)
 
 
 def counts_of(state_dict: dict[str, Tensor]) -> dict[str, int]:
