@@ -9,9 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
-from peft_sparse import LotteryTicketConfig, RandConfig, Typology, save_adapter_hub
+from peft_sparse import (
+    LotteryTicketConfig,
+    MultiSourceCollator,
+    MultiSourceDataset,
+    RandConfig,
+    Typology,
+    save_adapter_hub,
+)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +47,7 @@ ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("for_language("), snippet("MultiSourceDataset(")
+DISTILLING = snippet("make_student(")
 
 
 @pytest.fixture
@@ -216,10 +232,36 @@ def test_generating_adapters(folder, monkeypatch):
     assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_distilling(folder):
+    def classifier() -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        return BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=4, num_labels=3, **sizes))
+
+    for name, heads in (("ind", None), ("jav", None), ("task", ["classifier"])):
+        config = RandConfig(num_weights=50, init_weights=False, target_modules="all", modules_to_save=heads)
+        get_peft_model(classifier(), config).save_pretrained(folder / f"small-{name}")
+    text = [{"input_ids": torch.tensor(row["input_ids"])} for row in rows(4)]
+    task = [{**row, "labels": number % 3} for number, row in enumerate(text)]
+    batches = MultiSourceDataset({"ind": text, "jav": text}, num_batches=2, batch_size=2)
+    names = {
+        "encoder": classifier(), "whole_classifier": classifier(), "batches": batches, "task": task,
+        "collate": MultiSourceCollator(torch.utils.data.default_collate), "get_peft_model": get_peft_model,
+        "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+        "LotteryTicketConfig": LotteryTicketConfig,
+        "args": TrainingArguments("out", max_steps=2, per_device_train_batch_size=1, use_cpu=True, report_to=[]),
+    }  # fmt: skip
+    exec(DISTILLING, names)
+    released = AutoModelForSequenceClassification.from_pretrained("ind-jav")
+    assert released.config.num_hidden_layers == 2
+    loaded = PeftModel.from_pretrained(released, "sentiment")
+    torch.testing.assert_close(output(loaded), output(names["tuned"]))
+
+
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
     run += [GENERATING, FEATURES, IMPORTING]
-    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES]
+    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING]
     assert sorted(SNIPPETS) == sorted(run)
 
 
