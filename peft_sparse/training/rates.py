@@ -38,9 +38,9 @@ class Rates:
     source: str
 
 
-_MEASURED = "measured with SmolLM2-135M, see examples/RESULTS.md"
+_MEASURED = "chosen for SmolLM2-135M by example and benchmark; elsewhere a guess"
 _TABLE = "thesis, Table 7.1: Llama 2 of 7B and 13B"
-_THESIS = "thesis, section 4.4.2: mBERT and XLM-R"
+_THESIS = "5e-5 in the thesis, section 4.4.2; the rest of the range is a guess"
 
 
 def recommended(config: Any, num_parameters: int, *, with_sm3: bool = False) -> Rates | None:
@@ -60,9 +60,9 @@ def recommended(config: Any, num_parameters: int, *, with_sm3: bool = False) -> 
         return None
     is_large = num_parameters >= _LARGE
     if is_unselected(config):
-        return Rates(2e-5, 2e-4, f"full fine-tuning; {_THESIS}") if config.selected_by == DENSE_PHASE else None
+        return Rates(2e-5, 2e-4, _THESIS) if config.selected_by == DENSE_PHASE else None
     if config.selected_by == DENSE_PHASE:
-        return Rates(5e-5, 2e-3, f"{_THESIS}; short runs want more")
+        return Rates(5e-5, 2e-3, _THESIS)
     if with_sm3:
         return Rates(4e-4, 1e-3, _TABLE) if is_large else Rates(8e-3, 8e-3, _MEASURED)
     if config.method.startswith("spiel"):
@@ -119,7 +119,7 @@ def _trained(model: nn.Module, name: str, config: Any) -> list[nn.Parameter]:
 def _warn(name: str, config: Any, rate: float, known: Rates, how_far: str) -> None:
     figures = f"{known.low:g}" if known.low == known.high else f"{known.low:g} to {known.high:g}"
     logger.warning(
-        "the learning rate %g of adapter %r (%s) is %s what worked for this method: %s (%s). Set learning_rate in the "
+        "the learning rate %g of adapter %r (%s) is %s what this method usually wants: %s (%s). Set learning_rate in the "
         "training arguments; trainers' defaults are made for full fine-tuning.",
         rate,
         name,

@@ -33,7 +33,7 @@ def warnings_of(caplog, folder, config, rate, *, trainer=SparseTrainer, dense_ra
 def test_the_default_rate_of_trl_is_too_small_for_spiel(caplog, tmp_path, trainer):
     (said,) = warnings_of(caplog, tmp_path, SpielAGConfig(density=0.1), 2e-5, trainer=trainer)
     assert "the learning rate 2e-05 of adapter 'default' (SpielAGConfig) is 100 times smaller than" in said
-    assert "0.002 (measured with SmolLM2-135M" in said
+    assert "0.002 (chosen for SmolLM2-135M" in said
 
 
 @pytest.mark.parametrize(
