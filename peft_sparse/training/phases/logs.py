@@ -8,7 +8,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from ...tuners.sparse_ft.iteration import iter_deltas
+from ..rates import warn_of_rate
 from ..spiel.in_trainer import figures
+from ..spiel.reselector import iter_reselectors
 from .dense_phase import DensePhase
 from .mask_phase import MaskPhase
 
@@ -53,12 +55,14 @@ class PhaseLogs(_Base):
 
 
 class NamePhase(TrainerCallback):
-    """Writes the phase's name at the progress bar."""
+    """Writes the phase's name at the progress bar, and warns of a learning rate that is far off."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not any(iter_reselectors(self._trainer.model)):  # those have a callback that every trainer calls
+            warn_of_rate(self._trainer.model, kwargs.get("optimizer"))
         name = self._trainer._phase_name
         if name is None:
             return
