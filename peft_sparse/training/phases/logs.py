@@ -9,8 +9,7 @@ from transformers.trainer_callback import TrainerState
 
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..spiel.in_trainer import figures
-from .dense_phase import DensePhase
-from .mask_phase import MaskPhase
+from .phase import Phase
 
 if TYPE_CHECKING:
     from ..trainer.checkpoints import PhaseCheckpoints as _Base
@@ -21,7 +20,7 @@ else:
 class PhaseLogs(_Base):
     """The log of `TwoPhaseTraining`."""
 
-    _phase: DensePhase | MaskPhase | None
+    _phase: Phase | None
     _phase_name: str | None
     # The update up to which reselections are in the log.
     _logged_update = 0

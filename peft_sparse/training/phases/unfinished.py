@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...errors import ConfigError
 from ...tuners.sparse_ft.iteration import base_model_of, iter_deltas
 from ...tuners.sparse_ft.unselected import HOW_TO_SELECT, ON_UNFINISHED, is_unselected, open_phase
-from .lottery import peft_configs
 from .mask_phase import is_in_mask_phase
+from .targets import peft_configs
 
 logger = logging.getLogger(__name__)
 
