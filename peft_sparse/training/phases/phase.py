@@ -57,11 +57,11 @@ class Phase(ABC):
         """Whether an adapter whose config names this phase is to go through it."""
         return True
 
-    @classmethod
+    @classmethod  # noqa: B027
     def refuse(cls, trainer: Any) -> None:
         """Raise a ConfigError if this trainer cannot run the phase."""
 
-    @classmethod
+    @classmethod  # noqa: B027
     def warn_of_args(cls, changes: Mapping[str, Any]) -> None:
         """Warn of training arguments (what `args_name` was given) that are legal and unwise."""
 
@@ -79,10 +79,10 @@ class Phase(ABC):
     def select(self) -> Any:
         """Decide, of what was learnt, what trains afterwards."""
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:  # noqa: B027
         """Write what a checkpoint inside the phase needs, `file_name` among it, beside the trainer's own files."""
 
-    def load(self, directory: str | os.PathLike[str]) -> None:
+    def load(self, directory: str | os.PathLike[str]) -> None:  # noqa: B027
         """Put the open phase where `save` was called.
 
         Raises:

@@ -28,8 +28,8 @@ class ResumePoint:
     """A checkpoint to go on from.
 
     Attributes:
-        phase: the name of a first phase ("dense", "mask"); "selection": at the boundary, with the support chosen or the masks fixed and nothing
-            else done; or "second", which is also that of a run in one phase.
+        phase: the name of a first phase ("dense", "mask"); "selection": at the boundary, with the support chosen or the
+            masks fixed and nothing else done; or "second", which is also that of a run in one phase.
         path: its folder.
     """
 

@@ -17,8 +17,9 @@ from transformers.trainer_utils import TrainOutput
 from ...checkpoints.push import update_cards
 from ...errors import ConfigError, FormatError
 from ...tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
-from ...tuners.sparse_ft.iteration import iter_layers
+from ...tuners.sparse_ft.iteration import base_model_of, iter_layers
 from ...tuners.sparse_ft.resident import resident
+from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
@@ -221,12 +222,18 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
         self.args = make_first_args(args, getattr(self, str(phase.args_name), None), name=str(phase.args_name))
         self._train_batch_size = self.args.train_batch_size
         self._phase = phase
+        # Where callbacks see that the adapter is in its phase; dense and mask phases say so themselves.
+        marks = base_model_of(self.model).__dict__
+        is_marked_here = PHASE_ATTRIBUTE not in marks
+        marks.setdefault(PHASE_ATTRIBUTE, phase)
         self._drop_optimizer()
         self._seed()
         try:
             yield
         finally:
             self._phase = None
+            if is_marked_here:
+                marks.pop(PHASE_ATTRIBUTE, None)
             self.args, self._train_batch_size = args, batch_size
             self._drop_optimizer()
 

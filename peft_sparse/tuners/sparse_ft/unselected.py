@@ -60,7 +60,7 @@ def open_phase(base_model: nn.Module) -> Any:
 
 
 def is_unselected(config: Any) -> bool:
-    """Whether a config belongs to an adapter that a first phase (dense, by gradients) has yet to choose the weights of."""
+    """Whether a config is of an adapter that a first phase (dense, by gradients) has yet to choose the weights of."""
     return isinstance(config, SparseConfig) and config.first_phase is not None
 
 
