@@ -11,8 +11,7 @@ from ...tuners.sparse_ft.iteration import iter_deltas
 from ..rates import warn_of_rate
 from ..spiel.in_trainer import figures
 from ..spiel.reselector import iter_reselectors
-from .dense_phase import DensePhase
-from .mask_phase import MaskPhase
+from .phase import Phase
 
 if TYPE_CHECKING:
     from ..trainer.checkpoints import PhaseCheckpoints as _Base
@@ -23,7 +22,7 @@ else:
 class PhaseLogs(_Base):
     """The log of `TwoPhaseTraining`."""
 
-    _phase: DensePhase | MaskPhase | None
+    _phase: Phase | None
     _phase_name: str | None
     # The update up to which reselections are in the log.
     _logged_update = 0
