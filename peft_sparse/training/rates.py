@@ -92,7 +92,7 @@ def warn_of_rate(model: nn.Module, optimizer: Any) -> None:
     for name, config in _configs(model).items():
         known = recommended(config, count, with_sm3=isinstance(optimizer, SM3))
         found = {rate_of[id(p)] for p in _trained(model, name, config) if id(p) in rate_of}
-        if known is None or not found:
+        if known is None or not any(found):
             continue
         if (rate := max(found)) * FACTOR <= known.low * (1 + 1e-9):
             _warn(name, config, rate, known, f"{known.low / rate:.0f} times smaller than")

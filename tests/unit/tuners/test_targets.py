@@ -107,7 +107,7 @@ def test_gpt2_conv1d_is_linear():
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "No modules were targeted for adaptation"),
         (
             {"target_modules": ["self_attn"]},
-            r"target module .*self_attn of type LlamaAttention is not supported.*exclude",
+            r"3 of the targeted modules.*exclude_modules=\['self_attn'\](.|\n)*LlamaAttention is not supported",
         ),
         ({"target_parameters": ["q_proj.scale"]}, r"no parameter of the model ends with 'q_proj\.scale'"),
         ({"num_weights": 10**9, "density": None}, "asks for 1000000000 weights, but the targeted tensors hold"),
