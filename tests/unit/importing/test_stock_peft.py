@@ -70,9 +70,10 @@ def test_a_head_goes_with_it(tmp_path):
 def test_it_loads_where_this_package_is_not_imported(tmp_path):
     _, expected = trained(tmp_path)
     export_adapter(tmp_path / "ours", tmp_path / "out", to="shira")
+    base, out = str(tmp_path / "base"), str(tmp_path / "out")
     code = (
         "import sys, torch\nfrom peft import PeftModel\nfrom transformers import BertForTokenClassification as Bert\n"
-        f"model = PeftModel.from_pretrained(Bert.from_pretrained({str(tmp_path / 'base')!r}), {str(tmp_path / 'out')!r})\n"
+        f"model = PeftModel.from_pretrained(Bert.from_pretrained({base!r}), {out!r})\n"
         "assert 'peft_sparse' not in sys.modules\n"
         f"torch.save(model.eval()(torch.arange(2, 12)[None]).logits, {str(tmp_path / 'logits')!r})\n"
     )
