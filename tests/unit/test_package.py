@@ -6,7 +6,9 @@ import ast
 import pickle
 import subprocess
 import sys
+import warnings
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -124,12 +126,58 @@ def test_add_member_makes_a_member_like_the_others():
     assert {blue: 1}["BLUE"] == 1
 
 
-@pytest.mark.parametrize("version", ["0.20.1.dev0", "0.20.9", "0.22.0", "0.22.0.dev0", "1.0"])
-def test_an_unsupported_peft_is_refused(version):
-    with pytest.raises(ImportError, match=r"supports peft >= 0\.21, < 0\.22, found "):
+@pytest.mark.parametrize("version", ["0.20.1.dev0", "0.20.9", "0.9"])
+def test_a_peft_that_is_too_old_is_refused(version):
+    with pytest.raises(ImportError, match=r"supports peft >= 0\.21, found "):
         _peft_bridge.check_peft_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.9.post1"])
-def test_a_supported_peft_is_accepted(version):
-    _peft_bridge.check_peft_version(version)
+def test_a_tested_peft_is_accepted(version):
+    _peft_bridge.check_peft_version.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _peft_bridge.check_peft_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.22.0.dev0", "0.22.0", "1.0"])
+def test_a_newer_minor_version_warns_once(version):
+    _peft_bridge.check_peft_version.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            _peft_bridge.check_peft_version(version)
+    assert [f"peft {version} is newer than" in str(w.message) for w in caught] == [True]
+
+
+@pytest.mark.parametrize("internal", _peft_bridge.INTERNALS, ids=lambda internal: internal.name)
+def test_an_internal_that_is_gone_is_named(internal, monkeypatch):
+    assert (ROOT.parent / internal.test).is_file()
+    found = _peft_bridge.find(internal)
+    lost = internal._replace(members=("_no_such_hook",))
+    with pytest.raises(ImportError, match=rf"builds on {internal.module}\.{internal.name}\._no_such_hook, which peft "):
+        _peft_bridge.find(lost)
+    assert found is _peft_bridge.find(internal)
+    monkeypatch.delattr(import_module(internal.module), internal.name)
+    with pytest.raises(ImportError, match=rf"builds on {internal.module}\.{internal.name}, which peft "):
+        _peft_bridge.find(internal)
+
+
+def private_imports(code: str) -> list[str]:
+    """Names that code imports from PEFT's modules below `peft` and `peft.utils`, or that begin with an underscore."""
+    return [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "peft"
+        for alias in node.names
+        if node.module not in ("peft", "peft.utils") or alias.name.startswith("_")
+    ]
+
+
+def test_only_the_bridge_imports_internals_of_peft():
+    assert private_imports("from peft.utils.other import x\nfrom peft import _y, z") == [
+        "peft.utils.other.x",
+        "peft._y",
+    ]
+    files = [file for file in ROOT.rglob("*.py") if file.name != "_peft_bridge.py"]
+    assert {file.name: private_imports(file.read_text()) for file in files if private_imports(file.read_text())} == {}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..._peft_bridge import BaseTuner
 from ...errors import ConfigError, SelectionError
 from ...tuners.common.packed import find_backend, is_packed
 from ...tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
+from ..._peft_bridge import _ExcludedModule
 from ..common.base_module import home_of
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.tuner import WeightTuner, adding

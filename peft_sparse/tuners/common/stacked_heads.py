@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, ModulesToSaveWrapper
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
 from ..sparse_ft.configs.base import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig

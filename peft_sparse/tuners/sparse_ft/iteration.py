@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..._peft_bridge import BaseTuner
 from ...core.names import unwrapped as path_in_base
 from ..common.keys import modules_around_adapters
 from .layers.base import PARAMETERS, SparseLayer
