@@ -71,6 +71,7 @@ INTERNALS = (
     Internal(_TUNERS, "_get_in_out_features", (), "tests/unit/tuners/test_bottleneck.py"),
     Internal(_TUNERS, "_maybe_include_all_linear_layers", (), "tests/unit/tuners/test_targets.py"),
     Internal(_TUNERS, "check_adapters_to_merge", (), "tests/unit/tuners/test_verbs_matrix.py"),
+    Internal(_TUNERS, "NoMatchingPeftModuleError", (), "tests/unit/tuners/test_target_checks.py"),
     Internal(_OTHER, "AuxiliaryTrainingWrapper", (), "tests/unit/tuners/test_heads.py"),
     Internal(_OTHER, "ModulesToSaveWrapper", ("delete_adapter", "set_adapter"), "tests/unit/tuners/test_heads.py"),
     Internal(_QUANTIZATION, "QuantizationBackend", (), "tests/unit/tuners/test_quantized_backends.py"),
@@ -109,6 +110,7 @@ _ExcludedModule = _FOUND["_ExcludedModule"]
 _get_in_out_features = _FOUND["_get_in_out_features"]
 _maybe_include_all_linear_layers = _FOUND["_maybe_include_all_linear_layers"]
 check_adapters_to_merge = _FOUND["check_adapters_to_merge"]
+NoMatchingPeftModuleError = _FOUND["NoMatchingPeftModuleError"]
 AuxiliaryTrainingWrapper = _FOUND["AuxiliaryTrainingWrapper"]
 ModulesToSaveWrapper = _FOUND["ModulesToSaveWrapper"]
 QuantizationBackend = _FOUND["QuantizationBackend"]

@@ -10,11 +10,33 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .inspection.sheets import Sheet
-
 # Text as short as this is not folded, however narrow the terminal, unless a number would be cut otherwise.
 _MIN_TEXT = 24
 _BETWEEN = 2
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: the first column and those without a heading are text, the others are numbers.
+
+    Attributes:
+        title: what stands above it.
+        columns: their headings.
+        rows: one text per column.
+        has_total: whether the last row is a sum of the others.
+        note: what stands below it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    has_total: bool = False
+    note: str = ""
+
+    @property
+    def is_text(self) -> tuple[bool, ...]:
+        """Of each column, whether it is text."""
+        return tuple(position == 0 or not heading for position, heading in enumerate(self.columns))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -223,6 +224,7 @@ def verify(
     shapes: Mapping[str, Sequence[int]] | None = None,
     heads: Mapping[str, Sequence[int]] | None = None,
     passengers: Collection[str] | None = None,
+    vocabularies: Collection[str] = (),
     adapter_name: str | None = None,
     source: str = SOURCE,
     verified: Verified | None = None,
@@ -236,6 +238,8 @@ def verify(
         heads: shapes of the tensors of `modules_to_save` in this model, by canonical name; None accepts any.
         passengers: canonical names of tensors that may travel along outside the digest, which PEFT's
             `save_embedding_layers` adds after the digest was made; None accepts any.
+        vocabularies: parameters with a row for each token. The model may have more rows of them than the file knows:
+            flat row-major indices mean the same weights there.
         adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
         source: what errors call the file.
         verified: what an earlier check of the same file found. If the tensors still have its digest they are not
@@ -261,7 +265,7 @@ def verify(
     _check_names(deltas, counts, "adapter_config.json ('counts')", source)
     _check_names(deltas, shapes, "the model", source)
     _check_counts(deltas, counts or {}, source)
-    _check_shapes(deltas, shapes or {}, source)
+    _check_shapes(deltas, shapes or {}, vocabularies, source)
     if heads is not None:
         _check_heads({name: named[name] for name in others}, heads, source)
     if (found_digest or bytes(digest(covered).tolist())) != expected_digest:
@@ -396,11 +400,25 @@ def _check_counts(deltas: Mapping[str, SparseDelta], counts: Mapping[str, int], 
             )
 
 
-def _check_shapes(deltas: Mapping[str, SparseDelta], shapes: Mapping[str, Sequence[int]], source: str) -> None:
+def _check_shapes(
+    deltas: Mapping[str, SparseDelta], shapes: Mapping[str, Sequence[int]], vocabularies: Collection[str], source: str
+) -> None:
     for parameter, shape in shapes.items():
-        if deltas[parameter].shape != tuple(shape):
-            raise FormatError(
-                f"{source}: tensor '{tensor_names(parameter)[1]}' was made for a parameter of shape "
-                f"{deltas[parameter].shape}, but '{parameter}' of this model has {tuple(shape)}. Nothing was loaded. "
-                "Load the base model that the adapter was trained on (base_model_name_or_path in adapter_config.json)."
+        delta = deltas[parameter]
+        if delta.shape == tuple(shape):
+            continue
+        way_out = (
+            "Load the base model that the adapter was trained on (base_model_name_or_path in adapter_config.json)."
+        )
+        if parameter in vocabularies and delta.shape[1:] == tuple(shape[1:]):
+            if delta.shape[0] < shape[0]:
+                continue
+            lost = int((delta.indices.long() >= math.prod(shape)).sum())
+            way_out = (
+                f"{lost:,} of its {delta.count:,} tuned weights are in rows that this model lacks: give it the rows "
+                f"first, resize_token_embeddings({delta.shape[0]})."
             )
+        raise FormatError(
+            f"{source}: tensor '{tensor_names(parameter)[1]}' was made for a parameter of shape {delta.shape}, but "
+            f"'{parameter}' of this model has {tuple(shape)}. Nothing was loaded. {way_out}"
+        )

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from ..checkpoints.architecture import Names, skeleton, tied_groups
 from ..checkpoints.tasks import HEADS
 from ..errors import ConfigError, FormatError
-from ..tuners.common.targets import find_targets, is_excluded
+from ..tuners.common.targets import find_targets, is_excluded, is_linear
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.layers.base import PARAMETERS
-from ..tuners.sparse_ft.layers.choice import is_linear, wrapper_for
+from ..tuners.sparse_ft.layers.choice import wrapper_for
 from ..untrusted import UNREADABLE
 
 # PEFT's task type by the ending of the architecture's name.

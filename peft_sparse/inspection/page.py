@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..files import write_atomically
+from ..tables import Sheet
 from . import plots
 from .reading import Adapter, read_adapters
 from .report import pairwise, report_on
-from .sheets import Sheet, report_sheets
+from .sheets import report_sheets
 from .tokens import changed_rows, embedding_matrix, load_tokenizer, token_text
 
 if TYPE_CHECKING:

@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..composition.report import Interference, Overlap
+from ..tables import Sheet
 from .conflicts import Conflicts
 from .report import AdapterReport, Tally
 
 _BAR_WIDTH = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _NOTHING = "-"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table: the first column and those without a heading are text, the others are numbers.
-
-    Attributes:
-        title: what stands above it.
-        columns: their headings.
-        rows: one text per column.
-        has_total: whether the last row is a sum of the others.
-        note: what stands below it.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    has_total: bool = False
-    note: str = ""
-
-    @property
-    def is_text(self) -> tuple[bool, ...]:
-        """Of each column, whether it is text."""
-        return tuple(position == 0 or not heading for position, heading in enumerate(self.columns))
 
 
 def report_sheets(reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap]) -> list[Sheet]:

@@ -65,6 +65,38 @@ def test_imports_point_one_way():
     assert [v for f in files for v in violations(f, imported_packages(f))] == []
 
 
+# What one tuner may take out of another: MAD-G generates bottleneck adapters, Ada-SFT's `to_sparse` gives sparse ones.
+BETWEEN_TUNERS = {
+    "madg": {"bottleneck"},
+    "ada_sft/config.py": {"sparse_ft.configs.base"},
+    "ada_sft/to_sparse.py": {"sparse_ft.configs.base", "sparse_ft.support"},
+}
+
+
+def taken_from_siblings(file: Path) -> set[str]:
+    """Modules of other tuners that a tuner's file imports, relative to `tuners`."""
+    inside = file.relative_to(ROOT).with_suffix("").parts
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            up = list(inside[: len(inside) - node.level]) if node.level else []
+            path = [part for part in [*up, *(node.module or "").removeprefix("peft_sparse.").split(".")] if part]
+            if path[:1] == ["tuners"]:
+                found.update([".".join(path[1:])] if path[1:] else [alias.name for alias in node.names])
+    return {name for name in found if name.partition(".")[0] not in (inside[1], "common")}
+
+
+def test_no_tuner_imports_the_internals_of_a_sibling():
+    tuners = ROOT / "tuners"
+    refused = []
+    for file in [f for f in tuners.rglob("*.py") if f.parent != tuners]:
+        name = file.relative_to(tuners).as_posix()
+        allowed = BETWEEN_TUNERS.get(name, BETWEEN_TUNERS.get(name.partition("/")[0], set()))
+        refused += [f"{name} <- {m}" for m in taken_from_siblings(file) if not {m, m.partition(".")[0]} & allowed]
+    assert refused == []
+    assert taken_from_siblings(tuners / "ada_sft" / "to_sparse.py") == BETWEEN_TUNERS["ada_sft/to_sparse.py"]
+
+
 def test_the_import_check_sees_an_upward_import():
     assert violations(ROOT / "core" / "delta.py", {"tuners"}) == ["core -> tuners"]
     assert "core" in imported_packages(ROOT / "tuners" / "sparse_ft" / "layers" / "base.py")

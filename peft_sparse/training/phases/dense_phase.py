@@ -16,12 +16,13 @@ from ...optim import l1 as regularization
 from ...selection.random import difference
 from ...selection.rows import RowConfinement
 from ...selection.top_k import streamed_top_k
+from ...tuners.common.base_model import base_model_of
+from ...tuners.common.targets import model_numel, targets_of
 from ...tuners.sparse_ft.configs.base import SparseConfig
 from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
-from ...tuners.sparse_ft.iteration import base_model_of
 from ...tuners.sparse_ft.layers.base import SparseLayer
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
-from ...tuners.sparse_ft.support import model_numel, plan_groups, targets_of
+from ...tuners.sparse_ft.support import plan_groups
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..distributed import from_first_rank
 from ..progress import progress_bar

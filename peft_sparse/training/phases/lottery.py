@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import BaseTuner
 from ...errors import ConfigError, SelectionError
+from ...tuners.common.base_model import base_model_of
 from ...tuners.common.packed import find_backend, is_packed
 from ...tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
-from ...tuners.sparse_ft.iteration import base_model_of, iter_deltas, iter_layers
+from ...tuners.sparse_ft.iteration import iter_deltas, iter_layers
 from ...tuners.sparse_ft.unselected import is_unselected, open_phase
 from ..distributed import refuse_sharded
 from .dense_phase import DensePhase, Target

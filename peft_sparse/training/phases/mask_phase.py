@@ -14,7 +14,7 @@ from ...errors import ConfigError, FormatError
 from ...files import write_atomically
 from ...tuners.ada_sft.config import MASK, WEIGHTS, AdaSftConfig
 from ...tuners.ada_sft.iteration import iter_masked
-from ...tuners.sparse_ft.iteration import base_model_of
+from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..trainer.completeness import naming
 from .lottery import peft_configs, refuse_wrapper

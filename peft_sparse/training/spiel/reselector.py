@@ -20,9 +20,10 @@ from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ...selection.rows import num_rows
 from ...selection.schedule import Schedule
+from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
 from ...tuners.sparse_ft.drivers import DRIVERS, drivers_of
-from ...tuners.sparse_ft.iteration import base_model_of, iter_deltas
+from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .clock import check_clock
 from .gradient_tap import ESTIMATE_PARTS, Estimate, GradientTap, end_update, not_finite

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
 from ...errors import ConfigError
 from ..common.config import WeightConfig
-from ..sparse_ft.configs.base import ALL_LINEAR, ALL_PARAMETERS, SparseConfig
+from ..common.field_checks import ALL_LINEAR, ALL_PARAMETERS
+from ..sparse_ft.configs.base import SparseConfig
 
 ADA_SFT = add_peft_type("ADA_SFT")
 MASK, WEIGHTS, COMPOSED = "mask", "weights", "composed"
@@ -83,8 +84,11 @@ class AdaSftConfig(WeightConfig):
     init_weights: bool = field(default=True, metadata={"help": "Start from equal scores. False is for tests."})
     phase: str = field(default=MASK, metadata={"help": "Filled in by the library."})
 
-    # PEFT asks every config for it.
+    # PEFT asks every config for it; and what a `TargetRequest` may ask for beside, which masks cannot serve.
     target_parameters = None
+    counts: ClassVar[None] = None
+    target_biases: ClassVar[bool] = False
+    target_norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..common.base_model import base_model_of, path_in_base
 from ..common.keys import modules_around_adapters
-from ..sparse_ft.iteration import base_model_of, path_in_base
 from .layer import Linear
 from .masked_weight import MaskedWeight
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
 from ..common.base_module import NeverOffloaded
-from ..sparse_ft.unselected import announce
+from ..common.unfinished import announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule
+from ...errors import ConfigError
+from ..common.base_model import path_in_base
 from ..common.base_module import home_of
+from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
+from ..common.ties import forget_broken_ties
 from ..common.tuner import WeightTuner, adding
-from ..sparse_ft.iteration import path_in_base
-from ..sparse_ft.ties import forget_broken_ties
-from ..sparse_ft.unselected import announce
+from ..common.unfinished import announce
 from . import compose, state
 from .config import MASK, AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers
@@ -57,11 +60,16 @@ class AdaSftModel(WeightTuner):
         with adding(self, model, adapter_name) as config:
             if state_dict is not None:
                 config.phase = state.phase_of(state_dict)
-            self._request = config.as_sparse()
+            self._request = copy.copy(config)
             self._targets = find_targets(self._request, model)
             modules = dict(named_targets(model))
+            refused: dict[str, ConfigError] = {}
             for name in self._targets:
-                check_linear(modules[name], name)
+                try:
+                    check_linear(modules[name], name)
+                except ConfigError as error:
+                    refused[name] = error
+            refuse_unsupported(refused, [name for name in self._targets if name not in refused])
             super().inject_adapter(
                 model,
                 adapter_name,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.native import SOURCE, canonical_name
 from ...errors import FormatError
-from ..sparse_ft.state import discard
+from ..common.files import discard
 from .config import HELD, AdaSftConfig
 from .iteration import iter_masked
 

@@ -17,8 +17,8 @@ from ...core.delta import SparseDelta
 from ...errors import ConfigError
 from ...files import AtomicFolder, save_tensors
 from ...selection.top_k import joint_top_k
+from ..common.base_model import base_model_of
 from ..sparse_ft.configs.base import SparseConfig
-from ..sparse_ft.iteration import base_model_of
 from ..sparse_ft.support import plan_groups
 from .config import AdaSftConfig
 from .iteration import iter_masked

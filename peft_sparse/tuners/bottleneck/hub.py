@@ -21,7 +21,7 @@ from ...checkpoints.adapter_hub import (
     write_adapter_hub,
 )
 from ...errors import ConfigError, FormatError
-from ..sparse_ft.iteration import base_model_of
+from ..common.base_model import base_model_of
 from .adapter import LEARNED
 from .config import BOTTLENECK, BottleneckConfig
 from .hub_heads import head_layers, head_of, load_head, plan_head

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ..common.base_model import path_in_base
+from ..common.files import gather
 from ..common.mixed_batches import give_names, names_by_module
 from ..common.stacked_heads import delete_heads, has_several_heads, set_adapters
-from ..common.tuner import AdapterFiles, adding
-from ..sparse_ft.iteration import path_in_base
-from ..sparse_ft.state import gather
-from ..sparse_ft.support import model_numel
+from ..common.targets import model_numel
+from ..common.tuner import AdapterTuner as AdapterTuner
+from ..common.tuner import adding
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
@@ -27,7 +28,7 @@ from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
 from .weights import iter_layers
 
 
-class BottleneckModel(AdapterFiles):
+class BottleneckModel(AdapterTuner):
     """Bottleneck adapters in a model. Several active ones stack: each works on what the ones before it made.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.sharded import is_sharded, sharded_like
 from ...errors import ConfigError, FormatError
-from ..sparse_ft.state import discard
+from ..common.files import discard
 from .layer import ADAPTERS, BottleneckLayer
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...errors import ConfigError
+from ..common.base_model import base_model_of, path_in_base
 from ..common.keys import modules_around_adapters
-from ..sparse_ft.iteration import base_model_of, path_in_base
 from .adapter import Bottleneck, BottleneckWeights
 from .layer import BottleneckLayer
 

@@ -9,8 +9,9 @@ from ...checks import check_layers, check_modules, shortened
 from ...errors import ConfigError
 from ...selection.patterns import check_pattern
 
-# Strings in these mean something else than a regular expression.
-_NAMES = ("all", "all-linear")
+# Strings in `target_modules` that mean something else than a regular expression.
+ALL_PARAMETERS = "all"
+ALL_LINEAR = "all-linear"
 
 
 def check_shared_fields(config: Any) -> None:
@@ -27,7 +28,7 @@ def check_shared_fields(config: Any) -> None:
     for name in ("target_modules", "exclude_modules", "invertible_module", "layers_pattern"):
         value = getattr(config, name, None)
         check_modules(name, value)
-        if isinstance(value, str) and value not in _NAMES:
+        if isinstance(value, str) and value not in (ALL_PARAMETERS, ALL_LINEAR):
             check_pattern(f"{name}:", value)
     for name in ("modules_to_save", "target_parameters"):
         value = getattr(config, name, None)

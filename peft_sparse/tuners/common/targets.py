@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 from peft import PeftConfig
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
-from ..sparse_ft.configs.base import ALL_LINEAR, ALL_PARAMETERS, GIVEN, SparseConfig
-from ..sparse_ft.iteration import path_in_base
-from ..sparse_ft.layers.base import PARAMETERS
-from ..sparse_ft.layers.choice import is_norm
+from .base_model import path_in_base
+from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .keys import modules_around_adapters
-from .packed import own_parameters, parameter_numel
+from .layer import PARAMETERS
+from .packed import find_backend, own_parameters, parameter_numel
+from .target_checks import check_names, warn_if_deeper
+
+logger = logging.getLogger(__name__)
 
 # {module path: names of its targeted parameters}, in the order of the model.
 Targets = dict[str, tuple[str, ...]]
 
 
-def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
+class TargetRequest(Protocol):
+    """The fields of a config that say what it targets; see `SparseConfig`."""
+
+    task_type: Any
+    counts: dict[str, int] | None
+    target_modules: list[str] | set[str] | str | None
+    exclude_modules: list[str] | str | None
+    target_biases: bool
+    target_norms: bool
+    target_parameters: list[str] | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    modules_to_save: list[str] | None
+
+
+def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     """Which parameters of which modules a config targets.
 
     A config with `counts` (one that came from a file) names its parameters itself; the rules decide otherwise.
@@ -31,6 +52,7 @@ def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
     """
     modules = dict(named_targets(model))
     if config.counts is not None:
+        warn_if_deeper(config, config.counts, modules)
         return _from_counts(config.counts, modules)
     rules = [_module_rule(config, model), _norm_rule(config), _parameter_rule(config, modules)]
     targets: Targets = {}
@@ -41,6 +63,7 @@ def find_targets(config: SparseConfig, model: nn.Module) -> Targets:
         present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
         if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
             targets[name] = present
+    check_names(config.target_modules, modules, is_empty=not targets)
     return targets
 
 
@@ -59,7 +82,7 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path_in_base(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def is_excluded(config: SparseConfig, name: str) -> bool:
+def is_excluded(config: TargetRequest, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps a module from being tuned sparsely."""
     excluded = config.exclude_modules
     if isinstance(excluded, str) and fullmatch(excluded, name):
@@ -69,15 +92,13 @@ def is_excluded(config: SparseConfig, name: str) -> bool:
     return any(match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
 
 
-def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | str:
+def stored_target_modules(config: TargetRequest, targets: Targets) -> set[str] | str:
     """The user's `target_modules` in the forms that PEFT can do with: a set or a string, and no bare embedding names.
 
     PEFT saves the whole embedding matrix with every adapter whose config targets "embed_tokens" or "lm_head" by that
     name or by a regex.
     """
     requested = config.target_modules
-    if config.selected_by == GIVEN:
-        return set(targets)
     if requested is None:
         return set() if config.target_parameters else ALL_LINEAR
     embeddings = {name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")}
@@ -86,7 +107,7 @@ def stored_target_modules(config: SparseConfig, targets: Targets) -> set[str] | 
     return {name for name in requested if name not in ("embed_tokens", "lm_head")} | embeddings
 
 
-def _module_rule(config: SparseConfig, model: nn.Module):
+def _module_rule(config: TargetRequest, model: nn.Module):
     """target_modules, with the biases if `target_biases` asks for them."""
     parts = PARAMETERS if config.target_biases else ("weight",)
     target = config.target_modules
@@ -113,12 +134,12 @@ def _module_rule(config: SparseConfig, model: nn.Module):
     return lambda name, module: parts if _ends_with_any(name, target) else ()
 
 
-def _norm_rule(config: SparseConfig):
+def _norm_rule(config: TargetRequest):
     parts = PARAMETERS if config.target_biases else ("weight",)
     return lambda name, module: parts if config.target_norms and is_norm(module) else ()
 
 
-def _parameter_rule(config: SparseConfig, modules: dict[str, nn.Module]):
+def _parameter_rule(config: TargetRequest, modules: dict[str, nn.Module]):
     wanted = config.target_parameters or []
     for target in wanted:
         if not any(_ends_with_any(f"{name}.{p}", [target]) for name, m in modules.items() for p in own_parameters(m)):
@@ -144,14 +165,19 @@ def _from_counts(counts: dict[str, int], modules: dict[str, nn.Module]) -> Targe
     return {name: targets[name] for name in modules if name in targets}
 
 
-def _all_linear(config: SparseConfig, model: nn.Module) -> set[str]:
-    """The modules that PEFT's "all-linear" means, without touching the config."""
+def _all_linear(config: TargetRequest, model: nn.Module) -> set[str]:
+    """The modules that PEFT's "all-linear" means, but those that are never called; the config is not touched."""
     scratch = PeftConfig(task_type=config.task_type)
     scratch.target_modules = ALL_LINEAR
-    return {path_in_base(name) for name in _maybe_include_all_linear_layers(scratch, model).target_modules}
+    named = dict(modules_around_adapters(model))
+    found = _maybe_include_all_linear_layers(scratch, model).target_modules
+    bypassed = sorted(name for name in found if isinstance(named.get(name), NonDynamicallyQuantizableLinear))
+    if bypassed:
+        logger.warning("all-linear leaves out %s: nn.MultiheadAttention never calls it.", ", ".join(bypassed))
+    return {path_in_base(name) for name in found if name not in bypassed}
 
 
-def _in_layers(config: SparseConfig, name: str) -> bool:
+def _in_layers(config: TargetRequest, name: str) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
@@ -173,3 +199,49 @@ def _has_parameter(module: nn.Module, parameter: str) -> bool:
 
 def _ends_with_any(name: str, endings) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def parameters_of(targets: Targets) -> list[str]:
+    """Names of all targeted parameters, in the order of the model."""
+    return [f"{name}.{which}" for name, parts in targets.items() for which in parts]
+
+
+def targets_of(parameters: Iterable[str]) -> Targets:
+    """The targets that parameters of these names are."""
+    targets: Targets = {}
+    for parameter in parameters:
+        name, _, which = parameter.rpartition(".")
+        targets[name] = (*targets.get(name, ()), which)
+    return targets
+
+
+def model_numel(model: nn.Module) -> int:
+    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and copied heads not; a
+    packed weight counts what it unpacks to.
+    """
+    own: dict[int, int] = {}
+
+    def count(module: nn.Module) -> None:
+        own.update((id(p), parameter_numel(module, name)) for name, p in own_parameters(module).items())
+        for name, child in module.named_children():
+            is_around = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            if not is_around or name in ("base_layer", "original_module", "token_adapter"):
+                count(child)
+
+    count(model)
+    return sum(own.values())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer that can carry a delta.
+
+    By class name; its parameters are `weight`, which a layer norm may have in more than one dimension, and perhaps
+    `bias`.
+    """
+    names = {name for name, _ in module.named_parameters()}
+    return "Norm" in type(module).__name__ and "weight" in names and names <= {"weight", "bias"}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one that LoRA would adapt as a linear layer."""
+    return isinstance(module, (nn.Linear, Conv1D)) or find_backend(module) is not None

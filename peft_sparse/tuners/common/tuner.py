@@ -46,7 +46,7 @@ def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[An
             parameter.requires_grad_(requires_grad)
 
 
-class AdapterFiles(BaseTuner):
+class AdapterTuner(BaseTuner):
     """How the tuners of this library name an adapter's tensors in its file, and find them again."""
 
     @classmethod
@@ -75,7 +75,7 @@ class AdapterFiles(BaseTuner):
         return to_model_keys(model, adapter_name, state_dict, cls.tuner_layer_cls)
 
 
-class WeightTuner(AdapterFiles):
+class WeightTuner(AdapterTuner):
     """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}

@@ -18,7 +18,7 @@ from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.layer import ADAPTERS
 from ..bottleneck.weights import set_bottleneck_weights
-from ..sparse_ft.state import discard
+from ..common.files import discard
 
 
 @dataclass(frozen=True)

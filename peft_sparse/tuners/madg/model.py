@@ -14,7 +14,7 @@ from ..bottleneck.model import BottleneckModel
 from ..bottleneck.placement import Site
 from ..bottleneck.state import refuse
 from ..bottleneck.weights import iter_layers
-from ..sparse_ft.iteration import base_model_of
+from ..common.base_model import base_model_of
 from .config import MadGConfig
 from .generated import GeneratedAdapter
 from .generator import SiteGenerator, num_generated

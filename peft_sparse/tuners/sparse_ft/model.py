@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
+from ..common.base_model import path_in_base
 from ..common.packed import hold_layouts, release_layouts
-from ..common.targets import is_excluded, stored_target_modules
+from ..common.targets import is_excluded, model_numel, stored_target_modules
+from ..common.ties import forget_broken_ties
 from ..common.tuner import WeightTuner, adding
 from . import compose, drivers, state
-from .configs.base import CHANCE, SparseConfig
+from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
-from .iteration import iter_deltas, iter_layers, path_in_base
+from .iteration import iter_deltas, iter_layers
 from .layers.base import SparseLayer
 from .layers.choice import wrapper_for
 from .layers.quantized import warn_of_loss
-from .support import Plan, model_numel, plan, set_supports
-from .ties import forget_broken_ties, mark_tied
+from .support import Plan, plan, set_supports
+from .ties import mark_tied
 from .unselected import Selection, is_unselected
 from .wrapped import WrappedInTraining
 
@@ -72,7 +74,10 @@ class SparseModel(WrappedInTraining, WeightTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        config.target_modules = stored_target_modules(requested, self._targets)
+        if requested.selected_by == GIVEN:
+            config.target_modules = set(self._targets)
+        else:
+            config.target_modules = stored_target_modules(requested, self._targets)
         mark_tied(model, adapter_name, self.active_adapters)
         hold_layouts(model)
         if source is not None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 
-from peft import PeftModel
+import torch
 from torch import Tensor, nn
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper
 from ...checkpoints import native
 from ...core.delta import SparseDelta
-from ...core.sharded import is_sharded, whole
+from ...core.sharded import is_sharded
 from ...errors import FormatError
+from ..common.base_model import base_model_of
+from ..common.files import discard, gather
 from ..common.keys import embeddings_of
 from .configs.base import SparseConfig
-from .iteration import base_model_of, iter_deltas
+from .iteration import iter_deltas
 from .layers.delta import with_support
 from .unselected import is_unselected, warn_of_saving
 
@@ -38,6 +42,7 @@ def for_saving(
     if any(counts.values()):
         config.counts = counts
     warn_of_saving(base_model_of(model), adapter_name, config)
+    warn_beyond_range(model, adapter_name)
     gather(model, own, state_dict)
     heads: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -46,21 +51,6 @@ def for_saving(
             inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
             heads.update({f"{name}.{k}": v for k, v in module.adapter_state_dict(adapter_name, inside).items()})
     return native.finish(own, heads, adapter_name=adapter_name)
-
-
-def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
-    """Put whole tensors in the place of sharded ones that go into an adapter's file, in both dictionaries.
-
-    Args:
-        model: whatever carries the adapter.
-        own: the adapter's own tensors.
-        state_dict: the model's state dict, in which the heads are.
-    """
-    heads = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    for tensors in (own, state_dict):
-        for key, tensor in tensors.items():
-            if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
-                tensors[key] = whole(tensor).cpu()
 
 
 def for_loading(
@@ -83,6 +73,7 @@ def for_loading(
             shapes={name: delta.shape for name, delta in deltas.items()},
             heads=_head_shapes(model, adapter_name),
             passengers=_embedding_names(model, adapter_name),
+            vocabularies=_vocabularies(model, adapter_name),
             adapter_name=adapter_name,
             verified=config.verified,
         )
@@ -91,10 +82,21 @@ def for_loading(
         if is_new and not is_unselected(config):
             discard(model, adapter_name)
         raise
+    grown = {name: loaded[name].shape for name, delta in deltas.items() if loaded[name].shape != delta.shape}
+    for name, shape in grown.items():
+        logger.warning(
+            "%s has %d rows here and had %d where adapter %r was trained: of the rows here the first %d are tuned.",
+            name,
+            deltas[name].shape[0],
+            shape[0],
+            adapter_name,
+            shape[0],
+        )
     for name, delta in deltas.items():
         if delta.values.is_meta:
             delta.values = nn.Parameter(loaded[name].values, requires_grad=delta.values.requires_grad)
         delta.set_support(loaded[name].indices, loaded[name].values)
+    warn_beyond_range(model, adapter_name)
     if any(delta.count for delta in loaded.values()):
         config.counts = {name: loaded[name].count for name in deltas}
     return _decoded(state_dict, loaded)
@@ -112,16 +114,23 @@ def _decoded(state_dict: dict[str, Tensor], loaded: dict[str, SparseDelta]) -> d
     return left
 
 
-def discard(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a model whose loading failed; the base model is as it was before."""
-    if not isinstance(model, PeftModel):
-        logger.warning("The adapter %s was refused but stays in the model without effect: delete it.", adapter_name)
-    elif len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        trainable = model.base_model.trainable_before
-        for name, parameter in model.base_model.unload().named_parameters():
-            parameter.requires_grad_(name in trainable)
+def warn_beyond_range(model: nn.Module, adapter_name: str) -> None:
+    """Say that values are finite in their own dtype and not in that of the weight to which they are added."""
+    broken = []
+    for name, layer, part, delta in iter_deltas(model, adapter_name):
+        weight = getattr(layer.get_base_layer(), part)
+        values = delta.held_values.detach()
+        if not weight.is_floating_point() or is_sharded(values) or values.is_meta or not values.numel():
+            continue
+        largest = float(values.abs().max())
+        if torch.finfo(weight.dtype).max < largest < math.inf:
+            broken.append(f"{name} ({largest:.3g} in {str(weight.dtype).removeprefix('torch.')})")
+    if broken:
+        logger.warning(
+            "adapter %r holds values beyond the range of the weights that they are added to, which become infinite: %s",
+            adapter_name,
+            ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else ""),
+        )
 
 
 def counts_of(state_dict: dict[str, Tensor]) -> dict[str, int]:
@@ -145,6 +154,19 @@ def _head_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ..
             for key, model_key in module.adapter_state_dict_load_map(adapter_name).items():
                 shapes[native.canonical_name(f"{name}.{key}")] = tuple(state[model_key].shape)
     return shapes
+
+
+def _vocabularies(model: nn.Module, adapter_name: str) -> set[str]:
+    """The tuned parameters that have a row for each token: embeddings, and the output layer."""
+    output = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        output = model.get_output_embeddings()
+    return {
+        name
+        for name, layer, part, _ in iter_deltas(model, adapter_name)
+        if isinstance(layer.get_base_layer(), nn.Embedding)
+        or (output is not None and output in (layer, layer.base_layer))
+    }
 
 
 def _embedding_names(model: nn.Module, adapter_name: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...selection.budget import Group, bernoulli_counts, draw_counts, groups_of, total_from_request
 from ...selection.rows import check_room, random_in_rows, room
-from ..common.packed import own_parameters, parameter_numel, parameter_shape
-from ..common.targets import Targets, find_targets, named_targets
+from ..common.packed import parameter_shape
+from ..common.target_checks import refuse_unsupported
+from ..common.targets import Targets, find_targets, is_linear, model_numel, named_targets, parameters_of
 from .chosen import checked_support, choose_by_weights, given_support
 from .configs.base import CHANCE, NOTHING, WEIGHTS, SparseConfig
 from .configs.one_shot import GivenConfig
-from .layers.choice import is_linear, wrapper_for
+from .layers.choice import wrapper_for
 from .layers.delta import AdapterDelta
 
 
@@ -50,8 +51,14 @@ def plan(config: SparseConfig, model: nn.Module) -> Plan:
         config.counts = {name: indices.numel() for name, indices in support.items()}
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
+    refused: dict[str, ConfigError] = {}
+    for name in targets:
+        try:
+            wrapper_for(modules[name], name)
+        except ConfigError as error:
+            refused[name] = error
+    refuse_unsupported(refused, [name for name in targets if name not in refused])
     for name, parameters in targets.items():
-        wrapper_for(modules[name], name)
         if not parameters:
             raise ConfigError(
                 f"target module {name} has neither a weight nor a bias to tune. Leave it out of target_modules."
@@ -126,20 +133,6 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     return counts
 
 
-def parameters_of(targets: Targets) -> list[str]:
-    """Names of all targeted parameters, in the order of the model."""
-    return [f"{name}.{which}" for name, parts in targets.items() for which in parts]
-
-
-def targets_of(parameters: Iterable[str]) -> Targets:
-    """The targets that parameters of these names are."""
-    targets: Targets = {}
-    for parameter in parameters:
-        name, _, which = parameter.rpartition(".")
-        targets[name] = (*targets.get(name, ()), which)
-    return targets
-
-
 def set_supports(
     config: SparseConfig,
     deltas: Mapping[str, AdapterDelta],
@@ -176,15 +169,3 @@ def stream_of(config: SparseConfig, adapter_name: str) -> str:
     task = getattr(config.task_type, "value", config.task_type)
     asked = (config.density, config.num_weights, config.equivalent_rank)
     return f"{config.method}, {task}, {asked}, {adapter_name}"
-
-
-def model_numel(model: nn.Module) -> int:
-    """Number of parameters of the base model: frozen ones included, tied ones once, adapters and copied heads not; a
-    packed weight counts what it unpacks to.
-    """
-    inside = {"sparse_ft_weight", "sparse_ft_bias", "modules_to_save"}
-    own: dict[int, int] = {}
-    for path, module in model.named_modules():
-        if not inside & set(path.split(".")):
-            own.update((id(p), parameter_numel(module, name)) for name, p in own_parameters(module).items())
-    return sum(own.values())

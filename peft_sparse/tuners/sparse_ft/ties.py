@@ -55,14 +55,3 @@ def _add_followers(
         if isinstance(module, Embedding) and adapter_name not in module.deltas_of("weight"):
             module.leaders[adapter_name] = leader
             module.tied_parameters.add("weight")
-
-
-def forget_broken_ties(model: nn.Module) -> None:
-    """Make a merged model save and reload as it is, where merging gave tied tensors different contents."""
-    ties = getattr(model, "all_tied_weights_keys", None)
-    if not ties:
-        return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    broken = [k for k, v in ties.items() if k in parameters and v in parameters and parameters[k] is not parameters[v]]
-    for key in broken:
-        del ties[key]

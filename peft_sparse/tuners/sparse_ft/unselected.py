@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,10 +19,6 @@ logger = logging.getLogger(__name__)
 # Where a base model remembers the first phase that is open on it: an attribute and not a global, so that both die
 # together.
 PHASE_ATTRIBUTE = "_sparse_ft_open_phase"
-
-# Called when an adapter is made that has a first phase before it. Training, which imports the tuners and not the other
-# way round, registers here how it tells the trainers that know no phases.
-ON_UNFINISHED: list[Callable[[], None]] = []
 
 
 @dataclass
@@ -46,12 +42,6 @@ class Waiting(Protocol):
     @property
     def held_values(self) -> nn.Parameter:
         """What optimizers hold of it."""
-
-
-def announce() -> None:
-    """Say that there is an adapter which has a first phase before it."""
-    for tell in ON_UNFINISHED:
-        tell()
 
 
 def open_phase(base_model: nn.Module) -> Any:

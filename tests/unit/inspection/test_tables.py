@@ -8,8 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from peft_sparse.inspection.sheets import Sheet
-from peft_sparse.tables import FittingTable, to_rich
+from peft_sparse.tables import FittingTable, Sheet, to_rich
 
 COLUMNS = ("", "attention", "feed-forward", "all", "density", "share", "")
 NAMES = ("model.layers.10.self_attn.a_very_long_name_of_a_projection", "layer 1", "all")

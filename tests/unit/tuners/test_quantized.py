@@ -23,8 +23,8 @@ from peft_sparse import (
     start_dense_phase,
 )
 from peft_sparse.tuners.common import packed
+from peft_sparse.tuners.common.targets import model_numel
 from peft_sparse.tuners.sparse_ft.layers.quantized import QuantizedLinear
-from peft_sparse.tuners.sparse_ft.support import model_numel
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the models of these tests")
 pytest.importorskip("accelerate", reason="transformers loads quantised models with accelerate")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from peft_sparse import ConfigError, RandConfig, iter_deltas
 from peft_sparse.tuners.common import packed
+from peft_sparse.tuners.common.targets import model_numel
 from peft_sparse.tuners.sparse_ft.layers.quantized import QuantizedLinear
-from peft_sparse.tuners.sparse_ft.support import model_numel
 
 
 class Fifths(nn.Module):

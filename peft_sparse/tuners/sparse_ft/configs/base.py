@@ -17,8 +17,6 @@ from ....selection.rows import check_support_rows
 from ...common.config import WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
-ALL_PARAMETERS = "all"
-ALL_LINEAR = "all-linear"
 BASE_METHOD = "fixed"
 # What chooses an adapter's support: nothing (it comes with the adapter), random draws or the base model's weights when
 # the adapter is made, the user, a dense phase, or gradients over some batches.

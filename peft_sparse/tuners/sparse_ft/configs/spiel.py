@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ....checks import check_one_of
 from ....errors import ConfigError
+from ....selection.schedule import KINDS, Schedule
 from .base import CHANCE, SparseConfig, method_name
 
 
@@ -55,6 +57,17 @@ class SpielConfig(SparseConfig):
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+        for name in ("initial_reselection_rate", "reselection_until"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+                raise ConfigError(f"{name} must be in (0, 1], got {share!r}. It is a share, not a count.")
+        check_one_of("reselection_schedule", self.reselection_schedule, KINDS)
+        # The rest of the calendar is checked where it lives.
+        Schedule(
+            reselection_steps=self.reselection_steps,
+            estimation_steps=self.estimation_steps,
+            total_steps=self.total_steps,
+        )
         if self.drop_by not in ("delta", "change_since_reselection"):
             raise ConfigError(f"drop_by must be 'delta' or 'change_since_reselection', got {self.drop_by!r}.")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:

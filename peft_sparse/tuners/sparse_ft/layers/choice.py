@@ -15,6 +15,7 @@ from ....core.sharded import is_sharded
 from ....errors import ConfigError
 from ...common.base_module import foreign_forward, has_foreign_forward, own_forward
 from ...common.packed import check_tunable, find_backend, is_packed
+from ...common.targets import is_norm
 from .base import PARAMETERS, SparseLayer
 from .conv import Conv
 from .embedding import Embedding
@@ -86,18 +87,3 @@ def wrapper_for(
         f"target module {name} of type {kind.__name__} is not supported: sparse fine-tuning knows {SUPPORTED}. "
         f"Leave it out with exclude_modules=[{name!r}], or train it whole with modules_to_save=[{name!r}]."
     )
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer that can carry a delta.
-
-    By class name; its parameters are `weight`, which a layer norm may have in more than one dimension, and perhaps
-    `bias`.
-    """
-    names = {name for name, _ in module.named_parameters()}
-    return "Norm" in type(module).__name__ and "weight" in names and names <= {"weight", "bias"}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one that LoRA would adapt as a linear layer."""
-    return isinstance(module, (nn.Linear, Conv1D)) or find_backend(module) is not None

@@ -20,6 +20,7 @@ from ....errors import ConfigError, FormatError, SelectionError
 from ....optim import l1 as regularization
 from ...common.base_module import NeverOffloaded
 from ...common.kept_dtype import undo_cast
+from ...common.unfinished import announce
 from .. import unselected
 
 # Attribute of a coded support that was checked and decoded already.
@@ -207,7 +208,7 @@ class AdapterDelta(NeverOffloaded):
         """Tell whoever trains before a selection is made that there is nothing to train."""
         self.selection = selection
         unselected.unselected.add(self)
-        unselected.announce()
+        announce()
 
     def penalise(self, l1_coefficient: float) -> None:
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""

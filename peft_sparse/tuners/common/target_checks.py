@@ -1,0 +1,129 @@
+"""What is wrong with a request for targets, said before anything trains: misspelt names, modules that cannot be tuned,
+a model that is deeper than the adapter's.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from ..._peft_bridge import NoMatchingPeftModuleError
+from ...checks import nearest
+from ...errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_KEYWORDS = ("all", "all-linear")
+_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
+
+
+class NothingTargetedError(ConfigError, NoMatchingPeftModuleError):
+    """`target_modules` names nothing in the model: an error of ours, and the one that PEFT has for it."""
+
+
+def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) -> None:
+    """Tell of names in `target_modules` that nothing in the model has, with the nearest that there is.
+
+    Args:
+        target_modules: as the user wrote it.
+        modules: paths of the model's modules.
+        is_empty: whether nothing at all is targeted.
+
+    Raises:
+        NothingTargetedError: nothing is, and the names are to blame.
+    """
+    if target_modules is None or target_modules in _KEYWORDS or not target_modules:
+        return
+    endings = {part for path in modules for part in _endings(path)}
+    if isinstance(target_modules, str):
+        hints = nearest(target_modules, [*_KEYWORDS, *endings]) if is_empty else ""
+        missing: list[str] = [target_modules] if is_empty else []
+    else:
+        missing = sorted(name for name in target_modules if name not in endings)
+        hints = "".join(f" {name!r}:{nearest(name, [*_KEYWORDS, *endings])}" for name in missing)
+        hints = hints if "Did you mean" in hints else ""
+    if not missing:
+        return
+    if is_empty:
+        # PEFT's own words first, which others look for.
+        raise NothingTargetedError(
+            f"Target modules {target_modules} not found in the base model. Please check the target modules and try "
+            f"again.{hints} A keyword is written by itself: target_modules='all-linear'."
+        )
+    logger.warning("target_modules: no module of the model is called %s.%s", ", ".join(map(repr, missing)), hints)
+
+
+def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection[str]) -> None:
+    """Refuse all targets that cannot be tuned at once, with the shortest way to leave them out.
+
+    Args:
+        refused: {path: why it cannot be tuned}.
+        supported: paths of the other targets.
+
+    Raises:
+        ConfigError: there are some. A single one keeps its own error.
+    """
+    if not refused:
+        return
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        raise first
+    names = shortest_exclusion(refused, supported)
+    listed = "\n".join(f"  {path}: {str(why).partition('. ')[0]}" for path, why in refused.items())
+    raise ConfigError(
+        f"{len(refused)} of the targeted modules cannot be tuned. Leave them out with exclude_modules={names}, or "
+        f"train them whole with modules_to_save.\n{listed}"
+    ) from first
+
+
+def shortest_exclusion(paths: Iterable[str], kept: Collection[str]) -> list[str]:
+    """The shortest endings that name these modules and none of the kept ones; whole paths where there is none.
+
+    Args:
+        paths: of the modules to leave out.
+        kept: paths of those that must not be left out with them.
+    """
+    taken = {ending for path in kept for ending in _endings(path)}
+    found = [next((ending for ending in _endings(path) if ending not in taken), path) for path in paths]
+    return sorted(set(found))
+
+
+def warn_if_deeper(config: Any, counts: Iterable[str], modules: Iterable[str]) -> None:
+    """Say when a loaded adapter tunes the first layers of a model that has more, as one of a smaller model does.
+
+    Args:
+        config: the adapter's config; one that names layers means to leave the others out.
+        counts: names of the tuned parameters.
+        modules: paths of the model's modules.
+    """
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    if config.layers_to_transform is not None or any(re.search(r"\d", name) for name in names):
+        return
+    present = _layers_by_list(f"{path}." for path in modules)
+    for stack, layers in _layers_by_list(counts).items():
+        depth = max(present.get(stack, {0})) + 1
+        if layers == set(range(len(layers))) and 1 < len(layers) < depth:
+            logger.warning(
+                "the adapter tunes the first %d layers of %s, which has %d here. Was it trained on a smaller model? "
+                "The layers above keep their pretrained weights.",
+                len(layers),
+                stack,
+                depth,
+            )
+
+
+def _layers_by_list(paths: Iterable[str]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for path in paths:
+        if match := _LAYER.fullmatch(path):
+            found.setdefault(match[1], set()).add(int(match[2]))
+    return found
+
+
+def _endings(path: str) -> list[str]:
+    """Endings of a path, the shortest first: "c", "b.c", "a.b.c"."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
