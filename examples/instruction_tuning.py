@@ -19,7 +19,7 @@ import torch
 import typer
 from _instructions import answers, encode, held_out_loss, logits, read_pairs
 from _methods import LEARNING_RATE, LEARNING_RATES, TWO_PHASES, Method, adapter_config, four_bit, plot_ages, train
-from _models import smollm2
+from _models import multiplies_bfloat16, smollm2
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.markup import escape
@@ -53,7 +53,9 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 4,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: the method's]")] = None,
     dense_learning_rate: Annotated[float, typer.Option(help="The same, in a dense phase.")] = 5e-5,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16; two phases float32]")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16 where it is fast and the method has one phase]")
+    ] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantise the base to NF4 (needs bitsandbytes).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw when the tuned weights were grown (SpIEL).")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out questions to answer before and after.")] = 3,
@@ -65,7 +67,8 @@ def main(
     set_seed(seed)
     source = model or smollm2()
     # A dense phase moves the weights themselves, by steps too small for bfloat16.
-    dtype = dtype or (Dtype.float32 if method in TWO_PHASES else Dtype.bfloat16)
+    in_float32 = method in TWO_PHASES or not multiplies_bfloat16()
+    dtype = dtype or (Dtype.float32 if in_float32 else Dtype.bfloat16)
     loading = {"dtype": getattr(torch, dtype.value)}
     if load_in_4bit:
         loading |= {"quantization_config": four_bit(), "device_map": "cuda" if torch.cuda.is_available() else "cpu"}

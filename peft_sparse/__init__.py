@@ -36,6 +36,12 @@ from .tuners.sparse_ft.resident import resident
 
 if TYPE_CHECKING:
     from .checkpoints.merge import merge_checkpoint
+    from .distillation.adapters import reduce_adapter
+    from .distillation.losses import DistillationLoss
+    from .distillation.student import make_student
+    from .distillation.teacher import Teacher
+    from .distillation.trainer import DistillationTrainer, distilled_trainer
+    from .distillation.vocabulary import reduce_vocabulary
     from .extraction.extract import extract_adapter
     from .extraction.report import Extraction
     from .importing.export_adapter import Exported, export_adapter
@@ -74,6 +80,8 @@ __all__ = [
     "Criterion",
     "DeftXConfig",
     "DensePhase",
+    "DistillationLoss",
+    "DistillationTrainer",
     "Exported",
     "Extraction",
     "FeatureImportance",
@@ -102,9 +110,11 @@ __all__ = [
     "SparseTrainer",
     "SpielAGConfig",
     "SpielMAConfig",
+    "Teacher",
     "Typology",
     "bottleneck_weights",
     "conflicts",
+    "distilled_trainer",
     "evaluation_batches",
     "export_adapter",
     "extract_adapter",
@@ -123,10 +133,13 @@ __all__ = [
     "load_adapter_hub",
     "load_training_state",
     "load_typology",
+    "make_student",
     "merge_checkpoint",
     "plan_memory",
     "plot_adapters",
     "plot_importance",
+    "reduce_adapter",
+    "reduce_vocabulary",
     "resident",
     "save_adapter_hub",
     "save_training_state",
@@ -145,6 +158,8 @@ __all__ = [
 _LAZY = {
     "AdapterAverage": "training.average.AdapterAverage",
     "DensePhase": "training.phases.dense_phase.DensePhase",
+    "DistillationLoss": "distillation.losses.DistillationLoss",
+    "DistillationTrainer": "distillation.trainer.DistillationTrainer",
     "Exported": "importing.export_adapter.Exported",
     "Extraction": "extraction.report.Extraction",
     "Imported": "importing.import_adapter.Imported",
@@ -154,8 +169,10 @@ _LAZY = {
     "MultiSourceDataset": "training.languages.multisource.MultiSourceDataset",
     "SparseSFTTrainer": "training.trainer.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.trainer.SparseTrainer",
+    "Teacher": "distillation.teacher.Teacher",
     "Typology": "typology.table.Typology",
     "conflicts": "inspection.conflicts.conflicts",
+    "distilled_trainer": "distillation.trainer.distilled_trainer",
     "evaluation_batches": "training.languages.multisource.evaluation_batches",
     "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",
@@ -167,10 +184,13 @@ _LAZY = {
     "language_below_task": "training.languages.language_switch.language_below_task",
     "load_training_state": "training.spiel.callback.load_state",
     "load_typology": "typology.table.load_typology",
+    "make_student": "distillation.student.make_student",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
     "plan_memory": "planning.plan.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
     "plot_importance": "inspection.feature_importance.plot_importance",
+    "reduce_adapter": "distillation.adapters.reduce_adapter",
+    "reduce_vocabulary": "distillation.vocabulary.reduce_vocabulary",
     "save_training_state": "training.spiel.callback.save_state",
     "select": "training.phases.lottery.select",
     "select_by_gradients": "training.phases.one_shot.select_by_gradients",

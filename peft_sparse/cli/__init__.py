@@ -24,6 +24,7 @@ COMMANDS: tuple[str, ...] = (
     "plot",
     "merge",
     "plan",
+    "shrink",
 )
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""README: its Python runs as it stands, its commands are those of CI, its links lead somewhere."""
+"""README and guides: their Python runs, commands are those of CI, links lead somewhere, errors are the code's own."""
 
 from __future__ import annotations
 
@@ -9,29 +9,56 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
-from peft_sparse import LotteryTicketConfig, RandConfig, Typology, save_adapter_hub
+from peft_sparse import (
+    LotteryTicketConfig,
+    MultiSourceCollator,
+    MultiSourceDataset,
+    RandConfig,
+    Typology,
+    iter_deltas,
+    save_adapter_hub,
+)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDES = sorted((ROOT / "examples").glob("*.md"))
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in GUIDES)]
+SNIPPETS = [text for page in PAGES for text in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
 
 
 def snippet(marker: str) -> str:
-    """The one snippet of the README that contains a text."""
+    """The one snippet of README and guides that contains a text."""
     (found,) = [text for text in SNIPPETS if marker in text]
     return found
 
 
-PLAIN_LOOP, LOADING, TWO_PHASES = snippet("with resident(model)"), snippet("merge_and_unload()"), snippet("dense_args=")
-ADDING_UP, SOFT_MASKS, LOOKING = snippet("add_weighted_adapter("), snippet("AdaSftConfig("), snippet("conflicts(")
+PLAIN_LOOP, SERVING, TWO_PHASES = snippet("with resident(model)"), snippet("# switch"), snippet("dense_args=")
+QUANTIZED, LANGUAGE = snippet("BitsAndBytesConfig("), snippet('"quechua.txt"')
+TASK_ON_SOURCE, ZERO_SHOT = (
+    snippet('set_requires_grad("english", requires_grad=False)  # active'),
+    snippet("head_from="),
+)
+SWITCHING, MERGING = snippet("adapter_names="), snippet("merged = model.merge_and_unload()\nmerged.save")
+SOFT_MASKS, LOOKING = snippet("AdaSftConfig("), snippet("conflicts(")
 EXTRACTING, IMPORTING = snippet("extract_adapter("), snippet("import_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("for_language("), snippet("MultiSourceDataset(")
+DISTILLING = snippet("make_student(")
 
 
 @pytest.fixture
@@ -61,7 +88,7 @@ def output(model) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(8)[None]).logits
 
 
-def test_plain_loop_and_loading(folder):
+def test_plain_loop(folder):
     base, pristine = tiny_model(), tiny_model()
     names: dict = {"base": base, "batches": [collate(rows(4))] * 3}
     exec(PLAIN_LOOP, names)
@@ -69,9 +96,8 @@ def test_plain_loop_and_loading(folder):
     assert not torch.equal(trained, output(pristine))
 
     names = {"base": tiny_model()}
-    exec(LOADING, names)
-    assert torch.equal(output(names["merged"]), trained)
-    assert type(names["merged"]) is LlamaForCausalLM
+    loaded = PeftModel.from_pretrained(names["base"], "my-adapter")
+    assert torch.equal(output(loaded), trained)
 
 
 def test_two_phases_and_adding_up(folder):
@@ -85,14 +111,102 @@ def test_two_phases_and_adding_up(folder):
     names["trainer"].__class__(model=task, args=args, train_dataset=rows(4), data_collator=collate).train()
     task.save_pretrained("task")
     names = {"base": tiny_model()}
-    exec(ADDING_UP, names)
-    model = names["model"]
-    both = output(model)
-    model.set_adapter("language")
-    assert torch.equal(output(model), language)
-    model.base_model.set_adapter(["language", "task"])
-    torch.testing.assert_close(output(model), both, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(both, language)
+    exec(SERVING, names)
+    merged = names["merged"]
+    assert type(merged) is LlamaForCausalLM
+    assert not torch.allclose(output(merged), language)
+    stacked = PeftModel.from_pretrained(tiny_model(), "language", adapter_name="language")
+    stacked.load_adapter("task", adapter_name="task")
+    stacked.base_model.set_adapter(["language", "task"])
+    torch.testing.assert_close(output(merged), output(stacked), rtol=1e-5, atol=1e-6)
+    assert torch.equal(output(LlamaForCausalLM.from_pretrained("merged")), output(merged))
+
+
+def tokenizer_in(folder: str) -> None:
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "the", "old", "cat", "sees", "a", "red", "bird"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def tiny_bert(cls):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return cls(BertConfig(vocab_size=50, **sizes))
+
+
+def test_trl_on_a_quantised_model(folder):
+    pytest.importorskip("bitsandbytes", reason="runs the README's 4-bit model: pip install 'peft-sparse[quantization]'")
+    pytest.importorskip("trl", reason="runs TRL's trainer: pip install 'peft-sparse[trl]'")
+    name = "HuggingFaceTB/SmolLM2-135M"  # a folder of this name comes before the Hub
+    tiny_model().save_pretrained(name)
+    tokenizer_in(name)
+    Path("rows.jsonl").write_text('{"text": "the old cat sees a red bird"}\n' * 16)
+    short = QUANTIZED.replace("max_steps=400", "max_steps=2, use_cpu=True, bf16=False, report_to=[]")
+    assert short != QUANTIZED
+    exec(short, {})
+    config = PeftConfig.from_pretrained("my-adapter")
+    linear = sum(p.numel() for n, p in tiny_model().named_parameters() if "_proj" in n)
+    assert sum(config.counts.values()) == round(0.02 * linear)
+    model = PeftModel.from_pretrained(tiny_model(), "my-adapter")
+    assert not torch.equal(output(model), output(tiny_model()))
+
+
+def test_language_adapters_task_and_zero_shot(folder):
+    name = "FacebookAI/xlm-roberta-base"
+    tiny_bert(BertForMaskedLM).save_pretrained(name)
+    tokenizer_in(name)
+    Path("quechua.txt").write_text("the old cat sees a red bird\na bird sees the cat\n" * 16)
+    short = LANGUAGE.replace("max_steps=30_000", "max_steps=2, use_cpu=True, report_to=[], save_strategy='no'")
+    for language in ("quechua", "english"):
+        exec(short.replace("quechua", language).replace("english.txt", "quechua.txt"), {})
+        config = PeftConfig.from_pretrained(language)
+        assert not any("Norm" in tensor for tensor in config.counts)
+        assert config.l1 == 0.1
+
+    args = TrainingArguments(output_dir="task-run", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    task_rows = [{"input_ids": [5, 6, 7, 8], "labels": label} for label in (0, 1) * 8]
+    names = {"classifier": tiny_bert(BertForSequenceClassification), "args": args, "task_rows": task_rows}
+    names |= {"collate": collate}
+    exec(TASK_ON_SOURCE, names)
+    assert names["model"].active_adapters == ["english", "task"]
+    fresh = PeftModel.from_pretrained(tiny_bert(BertForSequenceClassification), "english", adapter_name="english")
+    frozen = {name: delta.values for name, *_, delta in iter_deltas(names["model"], "english")}
+    saved = {name: delta.values for name, *_, delta in iter_deltas(fresh, "english")}
+    assert saved.keys() == frozen.keys()
+    assert all(torch.equal(frozen[name], values) for name, values in saved.items())
+    task = [delta.values for *_, delta in iter_deltas(names["model"], "task")]
+    assert any(bool(values.any()) for values in task)
+
+    names = {"new_classifier": tiny_bert(BertForSequenceClassification)}
+    exec(ZERO_SHOT, names)
+    assert names["model"].active_adapters == ["quechua-task"]
+    alone = PeftModel.from_pretrained(tiny_bert(BertForSequenceClassification), "adapters/task")
+    assert not torch.equal(output(names["model"]), output(alone))
+
+
+def test_switching_and_merging(folder):
+    for seed, name in enumerate(["english", "quechua"]):
+        config = RandConfig(density=0.1, init_weights=False, seed=seed)
+        get_peft_model(tiny_model(), config).save_pretrained(name)
+    names: dict = {"base": tiny_model().eval(), "batch": {"input_ids": torch.arange(24).reshape(3, 8)}}
+    exec(SWITCHING, names)
+    rows = names["mixed"].logits
+    model = names["model"].eval()
+    assert torch.equal(rows[2], names["plain"].logits[2])
+    for row, name in enumerate(["english", "quechua"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(rows[row], model(**names["batch"]).logits[row])
+    exec(MERGING, names)
+    merged = LlamaForCausalLM.from_pretrained("merged").eval()
+    torch.testing.assert_close(merged(**names["batch"]).logits[1], rows[1])
 
 
 def test_stacking_and_adapter_hub(folder):
@@ -216,10 +330,37 @@ def test_generating_adapters(folder, monkeypatch):
     assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_distilling(folder):
+    def classifier() -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        return BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=4, num_labels=3, **sizes))
+
+    for name, heads in (("ind", None), ("jav", None), ("task", ["classifier"])):
+        config = RandConfig(num_weights=50, init_weights=False, target_modules="all", modules_to_save=heads)
+        get_peft_model(classifier(), config).save_pretrained(folder / f"small-{name}")
+    text = [{"input_ids": torch.tensor(row["input_ids"])} for row in rows(4)]
+    task = [{**row, "labels": number % 3} for number, row in enumerate(text)]
+    batches = MultiSourceDataset({"ind": text, "jav": text}, num_batches=2, batch_size=2)
+    names = {
+        "encoder": classifier(), "whole_classifier": classifier(), "batches": batches, "task": task,
+        "collate": MultiSourceCollator(torch.utils.data.default_collate), "get_peft_model": get_peft_model,
+        "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+        "LotteryTicketConfig": LotteryTicketConfig,
+        "args": TrainingArguments("out", max_steps=2, per_device_train_batch_size=1, use_cpu=True, report_to=[]),
+    }  # fmt: skip
+    exec(DISTILLING, names)
+    released = AutoModelForSequenceClassification.from_pretrained("ind-jav")
+    assert released.config.num_hidden_layers == 2
+    loaded = PeftModel.from_pretrained(released, "sentiment")
+    torch.testing.assert_close(output(loaded), output(names["tuned"]))
+
+
 def test_every_snippet_is_run():
-    run = [PLAIN_LOOP, LOADING, TWO_PHASES, ADDING_UP, SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
+    run = [PLAIN_LOOP, SERVING, TWO_PHASES, QUANTIZED, LANGUAGE, TASK_ON_SOURCE, ZERO_SHOT, SWITCHING, MERGING]
+    run += [SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
     run += [GENERATING, FEATURES, IMPORTING]
-    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES]
+    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING]
     assert sorted(SNIPPETS) == sorted(run)
 
 
@@ -234,9 +375,35 @@ def test_ci_runs_the_documented_test_command():
     assert (ROOT / commands[0].split("python ")[1]).is_file()
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_named_files_exist(text):
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", text)
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES], ids=lambda path: path.stem)
+def test_named_files_exist(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
     paths = re.findall(r"`((?:peft_sparse|tests|examples|\.ci|\.github)/[\w./-]*)`", text)
     assert links or paths
-    assert [name for name in links + paths if not (ROOT / name).exists()] == []
+    assert [name for name in links if not (path.parent / name).exists()] == []
+    assert [name for name in paths if not (ROOT / name).exists()] == []
+
+
+def test_every_guide_is_linked_from_the_readme():
+    assert [path.name for path in GUIDES if f"](examples/{path.name})" not in README] == []
+
+
+def test_the_errors_of_the_troubleshooting_guide_are_those_of_the_code():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "peft_sparse").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    guide = (ROOT / "examples" / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")]
+    quoted = [
+        text for cell in cells for text in re.findall(r"`([^`]+)`", cell) if " " in text and "KeyError" not in text
+    ]
+    assert len(quoted) > 20
+    assert [text for text in quoted if text not in joined] == []
+
+
+def test_avoided_phrases():
+    avoided = re.compile(
+        r"\b(as ever|by itself|none of ours|whoever|stands|a training\b(?! (run|loop|step)))", re.IGNORECASE
+    )
+    found = {path.name: avoided.findall(path.read_text("utf-8")) for path in [ROOT / "README.md", *GUIDES]}
+    assert {name: phrases for name, phrases in found.items() if phrases} == {}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,9 @@ from torch import Tensor
 from ...errors import FormatError
 from ...files import atomic_file, save_tensors
 from ..trainer.completeness import naming
-from .dense_phase import DensePhase
+
+if TYPE_CHECKING:
+    from .dense_phase import DensePhase
 
 FILE_NAME = "dense_phase.safetensors"
 _VERSION = "1"

@@ -3,64 +3,41 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...core.indices import index_dtype
-from ...errors import SelectionError
+from ...errors import ConfigError, SelectionError
 from ...optim import l1 as regularization
 from ...selection.random import difference
 from ...selection.rows import RowConfinement
 from ...selection.top_k import streamed_top_k
 from ...tuners.common.base_model import base_model_of
+from ...tuners.common.packed import find_backend, is_packed
 from ...tuners.common.targets import model_numel, targets_of
-from ...tuners.sparse_ft.configs.base import SparseConfig
+from ...tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
 from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
-from ...tuners.sparse_ft.layers.base import SparseLayer
-from ...tuners.sparse_ft.layers.delta import AdapterDelta
+from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.support import plan_groups
-from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
-from ..distributed import from_first_rank
+from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE, is_unselected, open_phase
+from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar
 from .denoiser import Denoiser
+from .dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
+from .phase import Phase, first_phase
+from .targets import Target, adapter_config, check_active, refuse_wrapper, targets_of_adapter
 from .ties import Ties
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One parameter that an adapter may tune.
-
-    Attributes:
-        name: its name in the base model.
-        layer: the layer around it.
-        which: "weight" or "bias".
-        delta: the adapter's delta on it.
-    """
-
-    name: str
-    layer: SparseLayer
-    which: str
-    delta: AdapterDelta
-
-    @property
-    def module(self) -> nn.Module:
-        """The module of the base model that holds the parameter."""
-        layer: Any = self.layer
-        return layer.get_base_layer()
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The base parameter as it stands now."""
-        return getattr(self.module, self.which)
-
-
-class DensePhase:
+@first_phase
+class DensePhase(Phase):
     """The first phase of LT-SFT and DeFT-X, in which how far each targeted base parameter moves decides what to tune.
 
     Made by `start_dense_phase`. As a context manager it never leaves a moved weight behind: leaving the block starts
@@ -76,8 +53,6 @@ class DensePhase:
     of the base parameter under them.
 
     Attributes:
-        name, next_name: what a trainer calls this phase and the one after it.
-        args_name: the trainer's argument for how this phase's training arguments differ.
         model: the model it was started on.
         adapter_name: the adapter that it chooses weights for.
         targets: the parameters that train.
@@ -88,9 +63,11 @@ class DensePhase:
         is_open: False once the phase was left.
     """
 
-    name: ClassVar = "dense"
-    next_name: ClassVar = "sparse"
+    name: ClassVar = DENSE_PHASE
     args_name: ClassVar = "dense_args"
+    folder: ClassVar = "_dense"
+    file_name: ClassVar = FILE_NAME
+    holds_adapter: ClassVar = False
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig, targets: list[Target]) -> None:
         self.model = model
@@ -246,6 +223,79 @@ class DensePhase:
         for target in self.targets:
             yield regularization.Pull(target.parameter, self.l1_coefficient, self.originals[target.name])
 
+    # ---- in a trainer ------------------------------------------------------------------------------
+
+    @classmethod
+    def refuse(cls, trainer: Any) -> None:
+        """Refuse a trainer that compares the model with what it is without its adapter."""
+        if getattr(trainer, "ref_model", trainer) is None and getattr(trainer, "beta", 1.0) != 0:
+            raise ConfigError(
+                f"{type(trainer).__name__} takes the model without its adapter as its reference, which in the dense "
+                "phase is what trains. Select with SparseSFTTrainer or start_dense_phase and select first; an adapter "
+                "that has its weights trains here."
+            )
+
+    @classmethod
+    def warn_of_args(cls, changes: Mapping[str, Any]) -> None:
+        """Warn of weight decay."""
+        if changes.get("weight_decay"):
+            logger.warning(
+                "dense_args: weight_decay=%s moves every weight in the dense phase, the largest most, and the "
+                "selection cannot tell that from learning.",
+                changes["weight_decay"],
+            )
+
+    @classmethod
+    def begin(cls, trainer: Any, adapter_name: str) -> DensePhase:
+        """`start_dense_phase` on the trainer's model."""
+        return start_dense_phase(trainer.model, adapter_name)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """See `save_dense_phase`."""
+        save_dense_phase(self, directory)
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """See `load_dense_phase`."""
+        load_dense_phase(self, directory)
+
+
+def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DensePhase:
+    """Unfreeze exactly the targeted base parameters and remember where they start.
+
+    Use weight decay 0 in this phase, as the authors do: decay moves every weight, and would be taken for learning. A
+    base model in bfloat16 or float16 gets a warning, because it loses most small updates.
+
+    Args:
+        model: a PeftModel (or a tuner) whose adapter has the method "lottery_ticket" and no weights yet. Not wrapped:
+            DDP is made anew for each phase, after its start, because each trains other parameters.
+        adapter_name: that adapter; it must be active.
+
+    Returns:
+        DensePhase: its `select()` and `start_sparse_phase()` end it, as do the functions of the same names; also a
+        context manager.
+
+    Raises:
+        ConfigError: the adapter is of another method, has its weights already, is not active, or is merged; the base is
+            quantised, sharded or on the meta device; the model is wrapped; another dense phase is open.
+
+    Cost: a copy of the targeted parameters on the CPU (on their own device with `l1`), and one of a tied output matrix
+    beside it.
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3.1. Differs from the authors' code in: K is exact, fewer than
+    K moved weights are an error, weights are restored from copies and never by subtraction, and only what is targeted
+    is unfrozen.
+    """
+    refuse_wrapper(model)
+    config = adapter_config(model, adapter_name)
+    targets = targets_of_adapter(model, adapter_name)
+    _check_adapter(model, adapter_name, config)
+    for target in targets:
+        check_active(adapter_name, target)
+        _check_target(target)
+    for _, layer in iter_layers(model):
+        layer.restore()
+    _warn_of_low_precision(targets)
+    return DensePhase(model, adapter_name, config, targets)
+
 
 class _Scores(Mapping[str, Tensor]):
     """Scores that are computed when they are asked for."""
@@ -285,3 +335,43 @@ def _scored(
 
 def _copy(tensor: Tensor, *, stay: bool = False) -> Tensor:
     return tensor.detach().to(tensor.device if stay else "cpu", copy=True)
+
+
+def _check_adapter(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
+    if config.selected_by != DENSE_PHASE:
+        what_then = "call select_by_gradients(model, batches)" if is_unselected(config) else "train it in any loop"
+        raise ConfigError(
+            f"adapter {adapter_name!r} has the method {config.method!r}, whose weights need no dense phase: "
+            f"{what_then}. For LT-SFT use LotteryTicketConfig(...)"
+        )
+    if not is_unselected(config):
+        raise ConfigError(
+            f"adapter {adapter_name!r} has its {sum((config.counts or {}).values())} weights already. Train them, or "
+            "select anew in a new adapter: model.add_adapter(name, LotteryTicketConfig(...))"
+        )
+    other = open_phase(base_model_of(model))
+    if other is not None:
+        raise ConfigError(
+            f"a {other.name} phase of adapter {other.adapter_name!r} is open on this model. Select and rewind "
+            "first, or abort() it."
+        )
+
+
+def _check_target(target: Target) -> None:
+    if (target.which == "weight" and find_backend(target.module) is not None) or is_packed(target.parameter):
+        raise ConfigError(
+            f"{target.name} is quantised, and a dense phase trains the base weights themselves. Load the base "
+            "unquantised, or use a method without a dense phase: SpIEL, or Rand-SFT (RandConfig)."
+        )
+    refuse_sharded(target.name, target.parameter)
+
+
+def _warn_of_low_precision(targets: list[Target]) -> None:
+    low = sorted({str(t.parameter.dtype) for t in targets if t.parameter.dtype in (torch.bfloat16, torch.float16)})
+    if low:
+        logger.warning(
+            "The dense phase trains base weights in %s, which rounds small updates away: at a learning rate of 5e-5, "
+            "bfloat16 weights above 0.016 do not move at all, so the selection would prefer small weights. Load the "
+            "base in float32 and train under autocast.",
+            " and ".join(low),
+        )

@@ -8,9 +8,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from ...tuners.sparse_ft.iteration import iter_deltas
+from ..rates import warn_of_rate
 from ..spiel.in_trainer import figures
-from .dense_phase import DensePhase
-from .mask_phase import MaskPhase
+from ..spiel.reselector import iter_reselectors
+from .phase import Phase
 
 if TYPE_CHECKING:
     from ..trainer.checkpoints import PhaseCheckpoints as _Base
@@ -21,7 +22,7 @@ else:
 class PhaseLogs(_Base):
     """The log of `TwoPhaseTraining`."""
 
-    _phase: DensePhase | MaskPhase | None
+    _phase: Phase | None
     _phase_name: str | None
     # The update up to which reselections are in the log.
     _logged_update = 0
@@ -53,12 +54,14 @@ class PhaseLogs(_Base):
 
 
 class NamePhase(TrainerCallback):
-    """Writes the phase's name at the progress bar."""
+    """Writes the phase's name at the progress bar, and warns of a learning rate that is far off."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not any(iter_reselectors(self._trainer.model)):  # those have a callback that every trainer calls
+            warn_of_rate(self._trainer.model, kwargs.get("optimizer"))
         name = self._trainer._phase_name
         if name is None:
             return

@@ -17,7 +17,9 @@ from ...tuners.ada_sft.iteration import iter_masked
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..trainer.completeness import naming
-from .lottery import peft_configs, refuse_wrapper
+from ..trainer.stored_adapters import load_adapters
+from .phase import Phase, first_phase
+from .targets import peft_configs, refuse_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ def is_in_mask_phase(model: Any, adapter_name: str) -> bool:
     )
 
 
-class MaskPhase:
+@first_phase
+class MaskPhase(Phase):
     """The first phase of Ada-SFT as a trainer goes through it: what `DensePhase` is to LT-SFT.
 
     Nothing of the base model moves in it, so that there is nothing to take back: leaving it after an exception leaves
@@ -87,17 +90,27 @@ class MaskPhase:
         adapter_name: the adapter.
     """
 
-    name: ClassVar = "mask"
-    next_name: ClassVar = "weights"
+    name: ClassVar = MASK
+    next_name: ClassVar = WEIGHTS
     args_name: ClassVar = "mask_args"
-    # Ada-SFT has no penalty.
-    l1_coefficient: ClassVar = 0.0
+    folder: ClassVar = "_mask"
+    file_name: ClassVar = FILE_NAME
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         _check_first_phase(adapter_name, _config_of(model, adapter_name))
         self.model = model
         self.adapter_name = adapter_name
         self._root = base_model_of(model)
+
+    @classmethod
+    def is_before(cls, model: Any, adapter_name: str) -> bool:
+        """Not where the masks are frozen, as in an adapter that was loaded to be used."""
+        return is_in_mask_phase(model, adapter_name)
+
+    @classmethod
+    def begin(cls, trainer: Any, adapter_name: str) -> MaskPhase:
+        """The phase on the trainer's model."""
+        return cls(trainer.model, adapter_name)
 
     @property
     def numel(self) -> int:
@@ -108,6 +121,15 @@ class MaskPhase:
         """Fix the masks, and start the second phase."""
         start_weight_phase(self.model, self.adapter_name)
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Mark a checkpoint, which holds the adapter already, as one of this phase."""
+        write_atomically(Path(directory, FILE_NAME), json.dumps({"adapter": self.adapter_name}).encode())
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Take the masks and heads of a checkpoint."""
+        _check_checkpoint(self, directory)
+        load_adapters(self.model, os.fspath(directory), [self.adapter_name])
+
     def __enter__(self) -> MaskPhase:
         self._root.__dict__[PHASE_ATTRIBUTE] = self
         return self
@@ -116,12 +138,7 @@ class MaskPhase:
         self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
 
 
-def save_mask_phase(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:
-    """Mark a checkpoint, which holds the adapter already, as one of this phase."""
-    write_atomically(Path(directory, FILE_NAME), json.dumps({"adapter": phase.adapter_name}).encode())
-
-
-def check_mask_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:
+def _check_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:
     """Refuse a checkpoint that is none of this phase of this adapter.
 
     Raises:

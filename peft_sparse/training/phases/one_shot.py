@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from ...tuners.sparse_ft.support import plan_groups
 from ...tuners.sparse_ft.unselected import is_unselected
 from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar
-from .dense_phase import Target
 from .gradient_means import LossFunction, gradient_means
-from .lottery import adapter_config, check_active, refuse_wrapper, targets_of_adapter
+from .phase import Phase, first_phase
+from .targets import Target, adapter_config, check_active, refuse_wrapper, targets_of_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,40 @@ def select_in_trainer(trainer: Any, adapter_name: str) -> None:
         loss_fn=loss_of,
         adapter_name=adapter_name,
     )
+
+
+@first_phase
+class GradientSelection(Phase):
+    """`select_in_trainer` as the first phase of a trainer, in which nothing trains.
+
+    What it selected lies where a dense phase's selection does.
+    """
+
+    name: ClassVar = GRADIENTS
+    folder: ClassVar = "_dense"
+    trains: ClassVar = False
+
+    def __init__(self, trainer: Any, adapter_name: str) -> None:
+        self.model = trainer.model
+        self.adapter_name = adapter_name
+        self._trainer = trainer
+
+    @classmethod
+    def begin(cls, trainer: Any, adapter_name: str) -> GradientSelection:
+        """The selection with this trainer's data and loss."""
+        return cls(trainer, adapter_name)
+
+    @property
+    def numel(self) -> int:
+        """How many weights are ranked."""
+        return sum(target.delta.numel for target in targets_of_adapter(self.model, self.adapter_name))
+
+    def select(self) -> None:
+        """Choose the support; nothing else changes, so there is nothing to go back to."""
+        select_in_trainer(self._trainer, self.adapter_name)
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 _SELECT_FIRST = (

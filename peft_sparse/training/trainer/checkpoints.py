@@ -8,24 +8,21 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...files import AtomicFolder
-from ...tuners.ada_sft.config import AdaSftConfig
 from ...tuners.ada_sft.iteration import iter_masked
-from ...tuners.sparse_ft.configs.base import SparseConfig
 from ...tuners.sparse_ft.iteration import iter_deltas
-from ..phases.dense_checkpoint import load_dense_phase, save_dense_phase
-from ..phases.dense_phase import DensePhase
-from ..phases.mask_phase import MaskPhase, check_mask_checkpoint, save_mask_phase
+from ..phases.phase import Phase
 from ..spiel.callback import STATE_FILE, load_state, save_state
 from ..spiel.reselector import iter_reselectors
-from .completeness import STATE, Needs, check_moments, folder_of, knows, naming
+from .completeness import STATE, Needs, check_moments, naming
 from .preemption import is_just_in_time
-from .resume import FIRST_FOLDERS, SELECTION_FILE, SELECTION_FOLDER
+from .resume import SELECTION_FILE, SELECTION_FOLDER
+from .stored_adapters import load_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -42,22 +39,18 @@ class PhaseCheckpoints(_Base):
     """
 
     # The first phase that is under way.
-    _phase: DensePhase | MaskPhase | None
+    _phase: Phase | None
     # Whether SIGTERM has asked for a checkpoint in the phase that is under way, or just over.
     _was_preempted: bool
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return folder if self._phase is None else os.path.join(folder, FIRST_FOLDERS[self._phase.name])
+        return folder if self._phase is None else os.path.join(folder, self._phase.folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, **({} if state_dict is None else {"state_dict": state_dict}))
         if self._phase is not None and self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            if isinstance(self._phase, MaskPhase):
-                save_mask_phase(self._phase, folder)
-            else:
-                save_dense_phase(self._phase, folder)
+            self._phase.save(output_dir if output_dir is not None else self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -73,20 +66,20 @@ class PhaseCheckpoints(_Base):
             # The callback does so as well, but after the trainer's state, and not under SIGTERM.
             save_state(self.model, output_dir)
 
-    def _save_selection(self, adapter: str, first: str, trial: Any) -> None:
+    def _save_selection(self, adapter: str, kind: type[Phase], trial: Any) -> None:
         """Keep adapter and heads at the boundary, for a run that stops before the second phase's first checkpoint."""
         if not self.args.should_save or (self.args.save_strategy == "no" and not self.args.enable_jit_checkpoint):
             return
-        folder = os.path.join(self._get_output_dir(trial), FIRST_FOLDERS[first], SELECTION_FOLDER)
+        folder = os.path.join(self._get_output_dir(trial), kind.folder, SELECTION_FOLDER)
         with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: True, doors=(SELECTION_FILE,)) as atomic:
             self.model.save_pretrained(os.fspath(atomic.staging), selected_adapters=[adapter])
             (atomic.staging / SELECTION_FILE).write_text(json.dumps({"adapter": adapter}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._phase is not None:
-            self._load_first_phase(self._phase, resume_from_checkpoint)
+            self._phase.load(resume_from_checkpoint)
         elif model is None and (adapters := self._trained_adapters()):
-            self._load_adapters(resume_from_checkpoint, adapters)
+            load_adapters(self.model, resume_from_checkpoint, adapters)
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
                 load_state(self.model, resume_from_checkpoint)
         else:
@@ -96,23 +89,16 @@ class PhaseCheckpoints(_Base):
         best, score = self.state.best_model_checkpoint, self.state.best_metric
         if self._phase is not None and best is not None:
             logger.info("Loading the best of the %s phase from %s (score: %s).", self._phase.name, best, score)
-            self._load_first_phase(self._phase, best)
+            self._phase.load(best)
         elif (
             best is not None
             and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
             and (adapters := self._trained_adapters())
         ):
             logger.info("Loading the best adapter from %s (score: %s).", best, score)
-            self._load_adapters(best, adapters)
+            load_adapters(self.model, best, adapters)
         else:
             super()._load_best_model()
-
-    def _load_first_phase(self, phase: DensePhase | MaskPhase, folder: str) -> None:
-        if isinstance(phase, MaskPhase):
-            check_mask_checkpoint(phase, folder)
-            self._load_adapters(folder, [phase.adapter_name])
-        else:
-            load_dense_phase(phase, folder)
 
     def _trained_adapters(self) -> list[str]:
         """The adapters of ours that are active and trainable.
@@ -125,11 +111,9 @@ class PhaseCheckpoints(_Base):
         return [name for name in self.model.active_adapters if self._trains(name)]
 
     def _trains(self, name: str) -> bool:
-        config = self.model.peft_config.get(name)
-        if isinstance(config, AdaSftConfig):
-            return any(masked.trained.requires_grad for _, _, masked in iter_masked(self.model, name))
-        deltas = iter_deltas(self.model, name) if isinstance(config, SparseConfig) else ()
-        return any(delta.values.requires_grad for _, _, _, delta in deltas)
+        values = [delta.values for _, _, _, delta in iter_deltas(self.model, name)]
+        values += [masked.trained for _, _, masked in iter_masked(self.model, name)]
+        return any(tensor.requires_grad for tensor in values)
 
     def _needs_of_checkpoints(self) -> Needs:
         """What this run has to find in a checkpoint. FSDP and DeepSpeed write theirs in ways of their own."""
@@ -146,19 +130,7 @@ class PhaseCheckpoints(_Base):
         return Needs(adapters=adapters, files=tuple(files), training=training, rank=rank)
 
     def _load_selection(self, folder: str) -> None:
-        self._load_adapters(folder, self._trained_adapters())
-
-    def _load_adapters(self, folder: str, adapters: list[str]) -> None:
-        known = [name for name in adapters if knows(folder, name)]
-        for name in set(adapters) - set(known):
-            logger.warning("adapter %r is not in %s: it starts afresh.", name, folder)
-        loaded = {name: self._read_adapter(os.path.join(folder, folder_of(name))) for name in known}
-        for name, tensors in loaded.items():
-            set_peft_model_state_dict(self.model, tensors, adapter_name=name)
-
-    def _read_adapter(self, folder: str) -> dict[str, Any]:
-        with naming(folder):
-            return load_peft_weights(folder, device="cpu")
+        load_adapters(self.model, folder, self._trained_adapters())
 
     # ---- damaged files ---------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import logging
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ...errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 # What a trainer reads anew in every call of train(). All else it reads once, when it is made, and so for both phases.
 PER_PHASE = frozenset(
@@ -88,12 +85,6 @@ def make_first_args(args: TrainingArguments, changes: Mapping[str, Any] | None, 
     changes = dict(changes or {})
     for field in changes:
         _check_field(args, field, name)
-    if changes.get("weight_decay") and name == "dense_args":
-        logger.warning(
-            "dense_args: weight_decay=%s moves every weight in the dense phase, the largest most, and the selection "
-            "cannot tell that from learning.",
-            changes["weight_decay"],
-        )
     if "num_train_epochs" in changes:
         changes.setdefault("max_steps", -1)
     # Not dataclasses.replace: making training arguments anew resets the state of the accelerator that the trainer has

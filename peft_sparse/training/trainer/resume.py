@@ -8,25 +8,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...errors import FormatError
-from ..phases import dense_checkpoint, mask_phase
+from ..phases import registry as registry  # so that all phases are known
+from ..phases.phase import PHASES, SECOND, SELECTION, phase_called
 from .completeness import STATE, Fault, Needs, faults
 
 logger = logging.getLogger(__name__)
 
-# {first phase: its folder inside the output folder}. The Hub's upload leaves out what starts with an underscore.
-FIRST_FOLDERS = {"dense": "_dense", "mask": "_mask"}
-# {first phase: the file that tells its checkpoints from others}
-_FILES = {"dense": dense_checkpoint.FILE_NAME, "mask": mask_phase.FILE_NAME}
 SELECTION_FOLDER = "selection"
 SELECTION_FILE = "selection.json"
-FirstPhase = Literal["dense", "mask"]
-Phase = Literal["dense", "mask", "selection", "second"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +28,19 @@ class ResumePoint:
     """A checkpoint to go on from.
 
     Attributes:
-        phase: "dense" or "mask"; "selection": at the boundary, with the support chosen or the masks fixed and nothing
-            else done; or "second", which is also that of a run in one phase.
+        phase: the name of a first phase ("dense", "mask"); "selection": at the boundary, with the support chosen or the
+            masks fixed and nothing else done; or "second", which is also that of a run in one phase.
         path: its folder.
     """
 
-    phase: Phase
+    phase: str
     path: str
 
 
 def find_resume_point(
     output_dir: str,
     resume_from_checkpoint: str | bool | None,
-    first: FirstPhase | None = "dense",
+    first: str | None = "dense",
     *,
     needs: Needs | None = None,
 ) -> ResumePoint | None:
@@ -82,7 +76,7 @@ def find_resume_point(
             passed_over.append(fault)
             logger.warning("resume_from_checkpoint=True passes over %s: %s", point.path, fault)
     if not complete:
-        also = f" nor in its folder {FIRST_FOLDERS[first]}" if first is not None else ""
+        also = f" nor in its folder {phase_called(first).folder}" if first is not None else ""
         why = f" ({'; '.join(map(str, passed_over))})" if passed_over else ""
         raise ValueError(
             f"No valid checkpoint found in output directory ({output_dir}){also}{why}: train without "
@@ -100,18 +94,32 @@ def _check_named(point: ResumePoint, needs: Needs) -> None:
         logger.warning("%s: the run goes on without it, and not as if it had never stopped.", fault)
 
 
-def _all_points(output_dir: str, first: FirstPhase | None) -> list[ResumePoint]:
+def _all_points(output_dir: str, first: str | None) -> list[ResumePoint]:
     """Every checkpoint of both phases, in the order in which one run would write them."""
-    second = [ResumePoint("second", path) for path in _numbered(output_dir)]
+    second = [ResumePoint(SECOND, path) for path in _numbered(output_dir)]
     if first is None:
         return second
-    folder = os.path.join(output_dir, FIRST_FOLDERS[first])
+    folder = os.path.join(output_dir, phase_called(first).folder)
     selection = os.path.join(folder, SELECTION_FOLDER)
     return [
-        *(ResumePoint(first, path) for path in _numbered(folder)),
-        *(ResumePoint("selection", path) for path in [selection] if os.path.isdir(path)),
+        *(ResumePoint(_phase_of(path, first), path) for path in _numbered(folder)),
+        *(ResumePoint(SELECTION, path) for path in [selection] if os.path.isdir(path)),
         *second,
     ]
+
+
+def _sharing(first: str) -> list[tuple[str, str]]:
+    """(name, file) of the phases whose checkpoints lie in a phase's folder: its own first."""
+    kind = phase_called(first)
+    found = [(p.name, p.file_name) for p in PHASES.values() if p.folder == kind.folder and p.file_name is not None]
+    return sorted(found, key=lambda pair: pair[0] != first)
+
+
+def _phase_of(path: str, first: str) -> str:
+    """Which phase a checkpoint in a phase's folder is of; of two that share it, the one whose file is there."""
+    sharing = _sharing(first)
+    there = [name for name, file in sharing if os.path.isfile(os.path.join(path, file))]
+    return next(iter([*there, *(name for name, _ in sharing)]), first)
 
 
 def _numbered(folder: str) -> list[str]:
@@ -123,42 +131,43 @@ def _numbered(folder: str) -> list[str]:
 
 def _last_file(point: ResumePoint) -> Path:
     """The file that is written after everything else."""
-    return Path(point.path, SELECTION_FILE if point.phase == "selection" else STATE)
+    return Path(point.path, SELECTION_FILE if point.phase == SELECTION else STATE)
 
 
 def _own_files(point: ResumePoint) -> tuple[str, ...]:
     """What makes a folder a checkpoint of this phase."""
-    if point.phase == "selection":
+    if point.phase == SELECTION:
         return (SELECTION_FILE,)
-    return (STATE,) if point.phase == "second" else (STATE, _FILES[point.phase])
+    file_name = None if point.phase == SECOND else phase_called(point.phase).file_name
+    return (STATE,) if file_name is None else (STATE, file_name)
 
 
 def _faults(point: ResumePoint, needs: Needs) -> Iterator[Fault]:
-    if point.phase == "dense":
+    if point.phase in PHASES and not PHASES[point.phase].holds_adapter:
         # Its own file holds all tensors, and nothing is reselected in it.
         needs = Needs(training=needs.training, rank=needs.rank)
     return faults(point.path, _own_files(point), needs)
 
 
-def _classify(path: str, first: FirstPhase | None) -> ResumePoint:
+def _classify(path: str, first: str | None) -> ResumePoint:
     def has(name: str) -> bool:
         return os.path.isfile(os.path.join(path, name))
 
-    if first is not None and has(_FILES[first]):
-        return ResumePoint(first, path)
-    for other in _FILES:
-        if has(_FILES[other]):
+    if first is not None and any(has(file) for _, file in _sharing(first)):
+        return ResumePoint(_phase_of(path, first), path)
+    for other in PHASES.values():
+        if other.file_name is not None and has(other.file_name):
             raise FormatError(
-                f"resume_from_checkpoint: {path} is of a {other} phase ({_FILES[other]}), and no adapter of this run "
-                "has one before it. Make the model as for the first start: get_peft_model(model, config)."
+                f"resume_from_checkpoint: {path} is of a {other.name} phase ({other.file_name}), and no adapter of "
+                "this run has one before it. Make the model as for the first start: get_peft_model(model, config)."
             )
     if has(SELECTION_FILE):
-        return ResumePoint("selection", path)
+        return ResumePoint(SELECTION, path)
     if has(STATE):
-        return ResumePoint("second", path)
+        return ResumePoint(SECOND, path)
     known = {SELECTION_FILE: "boundary", STATE: "second phase" if first is not None else "trainer's checkpoint"}
     if first is not None:
-        known = {_FILES[first]: f"{first} phase", **known}
+        known = {**{file: f"{name} phase" for name, file in _sharing(first)}, **known}
     names = ", ".join(f"{name} ({what})" for name, what in known.items())
     raise FormatError(
         f"resume_from_checkpoint: {path} holds none of {names}. A checkpoint whose writing was cut short "

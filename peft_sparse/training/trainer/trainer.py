@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, enable_full_determinism, set_seed
@@ -18,15 +17,13 @@ from transformers.trainer_utils import TrainOutput
 from ...checkpoints.push import update_cards
 from ...errors import ConfigError, FormatError
 from ...tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
-from ...tuners.sparse_ft.configs.base import GRADIENTS
+from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
-from ...tuners.sparse_ft.unselected import is_unselected
-from ..phases.dense_phase import DensePhase
+from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..phases.logs import NamePhase, PhaseLogs
-from ..phases.lottery import start_dense_phase
-from ..phases.mask_phase import MaskPhase, is_in_mask_phase
-from ..phases.one_shot import select_in_trainer
+from ..phases.phase import PHASES, SECOND, SELECTION, Phase
+from ..phases.registry import phase_before
 from ..spiel.in_trainer import optimizer_for
 from .checkpoints import PhaseCheckpoints
 from .phase_args import make_first_args
@@ -77,25 +74,20 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
     model_init: Any
     _train_batch_size: int
 
-    def __init__(
-        self,
-        *args: Any,
-        dense_args: Mapping[str, Any] | None = None,
-        mask_args: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._phase: DensePhase | MaskPhase | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._phase: Phase | None = None
         self._phase_name: str | None = None
         self._was_preempted = False
-        self.dense_state: TrainerState | None = None
-        self.dense_output: TrainOutput | None = None
-        self.mask_state: TrainerState | None = None
-        self.mask_output: TrainOutput | None = None
-        self.dense_args: Mapping[str, Any] | None = dense_args
-        self.mask_args: Mapping[str, Any] | None = mask_args
+        own = {kind.args_name: kwargs.pop(kind.args_name, None) for kind in PHASES.values() if kind.args_name}
+        for kind in PHASES.values():
+            if kind.trains:
+                self._remember(kind, None, None)
+        vars(self).update(own)
         super().__init__(*args, **kwargs)
-        make_first_args(self.args, dense_args, name="dense_args")
-        make_first_args(self.args, mask_args, name="mask_args")
+        for kind in PHASES.values():
+            if kind.args_name:
+                make_first_args(self.args, own[kind.args_name], name=kind.args_name)
+                kind.warn_of_args(own[kind.args_name] or {})
         self.add_callback(NamePhase(self))
 
     # ---- the run -------------------------------------------------------------------------------------
@@ -128,70 +120,60 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
             for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
                 layer.keep_dtypes()
-            found = self._adapter_before_its_phases()
-            if found is None:
-                point = find_resume_point(
-                    self._get_output_dir(trial), resume_from_checkpoint, None, needs=self._needs_of_checkpoints()
-                )
-                return self._train_second(None, point, options)
-            adapter, kind = found
-            by_gradients = getattr(self.model.peft_config[adapter], "selected_by", None) == GRADIENTS
-            if not by_gradients:
+            found = phase_before(self.model)
+            kind = None if found is None else found[1]
+            if kind is not None and kind.trains:
                 self._check_two_phases(kind)
             point = find_resume_point(
-                self._get_output_dir(trial), resume_from_checkpoint, kind.name, needs=self._needs_of_checkpoints()
+                self._get_output_dir(trial),
+                resume_from_checkpoint,
+                None if kind is None else kind.name,
+                needs=self._needs_of_checkpoints(),
             )
+            if found is None:
+                return self._train_second(None, point, options)
+            adapter, kind = found
             output = None
-            if point is None or point.phase == kind.name:
-                if by_gradients:
-                    self._select_by_gradients(adapter, point, trial)
-                else:
-                    output = self._train_first(adapter, kind, point, trial, options)
+            if point is None or point.phase not in (SELECTION, SECOND):
+                output = self._train_first(adapter, kind, point, trial, options)
                 if self._stops_before_second(kind):
                     return output or TrainOutput(0, 0.0, {})
             return self._train_second(kind.next_name, point, options)
 
     def _train_first(
-        self,
-        adapter: str,
-        kind: type[DensePhase] | type[MaskPhase],
-        point: ResumePoint | None,
-        trial: Any,
-        options: dict[str, Any],
-    ) -> TrainOutput:
-        """Dense phase, selection, rewind; or mask phase. Whatever leaves this method, the base weights are where they
-        were.
-        """
-        start: Any = MaskPhase if kind is MaskPhase else start_dense_phase
-        with start(self.model, adapter) as phase, self._named(phase.name), self._with_args_of(phase):
-            logger.info("%s phase: %d targeted weights", phase.name, phase.numel)
-            checkpoint = point.path if point is not None else None
-            output = self._run_phase(checkpoint, options)
-            if kind is MaskPhase:
-                self.mask_output, self.mask_state = output, self.state
-            else:
-                self.dense_output, self.dense_state = output, self.state
-            # Its moments are two copies of the targets; what comes next should not have to fit beside them.
-            self._drop_optimizer()
-            self.accelerator.free_memory()
-            if self._was_preempted:
-                return output
-            phase.select()
-        self._save_selection(adapter, kind.name, trial)
-        return output
-
-    def _select_by_gradients(self, adapter: str, point: ResumePoint | None, trial: Any) -> None:
-        """Choose the support by the gradients of the first batches, and keep it for a run that is resumed."""
-        if point is not None:
+        self, adapter: str, kind: type[Phase], point: ResumePoint | None, trial: Any, options: dict[str, Any]
+    ) -> TrainOutput | None:
+        """The first phase and the selection. Whatever leaves this method, the base weights are where they were."""
+        if point is not None and (point.phase != kind.name or not kind.trains):
             raise FormatError(
-                f"resume_from_checkpoint: {point.path} is of a dense phase, which adapter {adapter!r} "
+                f"resume_from_checkpoint: {point.path} is of a {point.phase} phase, which adapter {adapter!r} "
                 f"({type(self.model.peft_config[adapter]).__name__}) does not have."
             )
-        self._seed()
-        select_in_trainer(self, adapter)
-        self._save_selection(adapter, DensePhase.name, trial)
+        output = None
+        with ExitStack() as around:
+            phase = around.enter_context(kind.begin(self, adapter))
+            if kind.trains:
+                around.enter_context(self._named(phase.name))
+                around.enter_context(self._with_args_of(phase))
+                logger.info("%s phase: %d targeted weights", phase.name, phase.numel)
+                output = self._run_phase(point.path if point is not None else None, options)
+                self._remember(kind, output, self.state)
+                # Its moments are two copies of the targets; what comes next should not have to fit beside them.
+                self._drop_optimizer()
+                self.accelerator.free_memory()
+                if self._was_preempted:
+                    return output
+            else:
+                self._seed()
+            phase.select()
+        self._save_selection(adapter, kind, trial)
+        return output
 
-    def _stops_before_second(self, kind: type[DensePhase] | type[MaskPhase]) -> bool:
+    def _remember(self, kind: type[Phase], output: TrainOutput | None, state: TrainerState | None) -> None:
+        """What a phase's training returned, and the trainer's state after it, as attributes with the phase's name."""
+        vars(self).update({f"{kind.name}_output": output, f"{kind.name}_state": state})
+
+    def _stops_before_second(self, kind: type[Phase]) -> bool:
         """Whether SIGTERM came in the first phase, or while weights were selected. A later run goes on from there."""
         if not self._was_preempted and not take_request(self):
             return False
@@ -206,8 +188,8 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
 
     def _train_second(self, name: str | None, point: ResumePoint | None, options: dict[str, Any]) -> TrainOutput:
         """The second phase; or, without a name, the only one."""
-        checkpoint = point.path if point is not None and point.phase == "second" else None
-        if point is not None and point.phase == "selection":
+        checkpoint = point.path if point is not None and point.phase == SECOND else None
+        if point is not None and point.phase == SELECTION:
             self._load_selection(point.path)
         if name is None:
             with resident(self.model):
@@ -235,18 +217,24 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
         return output
 
     @contextmanager
-    def _with_args_of(self, phase: DensePhase | MaskPhase) -> Iterator[None]:
+    def _with_args_of(self, phase: Phase) -> Iterator[None]:
         """The trainer with the first phase's arguments and checkpoints."""
         args, batch_size = self.args, self._train_batch_size
-        self.args = make_first_args(args, getattr(self, phase.args_name), name=phase.args_name)
+        self.args = make_first_args(args, getattr(self, str(phase.args_name), None), name=str(phase.args_name))
         self._train_batch_size = self.args.train_batch_size
         self._phase = phase
+        # Where callbacks see that the adapter is in its phase; dense and mask phases say so themselves.
+        marks = base_model_of(self.model).__dict__
+        is_marked_here = PHASE_ATTRIBUTE not in marks
+        marks.setdefault(PHASE_ATTRIBUTE, phase)
         self._drop_optimizer()
         self._seed()
         try:
             yield
         finally:
             self._phase = None
+            if is_marked_here:
+                marks.pop(PHASE_ATTRIBUTE, None)
             self.args, self._train_batch_size = args, batch_size
             self._drop_optimizer()
 
@@ -290,32 +278,16 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
 
     # ---- what can run --------------------------------------------------------------------------------
 
-    def _adapter_before_its_phases(self) -> tuple[str, type[DensePhase] | type[MaskPhase]] | None:
-        """The active adapter that has its first phase before it (or in progress), and which phase that is. One whose
-        weights gradients choose counts as before a dense phase.
-        """
-        if not isinstance(self.model, PeftModel):
-            return None
-        kinds: dict[str, type[DensePhase] | type[MaskPhase]] = {}
-        for name in self.model.active_adapters:
-            if is_unselected(self.model.peft_config[name]):
-                kinds[name] = DensePhase
-            elif is_in_mask_phase(self.model, name):
-                kinds[name] = MaskPhase
-        if len(kinds) > 1:
-            raise ConfigError(
-                "one adapter at a time can go through its phases or have its weights selected, got the active adapters "
-                f"{list(kinds)}."
-            )
-        return next(iter(kinds.items()), None)
-
-    def _check_two_phases(self, kind: type[DensePhase] | type[MaskPhase]) -> None:
-        other = DensePhase if kind is MaskPhase else MaskPhase
-        if getattr(self, other.args_name) is not None and getattr(self, kind.args_name) is None:
-            raise ConfigError(
-                f"{other.args_name} is for a {other.name} phase, and the active adapter begins with a {kind.name} "
-                f"phase: {kind.args_name}={{...}}"
-            )
+    def _check_two_phases(self, kind: type[Phase]) -> None:
+        for other in PHASES.values():
+            if other.args_name in (None, kind.args_name) or getattr(self, other.args_name, None) is None:
+                continue
+            if kind.args_name is None or getattr(self, kind.args_name, None) is None:
+                own = f": {kind.args_name}={{...}}" if kind.args_name else ", which takes no arguments of its own"
+                raise ConfigError(
+                    f"{other.args_name} is for a {other.name} phase, and the active adapter begins with a {kind.name} "
+                    f"phase{own}"
+                )
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise ConfigError(
                 "optimizers= gives one optimizer, and each phase trains other parameters with an optimizer of its own. "
@@ -326,12 +298,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
                 f"fsdp and deepspeed shard the weights that the {kind.name} phase works on. Run it under DDP, or in "
                 "one process."
             )
-        if kind is DensePhase and getattr(self, "ref_model", self) is None and getattr(self, "beta", 1.0) != 0:
-            raise ConfigError(
-                f"{type(self).__name__} takes the model without its adapter as its reference, which in the dense phase "
-                "is what trains. Select with SparseSFTTrainer, or start_dense_phase and select, first; an adapter that "
-                "has its weights trains here."
-            )
+        kind.refuse(self)
 
     # ---- the loop ------------------------------------------------------------------------------------
 

@@ -112,6 +112,11 @@ class AdaSftConfig(WeightConfig):
         # What it checks of the fields that both have, it checks for us.
         self.as_sparse()
 
+    @property
+    def first_phase(self) -> str | None:
+        """That of the masks, until they are fixed."""
+        return MASK if self.phase == MASK else None
+
     def as_sparse(
         self, *, density: float | None = None, budget: str | dict[str, float] | None = None, **fields: Any
     ) -> SparseConfig:

@@ -38,6 +38,11 @@ class WeightConfig(PeftConfig):
     # {what other libraries call a field: what to write here}
     elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
+    @property
+    def first_phase(self) -> str | None:
+        """The phase of training that comes before this adapter's weights train (`training.phases.phase.PHASES`)."""
+        return None
+
     def __new__(cls, *args: Any, **kwargs: Any) -> WeightConfig:
         check_arguments(cls, args, kwargs, elsewhere=cls.elsewhere)
         return super().__new__(cls)

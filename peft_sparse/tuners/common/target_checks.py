@@ -16,6 +16,7 @@ from ...errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _KEYWORDS = ("all", "all-linear")
+_KEYWORD_ALONE = " It is written by itself, not in a list: target_modules='all-linear'."
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
 
 
@@ -50,7 +51,7 @@ def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) 
         # PEFT's own words first, which others look for.
         raise NothingTargetedError(
             f"Target modules {target_modules} not found in the base model. Please check the target modules and try "
-            f"again.{hints} A keyword is written by itself: target_modules='all-linear'."
+            f"again.{hints}{_KEYWORD_ALONE if any(f'{k!r}?' in hints for k in _KEYWORDS) else ''}"
         )
     logger.warning("target_modules: no module of the model is called %s.%s", ", ".join(map(repr, missing)), hints)
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...errors import ConfigError
 from ...optim.step_watch import Step, StepWatch, all_parameters
-from .configs.base import DENSE_PHASE, GRADIENTS, SparseConfig
+from .configs.base import SparseConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,8 @@ def open_phase(base_model: nn.Module) -> Any:
 
 
 def is_unselected(config: Any) -> bool:
-    """Whether a config belongs to an adapter that a dense phase or gradients have yet to choose the weights of."""
-    return (
-        isinstance(config, SparseConfig)
-        and config.selected_by in (DENSE_PHASE, GRADIENTS)
-        and not any((config.counts or {}).values())
-    )
+    """Whether a config is of an adapter that a first phase (dense, by gradients) has yet to choose the weights of."""
+    return isinstance(config, SparseConfig) and config.first_phase is not None
 
 
 HOW_TO_SELECT = (

@@ -159,7 +159,7 @@ def test_nothing_to_keep(saved, tmp_path):
         ({"density": 0.1, "budget": "most"}, "budget must be"),
         ({"num_weights": "changed", "budget": "uniform"}, "leaves no budget; got 'uniform'"),
         ({"density": 0.1, "values_dtype": "int8"}, "values_dtype must be one of"),
-        ({"density": 0.1, "target_modules": ["nowhere"]}, "no weight is targeted"),
+        ({"density": 0.1, "target_modules": ["nowhere"]}, "not found in the base model"),
         ({"num_weights": 10**9}, "asks for 1000000000 weights, but the targeted tensors hold"),
     ],
 )

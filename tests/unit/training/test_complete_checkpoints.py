@@ -30,6 +30,7 @@ from peft_sparse import (
 from peft_sparse.training.spiel.callback import STATE_FILE, load_state, save_state
 from peft_sparse.training.trainer.completeness import Needs
 from peft_sparse.training.trainer.resume import find_resume_point
+from peft_sparse.training.trainer.stored_adapters import load_adapters
 
 CONFIGS = {
     "spiel": SpielAGConfig(density=0.05, target_modules=["query"], reselection_steps=4, estimation_steps=2),
@@ -256,7 +257,7 @@ def test_one_that_trains_and_is_unknown_is_named(tmp_path, whole, caplog):
     trainer.model.add_adapter("other", CONFIGS["rand"])
     trainer.model.base_model.set_adapter(["default", "other"])
     before = deltas(trainer.model, "other")
-    trainer._load_adapters(os.path.join(whole["spiel"].args.output_dir, "checkpoint-8"), ["default", "other"])
+    load_adapters(trainer.model, os.path.join(whole["spiel"].args.output_dir, "checkpoint-8"), ["default", "other"])
     assert "adapter 'other' is not in" in caplog.text
     assert_same_tensors(deltas(trainer.model, "other"), before)
     assert_same_tensors(deltas(trainer.model), deltas(whole["spiel"].model))

@@ -21,9 +21,9 @@ from tiny_training import (
 from transformers import Trainer, TrainerCallback, trainer_jit_checkpoint
 
 from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, SparseTrainer, iter_deltas
+from peft_sparse.training.phases import one_shot
 from peft_sparse.training.phases.dense_phase import DensePhase
 from peft_sparse.training.spiel.callback import STATE_FILE
-from peft_sparse.training.trainer import trainer as trainer_module
 from peft_sparse.training.trainer.resume import find_resume_point
 
 CONFIGS = {
@@ -137,9 +137,9 @@ def test_sigterm_while_gradients_select(tmp_path, monkeypatch):
         )
         return make_trainer(tmp_path, model=model, max_steps=3, enable_jit_checkpoint=True)
 
-    select = trainer_module.select_in_trainer
+    select = one_shot.select_in_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "select_in_trainer", lambda *args: (terminate(), select(*args)))
+        patch.setattr(one_shot, "select_in_trainer", lambda *args: (terminate(), select(*args)))
         stopped = trainer()
         assert stopped.train().global_step == 0
     support = {name: indices for name, (indices, _) in deltas(stopped.model).items()}

@@ -275,7 +275,7 @@ def test_a_stopped_run_resumes_without_selecting_again(tmp_path, stop, point, mo
     assert json.loads((tmp_path / "part" / "_dense" / "selection" / "selection.json").read_text()) == {
         "adapter": "default"
     }
-    monkeypatch.setattr("peft_sparse.training.trainer.trainer.select_in_trainer", None)
+    monkeypatch.setattr("peft_sparse.training.phases.one_shot.select_in_trainer", None)
     resumed = make_trainer(tmp_path / "part", model=make(), **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
     assert_same_tensors(deltas(resumed.model), deltas(whole.model))

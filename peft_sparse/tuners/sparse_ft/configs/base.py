@@ -19,9 +19,9 @@ from ...common.config import WeightConfig
 SPARSE_FT = add_peft_type("SPARSE_FT")
 BASE_METHOD = "fixed"
 # What chooses an adapter's support: nothing (it comes with the adapter), random draws or the base model's weights when
-# the adapter is made, the user, a dense phase, or gradients over some batches.
+# the adapter is made, the user, or else a first phase of training by its name: a dense phase, gradients over batches.
 NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
-DENSE_PHASE, GRADIENTS = "dense phase", "gradients"
+DENSE_PHASE, GRADIENTS = "dense", "gradients"
 _LARGEST_L1 = 1e300
 VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
@@ -142,6 +142,12 @@ class SparseConfig(WeightConfig):
                 )
             cls = METHODS[method]
         return super().__new__(cls, *args, **kwargs)
+
+    @property
+    def first_phase(self) -> str | None:
+        """What is yet to choose the support: `selected_by`, if that is a phase and the weights are not chosen."""
+        is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
+        return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
         # copy and pickle call `__new__` with these alone.

@@ -1,0 +1,108 @@
+"""What a first phase finds in a model: the adapter's config, and every parameter that the adapter may tune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..._peft_bridge import BaseTuner
+from ...errors import ConfigError
+from ...tuners.sparse_ft.configs.base import SparseConfig
+from ...tuners.sparse_ft.iteration import iter_deltas
+from ...tuners.sparse_ft.layers.base import SparseLayer
+from ...tuners.sparse_ft.layers.delta import AdapterDelta
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One parameter that an adapter may tune.
+
+    Attributes:
+        name: its name in the base model.
+        layer: the layer around it.
+        which: "weight" or "bias".
+        delta: the adapter's delta on it.
+    """
+
+    name: str
+    layer: SparseLayer
+    which: str
+    delta: AdapterDelta
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of the base model that holds the parameter."""
+        layer: Any = self.layer
+        return layer.get_base_layer()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The base parameter as it stands now."""
+        return getattr(self.module, self.which)
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
+    """The model's own copy of an adapter's config.
+
+    Raises:
+        ConfigError: the model has no such adapter, or it is none of ours.
+    """
+    configs = peft_configs(model)
+    if adapter_name not in configs:
+        raise ConfigError(f"adapter_name must be one of {sorted(configs)}, got {adapter_name!r}.")
+    config = configs[adapter_name]
+    if not isinstance(config, SparseConfig):
+        raise ConfigError(
+            f"adapter {adapter_name!r} has a {type(config).__name__}, and its weights are not selected by this "
+            "library. Of ours are LotteryTicketConfig and OneShotConfig."
+        )
+    return config
+
+
+def targets_of_adapter(model: nn.Module, adapter_name: str) -> list[Target]:
+    """Every parameter that an adapter may tune."""
+    return [Target(*found) for found in iter_deltas(model, adapter_name)]
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Refuse what averages the gradients of the parameters that were trainable when it was made, and of no others."""
+    if not isinstance(model, (PeftModel, BaseTuner)) and isinstance(getattr(model, "module", None), nn.Module):
+        raise ConfigError(
+            f"model must not be wrapped when its phase changes, got a {type(model).__name__}: it would not average the "
+            "gradients of the weights that train from now on. Pass the model inside it (model.module), and wrap that "
+            "anew for each phase."
+        )
+
+
+def peft_configs(model: nn.Module) -> dict[str, Any]:
+    """{adapter name: config} of a model, whatever it is wrapped in.
+
+    Raises:
+        ConfigError: it carries no adapter.
+    """
+    wrapped: Any = model
+    while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
+        wrapped = getattr(wrapped, "module", None)
+    if wrapped is None:
+        raise ConfigError(
+            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
+            "with a LotteryTicketConfig or an AdaSftConfig."
+        )
+    return wrapped.peft_config
+
+
+def check_active(adapter_name: str, target: Target) -> None:
+    """Raise a ConfigError if an adapter does not act on a target, or another one stands in its weights."""
+    layer: Any = target.layer
+    if adapter_name not in layer.active_adapters or layer.disable_adapters:
+        raise ConfigError(
+            f"adapter {adapter_name!r} must be active while its weights are selected (in its dense phase, or by "
+            f"gradients): model.set_adapter({adapter_name!r})"
+        )
+    if layer.merged:
+        raise ConfigError(
+            f"adapters {layer.merged_adapters} are merged into {target.name}: model.unmerge_adapter() first."
+        )

@@ -1,0 +1,421 @@
+"""Distillation in trainers: what the loss is, who learns, what is written, and the phases of sparse trainers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_tokenizers import make_bert, make_llama
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from peft_sparse import (
+    ConfigError,
+    LotteryTicketConfig,
+    MultiSourceCollator,
+    MultiSourceDataset,
+    OneShotConfig,
+    RandConfig,
+    SparseTrainer,
+    evaluation_batches,
+    iter_deltas,
+    sparse_trainer,
+)
+from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teacher, distilled_trainer, make_student
+from peft_sparse.distillation.losses import attention_loss, hidden_loss, pair_mask, prediction_loss, prediction_mask
+
+IDS = torch.tensor([[1, 5, 7, 9, 2], [4, 6, 8, 0, 0]])
+BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
+LABELLED = {**BATCH, "labels": torch.tensor([0, 2])}
+
+
+def rows(count: int = 8, *, labels: bool = False) -> list[dict]:
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for number in range(count):
+        ids = torch.randint(1, 40, (5,), generator=generator)
+        ids[5 - number % 3 :] = 0
+        found.append({"input_ids": ids, "attention_mask": (ids > 0).long()})
+        if labels:
+            found[-1]["labels"] = int(ids[0]) % 3
+    return found
+
+
+def make_args(folder, **changes) -> TrainingArguments:
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "learning_rate": 1e-2, "seed": 7}
+    return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def make_trainer(folder, student, teacher, *, cls=DistillationTrainer, labels=False, dense_args=None, **changes):
+    loss, layers = changes.pop("loss", "general"), changes.pop("layers", None)
+    more = {} if dense_args is None else {"dense_args": dense_args}
+    return cls(
+        model=student, teacher=teacher, loss=loss, layers=layers, args=make_args(folder, **changes),
+        train_dataset=rows(labels=labels), eval_dataset=rows(4, labels=labels), **more,
+    )  # fmt: skip
+
+
+def classifier(**changes):
+    return make_bert(40, cls=BertForSequenceClassification, num_labels=3, **changes)
+
+
+@torch.no_grad()
+def by_hand(student, teacher, batch, layers, *, causal=False, next_token=False, windows=None) -> dict[str, float]:
+    """The three terms, from the models' own outputs in eager attention and float64."""
+    results = []
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        results.append(model(**inputs, output_attentions=True, output_hidden_states=True))
+    own, target = results
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    windows = windows or [None] * len(layers)
+    terms = {
+        "attention": attention_loss(
+            [one.double() for one in own.attentions],
+            [target.attentions[index].double() for index in layers],
+            [pair_mask(mask, causal=causal, window=window) for window in windows],
+        ),
+        "hidden": hidden_loss(
+            [one.double() for one in own.hidden_states],
+            [target.hidden_states[index].double() for index in (0, *(layer + 1 for layer in layers))],
+            mask,
+        ),
+    }
+    if "logits" in own:
+        counted = (
+            torch.ones(len(mask))
+            if own.logits.dim() == 2
+            else prediction_mask(mask, batch.get("labels"), next_token=next_token)
+        )
+        terms["prediction"] = prediction_loss(own.logits.double(), target.logits.double(), counted, temperature=2.0)
+    return {name: term.item() for name, term in terms.items()}
+
+
+MODELS = {
+    "classifier": (classifier, LABELLED, {}),
+    "encoder": (lambda: make_bert(40, cls=BertModel), BATCH, {}),
+    "tagger": (
+        lambda: make_bert(40, cls=BertForTokenClassification, num_labels=3),
+        {**BATCH, "labels": torch.tensor([[-100, 1, 2, 0, -100], [0, 1, -100, -100, -100]])},
+        {},
+    ),
+    "decoder": (lambda: make_llama(40), BATCH, {"causal": True, "next_token": True}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_the_sum_of_its_terms(name, tmp_path):
+    make, batch, settings = MODELS[name]
+    base = make()
+    student = make_student(base, stride=2)
+    with torch.no_grad():  # so that the copied layers differ from the teacher's
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    has_logits = name != "encoder"
+    weights = DistillationLoss(attention=2.0, hidden=3.0, prediction=5.0 if has_logits else 0.0)
+    trainer = make_trainer(tmp_path, student, Teacher(base), loss=weights)
+    found = trainer.compute_loss(student, dict(batch))
+    expected = by_hand(student, make().eval(), batch, [1, 3], **settings)
+    assert all(term > 1e-4 for term in expected.values())
+    total = sum(getattr(weights, term) * value for term, value in expected.items())
+    assert found.item() == pytest.approx(total, rel=1e-5)
+    assert trainer._means(True, "") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
+    base = classifier()
+    trainer = make_trainer(tmp_path, make_student(base, stride=1), Teacher(base))
+    assert trainer.compute_loss(trainer.model, dict(LABELLED)).item() == 0
+
+
+def test_sliding_windows_count_only_what_they_see(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=40, num_hidden_layers=4, layer_types=kinds, sliding_window=3, intermediate_size=32, **sizes
+    )
+    base = Gemma3ForCausalLM(config).eval()
+    other = Gemma3ForCausalLM(config).eval()
+    student = make_student(other, stride=2)
+    trainer = make_trainer(tmp_path, student, Teacher(base))
+    trainer.compute_loss(student, dict(BATCH))
+    expected = by_hand(student, base, BATCH, [1, 3], causal=True, next_token=True, windows=[3, None])
+    assert trainer._means(True, "") == pytest.approx({k: expected[k] for k in ("attention", "hidden")}, rel=1e-5)
+
+
+def test_spans_of_answers(tmp_path):
+    base = make_bert(40, cls=BertForQuestionAnswering)
+    student = make_student(make_bert(40, cls=BertForQuestionAnswering, initializer_range=0.5), stride=2)
+    trainer = make_trainer(tmp_path, student, Teacher(base), loss=DistillationLoss(attention=0, hidden=0, prediction=1))
+    found = trainer.compute_loss(student, dict(BATCH)).item()
+    total = 0.0
+    with torch.no_grad():
+        own, target = student(**BATCH), base(**BATCH)
+    for name in ("start_logits", "end_logits"):
+        for row, length in enumerate([5, 3]):
+            one, other = own[name][row, :length].double() / 2, target[name][row, :length].double() / 2
+            total -= (other.softmax(0) * one.log_softmax(0)).sum().item() / 4
+    assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_training_learns_logs_each_term_and_writes_the_student_alone(tmp_path):
+    base = classifier()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    trainer = make_trainer(
+        tmp_path, make_student(base, stride=2), Teacher(base), loss="teacher_forcing", labels=True, max_steps=6,
+        save_strategy="steps", save_steps=6, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 6
+    for entry in logs:
+        terms = entry["loss_attention"] + entry["loss_hidden"] + entry["loss_prediction"]
+        assert entry["loss"] == pytest.approx(terms, rel=1e-3)  # also with accumulated gradients
+    assert logs[-1]["loss_hidden"] < logs[0]["loss_hidden"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    written = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert set(written) == set(trainer.model.state_dict())
+    assert not isinstance(trainer.teacher, torch.nn.Module)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(
+        sum(metrics[f"eval_loss_{n}"] for n in ("attention", "hidden", "prediction"))
+    )
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6").config.num_hidden_layers == 2
+
+
+def test_gold_labels_enter_nowhere_but_by_their_own_weight(tmp_path):
+    base = classifier()
+    student = make_student(base, stride=2)
+    trainer = make_trainer(tmp_path, student, Teacher(base), loss="teacher_forcing")
+    one = trainer.compute_loss(student, dict(LABELLED))
+    other = trainer.compute_loss(student, {**BATCH, "labels": torch.tensor([1, 1])})
+    assert torch.equal(one, other)
+    weighted = make_trainer(tmp_path, student, Teacher(classifier()), loss=DistillationLoss(prediction=1, labels=2))
+    with torch.no_grad():
+        labels = student(**LABELLED).loss
+        assert weighted.compute_loss(student, dict(LABELLED)).item() == pytest.approx(
+            (one + 2 * labels).item(), rel=1e-5
+        )
+
+
+def test_evaluation_gives_the_students_own_logits(tmp_path):
+    seen = {}
+    base = classifier()
+    student = make_student(base, stride=2)
+    trainer = make_trainer(tmp_path, student, Teacher(base), labels=True)
+    trainer.compute_metrics = lambda found: seen.update(logits=found.predictions, labels=found.label_ids) or {}
+    trainer.evaluate()
+    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows(4, labels=True)]) for key in LABELLED}
+    with torch.no_grad():
+        expected = student(**batch).logits
+    torch.testing.assert_close(torch.tensor(seen["logits"]), expected)
+    assert seen["labels"].tolist() == batch["labels"].tolist()
+
+
+# Languages and adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("ind", "jav")):
+        config = RandConfig(num_weights=300, init_weights=False, seed=seed, target_modules="all")
+        torch.manual_seed(seed)
+        get_peft_model(classifier(), config).save_pretrained(folder / name)
+    torch.manual_seed(9)
+    config = RandConfig(num_weights=200, init_weights=False, modules_to_save=["classifier"])
+    task = get_peft_model(classifier(), config)
+    torch.nn.init.normal_(task.base_model.model.classifier.modules_to_save["default"].weight)
+    task.save_pretrained(folder / "task")
+    return folder
+
+
+@torch.no_grad()
+def merged(folder, *names):
+    model = classifier()
+    for name in names:
+        model = PeftModel.from_pretrained(model, folder / name).merge_and_unload()
+    return model.eval()(**BATCH).logits
+
+
+@torch.no_grad()
+def test_a_teacher_speaks_each_language_below_the_task(adapters):
+    teacher = Teacher(
+        classifier(), languages={"ind": adapters / "ind", "jav": adapters / "jav"}, task=adapters / "task"
+    )
+    for language in ("ind", "jav", "ind"):
+        found = teacher(language, **BATCH).logits
+        torch.testing.assert_close(found, merged(adapters, language, "task"))
+    assert not torch.allclose(merged(adapters, "ind", "task"), merged(adapters, "jav", "task"))
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.model.training
+    with pytest.raises(
+        ConfigError, match=r"must be one that the teacher has an adapter for \(\['ind', 'jav'\]\), got 'min'"
+    ):
+        teacher("min", **BATCH)
+    with pytest.raises(ConfigError, match="got None"):
+        teacher(**BATCH)
+    alone = Teacher(classifier(), languages={"ind": adapters / "ind"})
+    torch.testing.assert_close(alone(**BATCH).logits, merged(adapters, "ind"))
+
+
+def test_batches_of_two_languages_train_a_full_student_in_phase_one(adapters, tmp_path):
+    teacher = Teacher(make_bert(40, cls=BertForSequenceClassification, num_labels=3),
+                      languages={"ind": adapters / "ind", "jav": adapters / "jav"})  # fmt: skip
+    student = make_student(make_bert(40, cls=BertModel), stride=2)
+    seen: list[str] = []
+    activate = teacher.activate
+    teacher.activate = lambda language: (seen.append(language), activate(language))
+    batches = MultiSourceDataset({"ind": rows(6), "jav": rows(6)}, num_batches=6, batch_size=3, exponent=0.0)
+    collate = MultiSourceCollator(torch.utils.data.default_collate)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=make_args(tmp_path, max_steps=6, per_device_train_batch_size=1,
+        per_device_eval_batch_size=1), train_dataset=batches, data_collator=collate,
+        eval_dataset=evaluation_batches({"ind": rows(3)}, batch_size=3),
+    )  # fmt: skip
+    trainer.train()
+    assert {"ind", "jav"} == set(seen[:6])
+    assert seen[:6].count("ind") == batches.counts["ind"]
+    moved = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"} <= moved
+    metrics = trainer.evaluate()  # without labels there is a loss all the same
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss_attention"] + metrics["eval_loss_hidden"])
+
+
+# Sparse trainers
+
+
+@pytest.mark.parametrize(
+    "order", [lambda: distilled_trainer(SparseTrainer), lambda: sparse_trainer(DistillationTrainer)]
+)
+def test_both_phases_of_a_lottery_ticket_go_by_the_teacher(order, tmp_path):
+    base = classifier()
+    config = LotteryTicketConfig(num_weights=60, modules_to_save=["classifier"])
+    student = get_peft_model(make_student(base, stride=2), config)
+    frozen = {name: tensor.clone() for name, tensor in student.base_model.model.bert.state_dict().items()}
+    trainer = make_trainer(
+        tmp_path, student, Teacher(base), cls=order(), labels=True, loss="teacher_forcing", dense_args={"max_steps": 2}
+    )
+    trainer.train()
+    history = [*trainer.dense_state.log_history, *trainer.state.log_history]
+    logged = [entry for entry in history if "loss" in entry]
+    assert [entry["phase"] for entry in logged] == ["dense", "dense", "sparse", "sparse"]
+    for entry in logged:
+        terms = sum(entry[f"loss_{name}"] for name in ("attention", "hidden", "prediction"))
+        assert entry["loss"] == pytest.approx(terms, rel=1e-3)
+    assert sum(student.peft_config["default"].counts.values()) == 60
+    kept = {n: t for n, t in student.base_model.model.bert.state_dict().items() if n in frozen and "sparse_ft" not in n}
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in kept.items())
+    student.save_pretrained(tmp_path / "task")
+    plain = PeftModel.from_pretrained(make_student(classifier(), stride=2), tmp_path / "task").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**BATCH).logits, student.eval()(**BATCH).logits)
+
+
+def test_gradients_of_the_distillation_loss_choose_weights(tmp_path):
+    base = classifier()
+    chosen = []
+    for loss in ("teacher_forcing", "self_taught"):
+        config = OneShotConfig(num_weights=40, criterion="fisher", modules_to_save=["classifier"])
+        student = get_peft_model(make_student(base, stride=2), config)
+        teacher = Teacher(classifier(initializer_range=0.5))
+        trainer = make_trainer(tmp_path, student, teacher, cls=distilled_trainer(SparseTrainer), labels=True, loss=loss)
+        trainer.train()
+        chosen.append({name: delta.indices.tolist() for name, _, _, delta in iter_deltas(student, "default")})
+        assert sum(map(len, chosen[-1].values())) == 40
+    assert chosen[0] != chosen[1]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(tmp_path):
+    results = []
+    for resume in (False, True):
+        base = classifier()
+        trainer = make_trainer(
+            tmp_path, make_student(base, stride=2), Teacher(base), max_steps=4, save_strategy="steps", save_steps=2
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        results.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# Refusals
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    base = classifier()
+    student = make_student(base, stride=2)
+    cases = [
+        (student, None, {}, r"teacher must be a Teacher\(base"),
+        (student, base, {}, "got BertForSequenceClassification"),
+        (base, Teacher(base), {}, "shares weights with the student"),
+        (student, Teacher(make_bert(41)), {}, "same rows of embeddings, got 40 and 41"),
+        (student, Teacher(make_bert(40, hidden_size=8)), {}, "same hidden_size, got 16 and 8"),
+        (student, Teacher(make_bert(40, num_attention_heads=4)), {}, "same num_attention_heads, got 2 and 4"),
+        (student, Teacher(base), {"layers": [1]}, r"for each of the student's 2, got \[1\]"),
+        (student, Teacher(base), {"loss": "tf"}, "loss must be one of"),
+    ]
+    for own, teacher, changes, match in cases:
+        with pytest.raises(ConfigError, match=match):
+            make_trainer(tmp_path, own, teacher, **changes)
+    with pytest.raises(ConfigError, match=r"derived from transformers\.Trainer"):
+        distilled_trainer(dict)
+    assert distilled_trainer(Trainer) is DistillationTrainer is distilled_trainer(DistillationTrainer)
+
+
+def test_attention_that_would_be_empty_is_refused(tmp_path):
+    base = classifier()
+    student = make_student(base, stride=2)
+    trainer = make_trainer(tmp_path, student, Teacher(base))
+    assert student.config._attn_implementation == base.config._attn_implementation == "eager"
+    student.set_attn_implementation("sdpa")
+    with pytest.raises(
+        ConfigError, match=r"gave no attention probabilities in the layers \[0, 1\] \(attention: sdpa\)"
+    ):
+        trainer.compute_loss(student, dict(LABELLED))
+
+
+def test_reentrant_checkpoints_are_refused(tmp_path):
+    base = classifier()
+    student = make_student(base, stride=2)
+    trainer = make_trainer(tmp_path, student, Teacher(base))
+    plain = trainer.compute_loss(student, dict(LABELLED))
+    plain.backward()
+    expected = {
+        name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.grad is not None
+    }
+    student.zero_grad()
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.compute_loss(student, dict(LABELLED)).backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(student.get_parameter(name).grad, gradient)
+    student.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ConfigError, match="no gradient under reentrant gradient checkpointing"):
+        trainer.compute_loss(student, dict(LABELLED))
+
+
+def test_without_teacher_it_is_the_plain_trainer(tmp_path):
+    losses = []
+    for cls, more in ((Trainer, {}), (DistillationTrainer, {"loss": "self_taught"})):
+        torch.manual_seed(0)
+        trainer = cls(
+            model=make_student(classifier(), stride=2),
+            args=make_args(tmp_path),
+            train_dataset=rows(labels=True),
+            **more,
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
