@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import peft
 from packaging.version import Version
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, register_peft_method
 
 OLDEST_PEFT = "0.21"
 NEWEST_TESTED_PEFT = "0.21"
@@ -64,7 +62,21 @@ INTERNALS = (
     Internal(
         _TUNERS,
         "BaseTunerLayer",
-        ("active_adapters", "adapter_layer_names", "disable_adapters", "get_base_layer", "merged", "weight"),
+        (
+            "_disable_adapters",
+            "_get_embed_scale",
+            "_move_adapter_to_device_of_base_layer",
+            "active_adapters",
+            "adapter_layer_names",
+            "disable_adapters",
+            "get_base_layer",
+            "merged",
+            "merged_adapters",
+            "other_param_names",
+            "set_adapter",
+            "set_requires_grad",
+            "weight",
+        ),
         "tests/unit/tuners/test_verbs_matrix.py",
     ),
     Internal(_TUNERS, "_ExcludedModule", (), "tests/unit/tuners/test_targets.py"),
@@ -72,14 +84,28 @@ INTERNALS = (
     Internal(_TUNERS, "_maybe_include_all_linear_layers", (), "tests/unit/tuners/test_targets.py"),
     Internal(_TUNERS, "check_adapters_to_merge", (), "tests/unit/tuners/test_verbs_matrix.py"),
     Internal(_TUNERS, "NoMatchingPeftModuleError", (), "tests/unit/tuners/test_target_checks.py"),
-    Internal(_OTHER, "AuxiliaryTrainingWrapper", (), "tests/unit/tuners/test_heads.py"),
+    Internal(
+        _OTHER,
+        "AuxiliaryTrainingWrapper",
+        ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map", "check_set_adapter"),
+        "tests/unit/tuners/test_heads.py",
+    ),
     Internal(_OTHER, "ModulesToSaveWrapper", ("delete_adapter", "set_adapter"), "tests/unit/tuners/test_heads.py"),
-    Internal(_QUANTIZATION, "QuantizationBackend", (), "tests/unit/tuners/test_quantized_backends.py"),
+    Internal(
+        _QUANTIZATION,
+        "QuantizationBackend",
+        ("backend_name", "get_base_weight", "set_base_weight", "supports_merge"),
+        "tests/unit/tuners/test_quantized_backends.py",
+    ),
     Internal(_QUANTIZATION, "get_quantization_kwargs", (), "tests/unit/tuners/test_quantized_backends.py"),
     Internal(_QUANTIZATION, "quantization_extra_repr", (), "tests/unit/tuners/test_quantized.py"),
     Internal(_QUANTIZATION, "resolve_quantization_backend", (), "tests/unit/tuners/test_quantized_backends.py"),
     # PEFT calls it on any tuner that has it; `BaseTuner` has none.
     Internal("peft.peft_model", "PeftModel", ("_enable_peft_forward_hooks",), "tests/unit/tuners/test_verbs_matrix.py"),
+    Internal("peft.config", "PeftConfig", ("_split_kwargs",), "tests/unit/test_push_to_hub.py"),
+    Internal("peft.utils.peft_types", "PeftType", (), "tests/unit/test_package.py"),
+    Internal("peft.utils.peft_types", "register_peft_method", (), "tests/unit/test_package.py"),
+    Internal("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", (), "tests/unit/test_package.py"),
 )
 
 
@@ -117,6 +143,9 @@ QuantizationBackend = _FOUND["QuantizationBackend"]
 get_quantization_kwargs = _FOUND["get_quantization_kwargs"]
 quantization_extra_repr = _FOUND["quantization_extra_repr"]
 resolve_quantization_backend = _FOUND["resolve_quantization_backend"]
+PeftType = _FOUND["PeftType"]
+register_peft_method = _FOUND["register_peft_method"]
+PEFT_TYPE_TO_TUNER_MAPPING = _FOUND["PEFT_TYPE_TO_TUNER_MAPPING"]
 
 
 @cache
@@ -162,7 +191,7 @@ def add_member(enum: type[Enum], name: str) -> Enum:
     return member
 
 
-def add_peft_type(name: str) -> PeftType:
+def add_peft_type(name: str) -> Enum:
     """PEFT's own type for a tuner of this package, e.g. "SPARSE_FT"; made on the first call."""
     return add_member(PeftType, name)
 
