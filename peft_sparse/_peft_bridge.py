@@ -1,29 +1,172 @@
-"""The only module that touches PEFT's internals: enum extension, registration and the version guard."""
+"""The only module that knows PEFT's internals: what we use of them, the enum's extension, registration, the version.
+
+Whether a PEFT will do is asked of what it has, not of its version: a hook that is gone is named by an error at import.
+"""
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import peft
 from packaging.version import Version
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, register_peft_method
 
-SUPPORTED_PEFT = ("0.21", "0.22")
+OLDEST_PEFT = "0.21"
+NEWEST_TESTED_PEFT = "0.21"
+
+_TUNERS = "peft.tuners.tuners_utils"
+_OTHER = "peft.utils.other"
+_QUANTIZATION = "peft.utils.quantization_utils"
 
 
-def check_peft_version(version: str = peft.__version__) -> None:
-    """Refuse a PEFT whose internal hooks are not the ones this package was built on.
+class Internal(NamedTuple):
+    """A name of PEFT's that is not part of its public interface."""
+
+    module: str
+    name: str
+    # Attributes that we override or read.
+    members: tuple[str, ...]
+    # The file of tests that sees it change its meaning; that it is there at all is seen at import.
+    test: str
+
+
+INTERNALS = (
+    Internal(
+        _TUNERS,
+        "BaseTuner",
+        (
+            "_cast_adapter_dtype",
+            "_check_merge_allowed",
+            "_check_target_module_exists",
+            "_check_tied_modules",
+            "_create_and_replace",
+            "_get_adapter_state_dict",
+            "_inject_parameters",
+            "_prepare_adapter_config",
+            "_remap_adapter_state_dict_for_load",
+            "_remove_adapter_name_from_key",
+            "_replace_module",
+            "_unload_and_optionally_merge",
+            "active_adapters",
+            "delete_adapter",
+            "inject_adapter",
+            "merge_adapter",
+            "merge_and_unload",
+            "set_adapter",
+        ),
+        "tests/unit/tuners/test_verbs_matrix.py",
+    ),
+    Internal(
+        _TUNERS,
+        "BaseTunerLayer",
+        (
+            "_disable_adapters",
+            "_get_embed_scale",
+            "_move_adapter_to_device_of_base_layer",
+            "active_adapters",
+            "adapter_layer_names",
+            "disable_adapters",
+            "get_base_layer",
+            "merged",
+            "merged_adapters",
+            "other_param_names",
+            "set_adapter",
+            "set_requires_grad",
+            "weight",
+        ),
+        "tests/unit/tuners/test_verbs_matrix.py",
+    ),
+    Internal(_TUNERS, "_ExcludedModule", (), "tests/unit/tuners/test_targets.py"),
+    Internal(_TUNERS, "_get_in_out_features", (), "tests/unit/tuners/test_bottleneck.py"),
+    Internal(_TUNERS, "_maybe_include_all_linear_layers", (), "tests/unit/tuners/test_targets.py"),
+    Internal(_TUNERS, "check_adapters_to_merge", (), "tests/unit/tuners/test_verbs_matrix.py"),
+    Internal(_TUNERS, "NoMatchingPeftModuleError", (), "tests/unit/tuners/test_target_checks.py"),
+    Internal(
+        _OTHER,
+        "AuxiliaryTrainingWrapper",
+        ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map", "check_set_adapter"),
+        "tests/unit/tuners/test_heads.py",
+    ),
+    Internal(_OTHER, "ModulesToSaveWrapper", ("delete_adapter", "set_adapter"), "tests/unit/tuners/test_heads.py"),
+    Internal(
+        _QUANTIZATION,
+        "QuantizationBackend",
+        ("backend_name", "get_base_weight", "set_base_weight", "supports_merge"),
+        "tests/unit/tuners/test_quantized_backends.py",
+    ),
+    Internal(_QUANTIZATION, "get_quantization_kwargs", (), "tests/unit/tuners/test_quantized_backends.py"),
+    Internal(_QUANTIZATION, "quantization_extra_repr", (), "tests/unit/tuners/test_quantized.py"),
+    Internal(_QUANTIZATION, "resolve_quantization_backend", (), "tests/unit/tuners/test_quantized_backends.py"),
+    # PEFT calls it on any tuner that has it; `BaseTuner` has none.
+    Internal("peft.peft_model", "PeftModel", ("_enable_peft_forward_hooks",), "tests/unit/tuners/test_verbs_matrix.py"),
+    Internal("peft.config", "PeftConfig", ("_split_kwargs",), "tests/unit/test_push_to_hub.py"),
+    Internal("peft.utils.peft_types", "PeftType", (), "tests/unit/test_package.py"),
+    Internal("peft.utils.peft_types", "register_peft_method", (), "tests/unit/test_package.py"),
+    Internal("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", (), "tests/unit/test_package.py"),
+)
+
+
+def find(internal: Internal) -> Any:
+    """What PEFT has under a name.
 
     Raises:
-        ImportError: the version lies outside `SUPPORTED_PEFT` (lower bound included, upper excluded).
+        ImportError: the name or one of its members is gone.
     """
-    low, high = SUPPORTED_PEFT
-    # `release` leaves out ".dev0": a development version of 0.22 has 0.22's internals.
-    if not Version(low).release <= Version(version).release < Version(high).release:
+    gone = f"{internal.module}.{internal.name}"
+    try:
+        found = getattr(import_module(internal.module), internal.name)
+        for member in internal.members:
+            gone = f"{internal.module}.{internal.name}.{member}"
+            getattr(found, member)
+    except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"peft_sparse supports peft >= {low}, < {high}, found {version}. It builds on hooks of PEFT that change "
-            f'between minor versions: pip install "peft>={low},<{high}", or look for a newer peft-sparse.'
+            f"peft_sparse builds on {gone}, which peft {peft.__version__} does not have. Install a version that was "
+            f'tested, pip install "peft=={NEWEST_TESTED_PEFT}.*", or look for a newer peft-sparse.'
+        ) from error
+    return found
+
+
+_FOUND = {internal.name: find(internal) for internal in INTERNALS}
+BaseTuner = _FOUND["BaseTuner"]
+BaseTunerLayer = _FOUND["BaseTunerLayer"]
+_ExcludedModule = _FOUND["_ExcludedModule"]
+_get_in_out_features = _FOUND["_get_in_out_features"]
+_maybe_include_all_linear_layers = _FOUND["_maybe_include_all_linear_layers"]
+check_adapters_to_merge = _FOUND["check_adapters_to_merge"]
+NoMatchingPeftModuleError = _FOUND["NoMatchingPeftModuleError"]
+AuxiliaryTrainingWrapper = _FOUND["AuxiliaryTrainingWrapper"]
+ModulesToSaveWrapper = _FOUND["ModulesToSaveWrapper"]
+QuantizationBackend = _FOUND["QuantizationBackend"]
+get_quantization_kwargs = _FOUND["get_quantization_kwargs"]
+quantization_extra_repr = _FOUND["quantization_extra_repr"]
+resolve_quantization_backend = _FOUND["resolve_quantization_backend"]
+PeftType = _FOUND["PeftType"]
+register_peft_method = _FOUND["register_peft_method"]
+PEFT_TYPE_TO_TUNER_MAPPING = _FOUND["PEFT_TYPE_TO_TUNER_MAPPING"]
+
+
+@cache
+def check_peft_version(version: str = peft.__version__) -> None:
+    """Refuse a PEFT that is too old, and warn once of a minor version that is newer than those tested.
+
+    Raises:
+        ImportError: the version is below `OLDEST_PEFT`.
+    """
+    # `release` leaves out ".dev0": a development version of 0.22 has 0.22's internals.
+    minor = Version(version).release[:2]
+    if minor < Version(OLDEST_PEFT).release:
+        raise ImportError(
+            f'peft_sparse supports peft >= {OLDEST_PEFT}, found {version}: pip install "peft>={OLDEST_PEFT}".'
+        )
+    if minor > Version(NEWEST_TESTED_PEFT).release:
+        warnings.warn(
+            f"peft {version} is newer than the newest minor version that peft_sparse was tested with, "
+            f"{NEWEST_TESTED_PEFT}. All hooks that it needs are there. If something misbehaves, "
+            f'pip install "peft=={NEWEST_TESTED_PEFT}.*", or look for a newer peft-sparse.',
+            stacklevel=2,
         )
 
 
@@ -48,7 +191,7 @@ def add_member(enum: type[Enum], name: str) -> Enum:
     return member
 
 
-def add_peft_type(name: str) -> PeftType:
+def add_peft_type(name: str) -> Enum:
     """PEFT's own type for a tuner of this package, e.g. "SPARSE_FT"; made on the first call."""
     return add_member(PeftType, name)
 

@@ -29,6 +29,13 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether any layer's activations are computed again in the backward pass."""
+    # Its name from transformers 5.24 on, which warns of the older one.
+    name = "is_activation_checkpointing"
+    return getattr(model, name) if hasattr(model, name) else model.is_gradient_checkpointing
+
+
 def use_eager_attention(model: nn.Module) -> None:
     """Let a model compute attention in the one way that gives its probabilities.
 

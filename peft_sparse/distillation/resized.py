@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .._peft_bridge import BaseTunerLayer
 from ..errors import ConfigError
 
 # Entries of configs that hold ids, but for those called "..._token_id", "..._token_ids" and "..._token_index".

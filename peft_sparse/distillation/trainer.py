@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import ConfigError
 from ..training.languages.multisource import LANGUAGE
-from .attention import AttentionMaps, inner_model, is_causal, use_eager_attention
+from .attention import AttentionMaps, inner_model, is_causal, is_checkpointing, use_eager_attention
 from .losses import (
     DistillationLoss,
     attention_loss,
@@ -195,8 +195,8 @@ class DistillationTraining:
         return prediction_loss(own, theirs, counted, temperature=temperature)
 
     def _check_gradient(self, maps: Sequence[Tensor]) -> None:
-        checkpoints = getattr(inner_model(self.model), "is_gradient_checkpointing", False)
-        if checkpoints and torch.is_grad_enabled() and not all(one.requires_grad for one in maps):
+        checkpoints = torch.is_grad_enabled() and is_checkpointing(inner_model(self.model))
+        if checkpoints and not all(one.requires_grad for one in maps):
             raise ConfigError(
                 "attention maps have no gradient under reentrant gradient checkpointing. Set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or distil without: attention=0."

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .._peft_bridge import BaseTunerLayer
 from ..checkpoints import architecture
 from ..checkpoints.adapter_files import need_file, read_config
 from ..checkpoints.files import load_tensors

@@ -227,7 +227,9 @@ def _measure(
     if workload.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        # Its name from transformers 5.24 on, which warns of the older one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     hidden = list(unseen)
 
     def first_update() -> None:

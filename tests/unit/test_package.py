@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pickle
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_sparse
@@ -156,12 +160,149 @@ def test_add_member_makes_a_member_like_the_others():
     assert {blue: 1}["BLUE"] == 1
 
 
-@pytest.mark.parametrize("version", ["0.20.1.dev0", "0.20.9", "0.22.0", "0.22.0.dev0", "1.0"])
-def test_an_unsupported_peft_is_refused(version):
-    with pytest.raises(ImportError, match=r"supports peft >= 0\.21, < 0\.22, found "):
+@pytest.mark.parametrize("version", ["0.20.1.dev0", "0.20.9", "0.9"])
+def test_a_peft_that_is_too_old_is_refused(version):
+    with pytest.raises(ImportError, match=r"supports peft >= 0\.21, found "):
         _peft_bridge.check_peft_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.9.post1"])
-def test_a_supported_peft_is_accepted(version):
-    _peft_bridge.check_peft_version(version)
+def test_a_tested_peft_is_accepted(version):
+    _peft_bridge.check_peft_version.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _peft_bridge.check_peft_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.22.0.dev0", "0.22.0", "1.0"])
+def test_a_newer_minor_version_warns_once(version):
+    _peft_bridge.check_peft_version.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            _peft_bridge.check_peft_version(version)
+    assert [f"peft {version} is newer than" in str(w.message) for w in caught] == [True]
+
+
+@pytest.mark.parametrize("internal", _peft_bridge.INTERNALS, ids=lambda internal: internal.name)
+def test_an_internal_that_is_gone_is_named(internal, monkeypatch):
+    assert (ROOT.parent / internal.test).is_file()
+    found = _peft_bridge.find(internal)
+    lost = internal._replace(members=("_no_such_hook",))
+    with pytest.raises(ImportError, match=rf"builds on {internal.module}\.{internal.name}\._no_such_hook, which peft "):
+        _peft_bridge.find(lost)
+    assert found is _peft_bridge.find(internal)
+    monkeypatch.delattr(import_module(internal.module), internal.name)
+    with pytest.raises(ImportError, match=rf"builds on {internal.module}\.{internal.name}, which peft "):
+        _peft_bridge.find(internal)
+
+
+def test_importing_with_a_hook_gone_and_with_an_untested_version():
+    # In a process of its own, for peft_sparse is imported anew.
+    code = """
+import warnings, peft, torch
+from peft.tuners.tuners_utils import BaseTuner
+hook = BaseTuner._inject_parameters
+del BaseTuner._inject_parameters
+try:
+    import peft_sparse
+except ImportError as error:
+    print(error)
+BaseTuner._inject_parameters = hook
+peft.__version__ = "0.99.1"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft_sparse
+    for _ in range(2):
+        base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        model = peft.get_peft_model(base, peft_sparse.RandConfig(density=0.5, target_modules=["0"]))
+print(sum("peft 0.99.1 is newer than the newest minor version" in str(w.message) for w in caught))
+print(model.get_nb_trainable_parameters()[0])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    gone, warned, trainable = run.stdout.splitlines()
+    assert gone.startswith("peft_sparse builds on peft.tuners.tuners_utils.BaseTuner._inject_parameters, which peft 0.")
+    assert (warned, trainable) == ("1", "8")
+
+
+def names_in(code: str) -> set[str]:
+    """Names of attributes and of functions in code."""
+    nodes = list(ast.walk(ast.parse(code)))
+    return {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {
+        n.name for n in nodes if isinstance(n, ast.FunctionDef)
+    }
+
+
+# A method of our layers that PEFT has under the same name in classes that these do not derive from.
+OUR_OWN = {"_mixed_batch_forward"}
+
+
+def test_private_members_of_peft_that_the_package_touches_are_listed():
+    found = [_peft_bridge.find(internal) for internal in _peft_bridge.INTERNALS]
+    classes = [cls for one in found if isinstance(one, type) and one is not PeftType for cls in one.__mro__]
+    theirs = {name for cls in classes if cls.__module__.startswith("peft.") for name in vars(cls)}
+    private = {name for name in theirs if name.startswith("_") and not name.startswith("__")}
+    listed = {member for internal in _peft_bridge.INTERNALS for member in internal.members}
+    files = [file for file in ROOT.rglob("*.py") if file.name != "_peft_bridge.py"]
+    touched = {name for file in files for name in names_in(file.read_text()) & private}
+    assert "_inject_parameters" in touched
+    assert touched - listed == OUR_OWN
+
+
+def refused_parameters(theirs: Callable, ours: Callable) -> list[str]:
+    """What a call of PEFT's may pass that an override of it does not take."""
+    taken = inspect.signature(ours).parameters
+    kinds = {parameter.kind for parameter in taken.values()}
+    names = []
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            names += [str(parameter)] if parameter.kind not in kinds else []
+        elif name not in taken and parameter.VAR_KEYWORD not in kinds:
+            names.append(name)
+    return names
+
+
+def overrides(cls: type) -> list[tuple[str, Callable, Callable]]:
+    """(name, PEFT's, ours) for each method of PEFT's classes that a class of ours overrides."""
+    return [
+        (f"{cls.__name__}.{name}", theirs, getattr(cls, name))
+        for base in cls.__mro__
+        if base.__module__.startswith("peft.")
+        for name, theirs in vars(base).items()
+        if inspect.isfunction(theirs) and name != "__init__" and getattr(cls, name) is not theirs
+    ]
+
+
+def subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(subclasses(below) for below in cls.__subclasses__()))
+
+
+def test_overrides_take_what_peft_passes():
+    bases = (_peft_bridge.BaseTuner, _peft_bridge.BaseTunerLayer, PeftConfig)
+    ours = {c for base in bases for c in subclasses(base) if c.__module__.startswith("peft_sparse.")}
+    found = [override for cls in ours for override in overrides(cls)]
+    assert {"SparseModel.inject_adapter", "BottleneckModel._create_and_replace", "MadGModel.merge_and_unload"} <= {
+        name for name, _, _ in found
+    }
+    assert {name: refused_parameters(*both) for name, *both in found if refused_parameters(*both)} == {}
+    assert refused_parameters(lambda a, *b, c, **d: 0, lambda a: 0) == ["*b", "c", "**d"]
+
+
+def private_imports(code: str) -> list[str]:
+    """Names that code imports from PEFT's modules below `peft` and `peft.utils`, or that begin with an underscore."""
+    return [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "peft"
+        for alias in node.names
+        if node.module not in ("peft", "peft.utils") or alias.name.startswith("_")
+    ]
+
+
+def test_only_the_bridge_imports_internals_of_peft():
+    assert private_imports("from peft.utils.other import x\nfrom peft import _y, z") == [
+        "peft.utils.other.x",
+        "peft._y",
+    ]
+    files = [file for file in ROOT.rglob("*.py") if file.name != "_peft_bridge.py"]
+    assert {file.name: private_imports(file.read_text()) for file in files if private_imports(file.read_text())} == {}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..._peft_bridge import BaseTuner
 from ...errors import ConfigError
 from ...tuners.sparse_ft.configs.base import SparseConfig
 from ...tuners.sparse_ft.iteration import iter_deltas

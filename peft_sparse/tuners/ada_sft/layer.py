@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..._peft_bridge import _get_in_out_features, check_adapters_to_merge
 from ...core.masked import masked_linear, masked_weight
 from ...core.sharded import how_sharded, is_sharded
 from ...errors import ConfigError

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
+from ..._peft_bridge import _ExcludedModule
 from ...errors import ConfigError
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..._peft_bridge import ModulesToSaveWrapper
 from ...checkpoints.adapter_hub import HubAdapter
 from ...checkpoints.hub_heads import CLASSES
 from ...errors import FormatError

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..._peft_bridge import BaseTunerLayer
 from ...errors import ConfigError
 from ..common.base_module import attribute_of, home_of
 from ..common.kept_dtype import undo_cast

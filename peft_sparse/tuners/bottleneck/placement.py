@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
+from ..._peft_bridge import BaseTunerLayer, _get_in_out_features
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
 from ..common.targets import is_excluded, named_targets

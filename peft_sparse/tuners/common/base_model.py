@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..._peft_bridge import BaseTuner
 from ...core.names import unwrapped as path_in_base
 
 __all__ = ["base_model_of", "path_in_base"]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
-
+from ..._peft_bridge import BaseTuner, ModulesToSaveWrapper
 from ...errors import ConfigError
 
 

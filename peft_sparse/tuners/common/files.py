@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from peft import PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..._peft_bridge import AuxiliaryTrainingWrapper
 from ...core.sharded import is_sharded, whole
 
 logger = logging.getLogger(__name__)

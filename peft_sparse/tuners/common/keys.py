@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer
 from ...core.names import PREFIX, SLOTS, unwrapped, without_adapter
 from ...core.sharded import how_sharded, is_sharded, whole
 from ...errors import FormatError

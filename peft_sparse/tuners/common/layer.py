@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..._peft_bridge import BaseTunerLayer
 from ...core.on_demand import on_demand
 from ...core.ops import is_recorded
 from ...core.sharded import is_sharded

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
 
 # What a mixed batch calls an example without an adapter (PEFT's own word).
 BASE = "__base__"

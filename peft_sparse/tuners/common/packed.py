@@ -10,10 +10,10 @@ from math import prod
 from typing import Any, NoReturn
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..._peft_bridge import QuantizationBackend, resolve_quantization_backend
 from ...errors import ConfigError
 from .base_module import home_of
 

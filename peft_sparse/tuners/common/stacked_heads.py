@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, ModulesToSaveWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def set_adapters(tuner: BaseTuner, adapter_name: str | Sequence[str], *, inferen
             hidden.update(dict.fromkeys(having[:-1], having[-1] if having else ""))
             own = [name for name in names if name not in having[:-1]]
         chosen = module.check_set_adapter(own)
-        module.set_adapter(chosen if chosen in module._adapters else [], inference_mode=inference_mode)
+        module.set_adapter(chosen if chosen in module._get_available_adapters() else [], inference_mode=inference_mode)
     for module in tuner.model.modules():
         if isinstance(module, tuner.tuner_layer_cls):
             module.set_adapter(names, inference_mode=inference_mode)

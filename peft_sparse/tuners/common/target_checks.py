@@ -9,8 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import NoMatchingPeftModuleError
-
+from ..._peft_bridge import NoMatchingPeftModuleError
 from ...checks import nearest
 from ...errors import ConfigError
 

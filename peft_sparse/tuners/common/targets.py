@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
 from .base_model import path_in_base

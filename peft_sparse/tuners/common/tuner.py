@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..._peft_bridge import BaseTuner
 from ...checkpoints.push import keep_card_when_pushing
 from ...checkpoints.tasks import HEADS
 from ...core.names import without_adapter

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..._peft_bridge import BaseTunerLayer, QuantizationBackend, check_adapters_to_merge
 from ...errors import ConfigError
 from ..common.packed import dequantize, find_backend, is_transposed
 from .iteration import iter_layers

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _ExcludedModule
-from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.base_model import path_in_base
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules

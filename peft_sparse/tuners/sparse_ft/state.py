@@ -7,9 +7,9 @@ import logging
 import math
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..._peft_bridge import AuxiliaryTrainingWrapper
 from ...checkpoints import native
 from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded

@@ -31,6 +31,7 @@ from peft_sparse import (
     sparse_trainer,
 )
 from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teacher, distilled_trainer, make_student
+from peft_sparse.distillation.attention import is_checkpointing
 from peft_sparse.distillation.losses import attention_loss, hidden_loss, pair_mask, prediction_loss, prediction_mask
 
 IDS = torch.tensor([[1, 5, 7, 9, 2], [4, 6, 8, 0, 0]])
@@ -404,6 +405,24 @@ def test_reentrant_checkpoints_are_refused(tmp_path):
     student.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ConfigError, match="no gradient under reentrant gradient checkpointing"):
         trainer.compute_loss(student, dict(LABELLED))
+
+
+def test_checkpointing_is_asked_for_under_its_newer_name_where_there_is_one():
+    class Older:
+        is_gradient_checkpointing = True
+
+    class Newer:
+        is_activation_checkpointing = True
+
+        @property
+        def is_gradient_checkpointing(self):
+            raise FutureWarning("deprecated")
+
+    assert is_checkpointing(Older()) is is_checkpointing(Newer()) is True
+    model = classifier()
+    assert is_checkpointing(model) is False
+    model.gradient_checkpointing_enable()
+    assert is_checkpointing(model) is True
 
 
 def test_without_teacher_it_is_the_plain_trainer(tmp_path):

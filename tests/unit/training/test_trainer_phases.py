@@ -34,7 +34,7 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        self.begins.append({"steps": state.max_steps, "trainable": trainable, "optimizer": id(optimizer), "args": args})
+        self.begins.append({"steps": state.max_steps, "trainable": trainable, "optimizer": optimizer, "args": args})
         self.heads.append(head(model))
         assert not getattr(optimizer, "optimizer", optimizer).state
 
@@ -57,7 +57,7 @@ def test_two_phases_each_with_its_own_length_rate_optimizer_and_start(tmp_path):
     assert (dense["steps"], sparse["steps"]) == (4, 6)
     assert recorder.rates[:4] == [1e-3] * 4
     assert recorder.rates[4:] == pytest.approx([1e-2 * left / 6 for left in (5, 4, 3, 2, 1, 0)])
-    assert dense["optimizer"] != sparse["optimizer"]
+    assert dense["optimizer"] is not sparse["optimizer"]
     assert dense["args"].weight_decay == 0.0
     assert {n for n in dense["trainable"] if "base_layer" in n}
     assert all("sparse_ft_weight" in n or "modules_to_save" in n for n in sparse["trainable"])

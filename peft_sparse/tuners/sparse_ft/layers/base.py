@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...._peft_bridge import _get_in_out_features, check_adapters_to_merge
 from ....core.observer import GradientObserver, current_pass, remember_outer
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas

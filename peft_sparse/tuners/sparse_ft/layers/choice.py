@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ...._peft_bridge import BaseTunerLayer
 from ....core.sharded import is_sharded
 from ....errors import ConfigError
 from ...common.base_module import foreign_forward, has_foreign_forward, own_forward

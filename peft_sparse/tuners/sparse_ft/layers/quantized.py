@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
+from ...._peft_bridge import QuantizationBackend, quantization_extra_repr
 from ....core import ops
 from ....core.overlay import Overlay
 from ...common.packed import Packed, dequantize, is_transposed
