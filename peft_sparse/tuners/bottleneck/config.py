@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 
 from ..._peft_bridge import add_peft_type
-from ...checkpoints.bottleneck_card import update_bottleneck_card
 from ...checks import check_one_of
 from ...errors import ConfigError
 from ..common.config import WeightConfig
@@ -102,7 +101,6 @@ class BottleneckConfig(WeightConfig):
     )
 
     elsewhere = _ELSEWHERE
-    write_card = staticmethod(update_bottleneck_card)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,8 +33,6 @@ class WeightConfig(PeftConfig):
     # Whether the config came from a folder, whose weights are still to be loaded; and how many bytes those have.
     awaits_file = False
     file_bytes: ClassVar[int | None] = None
-    # What writes this library's part of the model card.
-    write_card = staticmethod(update_card)
     # {what other libraries call a field: what to write here}
     elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
@@ -58,7 +56,7 @@ class WeightConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config (PEFT's method), and this library's part of the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        self.write_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
     @classmethod
     def from_pretrained(

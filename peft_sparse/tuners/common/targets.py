@@ -14,9 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
-from .base_model import path_in_base
+from .base_model import modules_around_adapters, path_in_base
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
-from .keys import modules_around_adapters
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
 from .target_checks import check_names, warn_if_deeper

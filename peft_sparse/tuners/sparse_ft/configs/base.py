@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...._peft_bridge import add_peft_type
+from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
 from ....checks import check_one_of, dtype_name, nearest
@@ -33,6 +35,7 @@ def method_name(name: str):
 
     def add(cls: type[SparseConfig]) -> type[SparseConfig]:
         METHODS[name] = cls
+        METHOD_FACTS[name] = cls.card_facts
         # PEFT drops fields of a newer file that `SparseConfig.__init__` does not take, so it says that it takes all.
         base = SparseConfig if name != BASE_METHOD else cls
         known = {**inspect.signature(base.__init__).parameters, **inspect.signature(cls.__init__).parameters}
@@ -148,6 +151,11 @@ class SparseConfig(WeightConfig):
         """What is yet to choose the support: `selected_by`, if that is a phase and the weights are not chosen."""
         is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
         return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
+
+    @staticmethod
+    def card_facts(config: Mapping[str, Any]) -> list[str]:
+        """What the model card says of this method alone; `config` is a dictionary, as a file holds it."""
+        return []
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
         # copy and pickle call `__new__` with these alone.
