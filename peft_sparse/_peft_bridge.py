@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Sequence
 from enum import Enum
 
 import peft
 from packaging.version import Version
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .errors import ConfigError
+
 SUPPORTED_PEFT = ("0.21", "0.22")
+# Names of the tuner types of this package.
+_OURS: set[str] = set()
 
 
 def check_peft_version(version: str = peft.__version__) -> None:
@@ -63,6 +71,45 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
         model_cls: its `BaseTuner` subclass.
     """
     check_peft_version()
+    _OURS.add(name)
+    take_several_adapters()
     if add_peft_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+
+
+def take_several_adapters() -> None:
+    """Let `PeftModel.set_adapter` take a list of adapters where the tuner is one of this package.
+
+    The tuners add several active adapters up, and `set_adapter` of transformers' models and of tuners takes lists.
+    PEFT's own method looks the name up in a dictionary first, and its `delete_adapter` forgets that the adapter that it
+    calls the active one may go while several others stay active. Nothing changes for a single name, for other tuners,
+    or under a PEFT whose method takes lists itself.
+    """
+    set_one, delete = PeftModel.set_adapter, PeftModel.delete_adapter
+    takes = str(inspect.signature(set_one).parameters["adapter_name"].annotation).lower()
+    if hasattr(set_one, "__wrapped__") or "list" in takes or "sequence" in takes:
+        return
+
+    @functools.wraps(set_one)
+    def set_adapter(self: PeftModel, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, (list, tuple)) or self.peft_type not in _OURS:
+            set_one(self, adapter_name, inference_mode)
+            return
+        names = list(dict.fromkeys(adapter_name))
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ConfigError(f"adapter {unknown[0]!r} is not in the model, which has {list(self.peft_config)}.")
+        if not names:
+            raise ConfigError("set_adapter got no name. To compute without adapters: with model.disable_adapter().")
+        self.base_model.set_adapter(names, inference_mode=inference_mode)
+        # PEFT takes the task from the config of a single one: the last, whose head acts.
+        self.active_adapter = names[-1]
+
+    @functools.wraps(delete)
+    def delete_adapter(self: PeftModel, adapter_name: str) -> None:
+        delete(self, adapter_name)
+        if self.peft_type in _OURS and self.active_adapter not in self.peft_config and self.active_adapters:
+            self.active_adapter = self.active_adapters[-1]
+
+    PeftModel.set_adapter = set_adapter
+    PeftModel.delete_adapter = delete_adapter
