@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ...checkpoints.push import keep_card_when_pushing
-from ...checkpoints.tasks import HEADS
 from ...core.names import without_adapter
+from ...errors import FormatError
 from .adapter_names import check_adapter_name
+from .files import discard
+from .heads_in_files import check_heads, check_shapes, with_heads
 from .keys import own_state, to_model_keys, warn_if_not_finite
 from .layer import WeightLayer
 from .mixed_batches import give_names, names_by_module
@@ -31,9 +33,11 @@ def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[An
         config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
         config.modules_to_save = with_heads(config)
         check_adapter_name(adapter_name, tuner.peft_config.values())
+        check_heads(config, model, adapter_name)
         if is_first:
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
+        tuner.awaiting = adapter_name if config.awaits_file else None
         yield config
     except ValueError:
         # PEFT has entered the name already; without an adapter behind it the model would be unusable.
@@ -48,6 +52,21 @@ def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[An
 
 class AdapterTuner(BaseTuner):
     """How the tuners of this library name an adapter's tensors in its file, and find them again."""
+
+    # The adapter that was added for a file and has not been given its tensors yet.
+    awaiting: str | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # torch's method. The first moment at which PEFT has said which tensors it really loads, and the last before it
+        # does: with `ignore_mismatched_sizes` it leaves those of another shape out.
+        awaiting, self.awaiting = self.awaiting, None
+        try:
+            check_shapes(self, state_dict, prefix)
+        except FormatError:
+            if awaiting is not None:
+                discard(self, awaiting)
+            raise
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -171,13 +190,3 @@ class WeightTuner(AdapterTuner):
                 handle.remove()
             for layer in layers:
                 layer.row_names = None
-
-
-def with_heads(config: PeftConfig) -> list[str] | None:
-    """`modules_to_save` of a config, with the heads that PEFT adds for its task.
-
-    For some tasks it does so once the adapter is in, to the config that it was given: too late for the tuner's copy.
-    """
-    own = list(config.modules_to_save or ())
-    heads = HEADS.get(config.task_type or "", ())
-    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save

@@ -63,7 +63,10 @@ def test_a_frozen_list_trains_nothing_and_a_plain_one_all():
 
 @pytest.mark.parametrize(
     ("names", "error"),
-    [(["a", "bb"], r"adapter 'bb' is not in the model, which has \['a', 'b'\]"), ([], r"with model.disable_adapter\(\)")],
+    [
+        (["a", "bb"], r"adapter 'bb' is not in the model, which has \['a', 'b'\]"),
+        ([], r"with model.disable_adapter\(\)"),
+    ],
 )
 def test_a_list_that_cannot_be_had_changes_nothing(names, error):
     model = adapted("SPARSE_FT", llama(), "a", "b")
