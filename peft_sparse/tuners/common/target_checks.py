@@ -24,6 +24,10 @@ class NothingTargetedError(ConfigError, NoMatchingPeftModuleError):
     """`target_modules` names nothing in the model: an error of ours, and the one that PEFT has for it."""
 
 
+class NotInThisStateError(ConfigError):
+    """A target cannot be tuned for what was done to the model, such as sharding: leaving it out would be no way out."""
+
+
 def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) -> None:
     """Tell of names in `target_modules` that nothing in the model has, with the nearest that there is.
 
@@ -64,12 +68,13 @@ def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection
         supported: paths of the other targets.
 
     Raises:
-        ConfigError: there are some. A single one keeps its own error.
+        ConfigError: there are some. A single one keeps its own error, as does the state that the model is in.
     """
     if not refused:
         return
-    first = next(iter(refused.values()))
-    if len(refused) == 1:
+    found = list(refused.values())
+    first = next((error for error in found if isinstance(error, NotInThisStateError)), found[0])
+    if len(refused) == 1 or isinstance(first, NotInThisStateError):
         raise first
     names = shortest_exclusion(refused, supported)
     listed = "\n".join(f"  {path}: {str(why).partition('. ')[0]}" for path, why in refused.items())

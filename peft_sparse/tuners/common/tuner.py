@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
 from ...checkpoints.push import keep_card_when_pushing
-from ...checkpoints.tasks import HEADS
 from ...core.names import without_adapter
+from ...errors import FormatError
 from .adapter_names import check_adapter_name
 from .combining import Combined, add_combined, check_names, choose_head, inherited
+from .files import discard
+from .heads_in_files import check_heads, check_shapes, with_heads
 from .keys import own_state, to_model_keys, warn_if_not_finite
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import delete_heads, has_several_heads, set_adapters
@@ -34,9 +36,11 @@ def adding(tuner: AdapterTuner, model: nn.Module, adapter_name: str) -> Iterator
         config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
         config.modules_to_save = with_heads(config)
         check_adapter_name(adapter_name, tuner.peft_config.values())
+        check_heads(config, model, adapter_name)
         if is_first:
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
+        tuner.awaiting = adapter_name if config.awaits_file else None
         yield config
         undo.pop_all()
     if not is_first:
@@ -231,6 +235,21 @@ class AdapterTuner(BaseTuner):
 
     # ---- files -----------------------------------------------------------------------------------
 
+    # The adapter that was added for a file and has not been given its tensors yet.
+    awaiting: str | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # torch's method. The first moment at which PEFT has said which tensors it really loads, and the last before it
+        # does: with `ignore_mismatched_sizes` it leaves those of another shape out.
+        awaiting, self.awaiting = self.awaiting, None
+        try:
+            check_shapes(self, state_dict, prefix)
+        except FormatError:
+            if awaiting is not None:
+                discard(self, awaiting)
+            raise
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -302,13 +321,3 @@ class WeightTuner(AdapterTuner):
         for layer in self.tuned_layers():
             layer.merged_adapters.clear()
             layer.restore()
-
-
-def with_heads(config: PeftConfig) -> list[str] | None:
-    """`modules_to_save` of a config, with the heads that PEFT adds for its task.
-
-    For some tasks it does so once the adapter is in, to the config that it was given: too late for the tuner's copy.
-    """
-    own = list(config.modules_to_save or ())
-    heads = HEADS.get(config.task_type or "", ())
-    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save
