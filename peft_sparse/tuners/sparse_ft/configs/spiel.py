@@ -83,6 +83,11 @@ class SpielAGConfig(SpielConfig):
         candidates_per_weight: how many growth candidates are watched over a window, per tuned weight of the tensor;
             they are the largest gradients of its first micro-batch. With 1.0 (the choice of the authors) the first,
             full replacement takes all of them.
+        nomination_updates: n in [0, `estimation_steps`], over how many updates of a window the candidates are chosen:
+            those whose gradients' sum over n whole updates, with all their micro-batches, is largest among twice as
+            many that are tracked meanwhile. 0, the authors' choice, takes the largest of the first micro-batch alone:
+            on SmolLM2-135M 38 % of those are among the largest over 8 batches. Costs a dense gradient, a tensor at a
+            time, in the n updates.
         uncertain_share: lets a window go on beyond `estimation_steps`, at most to the next one, until the candidates
             whose mean gradient lies within two standard errors of the cut between grown and refused are at most this
             share of the grown ones. None ends every window after `estimation_steps`, as the authors do. Proposed in
@@ -93,6 +98,9 @@ class SpielAGConfig(SpielConfig):
 
     method: str = field(default="spiel_ag", metadata={"help": "How the weights to tune are chosen."})
     candidates_per_weight: float = field(default=1.0, metadata={"help": "Growth candidates per tuned weight."})
+    nomination_updates: int = field(
+        default=0, metadata={"help": "Updates over which candidates are chosen; 0 for the first micro-batch alone."}
+    )
     uncertain_share: float | None = field(
         default=None, metadata={"help": "End a window when at most this share of the grown weights is uncertain."}
     )
@@ -102,6 +110,11 @@ class SpielAGConfig(SpielConfig):
         if not 1 <= self.candidates_per_weight < math.inf:
             raise ConfigError(
                 f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
+            )
+        n = self.nomination_updates
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.estimation_steps:
+            raise ConfigError(
+                f"nomination_updates must be an int from 0 to estimation_steps ({self.estimation_steps}), got {n!r}."
             )
         if self.uncertain_share is not None:
             if not 0 < self.uncertain_share < 1:
