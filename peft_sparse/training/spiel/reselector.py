@@ -154,6 +154,8 @@ class Reselector:
         if self.update:
             self._continues = True
             self.skip_to(0)
+        elif not self.is_restored:
+            self.begin_window()
         self.set_total_steps(total_steps)
 
     def skip_to(self, update: int) -> None:
@@ -260,6 +262,11 @@ class Reselector:
         stepped.discard(self)
 
     # ---- the window ----------------------------------------------------------------------------
+
+    def begin_window(self) -> None:
+        """Begin the window that is open anew, for the support that there is now; nothing outside of windows."""
+        self._close_window()
+        self._open_window()
 
     def _open_window(self, estimates: dict[str, Estimate] | None = None) -> None:
         if not isinstance(self.config, SpielAGConfig):
