@@ -13,6 +13,9 @@ from math import isfinite, sqrt
 
 from torch import Tensor
 
+# A few weights in columns of hardly any input would else take steps of any size.
+LARGEST = 4.0
+
 
 def step_scale(energies: Tensor, indices: Tensor, shape: Sequence[int], *, transposed: bool = False) -> float:
     """By how much to scale the steps on a support, for them to act as those on a random one do.
@@ -25,7 +28,7 @@ def step_scale(energies: Tensor, indices: Tensor, shape: Sequence[int], *, trans
 
     Returns:
         sqrt(mean energy of all columns / mean energy of the columns of the tuned weights): 1 in the mean for a random
-        support, about a seventh for one of large gradients. 1 where nothing is tuned or no input was seen.
+        support, about a seventh for one of large gradients; at most `LARGEST`. 1 where nothing is tuned or no input was seen.
 
     Source: none; measured with `tests/benchmarks/instruction_quality.py` and `support_curvature.py`.
     """
@@ -36,4 +39,4 @@ def step_scale(energies: Tensor, indices: Tensor, shape: Sequence[int], *, trans
     wide = energies.double()
     everywhere, on_support = float(wide.mean()), float(wide[columns.to(wide.device)].mean())
     scale = sqrt(everywhere / on_support) if everywhere > 0 and on_support > 0 else 1.0
-    return scale if isfinite(scale) else 1.0
+    return min(scale, LARGEST) if isfinite(scale) else 1.0
