@@ -11,6 +11,7 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .selection.criteria import Criterion, GradientMeans
+from .training.fitted_rate import rate_scales
 from .training.phases import unfinished as unfinished
 from .training.spiel.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
@@ -138,6 +139,7 @@ __all__ = [
     "plan_memory",
     "plot_adapters",
     "plot_importance",
+    "rate_scales",
     "reduce_adapter",
     "reduce_vocabulary",
     "resident",

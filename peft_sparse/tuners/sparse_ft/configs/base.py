@@ -87,6 +87,10 @@ class SparseConfig(WeightConfig):
         trainable_token_indices: PEFT's own field: rows of the embedding to train densely.
         values_dtype: dtype of the trained values, in memory and in the file, whatever the weight's dtype.
         l1: lambda of the penalty lambda/N * sum |delta|, N the number of parameters of the base model.
+        fitted_rate: scale the steps on each linear weight by how strongly its support acts on the layer's output, so
+            that one learning rate, that of a random support, serves chosen ones too: see
+            `peft_sparse.selection.output_energy`. It acts in any loop, trainer and optimizer, and follows a support
+            that changes. Off by default: the methods' papers have one rate for all weights.
         init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
         counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved
             in the file.
@@ -125,6 +129,9 @@ class SparseConfig(WeightConfig):
     )
     values_dtype: str = field(default="float32", metadata={"help": "dtype of the trained values."})
     l1: float = field(default=0.0, metadata={"help": "Weight of the L1 penalty on the delta."})
+    fitted_rate: bool = field(
+        default=False, metadata={"help": "Scale each tensor's steps by the output energy of its support."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
@@ -181,6 +188,8 @@ class SparseConfig(WeightConfig):
             )
         self._check_targets()
         check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
+        if not isinstance(self.fitted_rate, bool):
+            raise ConfigError(f"fitted_rate must be True or False, got {self.fitted_rate!r}.")
         if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
