@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
     from .inspection.report import inspect_adapter
+    from .parsing.features import ParserCollator, encode_sentences
+    from .parsing.parser import BiaffineParser
+    from .parsing.scores import attachment_scores
     from .planning.plan import MemoryPlan, plan_memory
     from .training.average import AdapterAverage
     from .training.languages.language_switch import LanguageSwitch, language_below_task
@@ -73,6 +76,7 @@ __all__ = [
     "AdaSftConfig",
     "AdaSftModel",
     "AdapterAverage",
+    "BiaffineParser",
     "BottleneckConfig",
     "BottleneckModel",
     "BottleneckWeights",
@@ -98,6 +102,7 @@ __all__ = [
     "MultiSourceCollator",
     "MultiSourceDataset",
     "OneShotConfig",
+    "ParserCollator",
     "RandConfig",
     "Reselection",
     "Reselector",
@@ -112,9 +117,11 @@ __all__ = [
     "SpielMAConfig",
     "Teacher",
     "Typology",
+    "attachment_scores",
     "bottleneck_weights",
     "conflicts",
     "distilled_trainer",
+    "encode_sentences",
     "evaluation_batches",
     "export_adapter",
     "extract_adapter",
@@ -157,6 +164,7 @@ __all__ = [
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "AdapterAverage": "training.average.AdapterAverage",
+    "BiaffineParser": "parsing.parser.BiaffineParser",
     "DensePhase": "training.phases.dense_phase.DensePhase",
     "DistillationLoss": "distillation.losses.DistillationLoss",
     "DistillationTrainer": "distillation.trainer.DistillationTrainer",
@@ -167,12 +175,15 @@ _LAZY = {
     "MemoryPlan": "planning.plan.MemoryPlan",
     "MultiSourceCollator": "training.languages.multisource.MultiSourceCollator",
     "MultiSourceDataset": "training.languages.multisource.MultiSourceDataset",
+    "ParserCollator": "parsing.features.ParserCollator",
     "SparseSFTTrainer": "training.trainer.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.trainer.SparseTrainer",
     "Teacher": "distillation.teacher.Teacher",
     "Typology": "typology.table.Typology",
+    "attachment_scores": "parsing.scores.attachment_scores",
     "conflicts": "inspection.conflicts.conflicts",
     "distilled_trainer": "distillation.trainer.distilled_trainer",
+    "encode_sentences": "parsing.features.encode_sentences",
     "evaluation_batches": "training.languages.multisource.evaluation_batches",
     "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",

@@ -75,8 +75,8 @@ def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:
             found = [norm for path, norm in modules.items() if path == module or path.endswith(f".{module}")]
             if module and found and all(found):
                 raise ConfigError(
-                    f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one of "
-                    "the two. Without target_norms the norms that are named are tuned."
+                    f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one "
+                    "of the two. Without target_norms the norms that are named are tuned."
                 )
 
 
