@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     from .planning.plan import MemoryPlan, plan_memory
     from .training.average import AdapterAverage
     from .training.languages.language_switch import LanguageSwitch, language_below_task
+    from .training.languages.mixture import Source, batches_of_an_epoch, few_shot
     from .training.languages.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
+    from .training.languages.translate import Translated, add_language_code, translate_rows
     from .training.phases.dense_phase import DensePhase
     from .training.phases.lottery import select, start_dense_phase, start_sparse_phase
     from .training.phases.mask_phase import start_weight_phase
@@ -107,6 +109,7 @@ __all__ = [
     "Reselection",
     "Reselector",
     "SelectionError",
+    "Source",
     "SparseAdamW",
     "SparseConfig",
     "SparseDelta",
@@ -116,8 +119,11 @@ __all__ = [
     "SpielAGConfig",
     "SpielMAConfig",
     "Teacher",
+    "Translated",
     "Typology",
+    "add_language_code",
     "attachment_scores",
+    "batches_of_an_epoch",
     "bottleneck_weights",
     "conflicts",
     "distilled_trainer",
@@ -125,6 +131,7 @@ __all__ = [
     "evaluation_batches",
     "export_adapter",
     "extract_adapter",
+    "few_shot",
     "for_language",
     "generate_adapter",
     "generated_weights",
@@ -159,6 +166,7 @@ __all__ = [
     "start_dense_phase",
     "start_sparse_phase",
     "start_weight_phase",
+    "translate_rows",
 ]
 
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
@@ -179,14 +187,19 @@ _LAZY = {
     "SparseSFTTrainer": "training.trainer.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.trainer.SparseTrainer",
     "Teacher": "distillation.teacher.Teacher",
+    "Source": "training.languages.mixture.Source",
+    "Translated": "training.languages.translate.Translated",
     "Typology": "typology.table.Typology",
+    "add_language_code": "training.languages.translate.add_language_code",
     "attachment_scores": "parsing.scores.attachment_scores",
+    "batches_of_an_epoch": "training.languages.mixture.batches_of_an_epoch",
     "conflicts": "inspection.conflicts.conflicts",
     "distilled_trainer": "distillation.trainer.distilled_trainer",
     "encode_sentences": "parsing.features.encode_sentences",
     "evaluation_batches": "training.languages.multisource.evaluation_batches",
     "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",
+    "few_shot": "training.languages.mixture.few_shot",
     "for_language": "tuners.for_language.for_language",
     "import_adapter": "importing.import_adapter.import_adapter",
     "import_mask": "importing.rosa.import_mask",
@@ -209,6 +222,7 @@ _LAZY = {
     "start_dense_phase": "training.phases.lottery.start_dense_phase",
     "start_sparse_phase": "training.phases.lottery.start_sparse_phase",
     "start_weight_phase": "training.phases.mask_phase.start_weight_phase",
+    "translate_rows": "training.languages.translate.translate_rows",
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)

@@ -96,8 +96,8 @@ class BiaffineParser:
         tuned = get_peft_model(parser, LotteryTicketConfig(..., modules_to_save=BiaffineParser.HEADS))
 
     `from_pretrained` and `from_config` give a `PreTrainedModel` of the encoder's family (`BertBiaffineParser`, ...)
-    that is an instance of this class too. The encoder has the name that it has in that family's other models, so adapters
-    of the encoder fit, and published parsers' files, whose heads are `biaffine_arcs.weight` and `biaffine_rels.weight`.
+    that is an instance of this class too. The encoder is called as in that family's other models, so adapters of the
+    encoder fit, and files of published parsers, whose heads are `biaffine_arcs.weight` and `biaffine_rels.weight`.
 
     A word's state is the mean of its subwords' last hidden states, after dropout. Each word as a dependent meets all
     words of its sentence and the root as heads. The loss is the mean over words of the cross-entropy over heads, plus
