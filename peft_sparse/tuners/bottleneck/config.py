@@ -52,7 +52,8 @@ class BottleneckConfig(WeightConfig):
         invertible_reduction_factor: half the embeddings' width over the width inside the invertible adapter.
         layers_to_transform: indices of the layers that get adapters; all if None. Each stack (encoder, decoder)
             counts from 0.
-        leave_out: indices of layers that get none; negative ones count from the end, so [-1] is MAD-X 2.0.
+        leave_out: indices of layers that get none; negative ones count from the end. MAD-X 2.0 is
+            [-1] in the language adapter and in the task adapter.
         init: "near_identity" (small random weights) or "identity" (the up-projections start at zero).
         init_weights: False starts from large random values (for tests).
         target_modules: module names (a module matches if its path ends with one) or a regex for the whole path.

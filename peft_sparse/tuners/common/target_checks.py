@@ -60,6 +60,29 @@ def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) 
     logger.warning("target_modules: no module of the model is called %s.%s", ", ".join(map(repr, missing)), hints)
 
 
+def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:
+    """Refuse a request that leaves the norms out and names nothing but norms.
+
+    Args:
+        config: with target_norms=False.
+        modules: {path: whether it is a norm}.
+
+    Raises:
+        ConfigError: a name in `target_modules`, or the module of one in `target_parameters`, is that of norms alone.
+    """
+    listed = [] if isinstance(config.target_modules, str) else list(config.target_modules or ())
+    named = {"target_modules": listed, "target_parameters": list(config.target_parameters or ())}
+    for field, names in named.items():
+        for name in names:
+            module = name if field == "target_modules" else name.rpartition(".")[0]
+            found = [norm for path, norm in modules.items() if path == module or path.endswith(f".{module}")]
+            if module and found and all(found):
+                raise ConfigError(
+                    f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one "
+                    "of the two. Without target_norms the norms that are named are tuned."
+                )
+
+
 def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection[str]) -> None:
     """Refuse all targets that cannot be tuned at once, with the shortest way to leave them out.
 

@@ -77,8 +77,10 @@ class SparseConfig(WeightConfig):
             convolutions).
         exclude_modules: names or a regex of modules to leave out.
         target_biases: tune the biases of the targeted modules as well.
-        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`); these
-            alone with target_modules=[].
+        target_norms: True tunes the weights of all normalisation layers as well (their biases with `target_biases`),
+            and these alone with target_modules=[]. False leaves all of them out, also where target_modules="all" or a
+            regex would name them, in both phases of a two-phase method: the LT-SFT paper's language adapters have
+            "all" and False. None (the default): as the other fields say, so "all" has them and "all-linear" has not.
         target_parameters: names of single parameters to tune (a parameter matches if its path ends with one); without
             target_modules these alone.
         layers_to_transform: indices of the layers to tune; the others are left out.
@@ -119,7 +121,9 @@ class SparseConfig(WeightConfig):
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     target_biases: bool = field(default=False, metadata={"help": "Tune the biases of the targeted modules as well."})
-    target_norms: bool = field(default=False, metadata={"help": "Tune the normalisation layers as well."})
+    target_norms: bool | None = field(
+        default=None, metadata={"help": "Tune all normalisation layers as well (True), or none of them (False)."}
+    )
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Single parameters to tune."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to tune."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -203,6 +207,9 @@ class SparseConfig(WeightConfig):
         )
 
     def _check_targets(self) -> None:
+        for name, known in (("target_biases", (True, False)), ("target_norms", (True, False, None))):
+            if not any(getattr(self, name) is one for one in known):
+                raise ConfigError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "
