@@ -6,15 +6,15 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..._peft_bridge import BaseTunerLayer, ModulesToSaveWrapper
 from ...checkpoints.tasks import HEADS
 from ...core.names import unwrapped
 from ...core.sharded import is_sharded
 from ...errors import ConfigError, FormatError
-from .keys import embeddings_of, modules_around_adapters
+from .base_model import modules_around_adapters
+from .keys import embeddings_of
 
 logger = logging.getLogger(__name__)
 
