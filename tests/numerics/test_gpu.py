@@ -174,6 +174,10 @@ def test_special_written_entries(kernel):  # noqa: F811
     test_entries.test_special_values_are_written_as_the_twin_writes_them(kernel)
 
 
+def test_entries_beyond_the_range_of_float16(kernel):  # noqa: F811
+    test_entries.test_bfloat16_values_beyond_float16_are_added_before_they_are_rounded(kernel)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_masked_linear(dtype):
     generator = torch.Generator().manual_seed(0)
