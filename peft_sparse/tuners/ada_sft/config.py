@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
 from ...errors import ConfigError
-from ..common.config import WeightConfig
+from ..common.config import Stage, WeightConfig
 from ..common.field_checks import ALL_LINEAR, ALL_PARAMETERS
 from ..sparse_ft.configs.base import SparseConfig
 
@@ -116,6 +116,17 @@ class AdaSftConfig(WeightConfig):
     def first_phase(self) -> str | None:
         """That of the masks, until they are fixed."""
         return MASK if self.phase == MASK else None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The masks, until they are fixed; then what lies under them."""
+        second = Stage("weight phase", fields={"phase": WEIGHTS})
+        return (Stage("mask phase"), second) if self.phase == MASK else (second,)
+
+    @property
+    def takes_quantised_base(self) -> bool:
+        """Never: masks multiply the base weights themselves."""
+        return False
 
     def as_sparse(
         self, *, density: float | None = None, budget: str | dict[str, float] | None = None, **fields: Any

@@ -16,7 +16,7 @@ from ....checks import check_one_of, dtype_name, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
 from ....selection.rows import check_support_rows
-from ...common.config import WeightConfig
+from ...common.config import TARGETS, Stage, WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
 BASE_METHOD = "fixed"
@@ -151,6 +151,18 @@ class SparseConfig(WeightConfig):
         """What is yet to choose the support: `selected_by`, if that is a phase and the weights are not chosen."""
         is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
         return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
+
+    @property
+    def label(self) -> str:
+        """The method."""
+        return self.method
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """With a dense phase two, in the first of which the targets themselves train; see `WeightConfig`."""
+        if self.first_phase == DENSE_PHASE:
+            return (Stage("dense phase", trains=TARGETS), Stage("sparse phase"))
+        return super().stages
 
     @staticmethod
     def card_facts(config: Mapping[str, Any]) -> list[str]:

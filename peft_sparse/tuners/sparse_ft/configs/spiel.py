@@ -9,6 +9,7 @@ from typing import ClassVar
 from ....checks import check_one_of
 from ....errors import ConfigError
 from ....selection.schedule import KINDS, Schedule
+from ...common.config import Stage
 from .base import CHANCE, SparseConfig, method_name
 
 
@@ -52,6 +53,8 @@ class SpielConfig(SparseConfig):
     max_grad_norm: float | None = field(default=None, metadata={"help": "What the loop clips gradients to."})
 
     selected_by: ClassVar[str] = CHANCE
+    own_optimizer: ClassVar[str] = "sparse_adamw"
+    grows_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +112,11 @@ class SpielAGConfig(SpielConfig):
             if self.estimation_steps < 2:
                 raise ConfigError("uncertain_share needs estimation_steps >= 2: one gradient has no standard error.")
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Ordinary updates, and those of a window in which gradients are estimated."""
+        return (*super().stages, Stage("estimating gradients", watches_gradients=True))
+
 
 @method_name("spiel_ma")
 @dataclass
@@ -121,3 +129,5 @@ class SpielMAConfig(SpielConfig):
     """
 
     method: str = field(default="spiel_ma", metadata={"help": "How the weights to tune are chosen."})
+
+    own_optimizer: ClassVar[str] = "sm3"
