@@ -12,6 +12,7 @@ from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .selection.criteria import Criterion, GradientMeans
 from .training.phases import unfinished as unfinished
+from .training.spiel import start as start
 from .training.spiel.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..composition.report import Interference, Overlap
+from ..composition.report import Overlap
 from ..tables import Sheet
-from .conflicts import Conflicts
 from .report import AdapterReport, Tally
 
 _BAR_WIDTH = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_NOTHING = "-"
+NOTHING = "-"
 
 
 def report_sheets(reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap]) -> list[Sheet]:
@@ -40,7 +39,7 @@ def facts_sheet(report: AdapterReport) -> Sheet:
         "base model": " @ ".join(text for text in (report.base_model, report.revision) if text) or "not said",
         "asked for": ", ".join(f"{key}={value}" for key, value in report.request.items()) or "not said",
         "budget": "shares per group, below" if report.budget_shares else str(report.budget),
-        "tuned": f"{total.count:,} weights in {report.tensors} tensors, {_percent(total.density)} of their elements",
+        "tuned": f"{total.count:,} weights in {report.tensors} tensors, {percent(total.density)} of their elements",
         **({"file": _file_text(report)} if report.file_bytes is not None else {}),
         "values": _values_text(report),
         "|change|": _quantiles_text(report),
@@ -65,12 +64,12 @@ def parts_sheet(report: AdapterReport) -> Sheet:
 
 def _tally_row(name: str, tally: Tally, report: AdapterReport) -> tuple[str, ...]:
     share = tally.count / report.total.count if report.total.count else None
-    return name, f"{tally.count:,}", f"{tally.numel:,}", _percent(tally.density), _percent(share)
+    return name, f"{tally.count:,}", f"{tally.numel:,}", percent(tally.density), percent(share)
 
 
 def layers_sheet(report: AdapterReport) -> Sheet:
     """Weights by layer, and inside layers by part."""
-    stack, labels = _labels([group.name for group in report.groups])
+    stack, labels = layer_labels([group.name for group in report.groups])
     # What lies outside of layers is one part, or next to nothing: its sum says it.
     inside = [group.parts if group.layer is not None else {} for group in report.groups]
     parts = [part for part in report.parts if any(part in found for found in inside)]
@@ -81,8 +80,8 @@ def layers_sheet(report: AdapterReport) -> Sheet:
             label,
             *(f"{found[part].count:,}" if part in found else "" for part in parts),
             f"{group.all.count:,}",
-            _percent(group.all.density),
-            _percent(group.all.count / total if total else None),
+            percent(group.all.density),
+            percent(group.all.count / total if total else None),
             _bar(group.all.count / largest if largest else 0),
         )
         for label, group, found in zip(labels, report.groups, inside, strict=True)
@@ -92,7 +91,7 @@ def layers_sheet(report: AdapterReport) -> Sheet:
     )
 
 
-def _labels(groups: Sequence[str]) -> tuple[str, list[str]]:
+def layer_labels(groups: Sequence[str]) -> tuple[str, list[str]]:
     """Where the layers are, for the title, and short names of the groups; long ones if there are several stacks."""
     stacks = {group.rpartition(".")[0] for group in groups} - {""}
     if len(stacks) != 1:
@@ -107,10 +106,10 @@ def budget_sheet(report: AdapterReport) -> Sheet:
     rows = [
         (
             group.pattern,
-            _percent(group.asked),
-            _percent(group.found.count / total if total else None),
+            percent(group.asked),
+            percent(group.found.count / total if total else None),
             f"{group.found.count:,}",
-            _percent(group.found.density),
+            percent(group.found.density),
         )
         for group in report.budget_shares
     ]
@@ -129,11 +128,11 @@ def pairs_sheet(pairs: Mapping[tuple[str, str], Overlap]) -> Sheet:
         (
             f"{a} and {b}",
             f"{found.shared:,}",
-            _percent(found.share),
-            _percent(found.chance),
-            _percent(found.jaccard),
-            _percent(found.opposite_share),
-            _NOTHING if found.cosine is None else f"{found.cosine:+.3f}",
+            percent(found.share),
+            percent(found.chance),
+            percent(found.jaccard),
+            percent(found.opposite_share),
+            NOTHING if found.cosine is None else f"{found.cosine:+.3f}",
         )
         for (a, b), found in pairs.items()
     ]
@@ -146,39 +145,6 @@ def pairs_sheet(pairs: Mapping[tuple[str, str], Overlap]) -> Sheet:
         note += f" No tensor in common ({', '.join(strangers)}): tuned through different model classes?"
     columns = ("adapters", "shared", "overlap", "by chance", "Jaccard", "opposite", "cosine")
     return Sheet("Each two adapters", columns, tuple(rows), note=note)
-
-
-def conflict_sheets(found: Conflicts) -> list[Sheet]:
-    """What adapters undo of each other, per layer group, and the overlap of each two."""
-    stack, labels = _labels(list(found.groups))
-    rows = [_interference_row(label, part) for label, part in zip(labels, found.groups.values(), strict=True)]
-    terms = [
-        name if weight == 1 else f"{weight:g} x {name}"
-        for name, weight in zip(found.adapters, found.weights, strict=True)
-    ]
-    main = Sheet(
-        f"{' + '.join(terms)}, by layer{stack}",
-        ("", "tuned", "shared", "of tuned", "opposite", "cancelled", "norm", "gain"),
-        (*rows, _interference_row("all", found.total)),
-        has_total=True,
-        note="opposite: share of the shared weights that are pulled in opposite directions. cancelled: share of all "
-        "change that another adapter undoes. norm: the size of what is undone, in the units of the weights. "
-        "gain: norm of the sum over that of adapters without a shared weight; below 1 they weaken each other.",
-    )
-    return [main, pairs_sheet(found.pairs)]
-
-
-def _interference_row(name: str, found: Interference) -> tuple[str, ...]:
-    return (
-        name,
-        f"{found.count:,}",
-        f"{found.shared:,}",
-        _percent(found.shared_share),
-        _percent(found.opposite_share),
-        _percent(found.cancelled),
-        f"{found.norm:.3g}",
-        _NOTHING if found.gain is None else f"{found.gain:.3f}",
-    )
 
 
 def _file_text(report: AdapterReport) -> str:
@@ -194,7 +160,7 @@ def _values_text(report: AdapterReport) -> str:
     values = report.values
     if values.zeros is None:
         return "none"
-    return f"{values.dtype}, norm {values.norm:.4g}, {_percent(values.zeros)} exactly 0"
+    return f"{values.dtype}, norm {values.norm:.4g}, {percent(values.zeros)} exactly 0"
 
 
 def _quantiles_text(report: AdapterReport) -> str:
@@ -210,9 +176,9 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     if share is None:
-        return _NOTHING
+        return NOTHING
     digits = 0 if share in (0, 1) else 1 if share >= 0.0995 else 2
     return f"{share:.{digits}%}"
 

@@ -8,7 +8,7 @@ of the largest one, which is the resolution of float32 weights; and only the lea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, SelectionError
 from .budget import round_density
+from .computed import Computed
 from .top_k import joint_top_k
 
 # Elements that are in float64 at a time: 32 MiB.
@@ -199,37 +200,21 @@ def _return_largest_(part: Tensor, matrix: Tensor, count: int) -> float:
     """Put the `count` largest entries of `matrix - part` back into `part`; returns their squared norm."""
     if count == 0:
         return 0.0
-    rest = _Rest(matrix.view(-1), part.view(-1))
+    whole, kept = matrix.view(-1), part.view(-1)
+
+    def block(name: str) -> slice:
+        return slice(int(name), int(name) + _BLOCK)
+
+    # In blocks, since |matrix - part| as a whole would be one tensor more.
+    starts = [str(start) for start in range(0, whole.numel(), _BLOCK)]
+    rest = Computed(starts, lambda name: (whole[block(name)] - kept[block(name)]).abs_())
     energy = 0.0
     for name, positions in joint_top_k(rest, count).items():
         chosen = positions.long()
         energy += float(rest[name][chosen].double().square().sum())
         # L + (dW - L) is dW.
-        rest.part_of(name)[chosen] = rest.matrix_of(name)[chosen]
+        kept[block(name)][chosen] = whole[block(name)][chosen]
     return energy
-
-
-class _Rest(Mapping[str, Tensor]):
-    """|matrix - part| in blocks, computed when asked for, since the whole would be one tensor more."""
-
-    def __init__(self, matrix: Tensor, part: Tensor) -> None:
-        self._matrix = matrix
-        self._part = part
-
-    def matrix_of(self, name: str) -> Tensor:
-        return self._matrix[int(name) : int(name) + _BLOCK]
-
-    def part_of(self, name: str) -> Tensor:
-        return self._part[int(name) : int(name) + _BLOCK]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return (self.matrix_of(name) - self.part_of(name)).abs_()
-
-    def __iter__(self) -> Iterator[str]:
-        return (str(start) for start in range(0, self._matrix.numel(), _BLOCK))
-
-    def __len__(self) -> int:
-        return -(-self._matrix.numel() // _BLOCK)
 
 
 @contextmanager
