@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config, skeleton
 from ..checkpoints.tasks import BASE_CLASSES
-from ..checks import check_one_of
+from ..checks import check_one_of, check_whole
 from ..errors import ConfigError, SparseError
 from ..tuners.common.config import WeightConfig
 from .optimizer import OPTIMIZERS
@@ -187,9 +187,7 @@ def _dry_run(
 
 def _check(workload: Workload) -> None:
     for name in ("batch_size", "sequence_length"):
-        value = getattr(workload, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an int >= 1, got {value!r}.")
+        check_whole(name, getattr(workload, name))
     if workload.dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {[str(d) for d in _DTYPES]}, got {workload.dtype}.")
     if workload.optimizer is not None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_number, is_whole
 from ..errors import ConfigError, SelectionError
 from .budget import round_density
 from .computed import Computed
@@ -51,15 +52,14 @@ def check_denoising(*, rank: float, residual_density: float) -> None:
     Raises:
         ConfigError: `rank` is neither a float in (0, 1] nor an int >= 1, or `residual_density` is outside [0, 1].
     """
-    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    is_count = is_whole(rank) and rank >= 1
     if not is_count and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ConfigError(
             "rank must be a float in (0, 1], the share of the squared singular values to hold, or an int >= 1, the "
             f"number of singular directions, got {rank!r}. The default is rank=0.9; all directions are rank=1.0, one "
             "is rank=1."
         )
-    is_number = isinstance(residual_density, (int, float)) and not isinstance(residual_density, bool)
-    if not is_number or not 0 <= residual_density <= 1:
+    if not is_number(residual_density) or not 0 <= residual_density <= 1:
         raise ConfigError(
             "residual_density must be in [0, 1], the share of the entries outside the leading directions to keep, got "
             f"{residual_density!r}. 0 keeps the leading directions alone."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
+from ...checks import is_number
 from ...errors import ConfigError
 from ..common.config import Stage, WeightConfig
 from ..common.field_checks import ALL_LINEAR, ALL_PARAMETERS
@@ -94,7 +95,7 @@ class AdaSftConfig(WeightConfig):
         super().__post_init__()
         self.peft_type = ADA_SFT
         number = self.initial_mask
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1:
+        if not is_number(number) or not 0 < number < 1:
             raise ConfigError(
                 f"initial_mask must be in (0, 1), got {number!r}: a sigmoid reaches neither end. To start at the "
                 "pretrained model keep from_identity=True, at any initial_mask."

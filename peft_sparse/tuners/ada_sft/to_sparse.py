@@ -18,10 +18,11 @@ from ...errors import ConfigError
 from ...files import AtomicFolder, save_tensors
 from ...selection.computed import Computed
 from ...selection.top_k import joint_top_k
+from ..common.adapter_config import config_of
 from ..common.base_model import base_model_of
 from ..sparse_ft.configs.base import SparseConfig
 from ..sparse_ft.support import plan_groups
-from .config import AdaSftConfig
+from .config import ADA_SFT, AdaSftConfig
 from .iteration import iter_masked
 from .state import SLOT
 
@@ -61,7 +62,7 @@ def sparse_from_ada(
     Source: Sharma and Chauhan, section 3.4 and 6, name sparser masks as the direction to go; the selection is LT-SFT's
         (Ansell et al. 2022, arXiv:2110.07560, section 3.1).
     """
-    config = _config_of(model, adapter_name)
+    config: AdaSftConfig = config_of(model, adapter_name, ADA_SFT, called="an adapter of Ada-SFT")
     if density is None and config.density is None:
         raise ConfigError(
             f"density must be given, here or in the config of adapter {adapter_name!r}: the share of its weights to "
@@ -83,15 +84,6 @@ def sparse_from_ada(
         sparse.target_modules = sorted(targets)
         _save(deltas, _heads(model, adapter_name), sparse, Path(save_directory))
     return deltas
-
-
-def _config_of(model: nn.Module, adapter_name: str) -> AdaSftConfig:
-    configs = getattr(model, "peft_config", None)
-    config = configs.get(adapter_name) if isinstance(configs, dict) else None
-    if not isinstance(config, AdaSftConfig):
-        names = sorted(n for n, c in (configs or {}).items() if isinstance(c, AdaSftConfig))
-        raise ConfigError(f"adapter_name must be an adapter of Ada-SFT, one of {names}, got {adapter_name!r}.")
-    return config
 
 
 def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

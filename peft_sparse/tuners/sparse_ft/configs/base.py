@@ -12,7 +12,7 @@ from ...._peft_bridge import add_peft_type
 from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
-from ....checks import check_one_of, dtype_name, nearest
+from ....checks import check_one_of, dtype_name, is_whole, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
 from ....selection.rows import check_support_rows
@@ -240,6 +240,6 @@ def _check_counts(counts: object) -> None:
     if counts is None:
         return
     if not isinstance(counts, dict) or not all(
-        isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in counts.items()
+        isinstance(k, str) and is_whole(v) and v >= 0 for k, v in counts.items()
     ):
         raise ConfigError(f"counts must map parameter names to numbers of weights >= 0, got {counts!r}.")

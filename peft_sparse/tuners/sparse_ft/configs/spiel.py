@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ....checks import check_one_of
+from ....checks import check_one_of, check_share, check_whole, is_number
 from ....errors import ConfigError
 from ....selection.schedule import KINDS, Schedule
 from ...common.config import Stage
@@ -58,12 +58,9 @@ class SpielConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+        check_whole("seed", self.seed, least=0)
         for name in ("initial_reselection_rate", "reselection_until"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise ConfigError(f"{name} must be in (0, 1], got {share!r}. It is a share, not a count.")
+            check_share(name, getattr(self, name), way_out="It is a share, not a count.")
         check_one_of("reselection_schedule", self.reselection_schedule, KINDS)
         # The rest of the calendar is checked where it lives.
         Schedule(
@@ -73,7 +70,7 @@ class SpielConfig(SparseConfig):
         )
         if self.drop_by not in ("delta", "change_since_reselection"):
             raise ConfigError(f"drop_by must be 'delta' or 'change_since_reselection', got {self.drop_by!r}.")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+        if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and 0 < self.max_grad_norm < math.inf):
             raise ConfigError(f"max_grad_norm must be a finite number > 0 or None, got {self.max_grad_norm!r}.")
 
 
@@ -102,12 +99,12 @@ class SpielAGConfig(SpielConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.candidates_per_weight < math.inf:
+        if not is_number(self.candidates_per_weight) or not 1 <= self.candidates_per_weight < math.inf:
             raise ConfigError(
                 f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
             )
         if self.uncertain_share is not None:
-            if not 0 < self.uncertain_share < 1:
+            if not is_number(self.uncertain_share) or not 0 < self.uncertain_share < 1:
                 raise ConfigError(f"uncertain_share must be in (0, 1) or None, got {self.uncertain_share!r}.")
             if self.estimation_steps < 2:
                 raise ConfigError("uncertain_share needs estimation_steps >= 2: one gradient has no standard error.")
