@@ -70,6 +70,7 @@ INTERNALS = (
         _TUNERS,
         "BaseTunerLayer",
         (
+            "_all_available_adapter_names",
             "_disable_adapters",
             "_get_embed_scale",
             "_move_adapter_to_device_of_base_layer",
