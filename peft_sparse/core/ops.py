@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -19,12 +20,31 @@ from torch.autograd import forward_ad
 
 from ..errors import ConfigError
 from .backends import sddmm
+from .backends.native import kernels
 from .backends.products import wide_product
 from .indices import positions
 from .observer import GradientObserver, current_pass, remember_outer
 from .overlay import Overlay
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A weight W' in its parts, for products of so few rows that adding theirs is cheaper than forming W'.
+
+    Attributes:
+        weight: the weight without deltas, as stored.
+        indices: [u] flat positions in it, sorted and unique.
+        values: [u] float32, what is added there.
+    """
+
+    weight: Tensor
+    indices: Tensor
+    values: Tensor
+
+
+GetParts = Callable[[], AbstractContextManager[Parts | None]]
 
 
 def is_recorded() -> bool:
@@ -61,6 +81,7 @@ def linear(
     fan_in_fan_out: bool = False,
     observers: Sequence[GradientObserver] = (),
     guard: AbstractContextManager[Any] | None = None,
+    parts: GetParts | None = None,
 ) -> Tensor:
     """A linear layer whose weight holds sparse deltas: `x @ W'.T + bias`.
 
@@ -77,6 +98,8 @@ def linear(
         fan_in_fan_out: the weight is stored as [I, O] (transformers' Conv1D).
         observers: who else sees the weight's gradient; they see nothing where torch records (`is_recorded`).
         guard: is entered whenever W' is made, and left when it has been used; nothing if None.
+        parts: gives W' in its parts, for as long as it is entered, if it can be had so. For a few rows of `x` on a CPU
+            their products are added up then, and rounded in another order.
 
     Returns:
         [..., O], in the dtype that `torch.nn.functional.linear` would give, also under autocast.
@@ -94,14 +117,80 @@ def linear(
     wanted = any(values.requires_grad for values in tensors)
     if not torch.is_grad_enabled() or not (wanted or x.requires_grad or (bias is not None and bias.requires_grad)):
         with guard or nullcontext():
+            added = _added_up(x, bias, parts, fan_in_fan_out)
+            if added is not None:
+                return added
             weight = make_weight()
             return F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
     shared = sddmm.share_input(x) if wanted else None
     supports = tuple(indices for _, indices in deltas)
-    flat = _Linear.apply(
-        x, bias, (make_weight, guard or nullcontext()), supports, fan_in_fan_out, shared, tuple(observers), *tensors
-    )
+    source = make_weight, guard or nullcontext(), parts
+    flat = _Linear.apply(x, bias, source, supports, fan_in_fan_out, shared, tuple(observers), *tensors)
     return flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+# Fewer elements of a weight are copied before a kernel is called.
+_WORTH_ADDING = 2**14
+# With more rows no weight of a usual size is cheaper by parts.
+_FEW_ROWS = 256
+
+
+def takes_parts(x: Tensor, parts: Parts) -> bool:
+    """Whether the product with W' is cheaper by its parts: where there are kernels (see `native`), for a few rows.
+
+    Measured (AVX2, weights of 512 to 2048 rows and columns): 16 rows at a time an entry costs as much as copying 12
+    elements of the weight, and moving a row or column of the factors in and out as much as 40; a single row costs a
+    quarter of that.
+
+    Args:
+        x: [..., inputs].
+        parts: of W'.
+    """
+    num_rows = x.numel() // max(1, x.shape[-1])
+    numel = parts.weight.numel()
+    if not 0 < num_rows <= _FEW_ROWS or numel < _WORTH_ADDING or x.dtype != parts.weight.dtype:
+        return False
+    passes = 0.25 if num_rows == 1 else -(-num_rows // 16)
+    if passes * (12 * parts.indices.numel() + 40 * sum(parts.weight.shape)) > numel:
+        return False
+    if parts.values.dtype != torch.float32 or autocast_dtype(x) is not None:
+        return False
+    return kernels(x, parts.weight, dtypes=(torch.float32, torch.bfloat16)) is not None
+
+
+def add_parts_(y: Tensor, x: Tensor, parts: Parts, *, fan_in_fan_out: bool) -> Tensor:
+    """Add to the product with a weight, in place, what the entries add to it, outside of autograd.
+
+    Args:
+        y: [..., O], the weight's own product with `x`.
+        x: [..., I].
+        parts: the weight and the entries, for which `takes_parts` holds.
+        fan_in_fan_out: the weight is stored as [I, O].
+    """
+    native = kernels(x, parts.weight)
+    if native is None or y.dtype != x.dtype:
+        raise TypeError(f"add_parts_ is for what takes_parts admits, got {y.dtype} for {x.dtype}")
+    flat, result = x.detach().reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, y.shape[-1]).contiguous()
+    native.add_product_(
+        result, flat, parts.weight.detach(), parts.indices, parts.values, row_is_output=not fan_in_fan_out
+    )
+    return result.view(y.shape)
+
+
+def _added_up(
+    x: Tensor,
+    bias: Tensor | None,
+    parts: GetParts | None,
+    transposed: bool,
+) -> Tensor | None:
+    """`x @ W'.T + bias` as the sum of two products (`x @ W' + bias` if `transposed`); None where W' is to be made."""
+    if parts is None or x.numel() > _FEW_ROWS * x.shape[-1]:
+        return None
+    with parts() as made:
+        if made is None or not takes_parts(x, made):
+            return None
+        base = F.linear(x.detach(), made.weight.t() if transposed else made.weight, bias)
+        return add_parts_(base, x, made, fan_in_fan_out=transposed)
 
 
 def _with_gradient(weight: Tensor, deltas: Deltas) -> Tensor:
@@ -140,14 +229,14 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        source: tuple[Callable[[], Tensor], AbstractContextManager[Any]],
+        source: tuple[Callable[[], Tensor], AbstractContextManager[Any], GetParts | None],
         indices: tuple[Tensor, ...],
         fan_in_fan_out: bool,
         shared: sddmm.SharedInput | None,
         observers: tuple[GradientObserver, ...],
         *values: Tensor,
     ) -> Tensor:
-        ctx.make_weight, ctx.guard = source
+        ctx.make_weight, ctx.guard, ctx.parts = source
         ctx.fan_in_fan_out, ctx.shared, ctx.observers, ctx.x_shape = fan_in_fan_out, shared, observers, x.shape
         ctx.made_in = current_pass()
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
@@ -156,10 +245,16 @@ class _Linear(torch.autograd.Function):
             x = x.to(dtype) if shared is None else shared.cast(x, dtype)
             bias = None if bias is None else bias.to(dtype)
         with ctx.guard:
-            weight = ctx.make_weight()
-            ctx.shape = tuple(weight.shape)
-            weight = weight if dtype is None else weight.to(dtype)
-            result = F.linear(x.reshape(-1, x.shape[-1]), weight.t() if fan_in_fan_out else weight, bias)
+            flat = x.reshape(-1, x.shape[-1])
+            added = _added_up(flat, bias, ctx.parts, fan_in_fan_out) if dtype is None else None
+            if added is not None:
+                result, num_columns = added, flat.shape[1]
+                ctx.shape = (num_columns, added.shape[1]) if fan_in_fan_out else (added.shape[1], num_columns)
+            else:
+                weight = ctx.make_weight()
+                ctx.shape = tuple(weight.shape)
+                weight = weight if dtype is None else weight.to(dtype)
+                result = F.linear(flat, weight.t() if fan_in_fan_out else weight, bias)
         tuned = [support for support, needed in zip(indices, ctx.needs_input_grad[7:], strict=True) if needed]
         count, in_use = sum(support.numel() for support in tuned), sddmm.shape_in_use(tuned, ctx.shape)
         ctx.sampled = sddmm.prefer_sampled(count, in_use, dtype=x.dtype, device=x.device)
@@ -236,6 +331,10 @@ def twice_under_autocast() -> ConfigError:
 
 def _grad_input(ctx: Any, grad: Tensor) -> Tensor:
     with ctx.guard:
+        if ctx.autocast_dtype is None:
+            added = _added_up(grad, None, ctx.parts, not ctx.fan_in_fan_out)
+            if added is not None:
+                return added.to(ctx.x_dtype)
         weight = ctx.make_weight()
         if ctx.autocast_dtype is not None:
             weight = weight.to(ctx.autocast_dtype)

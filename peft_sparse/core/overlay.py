@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends.entries import add_entries_
+from .backends.native import kernels
 from .indices import positions, union
 
 
@@ -44,12 +45,7 @@ class Overlay:
         dtype = reduce(
             torch.promote_types, [v.dtype for v in values], torch.promote_types(originals.dtype, torch.float32)
         )
-        if self._slots is None:
-            total = values[0].detach().to(dtype)
-        else:
-            total = torch.zeros(self._union.numel(), dtype=dtype, device=originals.device)
-            for slots, value in zip(self._slots, values, strict=True):
-                total.index_add_(0, slots, value.detach().to(dtype))
+        total = self._total(values, dtype)
         return (originals.to(dtype) + total).to(originals.dtype)
 
     def add(self, weight: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -64,18 +60,58 @@ class Overlay:
         return result
 
     def write_(self, flat: Tensor, values: Sequence[Tensor], *, originals: Tensor | None = None) -> None:
-        """Write `entries` into a weight's memory.
+        """Write `entries` into a weight's memory; with `originals`, only where something else stands.
 
         Args:
             flat: [numel] contiguous, written in place; no gradient is recorded.
             values: one [k_i] tensor per support.
             originals: [u] the weight's own entries; what stands in `flat` if None.
+
+        Cost: with `originals`, on a CPU, a look at every entry, and nothing more if all of them are up to date. What
+            stands there is compared, not a version, for writing by `.data` leaves no version behind. Elsewhere looking
+            would mean waiting for the device, so all of them are written.
         """
-        if self._slots is None:
+        if originals is not None and flat.device.type == "cpu":
+            self._write_changed(flat, values, originals)
+        elif self._slots is None:
             add_entries_(flat, self._union, values[0], originals)
-            return
-        indices = self.indices
-        flat[indices] = self.entries(flat[indices] if originals is None else originals, values)
+        else:
+            indices = self.indices
+            flat[indices] = self.entries(flat[indices] if originals is None else originals, values)
+
+    def _write_changed(self, flat: Tensor, values: Sequence[Tensor], originals: Tensor) -> None:
+        if self._slots is None:
+            value = values[0].detach()
+            native = kernels(flat, originals, dtypes=(torch.float32, torch.bfloat16))
+            if native is not None and flat.dtype == originals.dtype and value.dtype == torch.float32:
+                native.bring_up_to_date_(flat, self._union, originals, value.contiguous())
+                return
+        indices, wanted = self.indices, self.entries(originals.to(flat.device, flat.dtype), values)
+        if not same_bits(flat[indices], wanted):
+            flat[indices] = wanted
+
+    def total(self, values: Sequence[Tensor]) -> Tensor:
+        """[u] float32 (float64 if any are), the sum of the deltas at the union of their supports."""
+        return self._total(values, reduce(torch.promote_types, [v.dtype for v in values], torch.float32))
+
+    def _total(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        if self._slots is None:
+            return values[0].detach().to(dtype)
+        total = torch.zeros(self._union.numel(), dtype=dtype, device=self._union.device)
+        for slots, value in zip(self._slots, values, strict=True):
+            total.index_add_(0, slots, value.detach().to(dtype))
+        return total
+
+    @property
+    def support(self) -> Tensor:
+        """[u] the union of the supports, in its narrow dtype."""
+        return self._union
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one floating dtype are equal bit for bit; a NaN equals itself."""
+    image = {8: torch.int64, 4: torch.int32, 2: torch.int16}[left.element_size()]
+    return torch.equal(left.view(image), right.view(image))
 
 
 def add_deltas(parameter: Tensor, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_sparse.core import ops
-from peft_sparse.core.backends import reference, sddmm
+from peft_sparse.core.backends import native, reference, sddmm
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no compiler is."""
+    monkeypatch.setattr(native, "_found", [None])
+
+
+@pytest.fixture(params=["torch", "portable", "best"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """torch's kernel, or ours for any processor, or for this one."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_found", [None])
+    elif native.compiled() is None:
+        pytest.skip("no C++ compiler")
+    elif request.param == "portable":
+        monkeypatch.setattr(native.compiled(), "level", 0)
+    return request.param
 
 
 def factors(num_rows: int, *, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -27,6 +46,7 @@ def factors(num_rows: int, *, dtype: torch.dtype, transposed: bool) -> tuple[Ten
     return grad, x, ((20, 24) if transposed else (24, 20))
 
 
+@pytest.mark.usefixtures("way")
 class TestSampledProduct:
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("count", [0, 1, 37, 480])
@@ -87,18 +107,20 @@ class TestSampledProduct:
                 assert one.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
                 assert relative_error(one, expected) < (1e-14 if dtype == torch.float64 else 2e-6)
 
-    def test_first_use_warns_of_nothing(self):
-        # torch warns once per process, so a process of its own.
-        script = (
-            "import torch\n"
-            "from peft_sparse.core.backends.sddmm import sampled_product\n"
-            "import warnings; warnings.simplefilter('error')\n"
-            "support = torch.tensor([5], dtype=torch.int32)\n"
-            "found = sampled_product(torch.ones(2, 3), torch.ones(2, 4), support, (3, 4))\n"
-            "assert found.tolist() == [2.0], found\n"
-        )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+
+def test_first_use_warns_of_nothing():
+    # torch warns once per process, so a process of its own.
+    script = (
+        "import torch\n"
+        "from peft_sparse.core.backends.sddmm import sampled_product\n"
+        "import warnings; warnings.simplefilter('error')\n"
+        "support = torch.tensor([5], dtype=torch.int32)\n"
+        "found = sampled_product(torch.ones(2, 3), torch.ones(2, 4), support, (3, 4))\n"
+        "assert found.tolist() == [2.0], found\n"
+    )
+    env = {**os.environ, native.SWITCH: "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 class TestRule:
@@ -124,7 +146,8 @@ class TestRule:
         count = int(density * shape[0] * shape[1])
         assert sddmm.prefer_sampled(count, shape, dtype=dtype, device=self.CPU) is expected
 
-    def test_more_cores_favour_the_dense_product(self, monkeypatch):
+    @pytest.mark.usefixtures("by_torch")
+    def test_more_cores_favour_the_dense_product_where_torch_transposes(self, monkeypatch):
         chosen = []
         for threads in (1, 2, 64):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -134,6 +157,7 @@ class TestRule:
     def test_accelerators_take_the_dense_product(self):
         assert not sddmm.prefer_sampled(1, (4096, 4096), dtype=torch.float32, device=torch.device("cuda"))
 
+    @pytest.mark.usefixtures("by_torch")
     @pytest.mark.parametrize("choice", [True, False])
     def test_the_rule_is_what_decides(self, choice, monkeypatch):
         monkeypatch.setattr(sddmm, "prefer_sampled", lambda *_, **__: choice)
@@ -146,7 +170,7 @@ class TestRule:
 
 
 @pytest.fixture
-def transposed_tensors(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def transposed_tensors(monkeypatch: pytest.MonkeyPatch, by_torch: None) -> list[tuple[int, ...]]:
     """Shapes of all matrices that were transposed, with every product sampled."""
     monkeypatch.setattr(sddmm, "prefer_sampled", lambda *_, **__: True)
     shapes: list[tuple[int, ...]] = []
@@ -193,6 +217,26 @@ class TestSharedInput:
         checkpoint(lambda x: heads(x, cases), x, use_reentrant=use_reentrant).backward()
         assert transposed_tensors.count((33, 20)) == 1
         assert all(torch.equal(a, b) for a, b in zip(gradients(cases), plain, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_kernels_pack_the_shared_input_once(self, monkeypatch, dtype):
+        if native.compiled() is None:
+            pytest.skip("no C++ compiler")
+        packed = []
+        pack = native.Kernels.pack
+        monkeypatch.setattr(native.Kernels, "pack", lambda self, m: packed.append(tuple(m.shape)) or pack(self, m))
+        monkeypatch.setattr(sddmm, "prefer_sampled", lambda *_, **__: True)
+        cases = [make_case(in_features=20, out_features=o, counts=(50,), dtype=dtype) for o in (24, 16, 8)]
+        x = torch.randn(3, 11, 20).to(dtype)
+        for _ in range(2):
+            loss = heads(x, cases)
+            loss.backward()
+        assert packed == [(33, 20)] * 2
+        for case, found in zip(cases, gradients(cases), strict=True):
+            grad = case.output_grad.reshape(33, -1).double()
+            flat, shape = x.view(33, 20).double(), tuple(case.weight.shape)
+            expected = reference.sampled_product(grad, flat, case.indices[0], shape)
+            assert relative_error(found, 2 * expected) < 1e-6
 
     def test_two_inputs_are_kept_apart(self, transposed_tensors):
         cases = three_cases()
@@ -248,6 +292,7 @@ class TestSharedInput:
         shared.transposed(x)
         assert kept() is None
 
+    @pytest.mark.usefixtures("by_torch")
     def test_dies_with_the_graph_though_the_input_lives(self, monkeypatch):
         monkeypatch.setattr(sddmm, "prefer_sampled", lambda *_, **__: True)
         made = []

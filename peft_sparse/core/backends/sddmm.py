@@ -1,14 +1,15 @@
 """The gradient of a few weights of a matrix, without the gradient of all of them where that is cheaper.
 
 For `y = x @ W.T` the gradient of W is `grad.T @ x`. Only its entries on the support are wanted: a sampled dense-dense
-product (SDDMM). The sampled kernel reads both factors column by column, so its price is mostly their transposes.
+product (SDDMM). Its kernel reads both factors column by column, so a good part of its price are their transposes. Ours
+(`native`) makes them a tile at a time; where it cannot be compiled, torch's does the same more slowly.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from threading import local
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .native import Kernels, compiled, kernels
 from .products import computed_on, entries_of_product, layout_of, wide_product
 
 # The sampled kernel exists for these alone; 16-bit factors are widened first.
 _SAMPLED_DTYPES = (torch.float32, torch.float64)
+_NATIVE_DTYPES = (*_SAMPLED_DTYPES, torch.bfloat16, torch.float16)
 
 # Rows of the batch that are transposed and multiplied at a time, so that both transposes stay in the processor's cache:
 # on [4096 x 2048] by [4096 x 2048] at density 0.05 blocks of 512 take 60 ms on one core, everything at once 126 ms.
@@ -29,11 +32,16 @@ _BLOCK_ROWS = 512
 def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> bool:
     """The one rule that chooses between the sampled and the dense product.
 
-    Measured (AVX-512 cores, torch 2.13, 8 to 2048 rows, weights of 64 to 2048 rows and columns) as shares of the dense
-    product's time. An entry costs about 4 times as much when sampled. Both transposes run on one core however many the
-    dense product has, and cost as much as 30 dense entries for each row and column. So on two cores the ways meet at
-    density 0.13 for [512 x 512] and 0.24 for [2048 x 2048]. On accelerators the dense product runs on matrix units; it
-    is taken there always.
+    With the kernels of `native`, measured on AVX2 cores (32 to 2048 rows, weights of 512 to 2048 rows and columns) as
+    shares of the dense product's time: an entry costs 5 to 6 times as much when sampled, and packing as much as 25
+    dense entries for each row and column. All of it is spread over the cores as the dense product is.
+
+    With torch's kernel (AVX-512 cores, torch 2.13, 8 to 2048 rows, weights of 64 to 2048 rows and columns) an entry
+    costs about 4 times as much when sampled. Both transposes run on one core however many the dense product has, and
+    cost as much as 30 dense entries for each row and column. So on two cores the ways meet at density 0.13 for
+    [512 x 512] and 0.24 for [2048 x 2048].
+
+    On accelerators the dense product runs on matrix units; it is taken there always.
 
     Args:
         count: number of tuned weights, of all deltas of the weight together.
@@ -46,6 +54,8 @@ def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, de
     if computed_on(device) != "cpu":
         return False
     rows, columns = shape
+    if compiled() is not None:
+        return 6 * count + 25 * (rows + columns) <= rows * columns
     return 4 * count + 30 * torch.get_num_threads() * (rows + columns) <= rows * columns
 
 
@@ -77,7 +87,7 @@ def sampled_product(
     Returns:
         [k] float32 (float64 if both factors are), in the order of `indices`.
 
-    Cost: both factors transposed, and 2 N k operations; beyond the factors 8 bytes per support entry while it runs.
+    Cost: both factors transposed, a tile of rows at a time, and 2 N k operations.
     """
     return weight_gradients(grad, x, [indices], shape, transposed=transposed, sampled=True)[0]
 
@@ -123,15 +133,42 @@ def weight_gradients(
             # What other layers make of the input is of all of its columns.
             shared.leave()
             shared = None
-    x_blocks = shared.transposed(x) if shared is not None else _transposed_blocks(left if transposed else right)
     shape = (layout.num_rows, layout.num_columns)
-    patterns = [_pattern(layout.places(support), shape, _wide(grad[:0]).dtype) for support in wanted]
+    places = [layout.places(support) for support in wanted]
+    native = kernels(left, right, dtypes=_NATIVE_DTYPES)
+    if native is not None:
+        return _by_kernels(native, left, right, places, x=x, transposed=transposed, shared=shared)
+    x_blocks = shared.transposed(x) if shared is not None else _transposed_blocks(left if transposed else right)
+    patterns = [_pattern(place, shape, _wide(grad[:0]).dtype) for place in places]
     for block, x_columns in zip((right if transposed else left).split(_BLOCK_ROWS), x_blocks, strict=True):
         grad_columns = _transposed(block)
         left_columns, right_columns = (x_columns, grad_columns) if transposed else (grad_columns, x_columns)
         for pattern in patterns:
             torch.sparse.sampled_addmm(pattern, left_columns, right_columns.t(), out=pattern)
     return [pattern.values() for pattern in patterns]
+
+
+def _by_kernels(
+    native: Kernels,
+    left: Tensor,
+    right: Tensor,
+    places: list[Tensor],
+    *,
+    x: Tensor,
+    transposed: bool,
+    shared: SharedInput | None,
+) -> list[Tensor]:
+    """`weight_gradients` sampled by the kernels, which pack what no other layer packs."""
+    if left.dtype != right.dtype or left.dtype == torch.float16:
+        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+        left, right = left.to(dtype), right.to(dtype)
+    if shared is None:
+        return native.sampled(left, right, places)
+    if not shared.is_read_again:
+        shared.leave()
+        return native.sampled(left, right, places)
+    (packed,) = shared.transposed(x, lambda x: [native.pack(x.to(left.dtype))])
+    return native.sampled(left, right, places, **{"packed_left" if transposed else "packed_right": packed})
 
 
 def _transposed(matrix: Tensor) -> Tensor:
@@ -198,12 +235,18 @@ class SharedInput:
             self._narrow = weakref.ref(kept)
         return kept
 
-    def transposed(self, x: Tensor) -> list[Tensor]:
-        """The transposed blocks of `x`, from the reader before if there was one."""
-        source = (StorageWeakRef(x.untyped_storage()), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype)
+    @property
+    def is_read_again(self) -> bool:
+        """Whether what is made of the input will have more than one reader."""
+        return self._readers > 1
+
+    def transposed(self, x: Tensor, make: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
+        """The transposed blocks of `x`, or what `make` makes of it, from the reader before if there was one."""
+        memory = StorageWeakRef(x.untyped_storage()), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+        source = (make is None, *memory)
         kept, blocks = self._source, self._blocks
         if blocks is None or kept != source:
-            blocks = _transposed_blocks(x)
+            blocks = (make or _transposed_blocks)(x)
         self._source, self._blocks = source, blocks
         self.leave()
         return blocks

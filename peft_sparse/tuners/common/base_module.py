@@ -57,6 +57,12 @@ def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.
     return view
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs around a module's forward: hooks of torch's, or accelerate's."""
+    own = vars(module)
+    return "_hf_hook" in own or any(own[hooks] for hooks in _HOOKS)
+
+
 def called(module: nn.Module, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`compute(*args, **kwargs)` in the place of a module's forward: with the hooks that are on the module, and its
     weights on the device where accelerate computes.

@@ -24,6 +24,7 @@ from ...common.layer import PARAMETERS, WeightLayer, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
 from ...common.shown_state import ShownState
 from .delta import AdapterDelta
+from .quick import ActiveWeights, Snapshot
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Written:
         parameter: the exchanged parameter; None when the entries were written in place.
         shape: of what was written into.
         target: the parameter that was written into in place.
+        snapshot: tells whether it is up to date; None if nobody asked yet.
     """
 
     key: tuple[Any, ...]
@@ -45,6 +47,7 @@ class Written:
     parameter: nn.Parameter | None = None
     shape: tuple[int, ...] = ()
     target: Tensor | None = None
+    snapshot: Snapshot | None = None
 
 
 class SparseLayer(WeightLayer):
@@ -72,6 +75,7 @@ class SparseLayer(WeightLayer):
         self.tied_parameters: set[str] = set()
         self._written: dict[str, Written] = {}
         self._overlays: dict[tuple[Any, ...], Overlay] = {}
+        self._active: ActiveWeights | None = None
         self._shown = ShownState(self)
         base = self.get_base_layer()
         with warnings.catch_warnings():
@@ -112,6 +116,7 @@ class SparseLayer(WeightLayer):
             delta = AdapterDelta(shape, count, dtype=dtype, device=device)
             self._modules[f"sparse_ft_{parameter}"][adapter_name] = delta
         self._overlays.clear()
+        self._active = None
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
@@ -126,6 +131,7 @@ class SparseLayer(WeightLayer):
             self.restore()
         super().delete_adapter(adapter_name)
         self._overlays.clear()
+        self._active = None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the weight's dtype, which would round float32 values over a bfloat16 weight.
@@ -303,13 +309,13 @@ class SparseLayer(WeightLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown")}
+        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown", "_active")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is in no `resident` block, and has its own memory.
         super().__setstate__(state)
         self._lock, self._shown = threading.RLock(), ShownState(self)
-        self.num_resident, self._overlays = 0, {}
+        self.num_resident, self._overlays, self._active = 0, {}, None
         if not self.merged:
             self.restore()
 

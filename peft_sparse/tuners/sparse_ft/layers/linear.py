@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ....core import ops
 from ....core.overlay import Overlay
-from ...common.base_module import offload_hook
-from .base import SparseLayer
+from ...common.base_module import has_hooks, offload_hook
+from .base import PARAMETERS, SparseLayer
 from .delta import AdapterDelta
+from .quick import ActiveWeights, Snapshot
 
 
 class Linear(SparseLayer):
@@ -32,6 +34,62 @@ class Linear(SparseLayer):
         super().__init__(base_layer)
         self.fan_in_fan_out = fan_in_fan_out
 
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is None and not torch.is_grad_enabled():
+            active = self._active_weights(x)
+            if active is not None:
+                with self._lock:
+                    if self.num_resident:
+                        self._bring_up_to_date(active)
+                        return self.base_layer(x, *args, **kwargs)
+                    if "weight" not in self._written:
+                        result = self._with_few_rows(active, x)
+                        if result is not None:
+                            return result
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _active_weights(self, x: Tensor) -> ActiveWeights | None:
+        """The active deltas, if a forward that records nothing needs no more than the base layer and them."""
+        base = self.base_layer
+        if self._disable_adapters or self.merged_adapters or type(x) is not Tensor or x.device.type != "cpu":
+            return None
+        weight = base._parameters.get("weight")
+        if type(weight) is not nn.Parameter or has_hooks(base) or isinstance(base, BaseTunerLayer):
+            return None
+        if "weight" in self.tied_parameters or ops.is_recorded():
+            return None
+        active, adapters = self._active, self.active_adapters
+        if active is None or not active.holds(adapters):
+            if self.active_deltas("bias", adapters) or not self.active_deltas("weight", adapters):
+                return None
+            deltas = self.active_deltas("weight", adapters)
+            if weight.device.type != "cpu" or not weight.is_contiguous():
+                return None
+            held = [self.deltas_of(part) for part in PARAMETERS]
+            watched = [part[name] for part in held for name in adapters if name in part]
+            active = self._active = ActiveWeights(list(adapters), deltas, *self.overlay("weight", adapters), watched)
+            if not active.holds(adapters):
+                return None
+        return active
+
+    def _bring_up_to_date(self, active: ActiveWeights) -> None:
+        """Write the active deltas into the base weight, unless just they stand there."""
+        own, values = self.base_layer.weight, active.values
+        written = self._written.get("weight")
+        snapshot = written.snapshot if written and written.key == active.key and written.target is own else None
+        if snapshot is not None and snapshot.is_current(own, values):
+            return
+        self.write_entries("weight", active.key, active.overlay, values)
+        self._written["weight"].snapshot = Snapshot(own, active.overlay, values)
+
+    def _with_few_rows(self, active: ActiveWeights, x: Tensor) -> Tensor | None:
+        """The base layer's output and what the deltas add to it, where that is cheaper than forming the weight."""
+        values = active.values
+        parts = ops.Parts(self.base_layer.weight, active.overlay.support, active.overlay.total(values).contiguous())
+        if not ops.takes_parts(x, parts):
+            return None
+        return ops.add_parts_(self.base_layer(x), x, parts, fan_in_fan_out=self.fan_in_fan_out)
+
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.get_base_layer().weight
         bias = self.effective("bias", adapters)
@@ -43,7 +101,7 @@ class Linear(SparseLayer):
             dense = self.effective("weight", adapters)
             return F.linear(x, dense.t() if self.fan_in_fan_out else dense, bias)
         self.measure(x, deltas)
-        make_weight, guard = self.weight_maker(adapters)
+        make_weight, guard, parts = self.weight_maker(adapters)
         return ops.linear(
             x,
             make_weight,
@@ -52,6 +110,7 @@ class Linear(SparseLayer):
             fan_in_fan_out=self.fan_in_fan_out,
             observers=[d.observer for d in deltas if d.observer is not None],
             guard=guard,
+            parts=parts,
         )
 
     @staticmethod
@@ -61,17 +120,30 @@ class Linear(SparseLayer):
             if delta.meter is not None and torch.is_grad_enabled() and delta.values.requires_grad:
                 delta.meter.see(x)
 
-    def weight_maker(self, adapters: Sequence[str]) -> tuple[Callable[[], Tensor], AbstractContextManager[Any]]:
+    def weight_maker(
+        self, adapters: Sequence[str]
+    ) -> tuple[Callable[[], Tensor], AbstractContextManager[Any], ops.GetParts | None]:
         """What makes the weight with the adapters' deltas in it, as they are now, for this forward and its backward;
-        and what is to be held while it is used: in resident mode it is the base weight itself, brought up to date.
+        what is to be held while it is used: in resident mode it is the base weight itself, brought up to date; and in
+        transient mode what gives it in its parts (see `ops.linear`).
         """
         base = self.get_base_layer()
         deltas = self.active_deltas("weight", adapters)
         values = [delta.values for delta in deltas]
         written = self.is_resident and "weight" not in self.tied_parameters and offload_hook(base) is None
+        key, overlay = self.overlay("weight", adapters)
         # The deltas are part of it so that nothing else gets their identity, by which the key knows them.
-        make = partial(self._make_weight, base.weight, deltas, *self.overlay("weight", adapters), values, written)
-        return make, self._lock if written else nullcontext()
+        make = partial(self._make_weight, base.weight, deltas, key, overlay, values, written)
+        if written:
+            return make, self._lock, None
+        return make, nullcontext(), partial(self._parts, base.weight, overlay, values)
+
+    @contextmanager
+    def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[ops.Parts | None]:
+        """The weight and the entries that are added to it, while nothing is or can be written into it."""
+        with self._lock:
+            total = None if "weight" in self._written or not own.is_contiguous() else overlay.total(values)
+            yield None if total is None else ops.Parts(own.detach(), overlay.support, total.contiguous())
 
     def _make_weight(
         self,

@@ -1,0 +1,289 @@
+"""Kernels in C++ for processors, where a compiler is at hand; everything works without them, at torch's speed.
+
+`native_kernels.cpp` is compiled once for each version of it, of torch and of the compiler's machine, into a folder that
+belongs to the user and that nobody else can write into. It is a plain shared library without torch's headers: what it
+gets are addresses. `PEFT_SPARSE_NATIVE=0` in the environment turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "PEFT_SPARSE_NATIVE"
+_SOURCE = Path(__file__).with_name("native_kernels.cpp")
+# Products may be contracted; nothing is assumed about NaN and infinity.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+_SECONDS_TO_COMPILE = 300
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_SIGNATURES = {
+    "best_level": ("", "i"),
+    "tile": ("", "n"),
+    "pack": ("ipnnnpi", None),
+    "sampled": ("ipnnipnninpinpni", None),
+    "add_product": ("ipnnnppipnnipi", None),
+    "bring_up_to_date": ("ippinpp", "n"),
+    "unchanged": ("ippnpppn", "i"),
+}
+_C_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
+
+
+class Kernels:
+    """The compiled library.
+
+    Args:
+        path: of the shared library.
+
+    Attributes:
+        level: the instruction set that is used: 0 portable, 1 AVX2, 2 AVX-512; the best that the processor has.
+
+    Raises:
+        OSError: it is not a library for this machine.
+        AttributeError: it is not this library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(os.fspath(path))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(library, f"peft_sparse_{name}")
+            function.argtypes = [_C_TYPES[letter] for letter in arguments]
+            function.restype = None if result is None else _C_TYPES[result]
+            setattr(self, f"_{name}", function)
+        self.level: int = library.peft_sparse_best_level()
+        self._tile_rows: int = library.peft_sparse_tile()
+
+    def pack(self, matrix: Tensor) -> Tensor:
+        """[tiles * C * rows of a tile] float32 or wider: a factor [N, C] in the form that `sampled` computes with."""
+        matrix = _in_rows(matrix)
+        rows, columns = matrix.shape
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        packed = torch.empty(-(-rows // self._tile_rows) * columns * self._tile_rows, dtype=dtype)
+        arguments = matrix.data_ptr(), matrix.stride(0), rows, columns, packed.data_ptr(), self.level
+        self._pack(_TYPES[matrix.dtype], *arguments)  # type: ignore[attr-defined]
+        return packed
+
+    def sampled(
+        self,
+        left: Tensor,
+        right: Tensor,
+        supports: list[Tensor],
+        *,
+        packed_left: Tensor | None = None,
+        packed_right: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Entries of `left.T @ right` at flat positions.
+
+        Args:
+            left: [N, R] float32, float64 or bfloat16.
+            right: [N, C], same dtype.
+            supports: each [k_i] sorted and unique positions in [R, C].
+            packed_left, packed_right: what `pack` made of them, if it was called already.
+
+        Returns:
+            one [k_i] tensor per support, float32 (float64 if the factors are).
+        """
+        left, right = _in_rows(left), _in_rows(right)
+        if len(supports) > 1:
+            packed_left = self.pack(left) if packed_left is None else packed_left
+            packed_right = self.pack(right) if packed_right is None else packed_right
+        factors: list[int] = []
+        for factor, packed in ((left, packed_left), (right, packed_right)):
+            factors += [(factor if packed is None else packed).data_ptr(), factor.stride(0), factor.shape[1]]
+            factors.append(int(packed is not None))
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        threads = torch.get_num_threads()
+        found = []
+        for support in supports:
+            support, entries = support.contiguous(), torch.empty(support.numel(), dtype=dtype)
+            wide = int(support.dtype == torch.int64)
+            where = support.data_ptr(), wide, support.numel(), entries.data_ptr()
+            self._sampled(  # type: ignore[attr-defined]
+                _TYPES[left.dtype], *factors, left.shape[0], *where, threads, self.level
+            )
+            found.append(entries)
+        return found
+
+    def add_product_(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        indices: Tensor,
+        values: Tensor,
+        *,
+        row_is_output: bool,
+    ) -> None:
+        """Add `x @ D.T` to `y` in place (`x @ D` unless `row_is_output`), D being what entries change the weight by.
+
+        Args:
+            y: [N, outputs] contiguous, float32 or bfloat16.
+            x: [N, inputs] contiguous, same dtype.
+            weight: [R, C] contiguous, same dtype, without the entries: they change it by what is left of them once
+                `weight + values` is rounded.
+            indices: [k] sorted and unique positions in it.
+            values: [k] float32, contiguous.
+            row_is_output: an entry's row is the number of the output, and its column that of the input.
+        """
+        self._add_product(  # type: ignore[attr-defined]
+            _TYPES[x.dtype],
+            x.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            y.shape[1],
+            weight.data_ptr(),
+            indices.data_ptr(),
+            int(indices.dtype == torch.int64),
+            values.data_ptr(),
+            indices.numel(),
+            weight.shape[1],
+            int(row_is_output),
+            y.data_ptr(),
+            self.level,
+        )
+
+    def bring_up_to_date_(self, flat: Tensor, indices: Tensor, originals: Tensor, values: Tensor) -> int:
+        """Write `originals + values` where something else stands; returns in how many places.
+
+        Args:
+            flat: [numel] contiguous, float32 or bfloat16.
+            indices: [k] unique positions in it.
+            originals: [k] in the dtype of `flat`.
+            values: [k] float32.
+        """
+        changed: int = self._bring_up_to_date(  # type: ignore[attr-defined]
+            _TYPES[flat.dtype],
+            flat.data_ptr(),
+            indices.data_ptr(),
+            int(indices.dtype == torch.int64),
+            indices.numel(),
+            originals.data_ptr(),
+            values.data_ptr(),
+        )
+        return changed
+
+    def are_unchanged(self, values: Tensor, before: Tensor, flat: Tensor, places: Tensor, entries: Tensor) -> bool:
+        """Whether values have the bits that they had, and a weight has `entries` at `places`.
+
+        Args:
+            values, before: [k] contiguous, of one dtype.
+            flat: [numel] contiguous, of any dtype that the kernels know.
+            places: [n] int64 positions in it.
+            entries: [n] in its dtype.
+        """
+        where = values.data_ptr(), before.data_ptr(), before.nbytes, flat.data_ptr(), places.data_ptr()
+        found: int = self._unchanged(  # type: ignore[attr-defined]
+            _TYPES[flat.dtype], *where, entries.data_ptr(), places.numel()
+        )
+        return bool(found)
+
+
+def _in_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_found: list[Kernels | None] = []
+_lock = threading.Lock()
+
+
+def kernels(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(_TYPES)) -> Kernels | None:
+    """The kernels, if they can be had and take these tensors: plain ones on the CPU, seen by nobody else.
+
+    Cost: the first call may compile them, some ten seconds once per machine.
+    """
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.device.type != "cpu" or tensor.dtype not in dtypes:
+            return None
+    if torch._C._len_torch_dispatch_stack():
+        return None
+    return compiled()
+
+
+def compiled() -> Kernels | None:
+    """The kernels; None if there is no compiler, or `PEFT_SPARSE_NATIVE=0`."""
+    if not _found:
+        with _lock:
+            if not _found:
+                _found.append(None if os.environ.get(SWITCH, "1") == "0" else _load())
+    return _found[0]
+
+
+def _load() -> Kernels | None:
+    compiler = _compiler()
+    if compiler is None:
+        logger.info("no C++ compiler was found (CXX, c++, g++, clang++): torch computes what kernels would.")
+        return None
+    try:
+        path = _folder() / f"kernels-{_digest(compiler)}.so"
+        if not _is_ours(path, is_folder=False):
+            _compile(compiler, path)
+        return Kernels(path)
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        logger.warning(
+            "the kernels could not be compiled or loaded (%s), so torch computes what they would, more slowly. %s=0 in "
+            "the environment leaves them out without this warning.",
+            f"{error}: {said[-500:]}" if said else error,
+            SWITCH,
+        )
+        return None
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["c++", "g++", "clang++"]
+    return next((path for name in candidates if (path := shutil.which(name)) is not None), None)
+
+
+def _digest(compiler: str) -> str:
+    parts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, platform.machine(), platform.system())
+    return hashlib.sha256("\0".join([*parts, os.path.realpath(compiler)]).encode()).hexdigest()[:24]
+
+
+def _folder() -> Path:
+    """The user's own folder for what is compiled.
+
+    Raises:
+        OSError: it cannot be made, or others could put something into it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "peft_sparse"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder, is_folder=True):
+        raise PermissionError(f"{folder} belongs to somebody else, or others can write into it")
+    return folder
+
+
+def _is_ours(path: Path, *, is_folder: bool) -> bool:
+    """Whether a folder or file is there that nobody but this user (or root) can change."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    is_kind = stat.S_ISDIR(found.st_mode) if is_folder else stat.S_ISREG(found.st_mode)
+    return is_kind and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compile(compiler: str, path: Path) -> None:
+    start = time.monotonic()
+    with atomic_file(path) as temporary:
+        command = [compiler, *_FLAGS, os.fspath(_SOURCE), "-o", os.fspath(temporary)]
+        subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS_TO_COMPILE)
+        temporary.chmod(0o700)
+    logger.info("compiled kernels for this machine in %.0f s, once: %s", time.monotonic() - start, path)

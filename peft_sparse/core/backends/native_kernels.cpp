@@ -1,0 +1,408 @@
+// The operations of `native.py`, compiled once on the machine that runs them. Plain C++17 and a C interface, so that no
+// header or binary interface of torch is part of it. Each kernel is one inlined body, compiled for several instruction
+// sets; `best_level` says which of them this processor has.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HAS_LEVELS 1
+#define FOR_AVX2 __attribute__((target("avx2,fma")))
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#else
+#define HAS_LEVELS 0
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+// Rows of the batch that are packed at a time: an entry is then one dot product of so many numbers.
+constexpr int64_t TILE = 128;
+// The longest step of a dot product, in numbers.
+constexpr int64_t PADDING = 64;
+// Columns that are packed at a time, so that what is written stays in the first cache.
+constexpr int64_t BLOCK = 32;
+// Tokens that share one pass over the entries in `add_product`.
+constexpr int64_t LANES = 16;
+// How many entries ahead memory is asked for.
+constexpr int64_t AHEAD = 32;
+
+struct bfloat16 { uint16_t bits; };
+
+INLINE float widened(float x) { return x; }
+INLINE double widened(double x) { return x; }
+INLINE float widened(bfloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+INLINE void narrow(float x, float& result) { result = x; }
+INLINE void narrow(float x, bfloat16& result) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    // To the nearest, ties to even; a NaN stays one, as torch rounds it.
+    result.bits = (bits & 0x7fffffffu) > 0x7f800000u
+                      ? 0x7fc0
+                      : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE bool same_bits(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+INLINE bool same_bits(bfloat16 a, bfloat16 b) { return a.bits == b.bits; }
+
+template <class S> struct Wide { using type = S; };
+template <> struct Wide<bfloat16> { using type = float; };
+
+// [columns][TILE] of [rows][columns]; zeros follow up to the next multiple of PADDING rows.
+template <class T, class S>
+INLINE void pack_tile(const T* source, int64_t stride, int64_t rows, int64_t columns, S* packed) {
+    typedef S quad __attribute__((vector_size(4 * sizeof(S))));
+    const int64_t padded = (rows + PADDING - 1) / PADDING * PADDING;
+    for (int64_t from = 0; from < columns; from += BLOCK) {
+        const int64_t to = from + BLOCK < columns ? from + BLOCK : columns;
+        int64_t row = 0;
+        for (; row + 4 <= rows; row += 4) {
+            const T* a = source + row * stride;
+            const T *b = a + stride, *c = b + stride, *d = c + stride;
+            S* place = packed + row;
+            int64_t column = from;
+            for (; column + 4 <= to; column += 4) {
+                quad r[4];
+                for (int i = 0; i < 4; ++i) {
+                    r[0][i] = widened(a[column + i]);
+                    r[1][i] = widened(b[column + i]);
+                    r[2][i] = widened(c[column + i]);
+                    r[3][i] = widened(d[column + i]);
+                }
+                for (int i = 0; i < 4; ++i) {
+                    const quad out = {r[0][i], r[1][i], r[2][i], r[3][i]};
+                    std::memcpy(place + (column + i) * TILE, &out, sizeof out);
+                }
+            }
+            for (; column < to; ++column) {
+                const quad out = {widened(a[column]), widened(b[column]), widened(c[column]), widened(d[column])};
+                std::memcpy(place + column * TILE, &out, sizeof out);
+            }
+        }
+        for (; row < padded; ++row)
+            for (int64_t column = from; column < to; ++column)
+                packed[column * TILE + row] = row < rows ? widened(source[row * stride + column]) : S(0);
+    }
+}
+
+template <class S, int BYTES>
+INLINE S dot(const S* a, const S* b, int64_t length) {
+    typedef S vec __attribute__((vector_size(BYTES)));
+    constexpr int WIDTH = BYTES / sizeof(S);
+    vec sums[4] = {};
+    for (int64_t i = 0; i < length; i += 4 * WIDTH)
+        for (int j = 0; j < 4; ++j) {
+            vec x, y;
+            std::memcpy(&x, a + i + j * WIDTH, BYTES);
+            std::memcpy(&y, b + i + j * WIDTH, BYTES);
+            sums[j] += x * y;
+        }
+    const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    S part[WIDTH];
+    std::memcpy(part, &all, BYTES);
+    for (int width = WIDTH / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    return part[0];
+}
+
+struct Factor {
+    const void* data;
+    int64_t stride;   // between rows; unused if packed
+    int64_t columns;
+    bool is_packed;   // [tiles][columns][TILE] in the wide dtype
+};
+
+struct Product {
+    Factor left, right;
+    int64_t rows;
+    const void* indices;
+    int64_t count;
+};
+
+// Adds up tiles [first, last) into `sums`, which starts as zeros.
+template <class T, class I, int BYTES>
+INLINE void sampled_tiles(const Product& p, int64_t first, int64_t last, typename Wide<T>::type* sums) {
+    using S = typename Wide<T>::type;
+    const I* indices = static_cast<const I*>(p.indices);
+    S* scratch[2] = {nullptr, nullptr};
+    const Factor* factors[2] = {&p.left, &p.right};
+    for (int side = 0; side < 2; ++side)
+        if (!factors[side]->is_packed)
+            scratch[side] = static_cast<S*>(std::aligned_alloc(64, factors[side]->columns * TILE * sizeof(S)));
+    for (int64_t tile = first; tile < last; ++tile) {
+        const S* packed[2];
+        const int64_t rows = p.rows - tile * TILE < TILE ? p.rows - tile * TILE : TILE;
+        for (int side = 0; side < 2; ++side) {
+            const Factor& f = *factors[side];
+            if (f.is_packed) {
+                packed[side] = static_cast<const S*>(f.data) + tile * f.columns * TILE;
+            } else {
+                pack_tile<T, S>(static_cast<const T*>(f.data) + tile * TILE * f.stride, f.stride, rows, f.columns, scratch[side]);
+                packed[side] = scratch[side];
+            }
+        }
+        const int64_t width = p.right.columns, step = 4 * BYTES / static_cast<int64_t>(sizeof(S));
+        const int64_t length = (rows + step - 1) / step * step;
+        int64_t begin = 0, end = width;
+        const S* row = packed[0];
+        for (int64_t e = 0; e < p.count; ++e) {
+            const int64_t index = indices[e];
+            while (index >= end) {
+                begin = end;
+                end += width;
+                row += TILE;
+            }
+            sums[e] += dot<S, BYTES>(row, packed[1] + (index - begin) * TILE, length);
+        }
+    }
+    std::free(scratch[0]);
+    std::free(scratch[1]);
+}
+
+struct Addition {
+    const void* x;        // [N, inputs]
+    int64_t rows, inputs, outputs;
+    const void* weight;   // what the entries are added to
+    const void* indices;
+    const float* values;
+    int64_t count;
+    int64_t columns;      // of the weight
+    bool row_is_output;   // an entry's row is the output's number, and its column the input's
+    void* y;              // [N, outputs], added to
+};
+
+// What an entry changes once weight + value is rounded to the weight's dtype.
+INLINE float change(const float*, int64_t, float value) { return value; }
+INLINE float change(const bfloat16* weight, int64_t index, float value) {
+    const float own = widened(weight[index]);
+    bfloat16 rounded;
+    narrow(own + value, rounded);
+    return widened(rounded) - own;
+}
+
+template <class T, class I>
+INLINE void add_product_body(const Addition& p) {
+    const T* x = static_cast<const T*>(p.x);
+    const T* weight = static_cast<const T*>(p.weight);
+    const I* indices = static_cast<const I*>(p.indices);
+    T* y = static_cast<T*>(p.y);
+    const int64_t lanes = p.rows < LANES ? p.rows : LANES;
+    const bool single = lanes == 1;
+    const int64_t width = single ? 1 : LANES;
+    float* inputs = static_cast<float*>(std::aligned_alloc(64, ((p.inputs * width * 4 + 63) / 64) * 64));
+    float* sums = static_cast<float*>(std::aligned_alloc(64, ((p.outputs * width * 4 + 63) / 64) * 64));
+    for (int64_t first = 0; first < p.rows; first += width) {
+        const int64_t rows = p.rows - first < width ? p.rows - first : width;
+        std::memset(sums, 0, p.outputs * width * sizeof(float));
+        for (int64_t i = 0; i < p.inputs; ++i) {
+            for (int64_t n = 0; n < rows; ++n) inputs[i * width + n] = widened(x[(first + n) * p.inputs + i]);
+            for (int64_t n = rows; n < width; ++n) inputs[i * width + n] = 0;
+        }
+        int64_t begin = 0, end = p.columns, row = 0, e = 0;
+        if (single && p.row_is_output) {
+            for (; row < p.outputs; ++row, begin += p.columns) {
+                float sum = 0;
+                for (; e < p.count && indices[e] < begin + p.columns; ++e)
+                    sum += change(weight, indices[e], p.values[e]) * inputs[indices[e] - begin];
+                sums[row] = sum;
+            }
+        }
+        for (; e < p.count; ++e) {
+            const int64_t index = indices[e];
+            while (index >= end) {
+                begin = end;
+                end += p.columns;
+                ++row;
+            }
+            const int64_t column = index - begin;
+            const float value = change(weight, index, p.values[e]);
+            const int64_t from = p.row_is_output ? column : row, to = p.row_is_output ? row : column;
+            if (single) {
+                sums[to] += value * inputs[from];
+            } else {
+                typedef float vec __attribute__((vector_size(LANES * 4)));
+                vec a, b;
+                std::memcpy(&a, sums + to * LANES, sizeof a);
+                std::memcpy(&b, inputs + from * LANES, sizeof b);
+                a += value * b;
+                std::memcpy(sums + to * LANES, &a, sizeof a);
+            }
+        }
+        for (int64_t n = 0; n < rows; ++n)
+            for (int64_t o = 0; o < p.outputs; ++o) {
+                T& place = y[(first + n) * p.outputs + o];
+                narrow(widened(place) + sums[o * width + n], place);
+            }
+    }
+    std::free(inputs);
+    std::free(sums);
+}
+
+// The kernels at one level, by the types of factors and indices.
+#define DEFINE_LEVEL(NAME, TARGET, BYTES)                                                                              \
+    template <class T, class I>                                                                                        \
+    TARGET void sampled_##NAME(const Product& p, int64_t first, int64_t last, typename Wide<T>::type* sums) {          \
+        sampled_tiles<T, I, BYTES>(p, first, last, sums);                                                              \
+    }                                                                                                                  \
+    template <class T>                                                                                                 \
+    TARGET void pack_##NAME(const T* source, int64_t stride, int64_t rows, int64_t columns, void* packed) {            \
+        using S = typename Wide<T>::type;                                                                              \
+        for (int64_t first = 0; first < rows; first += TILE)                                                           \
+            pack_tile<T, S>(source + first * stride, stride, rows - first < TILE ? rows - first : TILE, columns,       \
+                            static_cast<S*>(packed) + first * columns);                                                \
+    }                                                                                                                  \
+    template <class T, class I>                                                                                        \
+    TARGET void add_product_##NAME(const Addition& p) {                                                                \
+        add_product_body<T, I>(p);                                                                                     \
+    }
+
+DEFINE_LEVEL(portable, , 16)
+#if HAS_LEVELS
+DEFINE_LEVEL(avx2, FOR_AVX2, 32)
+DEFINE_LEVEL(avx512, FOR_AVX512, 64)
+#define AT_LEVEL(LEVEL, KERNEL, TYPES, ...)                                                                            \
+    (LEVEL == 2   ? KERNEL##_avx512<TYPES>(__VA_ARGS__)                                                                \
+     : LEVEL == 1 ? KERNEL##_avx2<TYPES>(__VA_ARGS__)                                                                  \
+                  : KERNEL##_portable<TYPES>(__VA_ARGS__))
+#else
+#define AT_LEVEL(LEVEL, KERNEL, TYPES, ...) KERNEL##_portable<TYPES>(__VA_ARGS__)
+#endif
+#define PAIR(A, B) A, B
+
+template <class T, class I>
+void sampled(const Product& p, typename Wide<T>::type* sums, int64_t num_threads, int level) {
+    using S = typename Wide<T>::type;
+    const int64_t tiles = (p.rows + TILE - 1) / TILE;
+    std::memset(sums, 0, p.count * sizeof(S));
+    // A thread costs some ten microseconds to start.
+    const int64_t worth = 1 + p.rows * (p.count + p.left.columns + p.right.columns) / 2000000;
+    if (num_threads > worth) num_threads = worth;
+    if (num_threads > tiles) num_threads = tiles;
+    if (num_threads <= 1) {
+        AT_LEVEL(level, sampled, PAIR(T, I), p, 0, tiles, sums);
+        return;
+    }
+    std::vector<std::vector<S>> parts(num_threads - 1, std::vector<S>(p.count));
+    std::vector<std::thread> threads;
+    for (int64_t t = 1; t < num_threads; ++t)
+        threads.emplace_back([&, t] {
+            AT_LEVEL(level, sampled, PAIR(T, I), p, tiles * t / num_threads, tiles * (t + 1) / num_threads,
+                     parts[t - 1].data());
+        });
+    AT_LEVEL(level, sampled, PAIR(T, I), p, 0, tiles / num_threads, sums);
+    for (int64_t t = 1; t < num_threads; ++t) {
+        threads[t - 1].join();
+        for (int64_t e = 0; e < p.count; ++e) sums[e] += parts[t - 1][e];
+    }
+}
+
+template <class T, class I>
+int64_t bring_up_to_date(T* weight, const I* indices, int64_t count, const T* originals, const float* values) {
+    int64_t changed = 0;
+    for (int64_t e = 0; e < count; ++e) {
+        // Nearly every entry lies in a cache line of its own.
+        if (e + AHEAD < count) __builtin_prefetch(weight + indices[e + AHEAD]);
+        T wanted;
+        narrow(widened(originals[e]) + values[e], wanted);
+        T& place = weight[indices[e]];
+        if (!same_bits(place, wanted)) {
+            place = wanted;
+            ++changed;
+        }
+    }
+    return changed;
+}
+
+}  // namespace
+
+// Types: 0 float32, 1 float64, 2 bfloat16. Levels: 0 portable, 1 AVX2, 2 AVX-512.
+#define BY_INDEX(IS_WIDE, CALL)                                                                                        \
+    {                                                                                                                  \
+        if (IS_WIDE) {                                                                                                 \
+            using I = int64_t;                                                                                         \
+            CALL;                                                                                                      \
+        } else {                                                                                                       \
+            using I = int32_t;                                                                                         \
+            CALL;                                                                                                      \
+        }                                                                                                              \
+    }
+
+extern "C" {
+
+int peft_sparse_best_level() {
+#if HAS_LEVELS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+int64_t peft_sparse_tile() { return TILE; }
+
+void peft_sparse_pack(int type, const void* source, int64_t stride, int64_t rows, int64_t columns, void* packed,
+                      int level) {
+    if (type == 0) AT_LEVEL(level, pack, float, static_cast<const float*>(source), stride, rows, columns, packed);
+    if (type == 1) AT_LEVEL(level, pack, double, static_cast<const double*>(source), stride, rows, columns, packed);
+    if (type == 2) AT_LEVEL(level, pack, bfloat16, static_cast<const bfloat16*>(source), stride, rows, columns, packed);
+}
+
+void peft_sparse_sampled(int type, const void* left, int64_t left_stride, int64_t left_columns, int left_is_packed,
+                         const void* right, int64_t right_stride, int64_t right_columns, int right_is_packed,
+                         int64_t rows, const void* indices, int is_wide, int64_t count, void* sums, int64_t num_threads,
+                         int level) {
+    const Product p = {{left, left_stride, left_columns, left_is_packed != 0},
+                       {right, right_stride, right_columns, right_is_packed != 0},
+                       rows, indices, count};
+    if (type == 0) BY_INDEX(is_wide, (sampled<float, I>(p, static_cast<float*>(sums), num_threads, level)))
+    if (type == 1) BY_INDEX(is_wide, (sampled<double, I>(p, static_cast<double*>(sums), num_threads, level)))
+    if (type == 2) BY_INDEX(is_wide, (sampled<bfloat16, I>(p, static_cast<float*>(sums), num_threads, level)))
+}
+
+void peft_sparse_add_product(int type, const void* x, int64_t rows, int64_t inputs, int64_t outputs, const void* weight,
+                             const void* indices, int is_wide, const float* values, int64_t count, int64_t columns,
+                             int row_is_output, void* y, int level) {
+    const Addition p = {x, rows, inputs, outputs, weight, indices, values, count, columns, row_is_output != 0, y};
+    if (type == 0) BY_INDEX(is_wide, (AT_LEVEL(level, add_product, PAIR(float, I), p)))
+    if (type == 2) BY_INDEX(is_wide, (AT_LEVEL(level, add_product, PAIR(bfloat16, I), p)))
+}
+
+int64_t peft_sparse_bring_up_to_date(int type, void* weight, const void* indices, int is_wide, int64_t count,
+                                     const void* originals, const float* values) {
+    int64_t changed = 0;
+    if (type == 0)
+        BY_INDEX(is_wide,
+                 (changed = bring_up_to_date<float, I>(static_cast<float*>(weight), static_cast<const I*>(indices),
+                                                       count, static_cast<const float*>(originals), values)))
+    if (type == 2)
+        BY_INDEX(is_wide,
+                 (changed = bring_up_to_date<bfloat16, I>(static_cast<bfloat16*>(weight),
+                                                          static_cast<const I*>(indices), count,
+                                                          static_cast<const bfloat16*>(originals), values)))
+    return changed;
+}
+
+// Whether memory is what it was: `size` bytes of values, and some entries of a weight.
+int peft_sparse_unchanged(int type, const void* values, const void* values_before, int64_t size, const void* weight,
+                          const int64_t* places, const void* entries, int64_t num_places) {
+    if (std::memcmp(values, values_before, size) != 0) return 0;
+    const int64_t width = type == 0 ? 4 : type == 1 ? 8 : 2;
+    for (int64_t i = 0; i < num_places; ++i)
+        if (std::memcmp(static_cast<const char*>(weight) + places[i] * width,
+                        static_cast<const char*>(entries) + i * width, width) != 0)
+            return 0;
+    return 1;
+}
+
+}  // extern "C"

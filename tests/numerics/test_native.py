@@ -1,0 +1,317 @@
+"""The kernels in C++: products by parts, what is up to date, and how they are compiled and found."""
+
+from __future__ import annotations
+
+import multiprocessing
+import stat
+import time
+
+import pytest
+import torch
+from ops_cases import make_case, sparse_linear, support
+from oracle import relative_error
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_sparse import RandConfig, iter_deltas, resident
+from peft_sparse.core import ops
+from peft_sparse.core.backends import native, reference, sddmm
+from peft_sparse.core.overlay import Overlay
+
+needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(params=["portable", "best"])
+def kernels(request, monkeypatch):
+    found = native.compiled()
+    if found is None:
+        pytest.skip("no C++ compiler")
+    if request.param == "portable":
+        monkeypatch.setattr(found, "level", 0)
+    return found
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class TestProductByParts:
+    @pytest.mark.parametrize("fan_in_fan_out", [False, True])
+    @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_against_float64(self, kernels, dtype, rows, fan_in_fan_out):
+        shape = (33, 70) if fan_in_fan_out else (70, 33)
+        weight, x = random(*shape, dtype=dtype), random(rows, 33, dtype=dtype, seed=1)
+        values, indices = random(300, seed=2) / 100, support(33 * 70, 300)
+        base = x @ (weight if fan_in_fan_out else weight.t())
+        found = ops.add_parts_(base, x, ops.Parts(weight, indices, values), fan_in_fan_out=fan_in_fan_out)
+        tuned = reference.tuned_weight(weight, [(values, indices)])
+        dense = x @ (tuned if fan_in_fan_out else tuned.t())
+        exact = x.double() @ (tuned.double() if fan_in_fan_out else tuned.double().t())
+        assert relative_error(found, exact) <= 2 * relative_error(dense, exact)
+
+    def test_nan_of_a_value_reaches_its_output_alone(self, kernels):
+        weight, indices = torch.ones(8, 8), torch.tensor([9, 20], dtype=torch.int32)
+        values = torch.tensor([float("nan"), 1.0])
+        y = ops.add_parts_(
+            torch.zeros(3, 8), torch.ones(3, 8), ops.Parts(weight, indices, values), fan_in_fan_out=False
+        )
+        assert y.isnan().nonzero().tolist() == [[n, 1] for n in range(3)]
+        assert torch.equal(y[:, 2], torch.ones(3))
+
+    @pytest.mark.parametrize("make", [lambda: nn.Linear(160, 130), lambda: Conv1D(130, 160)], ids=["linear", "conv1d"])
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_a_layer_gives_outputs_and_gradients_of_the_weight(self, monkeypatch, make, rows):
+        if native.compiled() is None:
+            pytest.skip("no C++ compiler")
+        torch.manual_seed(0)
+        model = get_peft_model(
+            nn.Sequential(make()), RandConfig(density=0.01, target_modules=["0"], init_weights=False)
+        )
+        values = next(iter_deltas(model))[3].values
+        x = torch.randn(rows, 160, requires_grad=True)
+        added = []
+        by_kernel = native.Kernels.add_product_
+        count = lambda self, *args, **kwargs: added.append(1) or by_kernel(self, *args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(native.Kernels, "add_product_", count)
+
+        def outcome():
+            y = model(x)
+            (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+            found = [y.detach(), x.grad, values.grad]
+            x.grad = values.grad = None
+            with torch.no_grad():
+                return [*found, model(x)]
+
+        by_parts = outcome()
+        assert len(added) == 3  # forward, gradient of the input, and the forward that records nothing
+        monkeypatch.setattr(native, "_found", [None])
+        for one, other in zip(by_parts, outcome(), strict=True):
+            assert relative_error(one, other.double()) < 1e-6
+        assert len(added) == 3
+
+
+class TestUpToDate:
+    @pytest.mark.parametrize("by_kernels", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("num_deltas", [1, 2])
+    def test_writes_what_the_plain_way_writes_and_only_what_changed(self, monkeypatch, by_kernels, dtype, num_deltas):
+        if not by_kernels:
+            monkeypatch.setattr(native, "_found", [None])
+        supports = [support(400, 60, seed=i) for i in range(num_deltas)]
+        values = [random(60, seed=i) for i in range(num_deltas)]
+        values[0][3] = float("nan")
+        overlay, own = Overlay(supports), random(400, dtype=dtype, seed=7)
+        flat, originals = own.clone(), own[overlay.indices]
+        overlay.write_(flat, values, originals=originals)
+        wanted = own.clone()
+        wanted[overlay.indices] = overlay.entries(originals, values)
+        torch.testing.assert_close(flat, wanted, rtol=0, atol=0, equal_nan=True)
+        version = flat._version
+        overlay.write_(flat, values, originals=originals)
+        assert flat._version == version
+        values[-1][5] += 1
+        overlay.write_(flat, values, originals=originals)
+        wanted[overlay.indices] = overlay.entries(originals, values)
+        torch.testing.assert_close(flat, wanted, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+    def model(self, request, monkeypatch):
+        if not request.param:
+            monkeypatch.setattr(native, "_found", [None])
+        torch.manual_seed(0)
+        config = RandConfig(density=0.1, target_modules=["0", "1"], init_weights=False)
+        return get_peft_model(nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10)), config).eval()
+
+    @torch.no_grad()
+    def test_every_way_to_change_values_is_seen(self, model):
+        x, (_, layer, _, delta) = torch.randn(3, 30), next(iter_deltas(model))
+        other = torch.full_like(delta.values, 0.5)
+
+        def by_swap():
+            delta.values.data = delta.values.data + 1
+
+        def by_support():
+            delta.set_support(delta.indices.flip(0).sub(599).neg(), other)
+
+        changes = [
+            lambda: delta.values.data.mul_(3),
+            lambda: delta.values.data[-1:].add_(1),
+            lambda: delta.values.mul_(2),
+            lambda: delta.values.detach().numpy().__setitem__(0, 9.0),
+            by_swap,
+            by_support,
+        ]
+        with resident(model):
+            for change in changes:
+                before = model(x)
+                change()
+                found = model(x)
+                weight = layer.get_base_layer().weight.detach().clone()
+                layer.restore()
+                expected = layer.get_base_layer().weight.view(-1).clone()
+                expected[delta.indices.long()] += delta.values
+                assert torch.equal(weight.view(-1), expected)
+                assert not torch.equal(before, found)
+
+    @torch.no_grad()
+    def test_a_weight_that_is_replaced_by_data_gets_the_deltas_again(self, model):
+        x, layer = torch.randn(3, 30), model.base_model.model[0]
+        weight = layer.get_base_layer().weight
+        with resident(model):
+            expected = model(x)
+            standing = weight.detach().clone()
+            weight.data.zero_()
+            model(x)
+            where = next(iter_deltas(model))[3].indices.long()
+            assert torch.equal(weight.view(-1)[where], standing.view(-1)[where])
+            weight.data.copy_(standing)
+            assert torch.equal(model(x), expected)
+
+    @torch.no_grad()
+    def test_nothing_is_written_where_nothing_changed(self, model, monkeypatch):
+        x, layer = torch.randn(3, 30), model.base_model.model[0]
+        with resident(model):
+            expected = model(x)
+            monkeypatch.setattr(type(layer), "write_entries", None)
+            assert torch.equal(model(x), expected)
+
+    @torch.no_grad()
+    def test_hooks_on_the_base_layer_run_once(self, model):
+        called = []
+        handle = model.base_model.model[0].get_base_layer().register_forward_hook(lambda *_: called.append(1))
+        with resident(model):
+            model(torch.randn(3, 30))
+        assert called == [1]
+        handle.remove()
+
+    @torch.no_grad()
+    def test_a_delta_that_grows_from_nothing_takes_part(self, model):
+        x, (_, _, _, delta) = torch.randn(3, 30), next(iter_deltas(model))
+        indices, values = delta.indices.clone(), delta.values.detach().clone()
+        with resident(model):
+            expected = model(x)
+            delta.set_support(indices[:0])
+            model(x)
+            delta.set_support(indices, values)
+            assert torch.equal(model(x), expected)
+
+    @torch.no_grad()
+    def test_switching_inside_a_block(self, model):
+        x = torch.randn(3, 30)
+        model.add_adapter("other", RandConfig(density=0.2, target_modules=["0"], init_weights=False, seed=4))
+        expected = {}
+        for names in ("default", "other", ["default", "other"]):
+            model.base_model.set_adapter(names)
+            expected[str(names)] = model(x)
+        with resident(model):
+            for names in ("other", "default", ["default", "other"], "other"):
+                model.base_model.set_adapter(names)
+                torch.testing.assert_close(model(x), expected[str(names)])
+                assert torch.equal(model(x), model(x))
+
+
+@needs_compiler
+class TestBuild:
+    @pytest.fixture
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(native, "_found", [])
+        # The real thing takes seconds: what is tested here is where it goes.
+        monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-O0"))
+        return tmp_path / "peft_sparse"
+
+    def test_one_file_of_the_users_own(self, cache, caplog):
+        caplog.set_level("INFO", logger=native.__name__)
+        assert native.compiled() is not None
+        (library,) = cache.iterdir()
+        for path in (cache, library):
+            assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        assert len(caplog.records) == 1
+        assert str(library) in caplog.text
+        # Found again, not compiled.
+        native._found.clear()
+        when = library.stat().st_mtime_ns
+        assert native.compiled() is not None
+        assert library.stat().st_mtime_ns == when
+
+    @pytest.mark.parametrize("who", ["everybody", "a link"])
+    def test_a_folder_that_others_control_is_refused(self, cache, caplog, who, tmp_path):
+        if who == "everybody":
+            cache.mkdir()
+            cache.chmod(0o777)
+        else:
+            (tmp_path / "elsewhere").mkdir()
+            cache.symlink_to(tmp_path / "elsewhere")
+        assert native.compiled() is None
+        assert "others can write into it" in caplog.text
+
+    def test_a_compiler_that_fails_leaves_nothing(self, cache, caplog, monkeypatch, tmp_path):
+        monkeypatch.setattr(native, "_SOURCE", tmp_path / "broken.cpp")
+        (tmp_path / "broken.cpp").write_text("#error on purpose")
+        assert native.compiled() is None
+        assert "on purpose" in caplog.text
+        assert native.SWITCH in caplog.text
+        assert list(cache.iterdir()) == []
+
+    @pytest.mark.parametrize("why", ["switch", "no compiler"])
+    def test_does_without(self, cache, monkeypatch, why):
+        if why == "switch":
+            monkeypatch.setenv(native.SWITCH, "0")
+        else:
+            monkeypatch.setenv("CXX", "no-such-compiler")
+        assert native.compiled() is None
+        assert not cache.exists()
+        case = make_case()
+        sparse_linear(case).backward(case.output_grad)
+        flat = case.output_grad.reshape(-1, 24)
+        expected = reference.sampled_product(flat, case.x.reshape(-1, 20), case.indices[0], (24, 20))
+        torch.testing.assert_close(case.values[0].grad, expected, rtol=1e-5, atol=1e-5)
+
+    def test_several_processes_at_once_and_one_killed(self, cache):
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        both = [context.Process(target=_compile_and_tell, args=(queue,)) for _ in range(2)]
+        killed = context.Process(target=_compile_and_tell, args=(queue,))
+        for process in (killed, *both):
+            process.start()
+        while not cache.exists() or not list(cache.iterdir()):
+            time.sleep(0.01)
+        killed.kill()
+        for process in both:
+            process.join()
+        assert [process.exitcode for process in both] == [0, 0]
+        assert len([path for path in cache.iterdir() if path.suffix == ".so"]) == 1
+        assert native.compiled() is not None
+
+
+def _compile_and_tell(queue):
+    queue.put(native.compiled().level)
+
+
+def test_a_shifted_support_would_be_noticed(monkeypatch):
+    if native.compiled() is None:
+        pytest.skip("no C++ compiler")
+    sampled = native.Kernels.sampled
+
+    def shifted(self, left, right, supports, **packed):
+        return sampled(self, left, right, [(s + 1).clamp(max=479) for s in supports], **packed)
+
+    monkeypatch.setattr(native.Kernels, "sampled", shifted)
+    grad, x, indices = random(40, 24), random(40, 20, seed=1), support(480, 60)
+    found = sddmm.sampled_product(grad, x, indices, (24, 20))
+    assert relative_error(found, reference.sampled_product(grad, x, indices, (24, 20)).double()) > 0.1
+
+
+def test_threads_share_the_work(monkeypatch):
+    if native.compiled() is None:
+        pytest.skip("no C++ compiler")
+    grad, x, indices = random(1100, 300), random(1100, 200, seed=1), support(60000, 9000)
+    alone = sddmm.sampled_product(grad, x, indices, (300, 200))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = sddmm.sampled_product(grad, x, indices, (300, 200))
+    exact = reference.sampled_product(grad.double(), x.double(), indices, (300, 200))
+    assert relative_error(alone, exact) < 1e-6
+    assert relative_error(together, exact) < 1e-6
+    assert not torch.equal(alone, together)  # the sums were really parted
