@@ -139,25 +139,25 @@ class WeightTuner(AdapterTuner):
 
         Args:
             adapter_names: the adapters to merge; the active ones if None.
-            safe_merge: refuse values that are not finite, before any layer is touched.
+            safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
+                infinite in the base weights' dtype are always refused.
         """
-        if safe_merge:
-            self._check_finite(adapter_names)
+        self._check_merged(adapter_names, safe_merge=safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _layers(self) -> list[WeightLayer]:
         return [module for module in self.model.modules() if isinstance(module, WeightLayer)]
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
+    def _check_merged(self, adapter_names: list[str] | None, *, safe_merge: bool) -> None:
         for layer in self._layers():
-            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
+            check = layer.check_finite if safe_merge else layer.check_range
+            check(adapter_names if adapter_names is not None else layer.active_adapters)
 
     def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Refuse to merge for good what cannot be, before anything is touched."""
         if merge:
             self._check_merge_allowed()
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+            self._check_merged(adapter_names, safe_merge=safe_merge)
 
     def _as_before(self, model: nn.Module) -> None:
         """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
