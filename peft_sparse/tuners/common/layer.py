@@ -225,7 +225,7 @@ def beyond_range(adapters: Sequence[str], parameter: str, dtype: torch.dtype) ->
     """What `check_range` raises."""
     return ConfigError(
         f"merging {', '.join(adapters)} would write infinities: with the adapter in it, a {parameter} leaves the range "
-        f"of {dtype} (up to {torch.finfo(dtype).max:.6g}). The base model is unchanged. Load the base model in bfloat16 "
+        f"of {dtype} (up to {torch.finfo(dtype).max:.6g}). The base model is unchanged. Load the base in bfloat16 "
         "or float32 and merge there; if training has diverged, go back to an earlier checkpoint."
     )
 
