@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
-from ...errors import FormatError
+from ...errors import ConfigError, FormatError
 from .adapter_names import check_adapter_name
 from .files import discard
 from .heads_in_files import check_heads, check_shapes, with_heads
@@ -67,6 +68,22 @@ class AdapterTuner(BaseTuner):
                 discard(self, awaiting)
             raise
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """transformers' method, which a PeftModel is asked for as well: of embeddings that no adapter tunes or copies.
+
+        Raises:
+            ConfigError: an adapter does; transformers would find a layer of another class in the embedding's place.
+        """
+        for path, module in self.model.named_modules():
+            is_vocabulary = module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            if is_vocabulary and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                raise ConfigError(
+                    f"{path} is tuned or trained whole by an adapter, and cannot be resized around it. Resize the base "
+                    "model before the adapter is added; for one that is trained already: save it, take the base model "
+                    "from unload(), resize that, and load the adapter onto it."
+                )
+        return self.model.resize_token_embeddings(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(
