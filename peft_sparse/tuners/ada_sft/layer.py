@@ -16,7 +16,7 @@ from ...core.masked import masked_linear, masked_weight
 from ...core.sharded import how_sharded, is_sharded
 from ...errors import ConfigError
 from ..common.base_module import called, foreign_forward, has_foreign_forward, home_of, loaded, own_forward
-from ..common.layer import WeightLayer, not_finite, not_whole
+from ..common.layer import WeightLayer, beyond_range, not_finite, not_whole
 from ..common.packed import find_backend, is_packed
 from ..common.shown_state import ShownState
 from ..common.target_checks import NotInThisStateError
@@ -162,6 +162,18 @@ class Linear(WeightLayer):
             is_finite = bool(torch.isfinite(self.merged_weight(adapters)).all())
         if not is_finite:
             raise not_finite(adapters, "(W + D) * M is not finite")
+
+    def check_range(self, adapters: Sequence[str]) -> None:
+        with loaded(self.get_base_layer()):
+            own = self.original
+            tuned = [tensor for masked in self.masked(adapters) for tensor in masked.parameters()]
+            # Float16 alone has a smaller range than the differences, which are float32.
+            if not tuned or own.dtype != torch.float16 or is_sharded(own) or how_sharded(own) is not None:
+                return
+            if bool(torch.isfinite(self.merged_weight(adapters)).all()):
+                return
+            if all(bool(torch.isfinite(given).all()) for given in [own, *tuned]):
+                raise beyond_range(adapters, "weight", own.dtype)
 
     def restore(self) -> None:
         base = self.get_base_layer()

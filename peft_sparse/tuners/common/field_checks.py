@@ -45,6 +45,11 @@ def check_shared_fields(config: Any) -> None:
             f"trainable_token_indices must be a list of rows of the embedding, or one for each embedding, got "
             f"{shortened(tokens)}."
         )
+    if not all(len(one) for one in rows):
+        raise ConfigError(
+            f"trainable_token_indices must name at least one row, got {shortened(tokens)}. To train no rows beside the "
+            "adapter, leave it out."
+        )
 
 
 def _is_all(values: object, kind: type) -> bool:

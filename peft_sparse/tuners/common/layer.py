@@ -146,6 +146,10 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
         raise TypeError(f"{type(self).__name__} does not say what merging would write")
 
+    def check_range(self, adapters: Sequence[str]) -> None:
+        """Raise a ConfigError if merging finite values would write infinities, as into float16; changes nothing."""
+        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+
     def unmerge(self) -> None:
         """Restore the base parameters bit for bit."""
         if not self.merged:
@@ -214,6 +218,15 @@ def not_finite(adapters: Sequence[str], why: str) -> ValueError:
     return ValueError(
         f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. The base "
         "model is unchanged."
+    )
+
+
+def beyond_range(adapters: Sequence[str], parameter: str, dtype: torch.dtype) -> ConfigError:
+    """What `check_range` raises."""
+    return ConfigError(
+        f"merging {', '.join(adapters)} would write infinities: with the adapter in it, a {parameter} leaves the range "
+        f"of {dtype} (up to {torch.finfo(dtype).max:.6g}). The base model is unchanged. Load the base in bfloat16 "
+        "or float32 and merge there; if training has diverged, go back to an earlier checkpoint."
     )
 
 

@@ -28,6 +28,15 @@ class NotInThisStateError(ConfigError):
     """A target cannot be tuned for what was done to the model, such as sharding: leaving it out would be no way out."""
 
 
+def no_linear(model: str) -> NothingTargetedError:
+    """What is said of "all-linear" on a model without linear layers; `model` is its class."""
+    return NothingTargetedError(
+        f"target_modules='all-linear' (the default) finds no linear layer in {model}. Sparse fine-tuning tunes "
+        "embeddings, norms and convolutions as well (Ada-SFT does not): name them in target_modules, or take all of "
+        "them with target_modules='all'."
+    )
+
+
 def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) -> None:
     """Tell of names in `target_modules` that nothing in the model has, with the nearest that there is.
 

@@ -18,7 +18,7 @@ from .base_model import modules_around_adapters, path_in_base
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
-from .target_checks import check_names, refuse_norms_by_name, warn_if_deeper
+from .target_checks import check_names, no_linear, refuse_norms_by_name, warn_if_deeper
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
         return _from_counts(config.counts, modules)
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
-    rules = [_module_rule(config, model), _norm_rule(config), _parameter_rule(config, modules)]
+    rules = [_module_rule(config, model, modules), _norm_rule(config), _parameter_rule(config, modules)]
     targets: Targets = {}
     for name, module in modules.items():
         if is_excluded(config, name) or is_left_out_norm(config, module) or not _in_layers(config, name):
@@ -64,6 +64,8 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
         present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
         if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
             targets[name] = present
+    if not targets and config.target_modules in (None, ALL_LINEAR) and not _all_linear(config, model):
+        raise no_linear(type(model).__name__)
     check_names(config.target_modules, modules, is_empty=not targets)
     return targets
 
@@ -113,15 +115,19 @@ def stored_target_modules(config: TargetRequest, targets: Targets) -> set[str] |
     return {name for name in requested if name not in ("embed_tokens", "lm_head")} | embeddings
 
 
-def _module_rule(config: TargetRequest, model: nn.Module):
+def _module_rule(config: TargetRequest, model: nn.Module, modules: dict[str, nn.Module]):
     """target_modules, with the biases if `target_biases` asks for them."""
     parts = PARAMETERS if config.target_biases else ("weight",)
     target = config.target_modules
     if target == ALL_PARAMETERS:
         root = _base_prefix(model)
         seen: set[int] = set()
+        bypassed = sorted(name for name, module in modules.items() if _is_bypassed(module) and name.startswith(root))
+        _warn_of_bypassed(ALL_PARAMETERS, [name for name in bypassed if not is_excluded(config, name)])
 
         def every(name: str, module: nn.Module) -> tuple[str, ...]:
+            if name in bypassed:
+                return ()
             own = {p: t for p, t in own_parameters(module).items() if id(t) not in seen}
             if not own or not name.startswith(root):
                 return ()
@@ -177,10 +183,19 @@ def _all_linear(config: TargetRequest, model: nn.Module) -> set[str]:
     scratch.target_modules = ALL_LINEAR
     named = dict(modules_around_adapters(model))
     found = _maybe_include_all_linear_layers(scratch, model).target_modules
-    bypassed = sorted(name for name in found if isinstance(named.get(name), NonDynamicallyQuantizableLinear))
-    if bypassed:
-        logger.warning("all-linear leaves out %s: nn.MultiheadAttention never calls it.", ", ".join(bypassed))
+    bypassed = sorted(name for name in found if _is_bypassed(named.get(name)))
+    _warn_of_bypassed(ALL_LINEAR, [name for name in bypassed if not is_excluded(config, path_in_base(name))])
     return {path_in_base(name) for name in found if name not in bypassed}
+
+
+def _is_bypassed(module: nn.Module | None) -> bool:
+    """Whether a module is the output of an `nn.MultiheadAttention`, which reads its weight and never calls it."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _warn_of_bypassed(target: str, paths: list[str]) -> None:
+    if paths:
+        logger.warning("%s leaves out %s: nn.MultiheadAttention never calls it.", target, ", ".join(paths))
 
 
 def _in_layers(config: TargetRequest, name: str) -> bool:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
-from ...errors import FormatError
+from ...errors import ConfigError, FormatError
 from .adapter_names import check_adapter_name
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .files import discard
@@ -250,6 +250,22 @@ class AdapterTuner(BaseTuner):
             raise
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """transformers' method, which a PeftModel is asked for as well: of embeddings that no adapter tunes or copies.
+
+        Raises:
+            ConfigError: an adapter does; transformers would find a layer of another class in the embedding's place.
+        """
+        for path, module in self.model.named_modules():
+            is_vocabulary = module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            if is_vocabulary and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                raise ConfigError(
+                    f"{path} is tuned or trained whole by an adapter, and cannot be resized around it. Resize the base "
+                    "model before the adapter is added; for one that is trained already: save it, take the base model "
+                    "from unload(), resize that, and load the adapter onto it."
+                )
+        return self.model.resize_token_embeddings(*args, **kwargs)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -293,22 +309,22 @@ class WeightTuner(AdapterTuner):
 
         Args:
             adapter_names: the adapters to merge; the active ones if None.
-            safe_merge: refuse values that are not finite, before any layer is touched.
+            safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
+                infinite in the base weights' dtype are always refused.
         """
-        if safe_merge:
-            self._check_finite(adapter_names)
+        self._check_merged(adapter_names, safe_merge=safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
+    def _check_merged(self, adapter_names: list[str] | None, *, safe_merge: bool) -> None:
         for layer in self.tuned_layers():
-            layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
+            check = layer.check_finite if safe_merge else layer.check_range
+            check(adapter_names if adapter_names is not None else layer.active_adapters)
 
     def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Refuse to merge for good what cannot be, before anything is touched."""
         if merge:
             self._check_merge_allowed()
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+            self._check_merged(adapter_names, safe_merge=safe_merge)
 
     def _as_before(self, model: nn.Module) -> None:
         """Let parameters of an unloaded model train or not as they did before PEFT froze them."""

@@ -176,8 +176,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
         """
         if not dequantize:
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        if safe_merge:
-            self._check_finite(adapter_names)
+        self._check_merged(adapter_names, safe_merge=safe_merge)
         dequantization = Dequantization(self.model)
         drivers.stop(self.model)
         dequantization.merge(adapter_names)

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
+from peft_sparse.checkpoints import card
+
 from . import cases, deselected
 
 TASKS = {
@@ -113,6 +115,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(autouse=True)
+def _folders_are_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models lie in folders that are called like repositories of the Hub, and a model card names no folder."""
+    monkeypatch.setattr(card, "_is_hub_id", lambda name: isinstance(name, str) and card._HUB_ID.fullmatch(name))
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,20 @@ import logging
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import NoMatchingPeftModuleError
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from peft_sparse import AdaSftConfig, ConfigError, FormatError, RandConfig, SpielAGConfig, iter_deltas
+from peft_sparse import (
+    AdaSftConfig,
+    BottleneckConfig,
+    ConfigError,
+    FormatError,
+    MadGConfig,
+    RandConfig,
+    SpielAGConfig,
+    iter_deltas,
+)
 from peft_sparse.tuners.common.target_checks import NotInThisStateError, refuse_unsupported, shortest_exclusion
 
 IDS = torch.arange(2, 12)[None]
@@ -143,3 +154,40 @@ def test_values_beyond_the_range_of_the_weight_are_told(tmp_path, caplog):
 def test_a_calendar_that_cannot_be_kept_is_refused_when_it_is_written(field, value):
     with pytest.raises(ConfigError, match=field):
         SpielAGConfig(density=0.1, **{field: value})
+
+
+def test_all_leaves_out_what_attention_never_calls_and_the_advice_for_the_rest_holds(caplog):
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2
+    )
+    with pytest.raises(ConfigError, match=r"2 of the .* exclude_modules=\['attention', 'head'\]"):
+        get_peft_model(SiglipVisionModel(config), RandConfig(density=0.1, target_modules="all"))
+    assert "all leaves out head.attention.out_proj" in caplog.text
+    caplog.clear()
+    request = RandConfig(density=0.1, target_modules="all", exclude_modules=["attention", "head"])
+    counts = get_peft_model(SiglipVisionModel(config), request).peft_config["default"].counts
+    assert "head.attention.out_proj.weight" not in counts
+    assert counts["head.mlp.fc1.weight"] > 0
+    caplog.clear()
+    silent = RandConfig(density=0.1, target_modules="all", exclude_modules=["attention", "head", "out_proj"])
+    get_peft_model(SiglipVisionModel(config), silent)
+    assert "leaves out" not in caplog.text
+
+
+@pytest.mark.parametrize("make", [RandConfig, AdaSftConfig])
+@pytest.mark.parametrize("target", [None, "all-linear"])
+def test_a_model_without_linear_layers_gets_an_error_of_ours(make, target):
+    model = nn.Sequential(nn.Conv1d(2, 2, 3), nn.LayerNorm(4))
+    with pytest.raises(ConfigError, match=r"finds no linear layer in Sequential\. .*target_modules='all'") as error:
+        get_peft_model(model, make(target_modules=target, density=0.5))
+    assert isinstance(error.value, NoMatchingPeftModuleError)
+    if make is RandConfig:
+        tuned = get_peft_model(model, RandConfig(density=0.5, target_modules="all"))
+        assert set(tuned.peft_config["default"].counts) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("make", [RandConfig, AdaSftConfig, BottleneckConfig, MadGConfig])
+@pytest.mark.parametrize("tokens", [[], {"embed_tokens": []}])
+def test_no_token_at_all_is_no_request(make, tokens):
+    with pytest.raises(ConfigError, match=r"trainable_token_indices must name at least one row, got .*leave it out"):
+        make(trainable_token_indices=tokens)

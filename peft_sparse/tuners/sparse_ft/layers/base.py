@@ -20,7 +20,7 @@ from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
 from ...common.base_module import called, loaded
-from ...common.layer import PARAMETERS, WeightLayer, not_finite, not_whole
+from ...common.layer import PARAMETERS, WeightLayer, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
 from ...common.shown_state import ShownState
 from .delta import AdapterDelta
@@ -368,6 +368,21 @@ class SparseLayer(WeightLayer):
                 overflows = all(bool(torch.isfinite(v).all()) for v in values)
                 why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
                 raise not_finite(adapters, why)
+
+    def check_range(self, adapters: Sequence[str]) -> None:
+        with loaded(self.get_base_layer()):
+            for parameter in PARAMETERS:
+                values = [delta.values for delta in self.active_deltas(parameter, adapters)]
+                own = self.base_tensor(parameter) if values and self.has_own(parameter) else None
+                # What is in parts is refused as such, by the merge.
+                if own is None or any(is_sharded(t) or how_sharded(t) is not None for t in [own, *values]):
+                    continue
+                _, overlay = self.overlay(parameter, adapters)
+                entries = self.pristine_entries(parameter, overlay)
+                if bool(torch.isfinite(overlay.entries(entries, values)).all()):
+                    continue
+                if all(bool(torch.isfinite(given).all()) for given in [entries, *values]):
+                    raise beyond_range(adapters, parameter, entries.dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's delta on the weight as a dense tensor, zeros where this layer has none of it."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ...._peft_bridge import BaseTunerLayer
 from ....core import ops
 from ....core.overlay import Overlay
 from ...common.base_module import has_hooks, offload_hook
