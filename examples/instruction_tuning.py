@@ -54,7 +54,8 @@ def main(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: the method's]")] = None,
     dense_learning_rate: Annotated[float, typer.Option(help="The same, in a dense phase.")] = 5e-5,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the base. \\[default: bfloat16 where it is fast and the method has one phase]")
+        Dtype | None,
+        typer.Option(help="Of the base. \\[default: bfloat16 where it is fast and the method has one phase]"),
     ] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantise the base to NF4 (needs bitsandbytes).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw when the tuned weights were grown (SpIEL).")] = None,

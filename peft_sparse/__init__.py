@@ -11,6 +11,7 @@ from .errors import ConfigError, FormatError, SelectionError, SparseError
 from .optim.sm3 import SM3
 from .optim.sparse_adamw import SparseAdamW
 from .selection.criteria import Criterion, GradientMeans
+from .training.fitted_rate import rate_scales
 from .training.phases import unfinished as unfinished
 from .training.spiel.reselector import Reselection, Reselector, iter_reselectors
 from .tuners.ada_sft.config import AdaSftConfig
@@ -51,10 +52,15 @@ if TYPE_CHECKING:
     from .inspection.feature_importance import importance_table, plot_importance
     from .inspection.page import plot_adapters
     from .inspection.report import inspect_adapter
+    from .parsing.features import ParserCollator, encode_sentences
+    from .parsing.parser import BiaffineParser
+    from .parsing.scores import attachment_scores
     from .planning.plan import MemoryPlan, plan_memory
     from .training.average import AdapterAverage
     from .training.languages.language_switch import LanguageSwitch, language_below_task
+    from .training.languages.mixture import Source, batches_of_an_epoch, few_shot
     from .training.languages.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
+    from .training.languages.translate import Translated, add_language_code, translate_rows
     from .training.phases.dense_phase import DensePhase
     from .training.phases.lottery import select, start_dense_phase, start_sparse_phase
     from .training.phases.mask_phase import start_weight_phase
@@ -73,6 +79,7 @@ __all__ = [
     "AdaSftConfig",
     "AdaSftModel",
     "AdapterAverage",
+    "BiaffineParser",
     "BottleneckConfig",
     "BottleneckModel",
     "BottleneckWeights",
@@ -98,10 +105,12 @@ __all__ = [
     "MultiSourceCollator",
     "MultiSourceDataset",
     "OneShotConfig",
+    "ParserCollator",
     "RandConfig",
     "Reselection",
     "Reselector",
     "SelectionError",
+    "Source",
     "SparseAdamW",
     "SparseConfig",
     "SparseDelta",
@@ -111,13 +120,19 @@ __all__ = [
     "SpielAGConfig",
     "SpielMAConfig",
     "Teacher",
+    "Translated",
     "Typology",
+    "add_language_code",
+    "attachment_scores",
+    "batches_of_an_epoch",
     "bottleneck_weights",
     "conflicts",
     "distilled_trainer",
+    "encode_sentences",
     "evaluation_batches",
     "export_adapter",
     "extract_adapter",
+    "few_shot",
     "for_language",
     "generate_adapter",
     "generated_weights",
@@ -138,6 +153,7 @@ __all__ = [
     "plan_memory",
     "plot_adapters",
     "plot_importance",
+    "rate_scales",
     "reduce_adapter",
     "reduce_vocabulary",
     "resident",
@@ -152,11 +168,13 @@ __all__ = [
     "start_dense_phase",
     "start_sparse_phase",
     "start_weight_phase",
+    "translate_rows",
 ]
 
 # Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
 _LAZY = {
     "AdapterAverage": "training.average.AdapterAverage",
+    "BiaffineParser": "parsing.parser.BiaffineParser",
     "DensePhase": "training.phases.dense_phase.DensePhase",
     "DistillationLoss": "distillation.losses.DistillationLoss",
     "DistillationTrainer": "distillation.trainer.DistillationTrainer",
@@ -167,15 +185,23 @@ _LAZY = {
     "MemoryPlan": "planning.plan.MemoryPlan",
     "MultiSourceCollator": "training.languages.multisource.MultiSourceCollator",
     "MultiSourceDataset": "training.languages.multisource.MultiSourceDataset",
+    "ParserCollator": "parsing.features.ParserCollator",
     "SparseSFTTrainer": "training.trainer.trainer.SparseSFTTrainer",
     "SparseTrainer": "training.trainer.trainer.SparseTrainer",
     "Teacher": "distillation.teacher.Teacher",
+    "Source": "training.languages.mixture.Source",
+    "Translated": "training.languages.translate.Translated",
     "Typology": "typology.table.Typology",
+    "add_language_code": "training.languages.translate.add_language_code",
+    "attachment_scores": "parsing.scores.attachment_scores",
+    "batches_of_an_epoch": "training.languages.mixture.batches_of_an_epoch",
     "conflicts": "inspection.conflicts.conflicts",
     "distilled_trainer": "distillation.trainer.distilled_trainer",
+    "encode_sentences": "parsing.features.encode_sentences",
     "evaluation_batches": "training.languages.multisource.evaluation_batches",
     "export_adapter": "importing.export_adapter.export_adapter",
     "extract_adapter": "extraction.extract.extract_adapter",
+    "few_shot": "training.languages.mixture.few_shot",
     "for_language": "tuners.for_language.for_language",
     "import_adapter": "importing.import_adapter.import_adapter",
     "import_mask": "importing.rosa.import_mask",
@@ -198,6 +224,7 @@ _LAZY = {
     "start_dense_phase": "training.phases.lottery.start_dense_phase",
     "start_sparse_phase": "training.phases.lottery.start_sparse_phase",
     "start_weight_phase": "training.phases.mask_phase.start_weight_phase",
+    "translate_rows": "training.languages.translate.translate_rows",
 }
 
 register("SPARSE_FT", SparseConfig, SparseModel)

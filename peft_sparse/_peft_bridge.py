@@ -5,14 +5,19 @@ Whether a PEFT will do is asked of what it has, not of its version: a hook that 
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import peft
 from packaging.version import Version
+from peft import PeftModel
+
+from .errors import ConfigError
 
 OLDEST_PEFT = "0.21"
 NEWEST_TESTED_PEFT = "0.21"
@@ -20,6 +25,8 @@ NEWEST_TESTED_PEFT = "0.21"
 _TUNERS = "peft.tuners.tuners_utils"
 _OTHER = "peft.utils.other"
 _QUANTIZATION = "peft.utils.quantization_utils"
+# Names of the tuner types of this package.
+_OURS: set[str] = set()
 
 
 class Internal(NamedTuple):
@@ -101,7 +108,12 @@ INTERNALS = (
     Internal(_QUANTIZATION, "quantization_extra_repr", (), "tests/unit/tuners/test_quantized.py"),
     Internal(_QUANTIZATION, "resolve_quantization_backend", (), "tests/unit/tuners/test_quantized_backends.py"),
     # PEFT calls it on any tuner that has it; `BaseTuner` has none.
-    Internal("peft.peft_model", "PeftModel", ("_enable_peft_forward_hooks",), "tests/unit/tuners/test_verbs_matrix.py"),
+    Internal(
+        "peft.peft_model",
+        "PeftModel",
+        ("_enable_peft_forward_hooks", "delete_adapter", "set_adapter"),
+        "tests/unit/tuners/test_verbs_matrix.py",
+    ),
     Internal("peft.config", "PeftConfig", ("_split_kwargs",), "tests/unit/test_push_to_hub.py"),
     Internal("peft.utils.peft_types", "PeftType", (), "tests/unit/test_package.py"),
     Internal("peft.utils.peft_types", "register_peft_method", (), "tests/unit/test_package.py"),
@@ -206,6 +218,45 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
         model_cls: its `BaseTuner` subclass.
     """
     check_peft_version()
+    _OURS.add(name)
+    take_several_adapters()
     if add_peft_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+
+
+def take_several_adapters() -> None:
+    """Let `PeftModel.set_adapter` take a list of adapters where the tuner is one of this package.
+
+    The tuners add several active adapters up, and `set_adapter` of transformers' models and of tuners takes lists.
+    PEFT's own method looks the name up in a dictionary first, and its `delete_adapter` forgets that the adapter that it
+    calls the active one may go while several others stay active. Nothing changes for a single name, for other tuners,
+    or under a PEFT whose method takes lists itself.
+    """
+    set_one, delete = PeftModel.set_adapter, PeftModel.delete_adapter
+    takes = str(inspect.signature(set_one).parameters["adapter_name"].annotation).lower()
+    if hasattr(set_one, "__wrapped__") or "list" in takes or "sequence" in takes:
+        return
+
+    @wraps(set_one)
+    def set_adapter(self: PeftModel, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, (list, tuple)) or self.peft_type not in _OURS:
+            set_one(self, adapter_name, inference_mode)
+            return
+        names = list(dict.fromkeys(adapter_name))
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ConfigError(f"adapter {unknown[0]!r} is not in the model, which has {list(self.peft_config)}.")
+        if not names:
+            raise ConfigError("set_adapter got no name. To compute without adapters: with model.disable_adapter().")
+        self.base_model.set_adapter(names, inference_mode=inference_mode)
+        # PEFT takes the task from the config of a single one: the last, whose head acts.
+        self.active_adapter = names[-1]
+
+    @wraps(delete)
+    def delete_adapter(self: PeftModel, adapter_name: str) -> None:
+        delete(self, adapter_name)
+        if self.peft_type in _OURS and self.active_adapter not in self.peft_config and self.active_adapters:
+            self.active_adapter = self.active_adapters[-1]
+
+    PeftModel.set_adapter = set_adapter
+    PeftModel.delete_adapter = delete_adapter

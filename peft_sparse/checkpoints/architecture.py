@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import ConfigError
+from ..parsing import parser
 from ..untrusted import UNREADABLE
 from .tasks import BASE_CLASSES
 
@@ -48,7 +49,7 @@ def class_name_of(config: PretrainedConfig, *, task_type: str | None = None) -> 
     if task_type in BASE_CLASSES:
         return BASE_CLASSES[task_type]
     for name in config.architectures or ():
-        if hasattr(transformers, name):
+        if _class_called(name) is not None:
             return name
     raise ConfigError(
         f"the class of the model is not known: its config names {config.architectures}, which transformers does not "
@@ -67,7 +68,7 @@ def class_trained_on(adapter: Mapping[str, Any], config: PretrainedConfig) -> st
         ConfigError: as `class_name_of`.
     """
     mapping = adapter.get("auto_mapping") or {}
-    if mapping.get("parent_library", "").startswith("transformers"):
+    if mapping.get("parent_library", "").startswith(("transformers", "peft_sparse.parsing")):
         return str(mapping["base_model_class"])
     task = adapter.get("task_type")
     return class_name_of(config, task_type=task) if task is not None else None
@@ -83,17 +84,22 @@ def skeleton(config: PretrainedConfig, class_name: str) -> PreTrainedModel:
     Raises:
         ConfigError: transformers has no such class, or it does not take this config.
     """
-    cls = getattr(transformers, class_name, None)
+    cls: Any = _class_called(class_name)
     if not isinstance(cls, type) or not (hasattr(cls, "from_config") or issubclass(cls, PreTrainedModel)):
         raise ConfigError(f"transformers has no model class {class_name!r}.")
     _check_layers(config)
     try:
         with torch.device("meta"):
-            return cls.from_config(config) if hasattr(cls, "from_config") else cls._from_config(config)
+            return cls.from_config(config) if not issubclass(cls, PreTrainedModel) else cls._from_config(config)
     except (*UNREADABLE, StrictDataclassError) as error:
         raise ConfigError(
             f"{class_name} cannot be made from a config of type {config.model_type!r}: {error}"
         ) from error
+
+
+def _class_called(name: str) -> Any:
+    """A class of transformers, or a parser of ours over one of its encoders; None if there is none."""
+    return getattr(transformers, name, None) or getattr(parser, name, None)
 
 
 def _check_layers(config: PretrainedConfig) -> None:

@@ -4,86 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
 
-from ..core.gaps import read_header
-from ..errors import FormatError
 from ..files import write_atomically
-from ..selection.anatomy import PARTS, place_of
+from .card_layers import layer_table, sizes_in_file
+from .card_rows import base_named, is_hub_id, plain, row_of
 from .card_template import without_empty_sections
-from .native import SOURCE, canonical_name, parameter_of, tensor_names
+from .native import SOURCE
 from .tasks import BASE_CLASSES
 
 logger = logging.getLogger(__name__)
 
 README = "README.md"
-_SPARSE_TEXT = (
-    "This adapter changes a few of the base model's own weights: it says which ones, and what to add to each."
-)
-_ADA_SFT_TEXT = "This adapter multiplies the base model's own linear weights by soft masks, or adds to them, or both."
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DEFAULT = "default"
-
-
-def layer_table(counts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> str:
-    """A markdown table of tuned weights: a row per layer (equal neighbours share one), a column per part.
-
-    Args:
-        counts: tuned weights by parameter name.
-        sizes: number of elements of each of these parameters, for the densities; None leaves the densities out.
-    """
-    rows: dict[tuple[str, int], dict[str, list[str]]] = {}
-    for parameter in counts:
-        place = place_of(parameter)
-        row = (place.stack, -1 if place.layer is None else place.layer)
-        rows.setdefault(row, {}).setdefault(place.part, []).append(parameter)
-    parts = [part for part in PARTS if any(part in row for row in rows.values())]
-
-    def cells(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        columns = [groups.get(part, ()) for part in parts]
-        everything = [parameter for column in columns for parameter in column]
-        return tuple(_cell(column, counts, sizes) for column in [*columns, everything])
-
-    header = ["layer", *parts, "all"]
-    lines = [header, ["---", *(["---:"] * (len(header) - 1))]]
-    for label, row in _merged((place, cells(rows[place])) for place in sorted(rows)):
-        lines.append([label, *row])
-    if len(rows) > 1:
-        lines.append(["total", *cells({part: [p for p in counts if place_of(p).part == part] for part in parts})])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(parameters: Sequence[str], counts: Mapping[str, int], sizes: Mapping[str, int] | None) -> str:
-    if not parameters:
-        return ""
-    count = sum(counts[name] for name in parameters)
-    size = sum(sizes[name] for name in parameters) if sizes else 0
-    return f"{count:,} ({count / size:.2%})" if size else f"{count:,}"
-
-
-def _merged(rows: Iterable[tuple[tuple[str, int], tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Label the rows; a run of layers with equal cells becomes one row."""
-    runs: list[tuple[str, int, int, tuple[str, ...]]] = []
-    for (stack, index), cells in rows:
-        if runs and runs[-1][0] == stack and runs[-1][2] == index - 1 and runs[-1][3] == cells and index > 0:
-            runs[-1] = (stack, runs[-1][1], index, cells)
-        else:
-            runs.append((stack, index, index, cells))
-    labelled = []
-    for stack, first, last, cells in runs:
-        if first < 0:
-            label = "outside the layers"
-        else:
-            label = f"`{stack}.{first}`" if first == last else f"`{stack}.{first}` to `{last}`, each"
-        labelled.append((label, cells))
-    return labelled
 
 
 def card_text(
@@ -95,21 +33,26 @@ def card_text(
         config: the adapter's configuration (`config.to_dict()`), with `counts` filled in if it is a sparse one.
         sizes: number of elements of each tuned parameter; None leaves the densities out.
         subfolder: folder of the repository that the adapter lies in, None for its root.
+
+    Raises:
+        KeyError: the adapter is of no type of this library.
     """
-    heads = config.get("modules_to_save")
-    facts = _mask_facts(config) if _is_ada_sft(config) else _sparse_facts(config, sizes)
-    if heads:
+    row = row_of(config)
+    if row is None:
+        raise KeyError(plain(config.get("peft_type")))
+    facts = row.facts(config, sizes)
+    if heads := config.get("modules_to_save"):
         facts.append(f"Trained whole and saved with it: {', '.join(f'`{head}`' for head in sorted(heads))}")
     return "\n".join(
         [
             *loading_snippet(config, subfolder=subfolder),
             "",
-            f"## Sparse fine-tuning{f': {subfolder}' if subfolder else ''}",
+            f"## {row.title}{f': {subfolder}' if subfolder else ''}",
             "",
-            _ADA_SFT_TEXT if _is_ada_sft(config) else _SPARSE_TEXT,
+            row.text,
             "",
             *(f"- {fact}" for fact in facts),
-            *([] if _is_ada_sft(config) else ["", layer_table(config["counts"], sizes)]),
+            *(["", layer_table(config["counts"], sizes)] if row.has_layers else []),
         ]
     )
 
@@ -122,7 +65,8 @@ def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) 
         subfolder: folder of the repository that the adapter lies in, None for its root.
     """
     base, comment = base_named(config)
-    base_class = BASE_CLASSES.get(_plain(config.get("task_type")), "AutoModel")
+    row = row_of(config)
+    base_class = BASE_CLASSES.get(plain(config.get("task_type")), "AutoModel")
     place = f', subfolder="{subfolder}"' if subfolder else ""
     return [
         "```python",
@@ -132,127 +76,25 @@ def loading_snippet(config: Mapping[str, Any], *, subfolder: str | None = None) 
         "",
         f'base = {base_class}.from_pretrained("{base}"){comment}',
         f'model = PeftModel.from_pretrained(base, "<this repository or folder>"{place})',
+        *(row.usage(config) if row is not None else []),
         "```",
     ]
 
 
-def base_named(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(what a card calls the base model, a comment behind it): of a folder of this machine nothing but its name."""
-    base = config.get("base_model_name_or_path")
-    if not base:
-        return "<base model>", ""
-    return (base, "") if _is_hub_id(base) else (Path(base).name, "  # a folder: the model it was trained on")
-
-
-def _is_ada_sft(config: Mapping[str, Any]) -> bool:
-    return _plain(config.get("peft_type")) == "ADA_SFT"
-
-
-def _sparse_facts(config: Mapping[str, Any], sizes: Mapping[str, int] | None) -> list[str]:
-    counts: Mapping[str, int] = config["counts"]
-    total, size = sum(counts.values()), sum(sizes.values()) if sizes else 0
-    share = f", {total / size:.2%} of their elements" if size else ""
-    return [
-        f"Method: `{_plain(config.get('method'))}`{_criterion(config)}",
-        *([f"Denoised before the choice: {_denoising(config)}"] if config.get("method") == "deft_x" else []),
-        f"Density: {_request(config)}",
-        f"Budget: {_budget(config.get('budget'))}",
-        f"Tuned weights: {total:,} in {len(counts)} tensors{share}",
-        *_origin(config.get("provenance")),
-    ]
-
-
-def _mask_facts(config: Mapping[str, Any]) -> list[str]:
-    kind = "divided by its start" if config.get("from_identity") else "as it is"
-    return [
-        "Method: `ada_sft`",
-        f"Phase: `{config.get('phase')}`",
-        f"Mask: sigmoid, from {config.get('initial_mask')} on, {kind}",
-    ]
-
-
-def _origin(provenance: Mapping[str, Any] | None) -> list[str]:
-    """Where an adapter comes from that was taken out of a tuned model, or imported, instead of trained."""
-    if provenance and "imported_from" in provenance:
-        return _import(provenance)
-    if not provenance or "tuned" not in provenance:
-        return []
-    revision = f" ({provenance['tuned_revision']})" if provenance.get("tuned_revision") else ""
-    share = (
-        f", which hold {provenance['share_kept']:.1%} of the squared difference" if "share_kept" in provenance else ""
-    )
-    tuned = provenance["tuned"] if _is_hub_id(provenance["tuned"]) else Path(provenance["tuned"]).name
-    origin = f"Extracted without training from `{tuned}`{revision}"
-    return [f"{origin}: the weights that rank highest by `{provenance.get('criterion')}`{share}"]
-
-
-def _import(provenance: Mapping[str, Any]) -> list[str]:
-    """Where an adapter comes from that another library made."""
-    revision = f" ({provenance['revision']})" if provenance.get("revision") else ""
-    facts = [
-        f"Imported from `{provenance['imported_from']}`{revision}, an adapter of {provenance.get('format')}; SHA-256 "
-        f"of the original file: `{provenance.get('sha256')}`"
-    ]
-    if labels := provenance.get("labels"):
-        facts.append(f"Labels, in the order of their ids: {', '.join(labels)}")
-    if left_out := provenance.get("left_out"):
-        facts.append(f"Not imported: {', '.join(f'`{name}`' for name in left_out)}")
-    return facts
-
-
-def _plain(value: Any) -> str:
-    """Text of a string or of an enum member."""
-    return str(getattr(value, "value", value))
-
-
-def _criterion(config: Mapping[str, Any]) -> str:
-    criterion = config.get("criterion")
-    return f", by the criterion `{_plain(criterion)}`" if criterion is not None else ""
-
-
-def _request(config: Mapping[str, Any]) -> str:
-    if config.get("density") is not None:
-        whole = "the model" if config.get("density_of") == "model" else "the targeted tensors"
-        return f"{config['density']} of the weights of {whole}"
-    if config.get("equivalent_rank") is not None:
-        return f"as many weights as LoRA of rank {config['equivalent_rank']}"
-    if config.get("num_weights") is not None:
-        return f"{config['num_weights']:,} weights"
-    return "as given"
-
-
-def _denoising(config: Mapping[str, Any]) -> str:
-    rank = config.get("rank")
-    meaning = "directions of each matrix" if isinstance(rank, int) else "of the squared singular values of each matrix"
-    embeddings = "embeddings too" if config.get("denoise_embeddings") else "embeddings as they were"
-    return f"rank {rank} ({meaning}), residual density {config.get('residual_density')}, {embeddings}"
-
-
-def _budget(budget: Any) -> str:
-    if not isinstance(budget, Mapping):
-        return f"`{_plain(budget)}`"
-    return ", ".join(f"`{pattern}`: {share:.2%}" for pattern, share in budget.items())
-
-
 def card_tags(config: Mapping[str, Any]) -> list[str]:
     """Tags for the Hub: the library, the family, the method, and the base model if its name is one on the Hub."""
-    method = "ada_sft" if _is_ada_sft(config) else _plain(config.get("method"))
-    tags = ["peft-sparse", "sparse-fine-tuning", method.replace("_", "-")]
-    return [*tags, *_base_tags(config)]
+    row = row_of(config)
+    return ["peft-sparse", *(row.tags(config) if row is not None else []), *_base_tags(config)]
 
 
 def _base_tags(config: Mapping[str, Any]) -> list[str]:
     base = config.get("base_model_name_or_path")
-    return [f"base_model:adapter:{base}"] if _is_hub_id(base) else []
-
-
-def _is_hub_id(name: Any) -> bool:
-    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+    return [f"base_model:adapter:{base}"] if is_hub_id(base) else []
 
 
 def _names_a_folder(tag: str) -> bool:
     kind, _, base = tag.rpartition(":")
-    return kind.startswith("base_model") and not _is_hub_id(base)
+    return kind.startswith("base_model") and not is_hub_id(base)
 
 
 def update_card(
@@ -269,17 +111,18 @@ def update_card(
 
     Args:
         directory: where the adapter was saved.
-        config: the adapter's configuration (`config.to_dict()`); a sparse one without `counts` writes nothing.
+        config: the adapter's configuration (`config.to_dict()`); a sparse one without `counts`, or a
+            type of another library, writes nothing.
         sizes: number of elements of each tuned parameter; None reads them from the adapter file if it is there.
         adapter_name: the name under which the adapter was saved.
 
     A card that cannot be understood is left as it is, with a warning: trained weights must not be lost over it.
     """
-    counts = config.get("counts")
-    if not counts and not _is_ada_sft(config):
+    row, counts = row_of(config), config.get("counts")
+    if row is None or (row.has_layers and not counts):
         return
     folder = Path(directory)
-    if sizes is None and counts:
+    if sizes is None and row.has_layers:
         sizes = sizes_in_file(folder / SOURCE, counts)
     tags = card_tags(config)
     write_block(folder, card_text(config, sizes=sizes), config, tags=tags)
@@ -312,9 +155,9 @@ def write_block(
         return
     base = config.get("base_model_name_or_path")
     # PEFT writes what the base model was loaded from: a folder of this machine says nothing to anybody else.
-    if isinstance(card.data.base_model, str) and not _is_hub_id(card.data.base_model):
+    if isinstance(card.data.base_model, str) and not is_hub_id(card.data.base_model):
         card.data.base_model = None
-    if card.data.base_model is None and _is_hub_id(base):
+    if card.data.base_model is None and is_hub_id(base):
         card.data.base_model = base
     card.data.library_name = "peft"  # as PEFT does; a card that transformers made says "transformers"
     card.text = place_block(without_empty_sections(card.text), block, subfolder=subfolder)
@@ -340,35 +183,3 @@ def place_block(text: str, block: str, *, subfolder: str | None = None) -> str:
     split = text.find(root_end) + len(root_end) if subfolder and root_end in text else 0
     before, after = text[:split].rstrip(), text[split:].strip("\r\n")
     return (line_break * 2).join(part for part in (before, block, after) if part) + line_break
-
-
-def sizes_in_file(path: Path, counts: Mapping[str, int]) -> dict[str, int] | None:
-    """Number of elements of each tuned parameter, from the headers in an adapter file.
-
-    None if the file does not have these counts: transformers writes the config before the weights, so that it may be an
-    older one.
-    """
-    if not path.is_file():
-        return None
-    sizes: dict[str, int] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                name = canonical_name(key)
-                parameter = parameter_of(name)
-                if parameter is None or name != tensor_names(parameter)[1]:
-                    continue
-                header = read_header(file.get_tensor(key), name=name)
-                if counts.get(parameter) != header.count:
-                    return None
-                sizes[parameter] = _product(header.shape)
-    except (SafetensorError, FormatError):
-        return None
-    return sizes if sizes.keys() == counts.keys() else None
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -11,13 +11,14 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
 from ..untrusted import UNREADABLE, check_regular
-from .native import SOURCE, Verified, digest_of, verify
+from .native import SOURCE, Verified, canonical_name, digest_of, verify
 
 # No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
 _MAX_JSON_BYTES = 2**24
@@ -73,17 +74,28 @@ def verify_before_loading(
     return None
 
 
-def size_of_weights(
+def outline_of_weights(
     model_id: str | os.PathLike[str], *, subfolder: str | None = None, **download_kwargs: Any
-) -> int | None:
-    """Bytes of the weights that belong to a config; None if there are none in safetensors.
+) -> tuple[int, frozenset[str]] | tuple[None, None]:
+    """Bytes of the weights that belong to a config, and the canonical names of the tensors; None if there are none in
+    safetensors.
 
     Args:
         model_id, subfolder, download_kwargs: as for `verify_before_loading`.
+
+    Raises:
+        FormatError: the file is no safetensors file, or it is cut off.
     """
     with suppress(EntryNotFoundError):
-        return fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs).stat().st_size
-    return None
+        path = fetch(model_id, SOURCE, subfolder=subfolder, **download_kwargs)
+        check_regular(path)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                names = frozenset(canonical_name(key) for key in file.keys())  # noqa: SIM118
+        except UNREADABLE as error:
+            raise _unreadable(path, error) from error
+        return path.stat().st_size, names
+    return None, None
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -96,10 +108,14 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except UNREADABLE as error:
-        raise FormatError(
-            f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
-            "save it again from the model that trained it."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> FormatError:
+    return FormatError(
+        f"{path} is not a readable safetensors file ({error}). Nothing was loaded. Download the adapter again, or "
+        "save it again from the model that trained it."
+    )
 
 
 def fetch(root: str | os.PathLike[str], name: str, *, subfolder: str | None = None, **download_kwargs: Any) -> Path:

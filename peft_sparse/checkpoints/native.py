@@ -376,7 +376,7 @@ def _check_heads(found: Mapping[str, Tensor], expected: Mapping[str, Sequence[in
             sizes = f"has shape {tuple(found[name].shape)} in the file and {tuple(shape)} in this model"
             raise FormatError(
                 f"{source}: the head tensor '{name}' {sizes}. Nothing was loaded. Build the base model as in training "
-                "(for a classifier, with the same num_labels)."
+                "(for a classifier, with the same num_labels; for a vocabulary, by resize_token_embeddings first)."
             )
 
 

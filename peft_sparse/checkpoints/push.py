@@ -15,17 +15,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import PushToHubMixin
 
-from .bottleneck_card import update_bottleneck_card
-from .card import update_card
-from .madg_card import update_madg_card
-
-# {tuner type: what writes its part of a card}
-_WRITERS = {
-    "SPARSE_FT": update_card,
-    "ADA_SFT": update_card,
-    "BOTTLENECK": update_bottleneck_card,
-    "MAD_G": update_madg_card,
-}
+from .card import DEFAULT, update_card
 
 
 def keep_card_when_pushing(model: nn.Module) -> None:
@@ -52,6 +42,4 @@ def update_cards(directory: str | os.PathLike[str]) -> None:
         if not path.is_file():
             continue
         config = json.loads(path.read_text(encoding="utf-8"))
-        writer = _WRITERS.get(config.get("peft_type"))
-        if writer is not None:
-            writer(folder, config, adapter_name="default" if folder == root else folder.name)
+        update_card(folder, config, adapter_name=DEFAULT if folder == root else folder.name)

@@ -49,7 +49,7 @@ def extract_adapter(
     target_modules: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
     target_biases: bool = False,
-    target_norms: bool = False,
+    target_norms: bool | None = None,
     target_parameters: list[str] | None = None,
     values_dtype: str | None = None,
     base_revision: str | None = None,

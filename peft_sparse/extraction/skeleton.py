@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.architecture import Names, skeleton, tied_groups
 from ..checkpoints.tasks import HEADS
 from ..errors import ConfigError, FormatError
-from ..tuners.common.targets import find_targets, is_excluded, is_linear
+from ..tuners.common.targets import find_targets, is_excluded, is_left_out_norm, is_linear
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.layers.base import PARAMETERS
 from ..tuners.sparse_ft.layers.choice import wrapper_for
@@ -108,7 +108,7 @@ class Skeleton:
     def targets(self, config: SparseConfig) -> list[str]:
         """The tunable parameters that a config targets; all of them if it names none."""
         if _targets_everything(config):
-            return [name for name in self.tunable() if not is_excluded(config, name.rpartition(".")[0])]
+            return [name for name in self.tunable() if not self._is_excluded(config, name)]
         wanted = {f"{path}.{part}" for path, parts in find_targets(config, self.model).items() for part in parts}
         return [name for name, same in self.tunable().items() if wanted.intersection(same)]
 
@@ -125,8 +125,12 @@ class Skeleton:
             for name in names
             if name == self.aliases[name][0]
             and not tunable.intersection(self.aliases[name])
-            and not is_excluded(config, name.rpartition(".")[0])
+            and not self._is_excluded(config, name)
         ]
+
+    def _is_excluded(self, config: SparseConfig, name: str) -> bool:
+        path = name.rpartition(".")[0]
+        return is_excluded(config, path) or is_left_out_norm(config, self.model.get_submodule(path))
 
     @property
     def numel(self) -> int:

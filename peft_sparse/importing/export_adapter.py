@@ -1,17 +1,18 @@
-"""Adapters of this library, made into files of others on disk."""
+"""Sparse adapters, made into files of other libraries, and into stock adapters of PEFT, on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.adapter_files import AdapterFiles, read_adapter
+from ..checkpoints.adapter_files import read_adapter
 from ..errors import ConfigError
 from ..files import check_output
 from .composable_sft import DIFF_FILE, write_composable_sft
 from .foreign import COMPOSABLE_SFT
+from .passengers import check_passengers
+from .stock_peft import STOCK, StockAdapter, write_stock_adapter
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,17 @@ class Exported:
         file: the weights in it.
         num_weights: how many weights it changes.
         heads: parameters that are in it whole.
+        padding: weights with a difference of zero that the format made necessary beside those.
+        error: distance of the written difference from the adapter's, as a share of its Euclidean norm; 0 where it is
+            the same.
     """
 
     output: str
     file: str
     num_weights: int
     heads: tuple[str, ...]
+    padding: int = 0
+    error: float = 0.0
 
 
 def export_adapter(
@@ -36,51 +42,50 @@ def export_adapter(
     output: str | os.PathLike[str],
     *,
     to: str = COMPOSABLE_SFT,
+    base: str | None = None,
+    rank: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a sparse adapter in the format of another library, without a model.
+    """Write a sparse adapter in the format of another library, or as one that PEFT loads without this package.
 
     Args:
         adapter: the sparse adapter: folder, or id of the Hub ("owner/name[/folder][@revision]").
         output: directory to write into.
-        to: "composable-sft": `pytorch_diff.bin`, which composable-sft and BiStil read. `import_adapter` makes the same
-            adapter of it again, but for what its config says of how it was trained.
+        to: what to write.
+
+            - "composable-sft": `pytorch_diff.bin`, which composable-sft and BiStil read. `import_adapter` makes the
+              same adapter of it again, but for what its config says of how it was trained.
+            - "shira", "supertuning": PEFT's own sparse types, for adapters of linear weights alone. The differences
+              are the adapter's; both have rules for how many there are in a layer, met by differences of zero. In
+              float32 the model computes the same to the bit. On a bfloat16 base PEFT's Super-Tuning rounds the
+              differences before it adds them, where the sparse adapter rounds their sum.
+            - "lora": the nearest matrices of rank `rank` in place of the differences. A sparse difference is of full
+              rank: look at the error.
+        base: for the stock types, folder or Hub id of the base model, of which only config.json is read; by default
+            what the adapter says.
+        rank: of LoRA.
         overwrite: replace what is in `output`.
 
     Raises:
-        ConfigError: there is no such adapter, `to` is not known, the output is taken, or the adapter holds what the
-            format has no place for.
-        FormatError: the adapter is damaged, or no sparse one.
+        ConfigError: there is no such adapter, `to` is not known, the output is taken, the base has no config, or the
+            adapter holds what the format has no place for, which is named.
+        FormatError: the adapter is damaged, no sparse one, or not of that base.
     """
-    if to not in _WRITERS:
-        raise ConfigError(f"to must be one of {list(_WRITERS)}, got {to!r}.")
+    if to not in FORMATS:
+        raise ConfigError(f"to must be one of {list(FORMATS)}, got {to!r}.")
+    if to == COMPOSABLE_SFT and (base, rank) != (None, None):
+        raise ConfigError(f"base and rank are for {', '.join(STOCK)}: {COMPOSABLE_SFT} needs neither.")
     files = read_adapter(adapter)
     check_output(output, overwrite=overwrite)
-    path, heads = _WRITERS[to](files, Path(output))
+    if to == COMPOSABLE_SFT:
+        check_passengers(files, DIFF_FILE)
+        written = StockAdapter(write_composable_sft(Path(output), files.deltas, files.others))
+    else:
+        written = write_stock_adapter(files, Path(output), kind=to, base=base, rank=rank, overwrite=overwrite)
     count = sum(delta.count for delta in files.deltas.values())
-    return Exported(os.fspath(output), os.fspath(path), count, heads)
+    return Exported(
+        os.fspath(output), os.fspath(written.path), count, tuple(files.others), written.padding, written.error
+    )
 
 
-def _to_composable_sft(files: AdapterFiles, output: Path) -> tuple[Path, tuple[str, ...]]:
-    if files.config.get("trainable_token_indices"):
-        raise ConfigError(
-            f"'{files.source}' trains rows of the embedding whole (trainable_token_indices), and {DIFF_FILE} has no "
-            "place for them."
-        )
-    saved = tuple(files.config.get("modules_to_save") or ())
-    strangers = [name for name in files.others if not any(part in saved for part in _paths(name))]
-    if strangers:
-        raise ConfigError(
-            f"'{files.source}' brings {strangers[0]!r} beside the adapter (PEFT's save_embedding_layers), and "
-            f"{DIFF_FILE} has no place for it. Save the adapter with save_embedding_layers=False."
-        )
-    return write_composable_sft(output, files.deltas, files.others), tuple(files.others)
-
-
-def _paths(name: str) -> list[str]:
-    """All runs of parts of a name that could be how a config calls a module."""
-    parts = name.split(".")
-    return [".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts))]
-
-
-_WRITERS: dict[str, Callable[[AdapterFiles, Path], tuple[Path, tuple[str, ...]]]] = {COMPOSABLE_SFT: _to_composable_sft}
+FORMATS = (COMPOSABLE_SFT, *STOCK)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 
+from ..parsing.relations import RELATIONS
+
 _UNIVERSAL_POS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
-_RELATIONS = (
-    "_ acl advcl advmod amod appos aux case cc ccomp clf compound conj cop csubj dep det discourse dislocated expl "
-    "fixed flat goeswith iobj list mark nmod nsubj nummod obj obl orphan parataxis punct reparandum root vocative xcomp"
-)
 # {task in the name of the repository: (PEFT's task type, labels in the order of their ids)}
 TASKS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "pos": ("TOKEN_CLS", tuple(_UNIVERSAL_POS.split())),
     "masakhaner": ("TOKEN_CLS", ("B-LOC", "B-ORG", "B-PER", "I-LOC", "I-ORG", "I-PER", "O")),
-    "dp": (None, tuple(_RELATIONS.split())),
+    "dp": (None, RELATIONS),
     "nli": ("SEQ_CLS", ("entailment", "neutral", "contradiction")),
     "nusax_senti": ("SEQ_CLS", ("negative", "neutral", "positive")),
     "squadv1": ("QUESTION_ANS", ()),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..composition.report import Overlap
 from ..errors import ConfigError
 from ..selection.anatomy import ATTENTION
-from .report import AdapterReport, LayerGroup, Tally
+from .report import AdapterReport, LayerGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,8 +43,9 @@ class Bar:
     Attributes:
         group: a layer's number, or "embeddings", or "other".
         stack: path of the list of layers; "" outside of layers.
-        attention: share of the adapter's weights that lie in the layer's attention; 0 outside of layers.
-        rest: share of those in its other parts, and of all outside of layers.
+        attention: share that the layer's attention has of the adapter's weights, or of its squared change; 0 outside
+            of layers.
+        rest: share that its other parts have, and everything outside of layers.
     """
 
     group: str
@@ -54,7 +55,7 @@ class Bar:
 
     @property
     def height(self) -> float:
-        """Share of the adapter's weights."""
+        """Share of the whole adapter."""
         return self.attention + self.rest
 
 
@@ -91,15 +92,23 @@ class TokenBars:
 
 
 def distribution(report: AdapterReport) -> list[Bar]:
-    """Shares of an adapter's weights by layer, attention apart from the rest (SC-SFT, Fig. 1 and 2)."""
-    total = report.total.count or 1
-    return [_bar(group, total) for group in report.groups]
+    """Shares of an adapter's weights by layer, attention apart from the rest (SC-SFT, Fig. 1 and 2).
+
+    Where a uniform budget makes the layers equal, shares of the squared change.
+    """
+    sizes = [_sizes(group, of_change=report.shows_change) for group in report.groups]
+    total = sum(sum(by_part.values()) for by_part in sizes) or 1
+    return [_bar(group, by_part, total) for group, by_part in zip(report.groups, sizes, strict=True)]
 
 
-def _bar(group: LayerGroup, total: int) -> Bar:
-    attention = group.parts.get(ATTENTION, Tally()).count if group.layer is not None else 0
+def _sizes(group: LayerGroup, *, of_change: bool) -> Mapping[str, float]:
+    return group.squares if of_change else {part: tally.count for part, tally in group.parts.items()}
+
+
+def _bar(group: LayerGroup, sizes: Mapping[str, float], total: float) -> Bar:
+    attention = sizes.get(ATTENTION, 0) if group.layer is not None else 0
     label = group.name if group.layer is None else str(group.layer)
-    return Bar(label, group.stack, attention / total, (group.all.count - attention) / total)
+    return Bar(label, group.stack, attention / total, (sum(sizes.values()) - attention) / total)
 
 
 # Panels
@@ -113,12 +122,14 @@ def distribution_panel(reports: Sequence[AdapterReport]) -> Panel:
         bars = [distribution(report) for report in reports]
         limit = _limit([bar for row in bars for bar in row])
         for ax, row, report in zip(axes, bars, reports, strict=True):
-            _draw_bars(ax, row, limit)
+            _draw_bars(ax, row, limit, of_what="squared change" if report.shows_change else "weights")
             density = report.total.density
             size = f"{report.total.count:,} weights" + ("" if density is None else f", density {density:.2%}")
             _title(ax, report.name, f"{report.method}, {size}")
 
-    return Panel("distribution", "Where the tuned weights lie", 0.3 + 2.7 * len(reports), draw)
+    change, weights = "How the change is spread over the layers", "Where the tuned weights lie"
+    title = change if all(report.shows_change for report in reports) else weights
+    return Panel("distribution", title, 0.3 + 2.7 * len(reports), draw)
 
 
 def overlap_panel(names: Sequence[str], counts: Sequence[int], pairs: Mapping[tuple[str, str], Overlap]) -> Panel:
@@ -254,7 +265,7 @@ def shortened(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[len(name) - half :]}"
 
 
-def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float) -> None:
+def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float, *, of_what: str) -> None:
     places = _places(bars)
     for bar, x in zip(bars, places, strict=True):
         if bar.stack:
@@ -271,7 +282,7 @@ def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float) -> None:
             )
     ax.set_ylim(0, 1.1 * limit)
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if limit >= 0.05 else f"{share:.1%}")
-    ax.set_ylabel("share of its weights")
+    ax.set_ylabel(f"share of its {of_what}")
     _label_places(ax, bars, places)
     _label_segments(ax, bars, places, limit)
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..composition.report import Deltas, Overlap, overlap
 from ..selection.anatomy import PARTS, by_group, place_of
 from ..selection.budget import check_budget
 from ..selection.patterns import search
+from .other_types import OtherReport, is_sparse, report_on_other
 from .reading import Adapter, Head, adapter_of, read_adapter
 
 JSON_FORMAT = 1
@@ -62,17 +63,24 @@ class LayerGroup:
         stack: path of the list of layers; "" outside of layers.
         layer: index in it; None outside of layers.
         parts: {part: tally}, of the parts that occur, in the order of `anatomy.PARTS`.
+        squares: {part: sum of the squared changes} of the same parts.
     """
 
     name: str
     stack: str
     layer: int | None
     parts: Mapping[str, Tally]
+    squares: Mapping[str, float]
 
     @property
     def all(self) -> Tally:
         """All parts together."""
         return sum(self.parts.values(), Tally())
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the changes."""
+        return sqrt(sum(self.squares.values()))
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,11 @@ class AdapterReport:
         return sum(self.parts.values(), Tally())
 
     @property
+    def shows_change(self) -> bool:
+        """Whether tables and pictures of the layers show the change: a uniform budget makes the weights equal."""
+        return self.budget == "uniform" and self.values.norm > 0
+
+    @property
     def bytes_per_weight(self) -> float | None:
         """Size of the file without the heads, per tuned weight; None without a file or weights."""
         if self.file_bytes is None or not self.total.count:
@@ -186,6 +199,7 @@ class AdapterReport:
             "groups": [
                 {"name": group.name, "stack": group.stack, "layer": group.layer, "share": _share(group.all, total)}
                 | group.all.to_dict()
+                | {"norm": group.norm}
                 | {"parts": {part: tally.to_dict() for part, tally in group.parts.items()}}
                 for group in self.groups
             ],
@@ -240,7 +254,9 @@ def report_on(adapter: Adapter) -> AdapterReport:
     )
 
 
-def inspect_adapter(source: str | os.PathLike[str] | nn.Module, *, adapter_name: str = "default") -> AdapterReport:
+def inspect_adapter(
+    source: str | os.PathLike[str] | nn.Module, *, adapter_name: str = "default"
+) -> AdapterReport | OtherReport:
     """What is in an adapter: where its weights lie, how large the changes are, where it comes from.
 
     Of files only the adapter's own are read, not the base model.
@@ -249,11 +265,17 @@ def inspect_adapter(source: str | os.PathLike[str] | nn.Module, *, adapter_name:
         source: folder or Hub id ("owner/name[/folder][@revision]") of an adapter, or a model that holds it.
         adapter_name: its name in the model; without meaning for files.
 
+    Returns:
+        the report on a sparse adapter; on files of other types (bottleneck, MAD-G, Ada-SFT, and those of PEFT) a
+        shorter one.
+
     Raises:
         ConfigError: there is no such adapter.
-        FormatError: the file is damaged, or of another kind of adapter.
+        FormatError: the file is damaged, or of another library.
     """
-    return report_on(adapter_of(source, adapter_name) if isinstance(source, nn.Module) else read_adapter(source))
+    if isinstance(source, nn.Module):
+        return report_on(adapter_of(source, adapter_name))
+    return report_on(read_adapter(source)) if is_sparse(source) else report_on_other(source)
 
 
 def _is_set(value: Any) -> bool:
@@ -282,7 +304,8 @@ def layer_groups(deltas: Deltas) -> tuple[LayerGroup, ...]:
         place = place_of(names[0])
         members = {part: [name for name in names if place_of(name).part == part] for part in PARTS}
         parts = {part: tally_of(deltas, inside) for part, inside in members.items() if inside}
-        found.append(LayerGroup(group, place.stack, place.layer, parts))
+        squares = {part: sum(_squares(deltas[name].values) for name in members[part]) for part in parts}
+        found.append(LayerGroup(group, place.stack, place.layer, parts, squares))
     return tuple(found)
 
 
@@ -293,12 +316,16 @@ def value_statistics(deltas: Deltas) -> Values:
     """
     filled = [delta.values.detach() for delta in deltas.values() if delta.count]
     dtypes = sorted({str(values.dtype).removeprefix("torch.") for values in filled})
-    norm = sqrt(sum(float(values.double().square().sum()) for values in filled))
+    norm = sqrt(sum(map(_squares, filled)))
     if not filled:
         return Values("", norm, None, {})
     sizes = torch.cat([values.float().abs() for values in filled]).numpy()
     quantiles = np.quantile(sizes, QUANTILES).tolist()
     return Values("+".join(dtypes), norm, float((sizes == 0).mean()), dict(zip(QUANTILES, quantiles, strict=True)))
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.detach().double().square().sum())
 
 
 def budget_shares(budget: Any, deltas: Deltas) -> tuple[BudgetShare, ...]:
@@ -336,15 +363,19 @@ def overlap_to_dict(pair: tuple[str, str], found: Overlap) -> dict[str, Any]:
     }
 
 
-def document(reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap]) -> dict[str, Any]:
+def document(
+    reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap], others: Sequence[OtherReport] = ()
+) -> dict[str, Any]:
     """One JSON document about several adapters: what `peft-sparse inspect --json` prints.
 
     Keys: "format" (1; grows when a key changes its meaning or goes, not when one is added), "adapters" (a list, see
-    `AdapterReport.to_dict`) and "pairs" (a list, see `overlap_to_dict`; empty for one adapter). Shares, densities and
-    quantiles are fractions; what cannot be said (the cosine with a zero delta) is null.
+    `AdapterReport.to_dict`), "pairs" (a list, see `overlap_to_dict`; empty for one adapter) and "other_types" (a list,
+    see `OtherReport.to_dict`). Shares, densities and quantiles are fractions; what cannot be said (the cosine with a
+    zero delta) is null.
     """
     return {
         "format": JSON_FORMAT,
         "adapters": [report.to_dict() for report in reports],
         "pairs": [overlap_to_dict(pair, found) for pair, found in pairs.items()],
+        "other_types": [report.to_dict() for report in others],
     }

@@ -8,6 +8,7 @@ from typing import Any
 from ..composition.report import Interference, Overlap
 from ..tables import Sheet
 from .conflicts import Conflicts
+from .other_types import OtherReport
 from .report import AdapterReport, Tally
 
 _BAR_WIDTH = 8
@@ -15,9 +16,12 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _NOTHING = "-"
 
 
-def report_sheets(reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap]) -> list[Sheet]:
+def report_sheets(
+    reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap], others: Sequence[OtherReport] = ()
+) -> list[Sheet]:
     """Everything about some adapters: each by itself, then each two together."""
     sheets = [sheet for report in reports for sheet in adapter_sheets(report)]
+    sheets += [sheet for report in others for sheet in other_sheets(report)]
     return [*sheets, pairs_sheet(pairs)] if pairs else sheets
 
 
@@ -31,20 +35,50 @@ def adapter_sheets(report: AdapterReport) -> list[Sheet]:
     return sheets
 
 
+def other_sheets(report: OtherReport) -> list[Sheet]:
+    """Provenance and size of an adapter of another type, and its tensors by layer."""
+    facts = {
+        "from": report.source,
+        "type": report.peft_type,
+        "base model": _base_text(report),
+        "file": f"{report.file_bytes:,} bytes: {report.numel:,} numbers, {report.dtype}",
+        "settings": _settings_text(report),
+        "written by": f"PEFT {report.peft_version}" if report.peft_version else "not said",
+    }
+    stack, labels = _labels([group.name for group in report.groups])
+    rows = [
+        (
+            label,
+            f"{group.tensors:,}",
+            f"{group.numel:,}",
+            f"{group.norm:.3g}",
+            _NOTHING if group.change is None else f"{group.change:.3g}",
+        )
+        for label, group in zip(labels, report.groups, strict=True)
+    ]
+    layers = Sheet(
+        f"{report.name}: tensors by layer{stack}",
+        ("", "tensors", "numbers", "norm", "|change|"),
+        tuple(rows),
+        note="norm: of the tensors themselves. |change|: Euclidean norm of the change that they make to the weights.",
+    )
+    return [Sheet(report.name, ("", ""), tuple(facts.items())), layers]
+
+
 def facts_sheet(report: AdapterReport) -> Sheet:
     """Provenance, size and values."""
     total = report.total
     facts = {
         "from": report.source,
         "method": report.method,
-        "base model": " @ ".join(text for text in (report.base_model, report.revision) if text) or "not said",
+        "base model": _base_text(report),
         "asked for": ", ".join(f"{key}={value}" for key, value in report.request.items()) or "not said",
         "budget": "shares per group, below" if report.budget_shares else str(report.budget),
         "tuned": f"{total.count:,} weights in {report.tensors} tensors, {_percent(total.density)} of their elements",
         **({"file": _file_text(report)} if report.file_bytes is not None else {}),
         "values": _values_text(report),
         "|change|": _quantiles_text(report),
-        "settings": ", ".join(f"{key}={_short(value)}" for key, value in report.settings.items()) or "none",
+        "settings": _settings_text(report),
         "written by": f"PEFT {report.peft_version}" if report.peft_version else "not said",
         **({"digest": report.digest} if report.digest else {}),
     }
@@ -75,21 +109,23 @@ def layers_sheet(report: AdapterReport) -> Sheet:
     inside = [group.parts if group.layer is not None else {} for group in report.groups]
     parts = [part for part in report.parts if any(part in found for found in inside)]
     total = report.total.count
-    largest = max((group.all.count for group in report.groups), default=0)
+    # Equal shares were asked for: what differs is how far the weights moved.
+    of_change = report.shows_change
+    sizes = [group.norm if of_change else group.all.count for group in report.groups]
+    largest = max(sizes, default=0)
     rows = [
         (
             label,
             *(f"{found[part].count:,}" if part in found else "" for part in parts),
             f"{group.all.count:,}",
             _percent(group.all.density),
-            _percent(group.all.count / total if total else None),
-            _bar(group.all.count / largest if largest else 0),
+            f"{group.norm:.3g}" if of_change else _percent(group.all.count / total if total else None),
+            _bar(size / largest if largest else 0),
         )
-        for label, group, found in zip(labels, report.groups, inside, strict=True)
+        for label, group, found, size in zip(labels, report.groups, inside, sizes, strict=True)
     ]
-    return Sheet(
-        f"{report.name}: tuned weights by layer{stack}", ("", *parts, "all", "density", "share", ""), tuple(rows)
-    )
+    last = "|change|" if of_change else "share"
+    return Sheet(f"{report.name}: tuned weights by layer{stack}", ("", *parts, "all", "density", last, ""), tuple(rows))
 
 
 def _labels(groups: Sequence[str]) -> tuple[str, list[str]]:
@@ -188,6 +224,14 @@ def _file_text(report: AdapterReport) -> str:
         size += f", of which heads {heads:,}"
     each = report.bytes_per_weight
     return size if each is None else f"{size}; {each:.2f} bytes a tuned weight"
+
+
+def _base_text(report: AdapterReport | OtherReport) -> str:
+    return " @ ".join(text for text in (report.base_model, report.revision) if text) or "not said"
+
+
+def _settings_text(report: AdapterReport | OtherReport) -> str:
+    return ", ".join(f"{key}={_short(value)}" for key, value in report.settings.items()) or "none"
 
 
 def _values_text(report: AdapterReport) -> str:

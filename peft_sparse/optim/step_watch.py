@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 T = TypeVar("T")
+# The watches that tell of a step right now.
+_telling: list[object] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,8 @@ class StepWatch(Generic[T]):
     def discard(self, watched: T) -> None:
         """Undo `add`."""
         self._watched.discard(watched)
-        if self._hook is not None and not len(self._watched):
+        # Torch goes through its hooks while they tell, and must not lose one meanwhile: it stays, and does nothing.
+        if self._hook is not None and not len(self._watched) and not _telling:
             self._hook.remove()
             self._hook = None
 
@@ -117,7 +120,7 @@ class StepWatch(Generic[T]):
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if not len(self._watched):
-            return None  # the hook stays: torch goes through its hooks now, and must not lose one meanwhile
+            return None
         # Every step runs in a wrapper of torch's, of one code for all optimizers. Looking for it on the stack needs no
         # memory, which a step that ends in an exception would leave wrong.
         frame: Any = sys._getframe(1)
@@ -125,4 +128,8 @@ class StepWatch(Generic[T]):
         while (frame := frame.f_back) is not None:
             if frame.f_code is code:
                 enclosing.append(frame.f_locals["self"])
-        return self._tell(tuple(self), Step(optimizer, args, kwargs, tuple(enclosing)))
+        _telling.append(self)
+        try:
+            return self._tell(tuple(self), Step(optimizer, args, kwargs, tuple(enclosing)))
+        finally:
+            _telling.remove(self)

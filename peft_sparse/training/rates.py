@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from ..optim.sm3 import SM3
 from ..tuners.ada_sft.config import AdaSftConfig
+from ..tuners.common.base_model import base_model_of
 from ..tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
-from ..tuners.sparse_ft.iteration import base_model_of, iter_deltas
+from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.unselected import is_unselected
 
 logger = logging.getLogger(__name__)

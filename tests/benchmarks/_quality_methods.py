@@ -120,8 +120,11 @@ class ScaledSteps(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        for (parameter, scale), before in zip(self.scales, self.before, strict=True):
-            parameter.copy_(before + scale * (parameter - before))
+        parameters = [parameter for parameter, _ in self.scales]
+        moved = torch._foreach_sub(parameters, self.before)
+        torch._foreach_mul_(moved, [scale for _, scale in self.scales])
+        torch._foreach_add_(moved, self.before)
+        torch._foreach_copy_(parameters, moved)
 
 
 def _energy_of_entries(model: nn.Module, run: Run) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
@@ -134,11 +137,6 @@ def _energy_of_entries(model: nn.Module, run: Run) -> Iterator[tuple[nn.Paramete
 def steps_by_column(model: nn.Module, run: Run) -> ScaledSteps:
     """Each weight steps in inverse proportion to the size of its input, at most ten times the mean, or a tenth."""
     return ScaledSteps(lambda: [(v, (m / e).sqrt().clamp(0.1, 10)) for v, e, m in _energy_of_entries(model, run)])
-
-
-def steps_by_tensor(model: nn.Module, run: Run) -> ScaledSteps:
-    """Each tensor steps in inverse proportion to the output energy of its support, beside that of a random one."""
-    return ScaledSteps(lambda: [(v, (m / e.mean()).sqrt()) for v, e, m in _energy_of_entries(model, run)])
 
 
 def steps_by_both(model: nn.Module, run: Run) -> ScaledSteps:
@@ -173,10 +171,20 @@ def with_low_rank(model: nn.Module, run: Run) -> None:
 
 def spiel(kind: type[PeftConfig], **changes):
     def config(run: Run) -> PeftConfig:
-        cycle = {"reselection_steps": run.options.reselection_steps, "estimation_steps": run.options.estimation_steps}
+        # Which a random support to start from does not look at.
+        cycle = {
+            "selection_batches": run.options.selection_batches,
+            "reselection_steps": run.options.reselection_steps,
+            "estimation_steps": run.options.estimation_steps,
+        }
         return kind(**{**TARGETS, **cycle, "num_weights": run.count, "seed": run.seed, **changes})
 
     return config
+
+
+def spiel_window():
+    """SpIEL-AG that nominates over the whole of its estimation window."""
+    return lambda run: spiel(SpielAGConfig, nomination_updates=run.options.estimation_steps)(run)
 
 
 def rand(share: float = 1.0, **changes):
@@ -232,6 +240,62 @@ def gallop(weight: Tensor, gradients) -> Tensor:
     return gradients.mean.abs().float() / (weight.abs().float() + weight.float().square().mean().sqrt() * 0.1)
 
 
+def capped(most: float):
+    """|mean gradient|, of each row and each column its `most` * sqrt(density) part at most.
+
+    The budget is uniform, so the cap is in numbers: `most` times what a row or column would hold at random.
+    """
+
+    def config(run: Run) -> PeftConfig:
+        density = run.count / sum(layer.weight.numel() for _, layer in linear_layers(run.model))
+
+        def score(weight: Tensor, gradients) -> Tensor:
+            size = gradients.mean.abs().float()
+            for axis in (0, 1):
+                cap = max(1, round(most * density * size.shape[axis]))
+                rank = size.argsort(axis, descending=True).argsort(axis)
+                size = torch.where(rank < cap, size, size * 1e-6)
+            return size
+
+        return one_shot(Criterion(score, ("mean",)))(run)
+
+    return config
+
+
+class HalfAndHalf:
+    """Half of the weights by |mean gradient| over the batches, half at random; the chosen half takes an eighth of each
+    step.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: list[Tensor] = []
+
+    def config(self, run: Run) -> PeftConfig:
+        density = run.count / sum(layer.weight.numel() for _, layer in linear_layers(run.model))
+        generator = torch.Generator(device=next(run.model.parameters()).device).manual_seed(run.seed)
+        self.chosen.clear()
+
+        def score(weight: Tensor, gradients) -> Tensor:
+            size = gradients.mean.abs().float().flatten()
+            best = size.topk(round(density * size.numel() / 2)).indices
+            drawn = torch.rand(size.numel(), device=size.device, generator=generator)
+            drawn[best] = 2.0
+            self.chosen.append(best)
+            return drawn.view(gradients.mean.shape)
+
+        return one_shot(Criterion(score, ("mean",)))(run)
+
+    def prepare(self, model: nn.Module, run: Run) -> ScaledSteps:
+        def scales() -> list[tuple[nn.Parameter, Tensor]]:
+            found = []
+            for (_, _, _, delta), chosen in zip(iter_deltas(model), self.chosen, strict=True):
+                scale = torch.where(torch.isin(delta.indices.long(), chosen), 0.125, 1.0)
+                found.append((delta.values, scale))
+            return found
+
+        return ScaledSteps(scales)
+
+
 def fisher_over_energy(weight: Tensor, gradients) -> Tensor:
     """|mean gradient| over the root of its column's mean square: the loss's slope for a step of a given output."""
     mean = gradients.mean.float()
@@ -248,14 +312,41 @@ def lift(rank: int):
     return Criterion(score, ("weight",))
 
 
-# Weights chosen by their gradients change the outputs more than random ones, so they take smaller steps.
+def fitted(config):
+    """The same config with a rate that fits its support."""
+
+    def make(run: Run) -> PeftConfig:
+        made = config(run)
+        made.fitted_rate = True
+        return made
+
+    return make
+
+
+def ours(name: str, rates: tuple[float, ...], config, fitted_rates: tuple[float, ...], **more) -> dict[str, Method]:
+    """A method's row, and that of the same with a fitted rate."""
+    return {name: Method(rates, config, **more), f"{name}_fitted": Method(fitted_rates, fitted(config), **more)}
+
+
+# Weights chosen by their gradients change the outputs more than random ones, so they take smaller steps; fitted rates
+# are all on the scale of random ones.
 RANDOM, CHOSEN, SM3 = (4e-3, 2e-3, 8e-3), (5e-4, 2.5e-4, 1e-3), (2e-3, 1e-3, 4e-3)
+MENDED = {"nomination_updates": 1, "initial_support": "gradient"}
+halves = HalfAndHalf()
+_FAMILIES = [
+    ours("rand", RANDOM, rand(), RANDOM),
+    ours("one_shot", CHOSEN, one_shot("gradient"), RANDOM),
+    ours("spiel_ag", CHOSEN, spiel(SpielAGConfig), RANDOM),
+    ours("spiel_ag_mended", CHOSEN, spiel(SpielAGConfig, **MENDED), RANDOM),
+    ours("spiel_ma", SM3, spiel(SpielMAConfig), SM3),
+    ours("gallop", (1e-3, 5e-4, 2e-3), one_shot(gallop), RANDOM),
+    ours("lift", SM3, one_shot(lift(32)), RANDOM),
+    ours("capped", (1e-3, 5e-4, 2e-3), capped(4.0), RANDOM),
+]
+ROWS = {name: method for family in _FAMILIES for name, method in family.items()}
 METHODS = {
     LORA: Method((2e-3, 1e-3, 4e-3), lambda r: LoraConfig(r=r.rank, lora_alpha=2 * r.rank, **TARGETS), is_ours=False),
-    "rand": Method(RANDOM, rand()),
-    "spiel_ag": Method(CHOSEN, spiel(SpielAGConfig)),
-    "one_shot": Method(CHOSEN, one_shot("gradient")),
-    "spiel_ma": Method(SM3, spiel(SpielMAConfig)),
+    **{name: ROWS[name] for name in ("rand", "spiel_ag", "one_shot", "spiel_ma")},
     "full": Method((2e-4, 1e-4, 4e-4), lambda _: None, trains_base=True, is_ours=False),
     "shira": Method(RANDOM, lambda r: ShiraConfig(r=r.rank, random_seed=r.seed, **TARGETS), is_ours=False),
     "super_tuning": Method(
@@ -270,9 +361,14 @@ METHODS = {
     ),
 }
 EXTRAS = {
+    **{name: row for name, row in ROWS.items() if name not in METHODS},
+    "halves": Method(RANDOM, halves.config, prepare=halves.prepare),
+    "spiel_ag_whole_update": Method(CHOSEN, spiel(SpielAGConfig, nomination_updates=1)),
+    "spiel_ag_window": Method(CHOSEN, spiel_window()),
+    "spiel_ag_window_fitted": Method(RANDOM, fitted(spiel_window())),
+    "spiel_ag_once": Method(CHOSEN, spiel(SpielAGConfig, **MENDED, reselection_until=0.25)),
     "rand_by_column": Method(RANDOM, rand(), prepare=steps_by_column),
     "one_shot_by_column": Method(RANDOM, one_shot("gradient"), prepare=steps_by_column),
-    "one_shot_by_tensor": Method((2e-3, 1e-3, 4e-3), one_shot("gradient"), prepare=steps_by_tensor),
     "one_shot_by_both": Method((2e-3, 1e-3, 4e-3), one_shot("gradient"), prepare=steps_by_both),
     "flat_gradient": Method(RANDOM, one_shot(Criterion(fisher_over_energy, ("mean",)))),
     "rand_low_rank": Method(RANDOM, rand(0.5), prepare=with_low_rank),
@@ -280,8 +376,6 @@ EXTRAS = {
     "rand_all": Method(RANDOM, rand(target_modules="all")),
     "rand_rows": Method(RANDOM, confined(0.1, 0)),
     "rand_columns": Method(RANDOM, confined(0.1, 1)),
-    "gallop": Method((1e-3, 5e-4, 2e-3), one_shot(gallop)),
-    "lift": Method(SM3, one_shot(lift(32))),
     "spiel_ag_global": Method(CHOSEN, spiel(SpielAGConfig, budget="global")),
     "spiel_ma_global": Method(SM3, spiel(SpielMAConfig, budget="global")),
     "spiel_ag_embeddings": Method(CHOSEN, with_embeddings),

@@ -98,7 +98,8 @@ def train(
         args = TrainingArguments(
             output_dir=folder,
             max_steps=options.steps - dense_steps,
-            per_device_train_batch_size=options.batch_size,
+            per_device_train_batch_size=1,
+            logging_nan_inf_filter=False,
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, options.steps // 20),
@@ -117,10 +118,23 @@ def train(
         kind = partial(SparseTrainer, dense_args=dense) if method.is_ours else Trainer
         callback = method.prepare(model, run) if method.prepare is not None else None
         callbacks = [callback] if callback is not None else []
-        trainer = kind(model=model, args=args, train_dataset=shuffled, data_collator=collate, callbacks=callbacks)
+        # Padded and on the device beforehand: several runs on one GPU wait for the processor.
+        batches = in_batches(shuffled, options.batch_size, options.steps, model.device)
+        trainer = kind(model=model, args=args, train_dataset=batches, data_collator=only, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def in_batches(rows: list[dict], size: int, count: int, device: torch.device) -> list[dict]:
+    """At most `count` batches of so many rows, in their order, a last small one among them."""
+    starts = range(0, len(rows), size)[:count]
+    return [{n: t.to(device) for n, t in collate(rows[start : start + size]).items()} for start in starts]
+
+
+def only(batches: list[dict]) -> dict:
+    """The one batch that a trainer's batch consists of."""
+    return batches[0]
 
 
 def measure(name: str, rate: float, seed: int, tasks: Tasks, options: argparse.Namespace) -> dict:
@@ -161,24 +175,26 @@ def best_rate(results: Results, name: str, seed: int) -> float | None:
     return min(found, key=lambda rate: finite(found[rate]["loss"])) if found else None
 
 
-def next_rates(rates: tuple[float, ...], results: Results, name: str, seed: int) -> list[float]:
+def next_rates(rates: tuple[float, ...], results: Results, name: str, seed: int, *, search: bool = True) -> list[float]:
     """What a method's search still wants: its own rates, then one beyond the best where that lies at an end."""
     found = rates_run(results, name, seed)
     if missing := [rate for rate in rates if rate not in found]:
         return missing
     best = best_rate(results, name, seed)
     assert best is not None
-    if len(found) >= MOST_RATES or min(found) < best < max(found):
+    if not search or len(found) >= MOST_RATES or min(found) < best < max(found):
         return []
     return [best * 2 if best == max(found) else best / 2]
 
 
-def wanted(methods: dict[str, Method], seeds: list[int], results: Results) -> list[tuple[str, float, int]]:
+def wanted(
+    methods: dict[str, Method], seeds: list[int], results: Results, *, search: bool = True
+) -> list[tuple[str, float, int]]:
     """(method, learning rate, seed) of all runs that can start now, the most telling first."""
     first = [] if results.get(UNTUNED, 0.0, seeds[0]) else [(UNTUNED, 0.0, seeds[0])]
     searched, beyond, others = [], [], []
     for name, method in methods.items():
-        missing = next_rates(method.learning_rates, results, name, seeds[0])
+        missing = next_rates(method.learning_rates, results, name, seeds[0], search=search)
         given = [rate for rate in missing if rate in method.learning_rates]
         searched += [(method.learning_rates.index(rate), (name, rate, seeds[0])) for rate in given]
         beyond += [(name, rate, seeds[0]) for rate in missing if rate not in method.learning_rates]
@@ -199,7 +215,7 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
             fields += ["reselection_steps", "estimation_steps"]
         if name == LOTTERY:
             fields += ["dense_learning_rate"]
-        if "one_shot" in name:
+        if name not in METHODS or "one_shot" in name:
             fields += ["selection_batches"]
         found = {field: getattr(options, field) for field in fields}
         return {"model": Path(options.model).name, "data": checksum, **found}
@@ -275,7 +291,8 @@ def run_all(methods: dict[str, Method], results: Results, tasks: Tasks, options,
     running: dict[Future, tuple[str, float, int]] = {}
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=quiet) as pool:
         while True:
-            free = [run for run in wanted(methods, options.seeds, results) if run not in running.values()]
+            runs = wanted(methods, options.seeds, results, search=not options.rates)
+            free = [run for run in runs if run not in running.values()]
             while free and len(running) < options.workers and time.monotonic() < end:
                 run = free.pop(0)
                 running[pool.submit(measure, *run, tasks, options)] = run
@@ -293,6 +310,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=str(MODEL), help="directory or hub id")
     parser.add_argument("--data", default=str(DATA), help="a .jsonl file, or a folder with train.jsonl and valid.jsonl")
     parser.add_argument("--methods", nargs="+", choices=list(ALL), default=list(METHODS))
+    parser.add_argument("--rates", type=int, help="so many of each method's rates, best guess first, and no search")
     parser.add_argument("--extras", action="store_true", help=f"also {', '.join(EXTRAS)}")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -329,6 +347,8 @@ def parse() -> argparse.Namespace:
 
 def chosen_methods(options: argparse.Namespace) -> dict[str, Method]:
     methods = {name: ALL[name] for name in options.methods}
+    if options.rates:
+        methods = {n: replace(m, learning_rates=m.learning_rates[: options.rates]) for n, m in methods.items()}
     for given in options.learning_rates:
         name, _, rates = given.partition("=")
         try:

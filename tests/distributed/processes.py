@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Longer than any case takes on a busy machine, so that what hangs is a failure and not a wait.
-TIMEOUT = 100
+# Seconds. Longer than any case takes, so that what hangs is a failure and not a wait; a busy machine wants more.
+TIMEOUT = int(os.environ.get("PEFT_SPARSE_DISTRIBUTED_TIMEOUT", "100"))
 
 
 def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options: Any) -> list[Any]:
@@ -59,7 +60,8 @@ def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options:
         while True:
             told.append(failures.get(timeout=0.2))
     assert not told, "\n".join(told)
-    assert not hung, f"ranks {hung} did not end"
+    stacks = [f"rank {rank} was here:\n{(folder / f'stack_{rank}.txt').read_text()}" for rank in hung]
+    assert not hung, "\n".join([f"ranks {hung} did not end within {TIMEOUT} s", *stacks])
     assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world)]
 
@@ -67,6 +69,9 @@ def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options:
 def _work(rank: int, case: Callable[..., Any], folder: str, world: int, options: dict[str, Any], failures: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # What a hang was waiting for, written before the parent ends it and before gloo's own limit.
+    stack = open(Path(folder, f"stack_{rank}.txt"), "w")  # noqa: SIM115
+    faulthandler.dump_traceback_later(TIMEOUT * 0.45, file=stack)
     try:
         if world > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))

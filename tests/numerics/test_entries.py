@@ -47,7 +47,7 @@ def case(dtype, values_dtype, count, *, index_dtype=torch.int32, device="cpu"):
 def test_kernel_equals_its_twin_bit_for_bit(kernel, dtype, values_dtype, in_place):
     for count, index_dtype in ((1, torch.int32), (1023, torch.int64), (2500, torch.int32)):
         weight, indices, values = case(dtype, values_dtype, count, index_dtype=index_dtype, device=DEVICE)
-        originals = None if in_place else torch.randn(count, device=DEVICE).to(dtype)
+        originals = None if in_place else torch.linspace(-3, 3, count, device=DEVICE).to(dtype)
         expected = weight.clone()
         entries.add_entries_plain_(expected, indices, values, originals)
         kernel(weight, indices, values, originals)
@@ -93,3 +93,14 @@ def test_special_values_are_written_as_the_twin_writes_them(kernel):
         entries.add_entries_plain_(expected, indices, values)
         kernel(found, indices, values)
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_bfloat16_values_beyond_float16_are_added_before_they_are_rounded(kernel):
+    weight = torch.tensor([-60000.0, 3e-8, 1.0], device=DEVICE).half()
+    indices = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    values = torch.tensor([100000.0, 4e-8, -70000.0], device=DEVICE).bfloat16()
+    expected = weight.clone()
+    entries.add_entries_plain_(expected, indices, values)
+    kernel(weight, indices, values)
+    assert torch.equal(weight, expected)
+    assert weight[0] == 40352.0  # -60000 + 100352, which is what bfloat16 makes of 100000

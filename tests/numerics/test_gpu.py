@@ -174,6 +174,10 @@ def test_special_written_entries(kernel):  # noqa: F811
     test_entries.test_special_values_are_written_as_the_twin_writes_them(kernel)
 
 
+def test_entries_beyond_the_range_of_float16(kernel):  # noqa: F811
+    test_entries.test_bfloat16_values_beyond_float16_are_added_before_they_are_rounded(kernel)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_masked_linear(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -445,19 +449,21 @@ def test_saved_there_and_loaded_here(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_autocast_stays_close_to_float64(dtype):
-    config = RandConfig(density=0.1, init_weights=False)
+def test_autocast_is_as_close_to_float64_as_a_dense_model(dtype):
     torch.manual_seed(1)
-    model = get_peft_model(llama(), config)
-    exact = copy.deepcopy(model).double()
-    model = model.to(DEVICE)
-    with torch.autocast(DEVICE, dtype=dtype):
-        loss = loss_of(model, ids())
-    loss.backward()
+    model = get_peft_model(llama(), RandConfig(density=0.1, init_weights=False))
+    dense = copy.deepcopy(model).merge_and_unload().requires_grad_()
+    exact = copy.deepcopy(dense).double()
+    for own in (model.to(DEVICE), dense.to(DEVICE)):
+        with torch.autocast(DEVICE, dtype=dtype):
+            loss = loss_of(own, ids())
+        loss.backward()
     loss_of(exact, ids(device="cpu")).backward()
-    found = {name: delta.values.grad for name, _, _, delta in iter_deltas(exact)}
     for name, _, _, delta in iter_deltas(model):
-        assert relative_error(delta.values.grad.cpu(), found[name]) < 0.05, name
+        support = delta.indices.cpu().long()
+        expected, plain = (twin.get_parameter(name).grad.cpu().view(-1)[support] for twin in (exact, dense))
+        found = delta.values.grad.cpu()
+        assert relative_error(found, expected) < 2 * relative_error(plain, expected) + 1e-3, name
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("rand", "adamw"), ("ag", "sparse_adamw"), ("ma", "sm3")])

@@ -26,7 +26,7 @@ RANKS = [
     ["errors", "_peft_bridge"],
     ["files", "checks", "untrusted", "tables"],
     ["core"],
-    ["selection", "typology"],
+    ["selection", "typology", "parsing"],
     ["optim"],
     ["composition"],
     ["checkpoints"],

@@ -40,6 +40,10 @@ def _add(  # type: ignore[no-untyped-def]
 def add_entries_(flat: Tensor, indices: Tensor, values: Tensor, originals: Tensor | None = None) -> None:
     """`entries.add_entries_` for tensors on CUDA, or anywhere under triton's interpreter."""
     count = indices.numel()
+    if (flat.dtype, values.dtype) == (torch.float16, torch.bfloat16):
+        # Seeing both widened for the sum and the sum narrowed to float16, LLVM adds in float16 instead. That is exact
+        # for a narrower significand, but a bfloat16 may lie beyond float16's range.
+        values = values.float()
     is_wide = torch.float64 in (flat.dtype, values.dtype)
     guard: Any = torch.cuda.device(flat.device) if flat.is_cuda else nullcontext()
     with guard:

@@ -29,13 +29,14 @@ class LanguageSwitch(TrainerCallback):
     Args:
         model: whose forward is watched: the PeftModel that the trainer gets.
         languages: the names that batches of training have: `MultiSourceDataset.languages`.
+        sources: names of the sources, `MultiSourceDataset.names`, to count batches of these as well.
         activate: called as activate(model, language) before the forward, which then does not get "language";
             `language_below_task` makes one. None for a model that takes `language` itself, as MAD-G does, whose active
             adapters have the vectors of all `languages` saved with them then: another process may see other languages
             than the one that writes the files.
 
     Attributes:
-        counts: {language: batches of training}, of this process.
+        counts: {language: batches of training}, of this process; the sources' beside them.
 
     Raises:
         ConfigError: a MAD-G adapter has no vector for one of the languages; or, in the forward, a batch without a
@@ -50,11 +51,13 @@ class LanguageSwitch(TrainerCallback):
         languages: Iterable[str],
         *,
         activate: Callable[[Any, str], object] | None = None,
+        sources: Iterable[str] = (),
     ) -> None:
-        self.counts = dict.fromkeys(languages, 0)
+        self._languages = tuple(dict.fromkeys(languages))
+        self.counts = dict.fromkeys((*self._languages, *sources), 0)
         self._activate = activate
         if activate is None:
-            look_up_languages(model, self.counts)
+            look_up_languages(model, self._languages)
         self._before: dict[str, int] = {}
         self._totals: dict[str, int] = dict(self.counts)
         self._handle = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
@@ -81,9 +84,12 @@ class LanguageSwitch(TrainerCallback):
                 "data for evaluation with evaluation_batches"
             )
         if model.training:
-            if language not in self.counts:
-                raise ConfigError(f"language must be one of {sorted(self.counts)} in training, got {language!r}")
+            if language not in self._languages:
+                raise ConfigError(f"language must be one of {sorted(self._languages)} in training, got {language!r}")
             self.counts[language] += 1
+            source = getattr(language, "source", None)
+            if source in self.counts and source != language:
+                self.counts[source] += 1
         if self._activate is None:
             return args, kwargs
         self._activate(model, language)
@@ -133,11 +139,12 @@ class LanguageSwitch(TrainerCallback):
         state.stateful_callbacks[_STATE] = dict(self._totals)
 
 
-def language_below_task(adapters: Mapping[str, str], task: str) -> Callable[[PeftModel, str], None]:
+def language_below_task(adapters: Mapping[str, str | None], task: str) -> Callable[[PeftModel, str], None]:
     """An `activate` for `LanguageSwitch`: the batch's language adapter, frozen, and the task adapter, which trains.
 
     Args:
-        adapters: {language: name of its adapter in the model}.
+        adapters: {language: name of its adapter in the model}; None for one without, under which the task adapter is
+            alone (thesis 6.3.1).
         task: name of the task adapter.
 
     Returns:
@@ -148,9 +155,11 @@ def language_below_task(adapters: Mapping[str, str], task: str) -> Callable[[Pef
     def activate(model: PeftModel, language: str) -> None:
         if language not in known:
             raise ConfigError(f"language must be one that has an adapter ({sorted(known)}), got {language!r}")
-        wanted = [known[language], task]
+        below = known[language]
+        wanted = [task] if below is None else [below, task]
         if list(model.active_adapters) != wanted:
             model.base_model.set_adapter(wanted)
-            model.base_model.set_requires_grad(known[language], requires_grad=False)
+            if below is not None:
+                model.base_model.set_requires_grad(below, requires_grad=False)
 
     return activate

@@ -7,6 +7,7 @@ and so languages, of its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...checks import check_one_of
 from ...errors import ConfigError
+from .mixture import DRAWS, EXACT, INDEPENDENT, BatchLanguage, Source, as_sources, exact_schedule
+
+logger = logging.getLogger(__name__)
 
 LANGUAGE = "language"
 
@@ -25,23 +30,32 @@ class LanguageBatch:
     """Examples of one language, not collated yet.
 
     Attributes:
-        language: its name in the sources.
+        language: its code; of a mixture of `Source`s a `BatchLanguage`.
         examples: as the source gives them, typically {"input_ids": [...], ...}.
         seed: for what is drawn at random when it is collated, such as masks.
+        source: name of the source; empty in evaluation.
     """
 
     language: str
     examples: tuple[Any, ...]
     seed: int
+    source: str = ""
 
 
-def sampling_probabilities(sizes: Mapping[str, int], *, cap: int = 500_000, exponent: float = 0.5) -> dict[str, float]:
-    """How often each language is drawn: proportional to min(size, cap) ** exponent.
+def sampling_probabilities(
+    sizes: Mapping[str, int],
+    *,
+    cap: int = 500_000,
+    exponent: float = 0.5,
+    upsampling: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """How often each language is drawn: proportional to upsampling * min(size, cap) ** exponent.
 
     Args:
         sizes: {language: number of examples}, each >= 1.
         cap: >= 1; what a language has beyond it does not make it more likely.
         exponent: in [0, 1]; 1 is proportional to size, 0 the same for all.
+        upsampling: {language: factor}; 1 for those that it leaves out.
 
     Returns:
         {language: probability}, with sum 1.
@@ -57,7 +71,8 @@ def sampling_probabilities(sizes: Mapping[str, int], *, cap: int = 500_000, expo
         raise ConfigError(f"cap must be >= 1 examples, got {cap}")
     if not 0 <= exponent <= 1:
         raise ConfigError(f"exponent must be in [0, 1], got {exponent}")
-    weights = {language: min(size, cap) ** exponent for language, size in sizes.items()}
+    factors = upsampling or {}
+    weights = {name: factors.get(name, 1.0) * min(size, cap) ** exponent for name, size in sizes.items()}
     total = sum(weights.values())
     return {language: weight / total for language, weight in weights.items()}
 
@@ -69,22 +84,33 @@ class MultiSourceDataset(Dataset[LanguageBatch]):
     `batch_size=1`. Languages are drawn independently, with `sampling_probabilities`; the examples of a language come in
     random order, each once before any comes again. Item i depends on nothing but the arguments and i.
 
+    A language may have several sources, such as a few labelled rows that count tenfold beside translated ones: give
+    `Source`s under names of your own. A source is drawn with a probability proportional to
+    upsampling * min(size, cap) ** exponent, so exponent=1 is thesis chapter 6. How much of each source there will be is
+    said in the log (INFO).
+
     In several processes a trainer hands different items to different ranks: each step sees as many languages as there
     are ranks and gradients to accumulate. Adapters that are trained for one language each would get no gradient in some
     ranks then (DDP: `ddp_find_unused_parameters=True`); a generator, or a task adapter above frozen ones, always does.
 
     Args:
-        sources: {language: examples}, each a sequence (list, `datasets.Dataset`, ...) with a length.
+        sources: {language: examples}, each a sequence (list, `datasets.Dataset`, ...) with a length; or
+            {name: Source}.
         num_batches: for the whole training: steps * gradient accumulation * processes. In a second epoch the same
             batches would come again, with the same masks.
         batch_size: examples in a batch.
         cap, exponent: of `sampling_probabilities`. Unlike in the thesis, examples beyond `cap` are drawn too.
         seed: of languages, orders and masks.
+        draw: "independent", or "exact": every epoch has the same number of batches of each source,
+            upsampling * ceil(size / batch_size) at exponent=1 (see `batches_of_an_epoch`), in random order. With few
+            examples the difference matters.
 
     Attributes:
-        languages: names [L], in the order of `sources`.
-        probabilities: {language: probability}.
-        schedule: [num_batches] int16, which language each batch is in.
+        sources: {name: examples}.
+        names: of the sources [S], in their order; the languages, unless there are `Source`s.
+        languages: those of the sources, each once.
+        probabilities: {name: probability, or share of an epoch}.
+        schedule: [num_batches] int16, which source each batch is of.
 
     Raises:
         ConfigError: an empty source, or a number out of range.
@@ -95,57 +121,86 @@ class MultiSourceDataset(Dataset[LanguageBatch]):
 
     def __init__(
         self,
-        sources: Mapping[str, Sequence[Any]],
+        sources: Mapping[str, Sequence[Any] | Source],
         *,
         num_batches: int,
         batch_size: int,
         cap: int = 500_000,
         exponent: float = 0.5,
         seed: int = 0,
+        draw: str = INDEPENDENT,
     ) -> None:
+        check_one_of("draw", draw, DRAWS)
         for name, number in (("num_batches", num_batches), ("batch_size", batch_size)):
             if number < 1:
                 raise ConfigError(f"{name} must be >= 1, got {number}")
-        self.sources = dict(sources)
+        self._known = as_sources(sources)
+        self.sources = {name: source.examples for name, source in self._known.items()}
         self.batch_size = batch_size
         self.seed = seed
-        self.languages = tuple(self.sources)
-        sizes = {language: len(examples) for language, examples in self.sources.items()}
-        self.probabilities = sampling_probabilities(sizes, cap=cap, exponent=exponent)
-        chances = torch.tensor([self.probabilities[language] for language in self.languages], dtype=torch.float64)
-        drawn = torch.multinomial(chances, num_batches, replacement=True, generator=_generator(seed, 0, 0))
-        self.schedule = drawn.to(torch.int16)
+        self.names = tuple(self.sources)
+        self.languages = tuple(dict.fromkeys(source.language for source in self._known.values()))
+        sizes = {name: len(examples) for name, examples in self.sources.items()}
+        upsampling = {name: source.upsampling for name, source in self._known.items()}
+        self.probabilities = sampling_probabilities(sizes, cap=cap, exponent=exponent, upsampling=upsampling)
+        generator = _generator(seed, 0, 0)
+        if draw == EXACT:
+            how = {"num_batches": num_batches, "batch_size": batch_size, "cap": cap, "exponent": exponent}
+            self.schedule, self.probabilities = exact_schedule(self._known, **how, generator=generator)
+        else:
+            chances = torch.tensor([self.probabilities[name] for name in self.names], dtype=torch.float64)
+            drawn = torch.multinomial(chances, num_batches, replacement=True, generator=generator)
+            self.schedule = drawn.to(torch.int16)
         self._turns = torch.zeros(num_batches, dtype=torch.int32)
-        for place in range(len(self.languages)):
-            own = drawn == place
+        for place in range(len(self.names)):
+            own = self.schedule == place
             self._turns[own] = torch.arange(int(own.sum()), dtype=torch.int32)
         self._orders: dict[int, tuple[int, Tensor]] = {}
+        self._log_counts()
 
     def __len__(self) -> int:
         return len(self.schedule)
 
     def __getitem__(self, item: int) -> LanguageBatch:
         place = int(self.schedule[item])
-        language = self.languages[place]
-        examples = self.sources[language]
+        name = self.names[place]
+        examples = self.sources[name]
+        language = self._known[name].language
         first = int(self._turns[item]) * self.batch_size
         chosen = []
         for position in range(first, first + self.batch_size):
             turn, index = divmod(position, len(examples))
             chosen.append(examples[int(self._order(place, turn)[index])])
-        return LanguageBatch(language, tuple(chosen), _mixed(self.seed, 1, item % len(self)))
+        seed = _mixed(self.seed, 1, item % len(self))
+        return LanguageBatch(BatchLanguage(language, name) if name != language else language, tuple(chosen), seed, name)
 
     @property
     def counts(self) -> dict[str, int]:
-        """{language: number of its batches}."""
-        counts = torch.bincount(self.schedule.long(), minlength=len(self.languages))
-        return dict(zip(self.languages, counts.tolist(), strict=True))
+        """{name of a source: number of its batches}."""
+        counts = torch.bincount(self.schedule.long(), minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def _log_counts(self) -> None:
+        """What the mixture comes to: nothing here oversamples in silence."""
+        for name, count in self.counts.items():
+            source = self._known[name]
+            logger.info(
+                "%s (%s, %s): %d examples, upsampling %g, %d of %d batches, each example %.2f times",
+                name,
+                source.language,
+                source.origin,
+                len(source.examples),
+                source.upsampling,
+                count,
+                len(self),
+                count * self.batch_size / len(source.examples),
+            )
 
     def _order(self, place: int, turn: int) -> Tensor:
         """In which order a language's examples come when all of them come for the `turn`-th time."""
         kept = self._orders.get(place)
         if kept is None or kept[0] != turn:
-            size = len(self.sources[self.languages[place]])
+            size = len(self.sources[self.names[place]])
             kept = turn, torch.randperm(size, generator=_generator(self.seed, 2 + place, turn))
             self._orders[place] = kept
         return kept[1]

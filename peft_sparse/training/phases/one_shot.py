@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core.indices import index_dtype
 from ...errors import ConfigError
-from ...selection.criteria import WEIGHT, Criterion, GradientMeans, resolve_criterion
+from ...selection.criteria import WEIGHT, Criterion, GradientMeans, criterion_name, resolve_criterion
 from ...selection.rows import RowConfinement
 from ...selection.shortlist import Shortlist
 from ...tuners.common.base_model import base_model_of
@@ -22,11 +22,13 @@ from ...tuners.common.targets import targets_of
 from ...tuners.sparse_ft.chosen import check_scores
 from ...tuners.sparse_ft.configs.base import GRADIENTS, SparseConfig
 from ...tuners.sparse_ft.configs.one_shot import OneShotConfig
+from ...tuners.sparse_ft.configs.spiel import SpielConfig
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.support import plan_groups
 from ...tuners.sparse_ft.unselected import is_unselected
 from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar
+from ..spiel.reselector import iter_reselectors
 from .gradient_means import LossFunction, gradient_means
 from .phase import Phase, first_phase
 from .targets import Target, adapter_config, check_active, refuse_wrapper, targets_of_adapter
@@ -51,7 +53,7 @@ def select_by_gradients(
     mode (`model.eval()` first selects without dropout), buffers, gradients, or the state of torch's generators.
 
     Args:
-        model: a PeftModel (or a tuner) with such an adapter, active and without weights yet. Not wrapped: DDP is made
+        model: a PeftModel (or a tuner) with such an adapter (SpIEL with an `initial_support` among them), active and without weights yet. Not wrapped: DDP is made
             afterwards. In several processes each gives its share of every batch, and all choose alike.
         batches: the first `selection_batches` of these are kept and used; on the model's device, unless `loss_fn` sees
             to that.
@@ -92,12 +94,15 @@ def select_by_gradients(
         )
     selection = _select(model, config, criterion, targets, kept, loss_fn or _own_loss)
     _apply(config, targets, selection)
+    for reselector in iter_reselectors(model):
+        if reselector.adapter_name == adapter_name:
+            reselector.begin_window()
     logger.info(
         "adapter %r: selected %d of %d weights by criterion %r over %d batches",
         adapter_name,
         sum(chosen.numel() for chosen in selection.values()),
         sum(target.delta.numel for target in targets),
-        config.to_dict()["criterion"],
+        criterion_name(config.criterion),
         len(kept),
     )
     return selection
@@ -193,7 +198,7 @@ _SELECT_FIRST = (
 
 def _select(
     model: nn.Module,
-    config: OneShotConfig,
+    config: OneShotConfig | SpielConfig,
     criterion: Criterion,
     targets: Sequence[Target],
     batches: Sequence[Any],
@@ -270,7 +275,7 @@ def _own_loss(model: Any, batch: Any) -> Tensor:
 
 
 def _check_adapter(adapter_name: str, config: SparseConfig) -> Criterion:
-    if not isinstance(config, OneShotConfig) or config.selected_by != GRADIENTS:
+    if not isinstance(config, (OneShotConfig, SpielConfig)) or config.selected_by != GRADIENTS:
         how = f"criterion {config.criterion!r}" if isinstance(config, OneShotConfig) else f"method {config.method!r}"
         raise ConfigError(
             f"adapter {adapter_name!r} has the {how}, which no gradients choose the weights of. For one that they do "

@@ -23,9 +23,11 @@ from ..distributed import means_over_ranks
 # Active weights that are watched along with the candidates. The gradient that the optimizer sees is known for them, so
 # they tell by how much clipping and loss scaling changed it.
 NUM_PROBES = 16
+# Positions that are tracked while candidates are nominated over several updates, per candidate.
+TRACKED = 2
 
 
-ESTIMATE_PARTS = ("indices", "nominated", "total", "total_squared", "updates")
+ESTIMATE_PARTS = ("indices", "nominated", "total", "total_squared", "updates", "scale")
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Estimate:
         total: [c] float32, sum of the updates' gradients.
         total_squared: [c] float32, sum of their squares.
         updates: how many updates are in the sums.
+        scale: what clipping and unscaling made of the last update's gradients; states of older versions lack it.
     """
 
     indices: Tensor
@@ -45,6 +48,7 @@ class Estimate:
     total: Tensor
     total_squared: Tensor
     updates: int = 0
+    scale: float = 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of its parts, by name."""
@@ -53,8 +57,9 @@ class Estimate:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device) -> Estimate:
         """What `state_dict` was taken of, on a device."""
-        tensors = {part: state[part].to(device, copy=True) for part in ESTIMATE_PARTS if part != "updates"}
-        return cls(**tensors, updates=int(state["updates"]))
+        numbers = {"updates": int(state["updates"]), "scale": float(state.get("scale", 1.0))}
+        tensors = {part: state[part].to(device, copy=True) for part in ESTIMATE_PARTS if part not in numbers}
+        return cls(**tensors, **numbers)
 
     @property
     def mean(self) -> Tensor:
@@ -71,7 +76,11 @@ class GradientTap:
     """Watches the gradient of one tuned tensor through one window (`core.observer.GradientObserver`).
 
     The first backward pass hands over the whole gradient, of which the candidates are the largest entries; every later
-    one is sampled at the watched positions alone. What the micro-batches of one update add up to is kept apart until
+    one is sampled at the watched positions alone. With `nomination_updates` = n the backward passes of the first n
+    updates all hand over the whole gradient: of each, and of the sums so far, the `TRACKED` * c positions that are
+    largest together are kept, and the c largest of those are the candidates when the n updates are over. So the sums
+    are those of the updates' gradients but for what a position had before it came in, which was less than what was kept
+    then; and memory stays linear in c. What the micro-batches of one update add up to is kept apart until
     `end_update`, so that an update that is skipped (a loss scaler that met an overflow) leaves no trace.
 
     A layer that is used several times in a pass shows the gradient of each use; they are added up before anything is
@@ -85,6 +94,7 @@ class GradientTap:
         name: of the tuned tensor.
         delta: the adapter's delta on the tensor.
         num_candidates: c, how many positions to nominate.
+        nomination_updates: n >= 0, over how many updates; 0 for the first backward pass alone.
         estimate: sums to go on with, of a window that was interrupted.
         num_rows: candidates lie in so many rows at most, among them those of the support; None: anywhere.
         rows_anew: the support's own rows do not count, for all of it is about to be replaced.
@@ -100,6 +110,7 @@ class GradientTap:
         delta: AdapterDelta,
         *,
         num_candidates: int,
+        nomination_updates: int = 0,
         estimate: Estimate | None = None,
         num_rows: int | None = None,
         rows_anew: bool = False,
@@ -109,6 +120,7 @@ class GradientTap:
         self._num_rows = num_rows
         self._rows_anew = rows_anew
         self._num_candidates = min(num_candidates, delta.numel)
+        self._nomination_updates = nomination_updates
         self.estimate = estimate
         self.met_infinity = False
         # Sum over the micro-batches of the update that is under way, as the backward passes gave them.
@@ -117,14 +129,21 @@ class GradientTap:
         self._uses: Tensor | None = None
         self._pass = -1
         self._handle: RemovableHandle | None = None
+        # Watched active weights, while positions come and go.
+        self._probes: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins between two updates.
-        return {**vars(self), "_current": None, "_uses": None, "_pass": -1, "_handle": None}
+        return {**vars(self), "_current": None, "_uses": None, "_pass": -1, "_handle": None, "_probes": None}
+
+    @property
+    def is_nominating(self) -> bool:
+        """Whether the candidates are still being chosen."""
+        return self.estimate is None or self.estimate.updates < self._nomination_updates
 
     def wanted(self) -> Tensor | None:
         """The watched positions; None before they are chosen."""
-        return None if self.estimate is None else self.estimate.indices
+        return None if self.is_nominating or self.estimate is None else self.estimate.indices
 
     def receive(self, gradient: Tensor) -> None:
         """Add the gradient of one use of the tensor in a backward pass."""
@@ -164,34 +183,92 @@ class GradientTap:
         gradient, self._uses = self._uses, None
         if gradient is None:
             return
-        if self.estimate is None:
+        if self.is_nominating:
             (mean,) = means_over_ranks([gradient], what=self._name)
             if not bool(torch.isfinite(mean).all()):
                 self.met_infinity = True
                 return  # an overflow under a loss scaler, whose update will be skipped
+            if self._nomination_updates:
+                self._track(mean)
+                return
             self.estimate = self._nominate(mean)
             gradient = gradient[self.estimate.indices.long()]
         self._current = gradient if self._current is None else self._current.add_(gradient)
 
     def _nominate(self, gradient: Tensor) -> Estimate:
         size = gradient.abs()
-        active = self._delta.indices
-        probes = active[size[active.long()].topk(min(NUM_PROBES, active.numel())).indices].sort().values
-        nominees = self._largest(size)
-        indices = union([nominees, probes])
-        zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=gradient.device)
-        return Estimate(indices, positions(nominees, indices)[1], zeros, zeros.clone())
+        return _estimate_of(self._largest(size, self._num_candidates), self._choose_probes(size))
 
-    def _largest(self, size: Tensor) -> Tensor:
-        """Positions of the largest entries, in the rows that may be used."""
+    def _choose_probes(self, size: Tensor) -> Tensor:
+        active = self._delta.indices
+        return active[size[active.long()].topk(min(NUM_PROBES, active.numel())).indices].sort().values
+
+    def _track(self, gradient: Tensor) -> None:
+        """Add a whole gradient to the sums, and keep the positions that are largest with it in them."""
+        old, current = self.estimate, self._current
+        total = gradient.clone()
+        if old is not None:
+            # The sums are of gradients as the optimizer saw them, and this one has yet to be clipped.
+            before = old.total / old.scale
+            total[old.indices.long()] += before if current is None else before + current
+        size = total.abs()
+        if current is None or self._probes is None:
+            # Chosen with an update's first pass, so that they see all of it.
+            self._probes = self._choose_probes(size)
+        new = _estimate_of(self._largest(size, min(TRACKED * self._num_candidates, size.numel())), self._probes)
+        self._current = gradient[new.indices.long()]
+        if old is not None:
+            where, found = positions(old.indices, new.indices)
+            kept = where[found]
+            new.total[found], new.total_squared[found] = old.total[kept], old.total_squared[kept]
+            new.updates, new.scale = old.updates, old.scale
+            if current is not None:
+                self._current[found] += current[kept]
+        self.estimate = new
+
+    def count(self, given: Tensor, scale: float) -> None:
+        """Add the gradient of an update that was made to the sums.
+
+        Args:
+            given: [c] at the watched positions, as the backward passes gave it.
+            scale: what clipping and unscaling made of it.
+        """
+        estimate = self.estimate
+        assert estimate is not None
+        gradient = given * scale
+        square = gradient.square()
+        estimate.scale = scale or estimate.scale
+        if self.is_nominating and estimate.updates:
+            # Of a position that has just come in, earlier updates are taken to have been as large as this one, so that
+            # its mean square, by which its steps will be divided, does not come out too small.
+            square = torch.where(estimate.total_squared == 0, square * (estimate.updates + 1), square)
+        estimate.total += gradient
+        estimate.total_squared += square
+        nominated, estimate.updates = self.is_nominating, estimate.updates + 1
+        if nominated and self._nomination_updates and not self.is_nominating:
+            self._settle(estimate)
+
+    def _settle(self, tracked: Estimate) -> None:
+        """End the nomination: the largest sums are the candidates."""
+        among = tracked.nominated.nonzero().squeeze(1)
+        best = top_k(tracked.total[among].abs(), min(self._num_candidates, among.numel()), name="the gradient").long()
+        probes = tracked.indices[~tracked.nominated] if self._probes is None else self._probes
+        new = _estimate_of(tracked.indices[among[best]], probes)
+        where, _ = positions(tracked.indices, new.indices)
+        new.total, new.total_squared = tracked.total[where], tracked.total_squared[where]
+        new.updates, new.scale = tracked.updates, tracked.scale
+        self.estimate, self._probes = new, None
+
+    def _largest(self, size: Tensor, num: int) -> Tensor:
+        """Positions of the `num` largest entries, in the rows that may be used."""
         if self._num_rows is None:
-            return top_k(size, self._num_candidates, name="the gradient")
+            return top_k(size, num, name="the gradient")
         shape = self._delta.shape
         by_row = size.view(shape[0], -1)
         kept = None if self._rows_anew else rows_of(self._delta.indices, shape)
         rows = best_rows(by_row, self._num_rows, name="the gradient", kept=kept)
         inside = by_row[rows]
-        return in_whole(top_k(inside, min(self._num_candidates, inside.numel()), name="the gradient"), rows, shape)
+        return in_whole(top_k(inside, min(num, inside.numel()), name="the gradient"), rows, shape)
 
     def _begins_update(self) -> bool:
         """Whether the update that the sums so far belong to was skipped: it ended in zero_grad without a step."""
@@ -257,9 +334,19 @@ class GradientTap:
         if gradient is None:
             return 0.0, 0.0
         where, is_active = positions(self._delta.indices, self.estimate.indices)
+        if self._probes is not None:
+            # What came in with a later micro-batch has not seen all of the update.
+            is_active = is_active & positions(self._probes, self.estimate.indices)[1]
         seen = whole(gradient).to(given.device)[where[is_active]].double()
         probes = given[is_active].double()
         return float(seen @ probes), float(probes @ probes)
+
+
+def _estimate_of(nominees: Tensor, probes: Tensor) -> Estimate:
+    """Sums of zero at candidates and probes, both [n] sorted positions."""
+    indices = union([nominees, probes])
+    zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device)
+    return Estimate(indices, positions(nominees, indices)[1], zeros, zeros.clone())
 
 
 def not_finite(name: str, what: str) -> SelectionError:
@@ -302,7 +389,4 @@ def end_update(taps: Iterable[GradientTap], *, what: str) -> None:
     # What clipping and unscaling made of the gradients; 1 where no watched weight had any.
     scale = sum(product for product, _ in terms) / norm if norm else 1.0
     for tap, total in finite:
-        gradient = total * scale
-        tap.estimate.total += gradient
-        tap.estimate.total_squared += gradient.square()
-        tap.estimate.updates += 1
+        tap.count(total, scale)

@@ -16,13 +16,14 @@ from ...core.observer import current_pass, is_within_another
 from ...core.sharded import whole
 from ...errors import ConfigError
 from ...optim.reindex import reindex, state_holders
+from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ...selection.rows import num_rows
 from ...selection.schedule import Schedule
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
-from ...tuners.sparse_ft.drivers import DRIVERS, drivers_of
+from ...tuners.sparse_ft.drivers import DRIVERS, iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .clock import check_clock
@@ -153,6 +154,8 @@ class Reselector:
         if self.update:
             self._continues = True
             self.skip_to(0)
+        elif not self.is_restored:
+            self.begin_window()
         self.set_total_steps(total_steps)
 
     def skip_to(self, update: int) -> None:
@@ -260,6 +263,11 @@ class Reselector:
 
     # ---- the window ----------------------------------------------------------------------------
 
+    def begin_window(self) -> None:
+        """Begin the window that is open anew, for the support that there is now; nothing outside of windows."""
+        self._close_window()
+        self._open_window()
+
     def _open_window(self, estimates: dict[str, Estimate] | None = None) -> None:
         if not isinstance(self.config, SpielAGConfig):
             return
@@ -276,6 +284,7 @@ class Reselector:
                 name,
                 delta,
                 num_candidates=num_candidates,
+                nomination_updates=self.config.nomination_updates,
                 estimate=estimate,
                 num_rows=num_rows(self.config.support_rows, delta.shape),
                 rows_anew=end is not None and self.schedule.rate(end) == 1,
@@ -439,7 +448,8 @@ class Reselector:
             if f"last_values.{name}" in state:
                 self._last_values[name] = state[f"last_values.{name}"].to(device, copy=True)
             if f"window.indices.{name}" in state:
-                window = {part: state[f"window.{part}.{name}"] for part in ESTIMATE_PARTS}
+                parts = {part: f"window.{part}.{name}" for part in ESTIMATE_PARTS}
+                window = {part: state[key] for part, key in parts.items() if key in state}
                 estimates[name] = Estimate.from_state_dict(window, device)
         if self._covers is not None:
             self._covers.load_state_dict(
@@ -454,6 +464,8 @@ def _before_step(watched: tuple[Reselector, ...], step: Step) -> None:
 
 
 def _after_step(watched: tuple[Reselector, ...], step: Step) -> None:
+    # Once the support has changed, what a step changed could not be told any more.
+    end_step(step)
     for reselector in watched:
         reselector.after_step(step)
 
@@ -465,7 +477,7 @@ stepped: StepWatch[Reselector] = StepWatch(register_optimizer_step_post_hook, _a
 
 def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:
     """The reselectors that drive adapters of a model."""
-    for driver in drivers_of(base_model_of(model)).values():
+    for driver in iter_drivers(base_model_of(model)):
         if isinstance(driver, Reselector):
             yield driver
 

@@ -58,6 +58,7 @@ def _check_window(state: Mapping[str, Tensor], parameter: str, delta: AdapterDel
         key = f"window.{part}.{parameter}"
         if key not in state:
             raise FormatError(f"{name}: tensor {key!r} is missing.")
+        _check_shape(state, f"window.scale.{parameter}", (), name)
         _check_shape(state, key, () if part == "updates" else (indices.numel(),), name)
 
 

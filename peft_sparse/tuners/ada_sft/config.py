@@ -88,7 +88,7 @@ class AdaSftConfig(WeightConfig):
     target_parameters = None
     counts: ClassVar[None] = None
     target_biases: ClassVar[bool] = False
-    target_norms: ClassVar[bool] = False
+    target_norms: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..common.base_model import base_model_of, path_in_base
-from ..common.keys import modules_around_adapters
+from ..common.base_model import iter_tuned
 from .layer import Linear
 from .masked_weight import MaskedWeight
 
 
 def iter_masked_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """(path in the base model, layer) of every layer that carries masks."""
-    for name, module in modules_around_adapters(base_model_of(model)):
-        if isinstance(module, Linear):
-            yield path_in_base(name), module
+    return iter_tuned(model, Linear)
 
 
 def iter_masked(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Linear, MaskedWeight]]:

@@ -19,6 +19,7 @@ from ..common.base_module import called, foreign_forward, has_foreign_forward, h
 from ..common.layer import WeightLayer, not_finite, not_whole
 from ..common.packed import find_backend, is_packed
 from ..common.shown_state import ShownState
+from ..common.target_checks import NotInThisStateError
 from .masked_weight import MaskedWeight
 
 
@@ -207,7 +208,7 @@ def check_linear(module: nn.Module, name: str) -> None:
     leave_out = f"Leave it out with exclude_modules=[{name!r}]"
     weight = getattr(module, "weight", None)
     if find_backend(module) is not None or (isinstance(weight, Tensor) and is_packed(weight)):
-        raise ConfigError(
+        raise NotInThisStateError(
             f"{name} is quantised ({type(module).__name__}), and Ada-SFT multiplies every weight by a mask of its own: "
             "the result would have to be kept unquantised, whole. Load the base model unquantised, or use a method "
             "that tunes few weights: SpIEL (SpielAGConfig), or Rand-SFT (RandConfig)."
@@ -221,7 +222,7 @@ def check_linear(module: nn.Module, name: str) -> None:
             f"transformers' Conv1D. {leave_out}, or train it whole with modules_to_save=[{name!r}]."
         )
     if is_sharded(module.weight):
-        raise ConfigError(
+        raise NotInThisStateError(
             f"{name} is sharded already, and an adapter added now would be left out of that. Add the adapter to the "
             "whole model, then shard it."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +11,11 @@ from ..._peft_bridge import _ExcludedModule
 from ...errors import ConfigError
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of
+from ..common.combining import Combined
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.ties import forget_broken_ties
-from ..common.tuner import WeightTuner, adding
+from ..common.tuner import WeightTuner
 from ..common.unfinished import announce
 from . import compose, state
 from .config import MASK, AdaSftConfig
@@ -42,41 +42,23 @@ class AdaSftModel(WeightTuner):
 
     # ---- injection -------------------------------------------------------------------------------
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
+    def _plan(
+        self, config: AdaSftConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
     ) -> None:
-        """Add an adapter to the model (called by PEFT).
+        if state_dict is not None:
+            config.phase = state.phase_of(state_dict)
+        self._request = copy.copy(config)
+        self._targets = find_targets(self._request, model)
+        modules = dict(named_targets(model))
+        refused: dict[str, ConfigError] = {}
+        for name in self._targets:
+            try:
+                check_linear(modules[name], name)
+            except ConfigError as error:
+                refused[name] = error
+        refuse_unsupported(refused, [name for name in self._targets if name not in refused])
 
-        All that can be refused is refused before the first module is touched.
-
-        Raises:
-            ConfigError: a targeted module is no linear layer, or is quantised.
-        """
-        with adding(self, model, adapter_name) as config:
-            if state_dict is not None:
-                config.phase = state.phase_of(state_dict)
-            self._request = copy.copy(config)
-            self._targets = find_targets(self._request, model)
-            modules = dict(named_targets(model))
-            refused: dict[str, ConfigError] = {}
-            for name in self._targets:
-                try:
-                    check_linear(modules[name], name)
-                except ConfigError as error:
-                    refused[name] = error
-            refuse_unsupported(refused, [name for name in self._targets if name not in refused])
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+    def _complete(self, config: AdaSftConfig, model: nn.Module, adapter_name: str, requested: AdaSftConfig) -> None:
         config.target_modules = stored_target_modules(self._request, self._targets)
         if config.phase == MASK:
             announce()
@@ -163,20 +145,5 @@ class AdaSftModel(WeightTuner):
 
     # ---- composition -----------------------------------------------------------------------------
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        head_from: str | None = None,
-    ) -> None:
-        """Make a new adapter out of others. See `compose.add_weighted_adapter`."""
-        compose.add_weighted_adapter(
-            self,
-            list(adapters),
-            list(weights),
-            adapter_name,
-            combination_type=combination_type,
-            head_from=head_from,
-        )
+    def _combine(self, adapters: list[str], weights: list[float], fields: dict[str, Any], **how: Any) -> Combined:
+        return compose.combined(self, adapters, weights, fields, **how)

@@ -1,47 +1,42 @@
-"""add_weighted_adapter: the mean of adapters of equal shape, as a new one."""
+"""The mean of bottleneck adapters: what `add_weighted_adapter` puts into a new one."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..common.combining import check_names, choose_head, copy_heads
+from ..common.combining import Combined
 from .weights import iter_layers
-
-if TYPE_CHECKING:
-    from .model import BottleneckModel
 
 # The fields in which averaged adapters must agree: with any other value the same weights mean another function.
 _SAME = ("kind", "activation", "scaling", "invertible", "placement", "target_modules", "invertible_module")
 
 
-def add_weighted_adapter(
-    tuner: BottleneckModel,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    *,
-    head_from: str | None = None,
-) -> None:
-    """Average the parameters of adapters into a new one, which is not activated.
+def combined(
+    tuner: nn.Module, adapters: list[str], weights: list[float], fields: dict[str, Any], *, combination_type: str
+) -> Combined:
+    """The mean of the parameters of adapters of equal shape.
 
     Args:
-        tuner: the model that holds them.
+        tuner: the model that holds them, with their configs.
         adapters: their names.
         weights: one factor per adapter; they are divided by their sum, so that equal adapters give the same adapter.
-        adapter_name: name of the new one.
-        head_from: the adapter whose heads (`modules_to_save`) the new one gets; the only one that has any if None.
+        fields: of the new config.
+        combination_type: "linear".
 
     Raises:
-        ConfigError: a name is unknown or taken, the weights add up to zero, or the adapters differ in shape or kind.
+        ConfigError: another combination type, weights that add up to zero, or adapters that differ in shape or kind.
     """
-    check_names(tuner, adapters, weights, adapter_name)
-    head = choose_head(tuner, adapters, head_from)
+    if combination_type != "linear":
+        raise ConfigError(
+            f'combination_type must be "linear" for bottleneck adapters, got {combination_type!r}: '
+            "their parameters are averaged."
+        )
     total = math.fsum(weights)
     if not math.isfinite(total) or abs(total) < 1e-12:
         raise ConfigError(
@@ -59,21 +54,18 @@ def add_weighted_adapter(
     _check_shapes(adapters, states)
     shares = [weight / total for weight in weights]
     config = copy.deepcopy(configs[0])
-    source = tuner.peft_config[head] if head else None
-    config.modules_to_save = source.modules_to_save if source else None
-    config.task_type = source.task_type if source else configs[0].task_type
-    tuner.peft_config[adapter_name] = config
-    tuner.inject_adapter(tuner.model, adapter_name)
-    with torch.no_grad():
-        for key, parameter in _state(tuner, adapter_name).items():
-            parts = [share * state[key].double() for share, state in zip(shares, states, strict=True)]
-            parameter.copy_(torch.stack(parts).sum(0))
-    if head:
-        copy_heads(tuner, head, adapter_name)
-    tuner.set_requires_grad(adapter_name, requires_grad=False)
+    vars(config).update(fields)
+
+    def write(adapter_name: str) -> None:
+        with torch.no_grad():
+            for key, parameter in _state(tuner, adapter_name).items():
+                parts = [share * state[key].double() for share, state in zip(shares, states, strict=True)]
+                parameter.copy_(torch.stack(parts).sum(0))
+
+    return Combined(config, write)
 
 
-def _state(tuner: BottleneckModel, adapter_name: str) -> dict[str, Tensor]:
+def _state(tuner: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """{path: parameter} of an adapter."""
     found = {}
     for name, layer in iter_layers(tuner):

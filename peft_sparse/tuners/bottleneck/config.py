@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 
 from ..._peft_bridge import add_peft_type
-from ...checkpoints.bottleneck_card import update_bottleneck_card
 from ...checks import check_one_of
 from ...errors import ConfigError
 from ..common.config import WeightConfig
@@ -53,7 +52,8 @@ class BottleneckConfig(WeightConfig):
         invertible_reduction_factor: half the embeddings' width over the width inside the invertible adapter.
         layers_to_transform: indices of the layers that get adapters; all if None. Each stack (encoder, decoder)
             counts from 0.
-        leave_out: indices of layers that get none; negative ones count from the end, so [-1] is MAD-X 2.0.
+        leave_out: indices of layers that get none; negative ones count from the end. MAD-X 2.0 is
+            [-1] in the language adapter and in the task adapter.
         init: "near_identity" (small random weights) or "identity" (the up-projections start at zero).
         init_weights: False starts from large random values (for tests).
         target_modules: module names (a module matches if its path ends with one) or a regex for the whole path.
@@ -102,7 +102,6 @@ class BottleneckConfig(WeightConfig):
     )
 
     elsewhere = _ELSEWHERE
-    write_card = staticmethod(update_bottleneck_card)
 
     def __post_init__(self) -> None:
         super().__post_init__()

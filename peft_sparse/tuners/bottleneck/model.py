@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ..common.base_model import path_in_base
+from ..common.combining import Combined
 from ..common.files import gather
-from ..common.mixed_batches import give_names, names_by_module
-from ..common.stacked_heads import delete_heads, has_several_heads, set_adapters
 from ..common.targets import model_numel
-from ..common.tuner import AdapterTuner as AdapterTuner
-from ..common.tuner import adding
+from ..common.tuner import AdapterTuner
 from . import compose
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
@@ -42,40 +37,30 @@ class BottleneckModel(AdapterTuner):
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    names_in_forward = False
 
     # ---- injection -------------------------------------------------------------------------------
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model (called by PEFT).
 
-        All that can be refused is refused before the first module is touched.
+        All that can be refused is refused before the first module is touched; what fails later is undone.
 
         Raises:
             ConfigError: it is not known where the adapter goes in this model, or it cannot go there, or FSDP2 has
                 sharded the model.
         """
         try:
-            with adding(self, model, adapter_name) as config:
-                refuse_new_adapter(model, adapter_name)
-                self._sites: dict[str, Site] = self._find_sites(config, model)
-                self._detach_inverse()
-                super().inject_adapter(
-                    model,
-                    adapter_name,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    state_dict=state_dict,
-                )
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._attach_inverse(model)
+
+    def _plan(
+        self, config: BottleneckConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
+    ) -> None:
+        refuse_new_adapter(model, adapter_name)
+        self._sites: dict[str, Site] = self._find_sites(config, model)
+        self._detach_inverse()
 
     def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""
@@ -90,6 +75,10 @@ class BottleneckModel(AdapterTuner):
 
     def _new_layer(self, target: nn.Module) -> BottleneckLayer:
         return BottleneckLayer(target).train(target.training)
+
+    def release(self, layer: BottleneckLayer) -> None:
+        """Take a layer's hooks out of the modules around it."""
+        layer.detach_hooks()
 
     def _detach_inverse(self) -> None:
         # A head that is about to be copied for training must not take the hook with it.
@@ -127,37 +116,12 @@ class BottleneckModel(AdapterTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies `.weight`, which a dropout or a feed-forward does not have.
-        setattr(parent, child_name, new_module)
-
     # ---- PEFT's hooks ----------------------------------------------------------------------------
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: BottleneckConfig) -> None:
-        # PEFT warns that nothing ties the adapters; an invertible adapter is undone before the tied matrix.
-        return
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
             for _, layer in iter_layers(self.model):
                 layer.cast(adapter_name)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
-        if has_several_heads(self, adapter_name):
-            set_adapters(self, adapter_name, inference_mode=inference_mode)
-        else:
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it alone was active, the first that is left takes over."""
-        left = [name for name in self.active_adapters if name != adapter_name]
-        delete_heads(self, adapter_name, left)
-        super().delete_adapter(adapter_name)
-        left = left or list(self.peft_config)[:1]
-        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones.
-        if any(layer.active_adapters != left for _, layer in iter_layers(self.model)):
-            self.set_adapter(left)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refused: a bottleneck adapter is no change of a weight. See `merge_and_unload`.
@@ -203,7 +167,7 @@ class BottleneckModel(AdapterTuner):
         if merge:
             bake(self.model, adapter_names)
         for _, layer in layers:
-            layer.detach_hooks()
+            self.release(layer)
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -221,33 +185,6 @@ class BottleneckModel(AdapterTuner):
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it holds NaN or "
                         f"infinite values at {path}. The model is unchanged."
                     )
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Let every layer know `adapter_names`, one per example, for the length of one forward or generate call."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        layers, handles = [], []
-        for module, names in names_by_module(self, list(adapter_names), kwargs, BottleneckLayer):
-            if not isinstance(module, BottleneckLayer):
-                handles.append(give_names(module, names))
-            elif module.disable_adapters:
-                raise ValueError(
-                    "adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first."
-                )
-            else:
-                layers.append((module, names))
-        try:
-            for layer, names in layers:
-                layer.row_names = names
-            yield
-        finally:
-            for layer, _ in layers:
-                layer.row_names = None
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -275,22 +212,5 @@ class BottleneckModel(AdapterTuner):
 
     # ---- composition -----------------------------------------------------------------------------
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        head_from: str | None = None,
-    ) -> None:
-        """Make a new adapter whose parameters are the mean of others'. See `compose.add_weighted_adapter`.
-
-        Raises:
-            ConfigError: the adapters cannot be averaged, or `combination_type` is not "linear".
-        """
-        if combination_type != "linear":
-            raise ConfigError(
-                f'combination_type must be "linear" for bottleneck adapters, got {combination_type!r}: '
-                "their parameters are averaged."
-            )
-        compose.add_weighted_adapter(self, list(adapters), list(weights), adapter_name, head_from=head_from)
+    def _combine(self, adapters: list[str], weights: list[float], fields: dict[str, Any], **how: Any) -> Combined:
+        return compose.combined(self, adapters, weights, fields, **how)

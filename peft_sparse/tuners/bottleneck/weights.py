@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...errors import ConfigError
-from ..common.base_model import base_model_of, path_in_base
-from ..common.keys import modules_around_adapters
+from ..common.base_model import iter_tuned
 from .adapter import Bottleneck, BottleneckWeights
 from .layer import BottleneckLayer
 
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, BottleneckLayer]]:
     """(path in the base model, layer) of every site that adapters may stand at."""
-    for name, module in modules_around_adapters(base_model_of(model)):
-        if isinstance(module, BottleneckLayer):
-            yield path_in_base(name), module
+    return iter_tuned(model, BottleneckLayer)
 
 
 def iter_bottlenecks(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Bottleneck]]:

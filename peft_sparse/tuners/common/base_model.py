@@ -1,14 +1,19 @@
-"""The base model, whatever it is wrapped in, and the paths of its modules."""
+"""The base model, whatever it is wrapped in, and its modules and tuned layers by their paths."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
 
 from peft import PeftModel
 from torch import nn
 
-from ..._peft_bridge import BaseTuner
+from ..._peft_bridge import BaseTuner, BaseTunerLayer
 from ...core.names import unwrapped as path_in_base
 
-__all__ = ["base_model_of", "path_in_base"]
+__all__ = ["base_model_of", "iter_tuned", "modules_around_adapters", "path_in_base"]
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
@@ -30,3 +35,25 @@ def _is_wrapper(model: nn.Module) -> bool:
     return isinstance(inside, (PeftModel, BaseTuner)) or (
         isinstance(inside, nn.Module) and not hasattr(model, "config")
     )
+
+
+def modules_around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without the adapters inside of tuner layers: the cost does not grow with their number."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        slots = module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ()
+        inside = [(name, child) for name, child in module._modules.items() if child is not None and name not in slots]
+        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside)]
+
+
+def iter_tuned(model: nn.Module, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:
+    """(path in the base model, layer) of every tuned layer of a kind, in the order of the model."""
+    for name, module in modules_around_adapters(base_model_of(model)):
+        if isinstance(module, kind):
+            yield path_in_base(name), module

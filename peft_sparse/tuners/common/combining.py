@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from math import isfinite
+from typing import Any, NamedTuple
+
+from peft import PeftConfig
 
 from ..._peft_bridge import BaseTuner, ModulesToSaveWrapper
 from ...errors import ConfigError
 
 
+class Combined(NamedTuple):
+    """The sum of adapters, as a tuner type means it.
+
+    Attributes:
+        config: of the new adapter.
+        write: puts the sum into the new adapter of a name, which is in the model by then.
+    """
+
+    config: PeftConfig
+    write: Callable[[str], None]
+
+
+def add_combined(tuner: BaseTuner, combined: Combined, adapter_name: str, *, head: str | None) -> None:
+    """Add the sum of adapters as a new one, which is not activated; if that fails, the model is as it was before.
+
+    Args:
+        tuner: the model that holds the adapters.
+        combined: their sum.
+        adapter_name: name of the new adapter.
+        head: the adapter whose heads it gets.
+    """
+    with ExitStack() as undo:
+        tuner.peft_config[adapter_name] = combined.config
+        tuner.inject_adapter(tuner.model, adapter_name)
+        undo.callback(tuner.delete_adapter, adapter_name)
+        combined.write(adapter_name)
+        if head:
+            copy_heads(tuner, head, adapter_name)
+        tuner.set_requires_grad(adapter_name, requires_grad=False)
+        undo.pop_all()
+
+
 def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    """Refuse adapters that are not there, a number of weights that is not theirs, and a name that is taken."""
+    """Refuse adapters that are not there, weights that are not one finite number for each, and a name that is taken."""
     known = sorted(tuner.peft_config)
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown or not adapters:
         raise ConfigError(f"adapters must name adapters of this model, got {adapters}. It has {known}.")
     if len(adapters) != len(weights):
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
+    if not all(isinstance(weight, (int, float)) and isfinite(weight) for weight in weights):
+        raise ConfigError(f"weights must be finite numbers, got {weights}.")
     if adapter_name in tuner.peft_config:
         raise ConfigError(
             f"adapter_name {adapter_name!r} is taken; this model has {known}. Delete it first, or choose another name."

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 
 from ...checkpoints.card import update_card
-from ...checkpoints.files import size_of_weights
+from ...checkpoints.files import outline_of_weights
 from ...checks import check_arguments
 from .field_checks import check_shared_fields
+from .heads_in_files import with_heads
 
 _ELSEWHERE = {
     "r": "There is no rank here: equivalent_rank=... tunes as many weights as LoRA of that rank trains.",
@@ -33,8 +34,9 @@ class WeightConfig(PeftConfig):
     # Whether the config came from a folder, whose weights are still to be loaded; and how many bytes those have.
     awaits_file = False
     file_bytes: ClassVar[int | None] = None
-    # What writes this library's part of the model card.
-    write_card = staticmethod(update_card)
+    # Canonical names of the tensors in that file, and what of `modules_to_save` was written into the config with it.
+    held_in_file: ClassVar[frozenset[str] | None] = None
+    saved_heads: ClassVar[frozenset[str] | None] = None
     # {what other libraries call a field: what to write here}
     elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
@@ -58,15 +60,17 @@ class WeightConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config (PEFT's method), and this library's part of the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        self.write_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
+        update_card(save_directory, self.to_dict(), adapter_name=self.saved_as)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> WeightConfig:
-        """Load a config (PEFT's method), and note that weights are to follow, and how large their file is."""
+        """Load a config (PEFT's method), and note that weights are to follow, and what their file holds."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
         config.awaits_file = True
-        config.file_bytes = size_of_weights(pretrained_model_name_or_path, subfolder=subfolder, **download_kwargs)
+        where = pretrained_model_name_or_path
+        config.file_bytes, config.held_in_file = outline_of_weights(where, subfolder=subfolder, **download_kwargs)
+        config.saved_heads = frozenset(with_heads(config) or ())
         return config

@@ -7,7 +7,7 @@ import logging
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
 from ...core.sharded import is_sharded, whole
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,18 @@ def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tenso
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a model whose loading failed; the base model is as it was before."""
-    if not isinstance(model, PeftModel):
+    """Take an adapter out of a model whose loading failed; the base model is as it was before.
+
+    Args:
+        model: the `PeftModel`, or its tuner.
+        adapter_name: the adapter, which is not active unless it is the only one.
+    """
+    if not isinstance(model, (PeftModel, BaseTuner)):
         logger.warning("The adapter %s was refused but stays in the model without effect: delete it.", adapter_name)
     elif len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
     else:
-        trainable = model.base_model.trainable_before
-        for name, parameter in model.base_model.unload().named_parameters():
+        tuner = model.base_model if isinstance(model, PeftModel) else model
+        trainable = tuner.trainable_before
+        for name, parameter in tuner.unload().named_parameters():
             parameter.requires_grad_(name in trainable)

@@ -16,6 +16,7 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer
 from ...core.names import PREFIX, SLOTS, unwrapped, without_adapter
 from ...core.sharded import how_sharded, is_sharded, whole
 from ...errors import FormatError
+from .base_model import modules_around_adapters
 
 # What PEFT leaves out of the names of modules that save themselves.
 _FSDP = "_fsdp_wrapped_module."
@@ -85,21 +86,6 @@ def warn_if_not_finite(own: dict[str, Tensor], adapter_name: str) -> None:
             "smaller learning rate.",
             stacklevel=2,
         )
-
-
-def modules_around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, without the adapters inside of tuner layers: the cost does not grow with their number."""
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        slots = module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ()
-        inside = [(name, child) for name, child in module._modules.items() if child is not None and name not in slots]
-        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside)]
 
 
 def _entries(

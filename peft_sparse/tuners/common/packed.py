@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..._peft_bridge import QuantizationBackend, resolve_quantization_backend
 from ...errors import ConfigError
 from .base_module import home_of
+from .target_checks import NotInThisStateError
 
 # What bitsandbytes keeps beside a packed weight, outside its parameters.
 _STATE = "state"
@@ -48,7 +49,7 @@ def check_tunable(module: nn.Module, backend: QuantizationBackend, name: str) ->
     """
     leave_out = f"leave the module out with exclude_modules=[{name!r}]"
     if not backend.supports_merge:
-        raise ConfigError(
+        raise NotInThisStateError(
             f"{name} is quantised by {backend.backend_name} ({type(module).__name__}), which gives no way to "
             "dequantise its weight, and a sparse delta is added to the weight itself. Load the base model unquantised, "
             f"or quantised by bitsandbytes (BitsAndBytesConfig(load_in_4bit=True)), or {leave_out}."
@@ -59,7 +60,7 @@ def check_tunable(module: nn.Module, backend: QuantizationBackend, name: str) ->
             f"{leave_out}."
         )
     if getattr(getattr(module, "weight", None), "has_fp16_weights", False):
-        raise ConfigError(
+        raise NotInThisStateError(
             f"{name} has 8-bit products over 16-bit weights, which bitsandbytes quantises anew in every forward. Load "
             f"the base model with llm_int8_has_fp16_weight=False, or {leave_out}."
         )

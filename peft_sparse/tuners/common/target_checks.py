@@ -24,6 +24,10 @@ class NothingTargetedError(ConfigError, NoMatchingPeftModuleError):
     """`target_modules` names nothing in the model: an error of ours, and the one that PEFT has for it."""
 
 
+class NotInThisStateError(ConfigError):
+    """A target cannot be tuned for what was done to the model, such as sharding: leaving it out would be no way out."""
+
+
 def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) -> None:
     """Tell of names in `target_modules` that nothing in the model has, with the nearest that there is.
 
@@ -56,6 +60,29 @@ def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) 
     logger.warning("target_modules: no module of the model is called %s.%s", ", ".join(map(repr, missing)), hints)
 
 
+def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:
+    """Refuse a request that leaves the norms out and names nothing but norms.
+
+    Args:
+        config: with target_norms=False.
+        modules: {path: whether it is a norm}.
+
+    Raises:
+        ConfigError: a name in `target_modules`, or the module of one in `target_parameters`, is that of norms alone.
+    """
+    listed = [] if isinstance(config.target_modules, str) else list(config.target_modules or ())
+    named = {"target_modules": listed, "target_parameters": list(config.target_parameters or ())}
+    for field, names in named.items():
+        for name in names:
+            module = name if field == "target_modules" else name.rpartition(".")[0]
+            found = [norm for path, norm in modules.items() if path == module or path.endswith(f".{module}")]
+            if module and found and all(found):
+                raise ConfigError(
+                    f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one "
+                    "of the two. Without target_norms the norms that are named are tuned."
+                )
+
+
 def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection[str]) -> None:
     """Refuse all targets that cannot be tuned at once, with the shortest way to leave them out.
 
@@ -64,12 +91,13 @@ def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection
         supported: paths of the other targets.
 
     Raises:
-        ConfigError: there are some. A single one keeps its own error.
+        ConfigError: there are some. A single one keeps its own error, as does the state that the model is in.
     """
     if not refused:
         return
-    first = next(iter(refused.values()))
-    if len(refused) == 1:
+    found = list(refused.values())
+    first = next((error for error in found if isinstance(error, NotInThisStateError)), found[0])
+    if len(refused) == 1 or isinstance(first, NotInThisStateError):
         raise first
     names = shortest_exclusion(refused, supported)
     listed = "\n".join(f"  {path}: {str(why).partition('. ')[0]}" for path, why in refused.items())

@@ -14,12 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
-from .base_model import path_in_base
+from .base_model import modules_around_adapters, path_in_base
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
-from .keys import modules_around_adapters
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
-from .target_checks import check_names, warn_if_deeper
+from .target_checks import check_names, refuse_norms_by_name, warn_if_deeper
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class TargetRequest(Protocol):
     target_modules: list[str] | set[str] | str | None
     exclude_modules: list[str] | str | None
     target_biases: bool
-    target_norms: bool
+    target_norms: bool | None
     target_parameters: list[str] | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
@@ -54,10 +53,12 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     if config.counts is not None:
         warn_if_deeper(config, config.counts, modules)
         return _from_counts(config.counts, modules)
+    if config.target_norms is False:
+        refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
     rules = [_module_rule(config, model), _norm_rule(config), _parameter_rule(config, modules)]
     targets: Targets = {}
     for name, module in modules.items():
-        if is_excluded(config, name) or not _in_layers(config, name):
+        if is_excluded(config, name) or is_left_out_norm(config, module) or not _in_layers(config, name):
             continue
         wanted = {parameter for rule in rules for parameter in rule(name, module)}
         present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
@@ -80,6 +81,11 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             continue
         yield path_in_base(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_left_out_norm(config: TargetRequest, module: nn.Module) -> bool:
+    """Whether a module is a norm, and the config tunes none."""
+    return config.target_norms is False and is_norm(module)
 
 
 def is_excluded(config: TargetRequest, name: str) -> bool:

@@ -3,51 +3,252 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ..._peft_bridge import BaseTuner
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
 from ...checkpoints.push import keep_card_when_pushing
-from ...checkpoints.tasks import HEADS
 from ...core.names import without_adapter
+from ...errors import FormatError
 from .adapter_names import check_adapter_name
+from .combining import Combined, add_combined, check_names, choose_head, inherited
+from .files import discard
+from .heads_in_files import check_heads, check_shapes, with_heads
 from .keys import own_state, to_model_keys, warn_if_not_finite
-from .layer import WeightLayer
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import delete_heads, has_several_heads, set_adapters
 
 
 @contextmanager
-def adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
-    """Give an adapter that PEFT adds to a tuner a config of its own, and forget the adapter if it is refused."""
+def adding(tuner: AdapterTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
+    """Give an adapter that PEFT adds to a tuner a config of its own; if it fails, the model is as it was before."""
     is_first = len(tuner.peft_config) == 1
     named = model.named_parameters(remove_duplicate=False)
     before = [(name, parameter, parameter.requires_grad) for name, parameter in named]
-    try:
+    around = {id(module) for module in model.modules()}
+    with ExitStack() as undo:
+        undo.callback(_let_train, before)
+        undo.callback(_take_out, tuner, adapter_name, is_first=is_first, around=around)
         config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
         config.modules_to_save = with_heads(config)
         check_adapter_name(adapter_name, tuner.peft_config.values())
+        check_heads(config, model, adapter_name)
         if is_first:
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
+        tuner.awaiting = adapter_name if config.awaits_file else None
         yield config
-    except ValueError:
-        # PEFT has entered the name already; without an adapter behind it the model would be unusable.
-        if len(tuner.peft_config) > 1:
-            del tuner.peft_config[adapter_name]
-        raise
+        undo.pop_all()
     if not is_first:
         # PEFT restores what trains and what does not but for parameters whose paths hold the new adapter's name.
-        for _, parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+        _let_train(before)
+
+
+def _let_train(before: list[tuple[str, nn.Parameter, bool]]) -> None:
+    for _, parameter, requires_grad in before:
+        parameter.requires_grad_(requires_grad)
+
+
+def _take_out(tuner: AdapterTuner, adapter_name: str, *, is_first: bool, around: Collection[int]) -> None:
+    """Take an adapter that is not whole out of a tuner and its model.
+
+    Args:
+        tuner: the tuner.
+        adapter_name: the adapter.
+        is_first: whether it has no other.
+        around: ids of the modules that were there before.
+    """
+    is_touched = any(adapter_name in layer._all_available_adapter_names() for layer in tuner.tuned_layers())
+    if is_touched and is_first:
+        tuner.unload()
+    elif is_touched:
+        tuner.delete_adapter(adapter_name)
+        for path, module in list(tuner.model.named_modules()):
+            if id(module) in around:
+                continue
+            if isinstance(module, tuner.tuner_layer_cls):
+                tuner.release(module)
+                _put_back(tuner.model, path, module.get_base_layer())
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                _put_back(tuner.model, path, module.original_module)
+    # PEFT has entered the name already; without an adapter behind it the model would be unusable.
+    if not is_first:
+        tuner.peft_config.pop(adapter_name, None)
+
+
+def _put_back(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 class AdapterTuner(BaseTuner):
-    """How the tuners of this library name an adapter's tensors in its file, and find them again."""
+    """How the tuners of this library are driven by PEFT, and how an adapter's tensors are named in its file.
+
+    A tuner type says what a config means on a model (`_plan`), makes its layers (`_create_and_replace`), and what the
+    sum of adapters is (`_combine`).
+    """
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # Whether the layers take `adapter_names` as an argument of their forward, as heads do.
+    names_in_forward: ClassVar[bool] = True
+
+    # ---- injection -------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to the model (called by PEFT).
+
+        All that can be refused is refused before the first module is touched; what fails later is undone.
+
+        Raises:
+            ConfigError: the request cannot be met on this model.
+        """
+        requested = self.peft_config[adapter_name]
+        with adding(self, model, adapter_name) as config:
+            self._plan(config, model, adapter_name, state_dict)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            self._complete(config, model, adapter_name, requested)
+
+    def _plan(self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None) -> None:
+        """Resolve the tuner's copy of a config, in place, and say where the adapter goes; the model stays untouched.
+
+        Raises:
+            ConfigError: the request cannot be met on this model.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what a config means on a model")
+
+    def _complete(self, config: Any, model: nn.Module, adapter_name: str, requested: PeftConfig) -> None:
+        """What is left to do when the layers of an adapter are in place; `requested` is the config as it was given."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies `.weight`, which a dropout, a feed-forward or a head of several layers (XLM-R's
+        # classifier) does not have, and moves an adapter on the meta device if its layer is one of bitsandbytes' 8-bit
+        # ones. Ours lie where they belong.
+        setattr(parent, child_name, new_module)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights,
+        # and an invertible adapter is undone before it.
+        return
+
+    def tuned_layers(self) -> list[Any]:
+        """The layers of this tuner type in the model."""
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def release(self, layer: Any) -> None:
+        """Take a layer that leaves the model out of the modules around it."""
+
+    # ---- switching -------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
+        if has_several_heads(self, adapter_name):
+            set_adapters(self, adapter_name, inference_mode=inference_mode)
+        else:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it alone was active, the first that is left takes over."""
+        left = [name for name in self.active_adapters if name != adapter_name]
+        delete_heads(self, adapter_name, left)
+        super().delete_adapter(adapter_name)
+        left = left or list(self.peft_config)[:1]
+        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
+        # and the model on none if its first layer has none.
+        if any(layer.active_adapters != left for layer in self.tuned_layers()):
+            self.set_adapter(left)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one per example, to every layer for the length of one forward or generate call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        named = dict(names_by_module(self, list(adapter_names), kwargs, self.tuner_layer_cls))
+        layers = {module: names for module, names in named.items() if isinstance(module, self.tuner_layer_cls)}
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError(
+                "adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first."
+            )
+        taking = named if self.names_in_forward else {m: names for m, names in named.items() if m not in layers}
+        with ExitStack() as undo:
+            for module, names in taking.items():
+                undo.callback(give_names(module, names).remove)
+            for layer, names in layers.items():
+                undo.callback(setattr, layer, "row_names", None)
+                layer.row_names = names
+            yield
+
+    # ---- composition -----------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        head_from: str | None = None,
+    ) -> None:
+        """Make a new adapter out of others, which is not activated. See `compose.combined` of the tuner type.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one finite factor per adapter.
+            adapter_name: name of the new adapter.
+            combination_type: how; "linear" alone but for sparse adapters.
+            head_from: the adapter whose heads (`modules_to_save`) the new one gets; the only one that has any if None.
+
+        Raises:
+            ConfigError: an unknown or missing name, a name that is taken, adapters that cannot be combined so, or heads
+                in several of them without `head_from`. The model is left as it was.
+        """
+        self._add_combined(adapters, weights, adapter_name, head_from=head_from, combination_type=combination_type)
+
+    def _add_combined(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *, head_from: str | None, **how: Any
+    ) -> None:
+        names, factors = list(adapters), list(weights)
+        check_names(self, names, factors, adapter_name)
+        head = choose_head(self, names, head_from)
+        add_combined(self, self._combine(names, factors, inherited(self, names, head), **how), adapter_name, head=head)
+
+    def _combine(self, adapters: list[str], weights: list[float], fields: dict[str, Any], **how: Any) -> Combined:
+        """The sum of adapters; `fields` are those of its config that the combined ones have already."""
+        raise TypeError(f"{type(self).__name__} does not say what the sum of adapters is")
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    # The adapter that was added for a file and has not been given its tensors yet.
+    awaiting: str | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # torch's method. The first moment at which PEFT has said which tensors it really loads, and the last before it
+        # does: with `ignore_mismatched_sizes` it leaves those of another shape out.
+        awaiting, self.awaiting = self.awaiting, None
+        try:
+            check_shapes(self, state_dict, prefix)
+        except FormatError:
+            if awaiting is not None:
+                discard(self, awaiting)
+            raise
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -78,7 +279,6 @@ class AdapterTuner(BaseTuner):
 class WeightTuner(AdapterTuner):
     """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
 
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     # Paths of the modules that the adapter being added targets.
     _targets: Collection[str]
 
@@ -87,33 +287,6 @@ class WeightTuner(AdapterTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = set(self._targets)
         return peft_config
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies `.weight`, which a head of several layers (XLM-R's classifier) does not have, and moves
-        # an adapter on the meta device if its layer is one of bitsandbytes' 8-bit ones. Ours lie where they belong.
-        setattr(parent, child_name, new_module)
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights.
-        return
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
-        if has_several_heads(self, adapter_name):
-            set_adapters(self, adapter_name, inference_mode=inference_mode)
-        else:
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it alone was active, the first that is left takes over."""
-        left = [name for name in self.active_adapters if name != adapter_name]
-        delete_heads(self, adapter_name, left)
-        super().delete_adapter(adapter_name)
-        left = left or list(self.peft_config)[:1]
-        # PEFT lets every layer fall back to the first adapter that it has itself: layers would end on different ones,
-        # and the model on none if its first layer has none.
-        if any(layer.active_adapters != left for layer in self._layers()):
-            self.set_adapter(left)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
@@ -126,11 +299,8 @@ class WeightTuner(AdapterTuner):
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _layers(self) -> list[WeightLayer]:
-        return [module for module in self.model.modules() if isinstance(module, WeightLayer)]
-
     def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for layer in self._layers():
+        for layer in self.tuned_layers():
             layer.check_finite(adapter_names if adapter_names is not None else layer.active_adapters)
 
     def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -148,36 +318,6 @@ class WeightTuner(AdapterTuner):
 
     def _restore(self) -> None:
         """Take whatever is merged or written out of the base weights."""
-        for layer in self._layers():
+        for layer in self.tuned_layers():
             layer.merged_adapters.clear()
             layer.restore()
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one per example, to every layer for the length of one forward or generate call."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        named = dict(names_by_module(self, list(adapter_names), kwargs, WeightLayer))
-        handles = [give_names(module, names) for module, names in named.items()]
-        layers = {module: names for module, names in named.items() if isinstance(module, WeightLayer)}
-        for layer, names in layers.items():
-            layer.row_names = names
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in layers:
-                layer.row_names = None
-
-
-def with_heads(config: PeftConfig) -> list[str] | None:
-    """`modules_to_save` of a config, with the heads that PEFT adds for its task.
-
-    For some tasks it does so once the adapter is in, to the config that it was given: too late for the tuner's copy.
-    """
-    own = list(config.modules_to_save or ())
-    heads = HEADS.get(config.task_type or "", ())
-    return [*own, *(head for head in heads if head not in own)] or config.modules_to_save

@@ -9,7 +9,6 @@ from os import PathLike
 from typing import Any
 
 from ..._peft_bridge import add_peft_type
-from ...checkpoints.madg_card import update_madg_card
 from ...errors import ConfigError
 from ...typology import Typology
 from ...typology.table import DEFAULT_FEATURES
@@ -78,8 +77,6 @@ class MadGConfig(BottleneckConfig):
     typology: Any = field(default=None, compare=False, metadata={"help": "Vectors, a file of them, or None."})
     language: str | None = field(default=None, metadata={"help": "The language to start with."})
     saved_typology: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the tuner."})
-
-    write_card = staticmethod(update_madg_card)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..common.base_model import base_model_of, path_in_base
-from ..common.keys import modules_around_adapters
+from ..common.base_model import iter_tuned
 from .layers.base import PARAMETERS, SparseLayer
 from .layers.delta import AdapterDelta
 
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """(path in the base model, layer) of every layer that carries deltas."""
-    for name, module in modules_around_adapters(base_model_of(model)):
-        if isinstance(module, SparseLayer):
-            yield path_in_base(name), module
+    return iter_tuned(model, SparseLayer)
 
 
 def iter_deltas(

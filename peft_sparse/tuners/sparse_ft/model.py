@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.base_model import path_in_base
+from ..common.combining import Combined
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.ties import forget_broken_ties
-from ..common.tuner import WeightTuner, adding
+from ..common.tuner import WeightTuner
 from . import compose, drivers, state
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
@@ -43,37 +44,19 @@ class SparseModel(WrappedInTraining, WeightTuner):
 
     # ---- injection -------------------------------------------------------------------------------
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
+    def _plan(
+        self, config: SparseConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
     ) -> None:
-        """Add an adapter to the model (called by PEFT).
+        if state_dict is not None:
+            config.counts = state.counts_of(state_dict)
+        self._planned = plan(config, model)
+        self._targets, self._counts = self._planned.targets, self._planned.counts or {}
 
-        All that can be refused is refused before the first module is touched.
-
-        Raises:
-            ConfigError: the request cannot be met on this model.
-        """
-        requested: SparseConfig = self.peft_config[adapter_name]
+    def _complete(self, config: SparseConfig, model: nn.Module, adapter_name: str, requested: SparseConfig) -> None:
+        planned = self._planned
         # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
         # alone.
         source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
-        with adding(self, model, adapter_name) as config:
-            if state_dict is not None:
-                config.counts = state.counts_of(state_dict)
-            planned = plan(config, model)
-            self._targets, self._counts = planned.targets, planned.counts or {}
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
         if requested.selected_by == GIVEN:
             config.target_modules = set(self._targets)
         else:
@@ -253,14 +236,31 @@ class SparseModel(WrappedInTraining, WeightTuner):
         majority_sign_method: str = "total",
         head_from: str | None = None,
     ) -> None:
-        """Make a new adapter out of others. See `compose.add_weighted_adapter`."""
-        compose.add_weighted_adapter(
-            self,
-            list(adapters),
-            list(weights),
+        """Add up adapters into a new one, which is not activated.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one finite factor per adapter, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type: "linear" (exact on the union of the supports), "ties", "dare_linear", "dare_ties" or
+                "magnitude_prune".
+            density: share of each adapter's weights to keep, in (0, 1]; for all types but "linear".
+            majority_sign_method: "total" or "frequency", for the "ties" types.
+            head_from: the adapter whose heads (`modules_to_save`) the new one gets; the only one that has any if None.
+
+        Raises:
+            ConfigError: an unknown or missing name, a name that is taken, an argument that `combine` refuses, or heads
+                in several adapters without `head_from`. The model is left as it was.
+        """
+        self._add_combined(
+            adapters,
+            weights,
             adapter_name,
+            head_from=head_from,
             combination_type=combination_type,
             density=density,
             majority_sign_method=majority_sign_method,
-            head_from=head_from,
         )
+
+    def _combine(self, adapters: list[str], weights: list[float], fields: dict[str, Any], **how: Any) -> Combined:
+        return compose.combined(self, adapters, weights, fields, **how)

@@ -36,8 +36,9 @@ def test_inspect_prints_tables(folders):
     result = CliRunner().invoke(app, ["inspect", *folders])
     assert result.exit_code == 0
     rows = {" ".join(line.split()) for line in result.output.splitlines()}
-    assert "layer 0 3 3 18.8% 100% ████████" in rows
-    assert "layer 1 0 0 0% 0%" in rows
+    # A uniform budget: what differs between the layers is the change.
+    assert "layer 0 3 3 18.8% 1.73 ████████" in rows
+    assert "layer 1 0 0 0% 0" in rows
     assert "task and language 2 66.7% 25.0% 40.0% 0% +0.577" in rows
 
 
@@ -59,6 +60,8 @@ def test_plot_writes_a_file(folders, tmp_path):
 def test_errors_are_those_of_the_library(folders, tmp_path, monkeypatch):
     runner = CliRunner()
     (tmp_path / "task" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert isinstance(runner.invoke(app, ["plot", "task", "-o", "out.svg"]).exception, FormatError)
+    (tmp_path / "task" / "adapter_config.json").write_text('{"peft_type": 3}')
     assert isinstance(runner.invoke(app, ["inspect", "task"]).exception, FormatError)
     assert isinstance(runner.invoke(app, ["plot", "language", "-o", "out.pdf"]).exception, ConfigError)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -127,7 +127,7 @@ def test_it_is_written_in_one_step(tmp_path, monkeypatch):
 
 def test_what_the_format_has_no_place_for_is_refused(tmp_path):
     of_one(tmp_path / "a", SparseDelta.from_dense(torch.eye(3)))
-    with pytest.raises(ConfigError, match=r"to must be one of \['composable-sft'\], got 'gguf'"):
+    with pytest.raises(ConfigError, match=r"to must be one of .'composable-sft', .*, got 'gguf'"):
         export_adapter(tmp_path / "a", tmp_path / "out", to="gguf")
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     embeddings = {"base_model.model.e.weight": torch.ones(2, 2)}

@@ -39,6 +39,7 @@ def test_groups_and_parts():
         {"attention": Tally(2, 4)},
         {"feed-forward": Tally(1, 8), "norm": Tally(1, 2)},
     ]
+    assert [group.norm for group in groups] == pytest.approx([5, 5**0.5, 144.25**0.5])
     assert groups[2].all == Tally(2, 10)
     assert groups[2].all.density == 0.2
     assert Tally().density is None
@@ -115,7 +116,7 @@ def test_json(tmp_path):
         "budget_shares": [{"pattern": None, "asked": None, **part}] * 2,
         "total": {"tensors": None, **TALLY},
         "groups": [
-            {"name": None, "stack": None, "layer": None, **part, "parts": {name: TALLY}}
+            {"name": None, "stack": None, "layer": None, "norm": None, **part, "parts": {name: TALLY}}
             for name in ("embeddings", "attention", "feed-forward")
         ],
         "parts": {"embeddings": part, "attention": part, "feed-forward": part},

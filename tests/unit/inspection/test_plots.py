@@ -8,13 +8,14 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+import torch
 from known_adapters import QUERY, WORDS, first, save, second
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from test_tokens import save_tokenizer
 
-from peft_sparse import ConfigError, plot_adapters
+from peft_sparse import ConfigError, inspect_adapter, plot_adapters
 from peft_sparse.inspection import plots
 from peft_sparse.inspection.page import save_plot
 from peft_sparse.inspection.plots import Bar, distribution
@@ -28,7 +29,7 @@ METHOD = {"method": "rand"}
 def folders(tmp_path):
     base = tmp_path / "base"
     save_tokenizer(base, ["one", "two", "$3$", "four"])
-    settings = {"base_model_name_or_path": str(base)}
+    settings = {"base_model_name_or_path": str(base), "budget": "global"}
     return [save(tmp_path / "task", first(), **settings), save(tmp_path / "language", second(), **settings)]
 
 
@@ -59,6 +60,25 @@ def test_distribution_is_drawn(folders):
         assert label in shown
     assert "layers (encoder.layer)" in shown
     assert any(text.endswith("6 weights, density 25.00%") for text in shown)
+
+
+def test_a_uniform_budget_shows_how_far_the_weights_moved(tmp_path):
+    uniform, other = (save(tmp_path / budget, first(), budget=budget) for budget in ("uniform", "global"))
+    assert [bar.height for bar in distribution(inspect_adapter(uniform))] == pytest.approx(
+        [25 / 30.25, 5 / 30.25, 0.25 / 30.25]
+    )
+    figure = plot_adapters([uniform], kind="distribution")
+    assert figure.subfigs[0].get_suptitle() == "How the change is spread over the layers"
+    assert [ax.get_ylabel() for ax in plot_adapters([uniform, other]).get_axes()[:2]] == [
+        "share of its squared change",
+        "share of its weights",
+    ]
+
+
+def test_a_uniform_budget_without_any_change_shows_the_weights(tmp_path):
+    still = {name: type(d)(d.indices, torch.zeros_like(d.values), d.shape) for name, d in first().items()}
+    report = inspect_adapter(save(tmp_path / "still", still, budget="uniform"))
+    assert [bar.height for bar in distribution(report)] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
 
 
 def test_parts_are_told_apart_without_colour(folders):

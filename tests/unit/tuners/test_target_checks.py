@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from peft_sparse import AdaSftConfig, ConfigError, FormatError, RandConfig, SpielAGConfig, iter_deltas
-from peft_sparse.tuners.common.target_checks import refuse_unsupported, shortest_exclusion
+from peft_sparse.tuners.common.target_checks import NotInThisStateError, refuse_unsupported, shortest_exclusion
 
 IDS = torch.arange(2, 12)[None]
 
@@ -69,6 +69,13 @@ def test_all_that_cannot_be_tuned_is_refused_at_once():
         refuse_unsupported(refused, ["a.0.up"])
     assert "a.0.gate: gate is odd" in str(error.value)
     assert "a.1.gate: gate is odd" in str(error.value)
+
+
+def test_what_was_done_to_the_whole_model_is_not_answered_with_modules_to_leave_out():
+    sharded = NotInThisStateError("a.1.up is sharded already. Add the adapter to the whole model.")
+    with pytest.raises(ConfigError) as error:
+        refuse_unsupported({"a.0.gate": ConfigError("a.0.gate is odd. Leave it out."), "a.1.up": sharded}, ["b"])
+    assert error.value is sharded
 
 
 def test_the_shortest_exclusion_names_nothing_else():

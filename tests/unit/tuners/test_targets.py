@@ -20,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SparseConfig, iter_deltas
+from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SparseConfig, iter_deltas, start_dense_phase
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 30}
 
@@ -75,6 +75,53 @@ def test_names_regex_biases_norms_and_parameters():
         "bert.embeddings.word_embeddings.weight",
         "bert.pooler.dense.bias",
     }
+
+
+NORMLESS = [
+    (bert, {"target_modules": "all"}),
+    (bert, {"target_modules": r"bert\..*(LayerNorm|query|dense)", "target_biases": True}),
+    (bert, {"target_parameters": ["bias"]}),
+    (llama, {"target_modules": "all"}),
+    (llama, {"target_modules": "all-linear"}),
+]
+
+
+@pytest.mark.parametrize(("make", "fields"), NORMLESS)
+def test_target_norms_false_leaves_exactly_the_norms_out(make, fields):
+    everything = set(counts(make(), **fields))
+    without = set(counts(make(), **fields, target_norms=False))
+    assert everything - without == {name for name in everything if "norm" in name.lower()}
+    assert set(counts(make(), **fields, target_norms=None)) == everything
+
+
+def test_target_norms_false_holds_in_both_phases_and_in_the_number_of_weights():
+    model = bert()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = LotteryTicketConfig(density=0.5, target_modules="all", target_norms=False)
+    tuned = get_peft_model(model, config)
+    with start_dense_phase(tuned) as phase:
+        trained = {target.name for target in phase.targets}
+        assert not any(p.requires_grad for name, p in tuned.named_parameters() if "LayerNorm" in name)
+        for target in phase.targets:
+            target.parameter.data.add_(1.0)
+        phase.select()
+    expected = {n for n in before if n.startswith("bert.") and "LayerNorm" not in n}
+    assert trained == expected
+    numel = sum(before[name].numel() for name in expected)
+    assert sum(delta.count for _, _, _, delta in iter_deltas(tuned)) == round(0.5 * numel)
+
+
+def test_norms_that_are_named_and_left_out_are_refused():
+    for fields in ({"target_modules": ["query", "LayerNorm"]}, {"target_parameters": ["LayerNorm.bias"]}):
+        with pytest.raises(ConfigError, match=r"target_norms=False leaves all norms out, and .* 'LayerNorm"):
+            counts(bert(), **fields, target_norms=False)
+        assert any("LayerNorm" in name for name in counts(bert(), **fields))
+
+
+@pytest.mark.parametrize("name", ["target_norms", "target_biases"])
+def test_switches_of_targets_are_true_or_false(name):
+    with pytest.raises(ConfigError, match=rf"{name} must be one of \[True, False.*got 'no'"):
+        RandConfig(density=0.5, **{name: "no"})
 
 
 def test_excluded_saved_and_left_out_layers():

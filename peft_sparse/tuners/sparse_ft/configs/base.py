@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...._peft_bridge import add_peft_type
+from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
 from ....checks import check_one_of, dtype_name, nearest
@@ -33,6 +35,7 @@ def method_name(name: str):
 
     def add(cls: type[SparseConfig]) -> type[SparseConfig]:
         METHODS[name] = cls
+        METHOD_FACTS[name] = cls.card_facts
         # PEFT drops fields of a newer file that `SparseConfig.__init__` does not take, so it says that it takes all.
         base = SparseConfig if name != BASE_METHOD else cls
         known = {**inspect.signature(base.__init__).parameters, **inspect.signature(cls.__init__).parameters}
@@ -74,8 +77,10 @@ class SparseConfig(WeightConfig):
             convolutions).
         exclude_modules: names or a regex of modules to leave out.
         target_biases: tune the biases of the targeted modules as well.
-        target_norms: tune the weights of all normalisation layers as well (their biases with `target_biases`); these
-            alone with target_modules=[].
+        target_norms: True tunes the weights of all normalisation layers as well (their biases with `target_biases`),
+            and these alone with target_modules=[]. False leaves all of them out, also where target_modules="all" or a
+            regex would name them, in both phases of a two-phase method: the LT-SFT paper's language adapters have
+            "all" and False. None (the default): as the other fields say, so "all" has them and "all-linear" has not.
         target_parameters: names of single parameters to tune (a parameter matches if its path ends with one); without
             target_modules these alone.
         layers_to_transform: indices of the layers to tune; the others are left out.
@@ -84,6 +89,10 @@ class SparseConfig(WeightConfig):
         trainable_token_indices: PEFT's own field: rows of the embedding to train densely.
         values_dtype: dtype of the trained values, in memory and in the file, whatever the weight's dtype.
         l1: lambda of the penalty lambda/N * sum |delta|, N the number of parameters of the base model.
+        fitted_rate: scale the steps on each linear weight by how strongly its support acts on the layer's output, so
+            that one learning rate, that of a random support, serves chosen ones too: see
+            `peft_sparse.selection.output_energy`. It acts in any loop, trainer and optimizer, and follows a support
+            that changes. Off by default: the methods' papers have one rate for all weights.
         init_weights: False starts from random values instead of zero (for tests: the adapter is then not the identity).
         counts: the answer, not a request: {parameter name: number of tuned weights}, filled in by the library and saved
             in the file.
@@ -112,7 +121,9 @@ class SparseConfig(WeightConfig):
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     target_biases: bool = field(default=False, metadata={"help": "Tune the biases of the targeted modules as well."})
-    target_norms: bool = field(default=False, metadata={"help": "Tune the normalisation layers as well."})
+    target_norms: bool | None = field(
+        default=None, metadata={"help": "Tune all normalisation layers as well (True), or none of them (False)."}
+    )
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Single parameters to tune."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to tune."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -122,6 +133,9 @@ class SparseConfig(WeightConfig):
     )
     values_dtype: str = field(default="float32", metadata={"help": "dtype of the trained values."})
     l1: float = field(default=0.0, metadata={"help": "Weight of the L1 penalty on the delta."})
+    fitted_rate: bool = field(
+        default=False, metadata={"help": "Scale each tensor's steps by the output energy of its support."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity. False is for tests."})
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
@@ -149,6 +163,11 @@ class SparseConfig(WeightConfig):
         is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
         return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
 
+    @staticmethod
+    def card_facts(config: Mapping[str, Any]) -> list[str]:
+        """What the model card says of this method alone; `config` is a dictionary, as a file holds it."""
+        return []
+
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
         # copy and pickle call `__new__` with these alone.
         return (), {"method": self.method}
@@ -173,6 +192,8 @@ class SparseConfig(WeightConfig):
             )
         self._check_targets()
         check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
+        if not isinstance(self.fitted_rate, bool):
+            raise ConfigError(f"fitted_rate must be True or False, got {self.fitted_rate!r}.")
         if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
@@ -186,6 +207,9 @@ class SparseConfig(WeightConfig):
         )
 
     def _check_targets(self) -> None:
+        for name, known in (("target_biases", (True, False)), ("target_norms", (True, False, None))):
+            if not any(getattr(self, name) is one for one in known):
+                raise ConfigError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: "

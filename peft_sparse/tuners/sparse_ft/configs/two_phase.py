@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ....errors import ConfigError
 from ....selection.denoise import check_denoising
@@ -79,3 +80,12 @@ class DeftXConfig(LotteryTicketConfig):
         check_denoising(rank=self.rank, residual_density=self.residual_density)
         if not isinstance(self.denoise_embeddings, bool):
             raise ConfigError(f"denoise_embeddings must be True or False, got {self.denoise_embeddings!r}.")
+
+    @staticmethod
+    def card_facts(config: Mapping[str, Any]) -> list[str]:
+        """How the difference was denoised."""
+        rank = config.get("rank")
+        meaning = "directions" if isinstance(rank, int) else "of the squared singular values"
+        embeddings = "embeddings too" if config.get("denoise_embeddings") else "embeddings as they were"
+        kept = f"rank {rank} ({meaning} of each matrix), residual density {config.get('residual_density')}"
+        return [f"Denoised before the choice: {kept}, {embeddings}"]

@@ -15,6 +15,7 @@ from ....core.sharded import is_sharded
 from ....errors import ConfigError
 from ...common.base_module import foreign_forward, has_foreign_forward, own_forward
 from ...common.packed import check_tunable, find_backend, is_packed
+from ...common.target_checks import NotInThisStateError
 from ...common.targets import is_norm
 from .base import PARAMETERS, SparseLayer
 from .conv import Conv
@@ -52,7 +53,7 @@ def wrapper_for(
     if has_foreign_forward(base):
         raise foreign_forward(base, name)
     if any(is_sharded(parameter) for parameter in base.parameters(recurse=False)):
-        raise ConfigError(
+        raise NotInThisStateError(
             f"{name} is sharded already, and an adapter added now would be left out of that: no process would see the "
             "gradients of the others. Add the adapter to the whole model, then call fully_shard (trainers do so)."
         )

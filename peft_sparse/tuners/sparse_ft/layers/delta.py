@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,13 @@ def with_support(coded: Tensor, indices: Tensor) -> Tensor:
     return coded
 
 
+class Meter(Protocol):
+    """Sees the inputs of a layer."""
+
+    def see(self, x: Tensor) -> None:
+        """Take the inputs [..., I] of one forward."""
+
+
 class AdapterDelta(NeverOffloaded):
     """One adapter's delta on one tensor of a layer.
 
@@ -55,6 +62,7 @@ class AdapterDelta(NeverOffloaded):
         l1_coefficient: lambda/N, what `penalise` set.
         observer: who else sees the tensor's gradient while this delta is active, if anyone. Nobody while the values are
             frozen.
+        meter: sees the inputs of the layer in training forwards while its steps are being fitted, else None.
         selection: shared by the deltas of an adapter whose weights were yet to be selected when it was made, else None.
     """
 
@@ -75,6 +83,7 @@ class AdapterDelta(NeverOffloaded):
         self._copied: tuple[int, Tensor] | None = None
         self.l1_coefficient = 0.0
         self._observer: GradientObserver | None = None
+        self.meter: Meter | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 exchanges the parameter: in a forward or backward pass it is all there, between them in shards.

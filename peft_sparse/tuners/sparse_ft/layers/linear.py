@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ class Linear(SparseLayer):
             self.restore("weight")
             dense = self.effective("weight", adapters)
             return F.linear(x, dense.t() if self.fan_in_fan_out else dense, bias)
+        self.measure(x, deltas)
         make_weight, guard = self.weight_maker(adapters)
         return ops.linear(
             x,
@@ -51,6 +53,13 @@ class Linear(SparseLayer):
             observers=[d.observer for d in deltas if d.observer is not None],
             guard=guard,
         )
+
+    @staticmethod
+    def measure(x: Tensor, deltas: Sequence[AdapterDelta]) -> None:
+        """Show the inputs of a training forward to whoever fits steps to them."""
+        for delta in deltas:
+            if delta.meter is not None and torch.is_grad_enabled() and delta.values.requires_grad:
+                delta.meter.see(x)
 
     def weight_maker(self, adapters: Sequence[str]) -> tuple[Callable[[], Tensor], AbstractContextManager[Any]]:
         """What makes the weight with the adapters' deltas in it, as they are now, for this forward and its backward;

@@ -102,6 +102,7 @@ class QuantizedLinear(Linear):
                 weight = self.effective("weight", adapters).to(dtype)  # type: ignore[union-attr]
                 result = F.linear(given, weight.t() if self.fan_in_fan_out else weight, bias)
             else:
+                self.measure(x, deltas)
                 result = ops.linear(
                     given,
                     partial(self._make_weight, self._overlay_of(adapters), [d.values for d in deltas], dtype),

@@ -1,0 +1,147 @@
+"""A learning rate that fits the support: `fitted_rate=True` of any sparse config, in any training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optim.step_scale import scaled_steps
+from ..selection.output_energy import step_scale
+from ..tuners.common.base_model import base_model_of
+from ..tuners.sparse_ft.configs.base import SparseConfig
+from ..tuners.sparse_ft.drivers import RATE_FITS, iter_drivers
+from ..tuners.sparse_ft.iteration import iter_deltas
+from ..tuners.sparse_ft.layers.delta import AdapterDelta
+from ..tuners.sparse_ft.layers.linear import Linear
+from .distributed import means_over_ranks
+
+logger = logging.getLogger(__name__)
+
+# Inputs are measured over so many updates; the first already scales by what it has seen.
+MEASURED_UPDATES = 4
+
+
+class InputMeter:
+    """Sums up the squared inputs of one layer, column by column.
+
+    Attributes:
+        total: [I] float32; None before the first input.
+        tokens: how many inputs are in it.
+        updates: optimizer updates that were made since the first.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+        self.updates = 0
+
+    @torch.no_grad()
+    def see(self, x: Tensor) -> None:
+        """Take the inputs [..., I] of one forward."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        squares = rows.float().square().sum(0)
+        self.total = squares if self.total is None else self.total.to(squares.device).add_(squares)
+        self.tokens += rows.shape[0]
+
+
+class RateFit:
+    """Scales the steps on the linear weights of one adapter by the output energy of their supports.
+
+    The inputs of the layers are measured in the training forwards of the first `MEASURED_UPDATES` updates, padding and
+    all, and kept, for a support that is replaced later. Whatever is no linear layer's weight is left alone.
+
+    Args:
+        model: the base model, with its sparse layers.
+        adapter_name: the adapter.
+        config: the model's copy of its config.
+
+    Attributes:
+        adapter_name: as given.
+        energies: {parameter name: [I] mean squared input} of the tensors that were measured.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
+        self.adapter_name = adapter_name
+        self._deltas: dict[str, AdapterDelta] = {}
+        self._transposed: dict[str, bool] = {}
+        for name, layer, parameter, delta in iter_deltas(model, adapter_name):
+            if isinstance(layer, Linear) and parameter == "weight":
+                self._deltas[name], self._transposed[name] = delta, layer.fan_in_fan_out
+                delta.meter = InputMeter()
+        self.energies: dict[str, Tensor] = {}
+        # {parameter name: (support version, updates measured, scale)}
+        self._found: dict[str, tuple[int, int, float]] = {}
+        self._warned = False
+        scaled_steps.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        scaled_steps.add(self)
+
+    def stop(self) -> None:
+        """Leave steps alone from now on."""
+        scaled_steps.discard(self)
+        for delta in self._deltas.values():
+            delta.meter = None
+
+    def scales(self, parameters: Iterable[Tensor]) -> list[tuple[Tensor, float]]:
+        """(values, how much of a step to take) of the adapter's tensors among some parameters."""
+        held = {id(p) for p in parameters}
+        own = {name: d for name, d in self._deltas.items() if id(d.held_values) in held}
+        self._measure(own)
+        return [(delta.held_values, self._scale(name, delta)) for name, delta in own.items()]
+
+    def scale_of(self, name: str) -> float:
+        """How much of a step is taken on a tensor, as far as is known by now."""
+        return self._scale(name, self._deltas[name])
+
+    def _measure(self, deltas: dict[str, AdapterDelta]) -> None:
+        seen = {name: d.meter for name, d in deltas.items() if d.meter is not None and d.meter.total is not None}
+        if not seen:
+            if deltas and not self.energies and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "fitted_rate of adapter %r: no input of a tuned layer was seen before the first update "
+                    "(torch.compile hides them), so its steps are not scaled.",
+                    self.adapter_name,
+                )
+            return
+        means = means_over_ranks(
+            [meter.total / max(1, meter.tokens) for meter in seen.values()], what=f"inputs of {self.adapter_name!r}"
+        )
+        for (name, meter), mean in zip(seen.items(), means, strict=True):
+            self.energies[name] = mean
+            meter.updates += 1
+            if meter.updates >= MEASURED_UPDATES:
+                deltas[name].meter = None
+
+    def _scale(self, name: str, delta: AdapterDelta) -> float:
+        if name not in self.energies:
+            return 1.0
+        meter = delta.meter
+        key = delta.support_version, MEASURED_UPDATES if meter is None else meter.updates
+        found = self._found.get(name)
+        if found is None or found[:2] != key:
+            scale = step_scale(self.energies[name], delta.indices, delta.shape, transposed=self._transposed[name])
+            self._found[name] = found = (*key, scale)
+        return found[2]
+
+
+def rate_scales(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """{parameter name: how much of each step is taken} of an adapter with `fitted_rate=True`, as far as is known.
+
+    Empty for any other adapter.
+    """
+    return {
+        name: fit.scale_of(name)
+        for fit in iter_drivers(base_model_of(model))
+        if isinstance(fit, RateFit) and fit.adapter_name == adapter_name
+        for name in fit._deltas
+    }
+
+
+RATE_FITS[True] = RateFit
