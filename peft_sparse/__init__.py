@@ -1,231 +1,38 @@
-"""Sparse fine-tuning and cross-lingual adapters for PEFT. Importing this package registers its tuner types."""
+"""Sparse fine-tuning and cross-lingual adapters for PEFT. Importing this package registers its tuner types.
+
+What it offers, and where each name lives, is written in `__init__.pyi` alone. Names are loaded when they are asked for:
+trainers import transformers' trainer, which is slow, and `SparseSFTTrainer` imports TRL, which is optional.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+from ._names import read_stub
 from ._peft_bridge import register
-from .core.delta import SparseDelta
-from .errors import ConfigError, FormatError, SelectionError, SparseError
-from .optim.sm3 import SM3
-from .optim.sparse_adamw import SparseAdamW
-from .selection.criteria import Criterion, GradientMeans
-from .training.fitted_rate import rate_scales
+from .training import fitted_rate as _fitted_rate  # noqa: F401
 from .training.phases import unfinished as unfinished
-from .training.spiel.reselector import Reselection, Reselector, iter_reselectors
-from .tuners.ada_sft.config import AdaSftConfig
-from .tuners.ada_sft.model import AdaSftModel
-from .tuners.ada_sft.to_sparse import sparse_from_ada
-from .tuners.bottleneck.adapter import BottleneckWeights
-from .tuners.bottleneck.config import BottleneckConfig
-from .tuners.bottleneck.hub import load_adapter_hub, save_adapter_hub
-from .tuners.bottleneck.model import BottleneckModel
-from .tuners.bottleneck.weights import bottleneck_weights, generated_weights, iter_bottlenecks, set_bottleneck_weights
-from .tuners.madg.config import MadGConfig
-from .tuners.madg.generated import GeneratedAdapter
-from .tuners.madg.importance import FeatureImportance
-from .tuners.madg.model import MadGModel, generate_adapter, set_language
-from .tuners.sparse_ft.configs.base import SparseConfig
-from .tuners.sparse_ft.configs.one_shot import GivenConfig, OneShotConfig, RandConfig
-from .tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielMAConfig
-from .tuners.sparse_ft.configs.two_phase import DeftXConfig, LotteryTicketConfig
-from .tuners.sparse_ft.iteration import iter_deltas
-from .tuners.sparse_ft.measured_budget import layer_budget_from
-from .tuners.sparse_ft.model import SparseModel
-from .tuners.sparse_ft.resident import resident
-
-if TYPE_CHECKING:
-    from .checkpoints.merge import merge_checkpoint
-    from .distillation.adapters import reduce_adapter
-    from .distillation.losses import DistillationLoss
-    from .distillation.student import make_student
-    from .distillation.teacher import Teacher
-    from .distillation.trainer import DistillationTrainer, distilled_trainer
-    from .distillation.vocabulary import reduce_vocabulary
-    from .extraction.extract import extract_adapter
-    from .extraction.report import Extraction
-    from .importing.export_adapter import Exported, export_adapter
-    from .importing.import_adapter import Imported, import_adapter
-    from .importing.rosa import import_mask
-    from .inspection.conflicts import conflicts
-    from .inspection.feature_importance import importance_table, plot_importance
-    from .inspection.page import plot_adapters
-    from .inspection.report import inspect_adapter
-    from .parsing.features import ParserCollator, encode_sentences
-    from .parsing.parser import BiaffineParser
-    from .parsing.scores import attachment_scores
-    from .planning.plan import MemoryPlan, plan_memory
-    from .training.average import AdapterAverage
-    from .training.languages.language_switch import LanguageSwitch, language_below_task
-    from .training.languages.mixture import Source, batches_of_an_epoch, few_shot
-    from .training.languages.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
-    from .training.languages.translate import Translated, add_language_code, translate_rows
-    from .training.phases.dense_phase import DensePhase
-    from .training.phases.lottery import select, start_dense_phase, start_sparse_phase
-    from .training.phases.mask_phase import start_weight_phase
-    from .training.phases.one_shot import select_by_gradients
-    from .training.spiel.callback import load_state as load_training_state
-    from .training.spiel.callback import save_state as save_training_state
-    from .training.trainer.trainer import SparseSFTTrainer as SparseSFTTrainer
-    from .training.trainer.trainer import SparseTrainer, sparse_trainer
-    from .tuners.for_language import for_language
-    from .typology import Typology, load_typology
+from .training.spiel import start as _start  # noqa: F401
+from .tuners.ada_sft.config import AdaSftConfig as AdaSftConfig
+from .tuners.ada_sft.model import AdaSftModel as AdaSftModel
+from .tuners.bottleneck.config import BottleneckConfig as BottleneckConfig
+from .tuners.bottleneck.model import BottleneckModel as BottleneckModel
+from .tuners.madg.config import MadGConfig as MadGConfig
+from .tuners.madg.model import MadGModel as MadGModel
+from .tuners.sparse_ft.configs import one_shot as _one_shot  # noqa: F401
+from .tuners.sparse_ft.configs import spiel as _spiel  # noqa: F401
+from .tuners.sparse_ft.configs import two_phase as _two_phase  # noqa: F401
+from .tuners.sparse_ft.configs.base import SparseConfig as SparseConfig
+from .tuners.sparse_ft.model import SparseModel as SparseModel
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SM3",
-    "AdaSftConfig",
-    "AdaSftModel",
-    "AdapterAverage",
-    "BiaffineParser",
-    "BottleneckConfig",
-    "BottleneckModel",
-    "BottleneckWeights",
-    "ConfigError",
-    "Criterion",
-    "DeftXConfig",
-    "DensePhase",
-    "DistillationLoss",
-    "DistillationTrainer",
-    "Exported",
-    "Extraction",
-    "FeatureImportance",
-    "FormatError",
-    "GeneratedAdapter",
-    "GivenConfig",
-    "GradientMeans",
-    "Imported",
-    "LanguageSwitch",
-    "LotteryTicketConfig",
-    "MadGConfig",
-    "MadGModel",
-    "MemoryPlan",
-    "MultiSourceCollator",
-    "MultiSourceDataset",
-    "OneShotConfig",
-    "ParserCollator",
-    "RandConfig",
-    "Reselection",
-    "Reselector",
-    "SelectionError",
-    "Source",
-    "SparseAdamW",
-    "SparseConfig",
-    "SparseDelta",
-    "SparseError",
-    "SparseModel",
-    "SparseTrainer",
-    "SpielAGConfig",
-    "SpielMAConfig",
-    "Teacher",
-    "Translated",
-    "Typology",
-    "add_language_code",
-    "attachment_scores",
-    "batches_of_an_epoch",
-    "bottleneck_weights",
-    "conflicts",
-    "distilled_trainer",
-    "encode_sentences",
-    "evaluation_batches",
-    "export_adapter",
-    "extract_adapter",
-    "few_shot",
-    "for_language",
-    "generate_adapter",
-    "generated_weights",
-    "import_adapter",
-    "import_mask",
-    "importance_table",
-    "inspect_adapter",
-    "iter_bottlenecks",
-    "iter_deltas",
-    "iter_reselectors",
-    "language_below_task",
-    "layer_budget_from",
-    "load_adapter_hub",
-    "load_training_state",
-    "load_typology",
-    "make_student",
-    "merge_checkpoint",
-    "plan_memory",
-    "plot_adapters",
-    "plot_importance",
-    "rate_scales",
-    "reduce_adapter",
-    "reduce_vocabulary",
-    "resident",
-    "save_adapter_hub",
-    "save_training_state",
-    "select",
-    "select_by_gradients",
-    "set_bottleneck_weights",
-    "set_language",
-    "sparse_from_ada",
-    "sparse_trainer",
-    "start_dense_phase",
-    "start_sparse_phase",
-    "start_weight_phase",
-    "translate_rows",
-]
-
-# Loaded when asked for: trainers import transformers' trainer, and SparseSFTTrainer imports TRL, which is optional.
-_LAZY = {
-    "AdapterAverage": "training.average.AdapterAverage",
-    "BiaffineParser": "parsing.parser.BiaffineParser",
-    "DensePhase": "training.phases.dense_phase.DensePhase",
-    "DistillationLoss": "distillation.losses.DistillationLoss",
-    "DistillationTrainer": "distillation.trainer.DistillationTrainer",
-    "Exported": "importing.export_adapter.Exported",
-    "Extraction": "extraction.report.Extraction",
-    "Imported": "importing.import_adapter.Imported",
-    "LanguageSwitch": "training.languages.language_switch.LanguageSwitch",
-    "MemoryPlan": "planning.plan.MemoryPlan",
-    "MultiSourceCollator": "training.languages.multisource.MultiSourceCollator",
-    "MultiSourceDataset": "training.languages.multisource.MultiSourceDataset",
-    "ParserCollator": "parsing.features.ParserCollator",
-    "SparseSFTTrainer": "training.trainer.trainer.SparseSFTTrainer",
-    "SparseTrainer": "training.trainer.trainer.SparseTrainer",
-    "Teacher": "distillation.teacher.Teacher",
-    "Source": "training.languages.mixture.Source",
-    "Translated": "training.languages.translate.Translated",
-    "Typology": "typology.table.Typology",
-    "add_language_code": "training.languages.translate.add_language_code",
-    "attachment_scores": "parsing.scores.attachment_scores",
-    "batches_of_an_epoch": "training.languages.mixture.batches_of_an_epoch",
-    "conflicts": "inspection.conflicts.conflicts",
-    "distilled_trainer": "distillation.trainer.distilled_trainer",
-    "encode_sentences": "parsing.features.encode_sentences",
-    "evaluation_batches": "training.languages.multisource.evaluation_batches",
-    "export_adapter": "importing.export_adapter.export_adapter",
-    "extract_adapter": "extraction.extract.extract_adapter",
-    "few_shot": "training.languages.mixture.few_shot",
-    "for_language": "tuners.for_language.for_language",
-    "import_adapter": "importing.import_adapter.import_adapter",
-    "import_mask": "importing.rosa.import_mask",
-    "importance_table": "inspection.feature_importance.importance_table",
-    "inspect_adapter": "inspection.report.inspect_adapter",
-    "language_below_task": "training.languages.language_switch.language_below_task",
-    "load_training_state": "training.spiel.callback.load_state",
-    "load_typology": "typology.table.load_typology",
-    "make_student": "distillation.student.make_student",
-    "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
-    "plan_memory": "planning.plan.plan_memory",
-    "plot_adapters": "inspection.page.plot_adapters",
-    "plot_importance": "inspection.feature_importance.plot_importance",
-    "reduce_adapter": "distillation.adapters.reduce_adapter",
-    "reduce_vocabulary": "distillation.vocabulary.reduce_vocabulary",
-    "save_training_state": "training.spiel.callback.save_state",
-    "select": "training.phases.lottery.select",
-    "select_by_gradients": "training.phases.one_shot.select_by_gradients",
-    "sparse_trainer": "training.trainer.trainer.sparse_trainer",
-    "start_dense_phase": "training.phases.lottery.start_dense_phase",
-    "start_sparse_phase": "training.phases.lottery.start_sparse_phase",
-    "start_weight_phase": "training.phases.mask_phase.start_weight_phase",
-    "translate_rows": "training.languages.translate.translate_rows",
-}
+_HOMES, _PUBLIC = read_stub(Path(__file__).with_suffix(".pyi"))
+# A star import takes all of them, and must not fail where TRL is not installed.
+__all__ = [name for name in _PUBLIC if name != "SparseSFTTrainer" or find_spec("trl") is not None]
 
 register("SPARSE_FT", SparseConfig, SparseModel)
 register("BOTTLENECK", BottleneckConfig, BottleneckModel)
@@ -234,7 +41,11 @@ register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        module, _, attribute = _LAZY[name].rpartition(".")
-        return getattr(import_module(f"{__name__}.{module}"), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import TypeGuard
 
 import torch
 
@@ -60,6 +61,36 @@ def check_one_of(name: str, value: object, known: Iterable[str | None]) -> None:
         raise ConfigError(f"{name} must be one of {known}, got {value!r}.{hint}")
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number, NaN and infinity among them; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, *, least: int = 1, way_out: str = "") -> None:
+    """Refuse what is not a whole number of at least `least`.
+
+    Raises:
+        ConfigError: it is not; the message ends with `way_out`.
+    """
+    if not is_whole(value) or value < least:
+        raise ConfigError(f"{name} must be an int >= {least}, got {value!r}.{' ' if way_out else ''}{way_out}")
+
+
+def check_share(name: str, value: object, *, way_out: str = "") -> None:
+    """Refuse what is not a share of something that is taken: a number in (0, 1].
+
+    Raises:
+        ConfigError: it is not; the message ends with `way_out`.
+    """
+    if not is_number(value) or not 0 < value <= 1:
+        raise ConfigError(f"{name} must be in (0, 1], got {value!r}.{' ' if way_out else ''}{way_out}")
+
+
 def check_modules(name: str, value: object) -> None:
     """Refuse what names no modules: the names are a list, and a text is one regular expression.
 
@@ -83,7 +114,7 @@ def check_layers(name: str, value: object) -> None:
         ConfigError: it is neither.
     """
     indices = value if isinstance(value, (list, tuple, set, frozenset, range)) else [value]
-    if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in indices):
+    if value is not None and not all(is_whole(one) for one in indices):
         raise ConfigError(f"{name} must be the index of a layer or a list of indices, got {shortened(value)}.")
 
 

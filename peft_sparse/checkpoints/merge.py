@@ -5,40 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..composition.chance import warn_of_coinciding_draws
-from ..composition.combine import combine
 from ..core.delta import SparseDelta
-from ..core.overlay import Overlay
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from .adapter_files import read_adapter
-from .architecture import (
-    Names,
-    class_name_of,
-    class_trained_on,
-    labels_of_head,
-    listed,
-    read_config,
-    skeleton,
-    tied_groups,
-)
+from .merge_plan import Change, MergePlan, Part
 from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
 
 logger = logging.getLogger(__name__)
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -56,70 +39,6 @@ class Merged:
     num_weights: int
     changed: list[str]
     added: list[str]
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """An adapter to merge.
-
-    Attributes:
-        source: directory or repository.
-        config: the content of adapter_config.json.
-        deltas: {parameter: delta}, empty ones left out, values in the dtype that a model would hold them in.
-        others: {name: tensor} of what else is in the file: heads, and embeddings that PEFT put there.
-    """
-
-    source: str
-    config: Mapping[str, Any]
-    deltas: Mapping[str, SparseDelta]
-    others: Mapping[str, Tensor]
-
-    @property
-    def heads(self) -> dict[str, Tensor]:
-        """The tensors of `modules_to_save`."""
-        modules = tuple(self.config.get("modules_to_save") or ())
-        return {name: tensor for name, tensor in self.others.items() if _lies_in(name, modules)}
-
-
-@dataclass(eq=False)
-class _Change:
-    """What becomes of one tensor: deltas to add, or a head to put in its place."""
-
-    deltas: list[SparseDelta] = field(default_factory=list)
-    head: Tensor | None = None
-
-    def apply(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """The tensor as it is written.
-
-        Raises:
-            ConfigError: a finite value would not be one any more.
-        """
-        changed = self._changed(tensor, dtype)
-        if changed is not tensor and changed.is_floating_point():
-            infinite = ~changed.isfinite()
-            if bool(infinite.any()):  # those that were infinite before stay as they are
-                infinite &= (tensor if self.head is None else self.head).double().isfinite()
-            if bool(infinite.any()):
-                raise ConfigError(
-                    f"{int(infinite.sum())} weights of {name} would be infinite or NaN: {changed.dtype} holds numbers "
-                    f"up to {torch.finfo(changed.dtype).max:.4g}. Nothing was written. Give smaller weights, or a "
-                    "wider dtype."
-                )
-        return changed
-
-    def _changed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if self.head is not None:
-            tensor = self.head.to(tensor.dtype)
-        elif self.deltas:
-            # Rounded once: to the tensor's own dtype, or to the one that was asked for.
-            wide = tensor if dtype is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            tensor = Overlay([d.indices for d in self.deltas]).add(wide, [d.values for d in self.deltas])
-        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-
-    def is_large(self, dtype: torch.dtype) -> bool:
-        """Whether adding this may leave the range of a dtype, whatever is below it."""
-        limit = torch.finfo(dtype).max / 2
-        return any(not bool((delta.values.double().abs() <= limit).all()) for delta in self.deltas)
 
 
 def merge_checkpoint(
@@ -174,7 +93,7 @@ def merge_checkpoint(
             f"{checkpoint.source} is quantised, and a delta would be lost in rounding. Merge into the unquantised "
             "checkpoint, or load the model and call merge_and_unload(dequantize=True)."
         )
-    plan = _Plan(checkpoint, parts, factors, head)
+    plan = MergePlan(checkpoint, parts, factors, head)
     plan.check_range(dtype)
     methods = [part.config.get("method") for part in parts]
     warn_of_coinciding_draws([part.source for part in parts], methods, [part.deltas for part in parts])
@@ -182,11 +101,11 @@ def merge_checkpoint(
     with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
         task = progress.add_task("merging", total=len(checkpoint.names()))
         for name in checkpoint.names():
-            change = plan.changes.get(plan.model_name[name], _Change())
+            change = plan.changes.get(plan.model_name[name], Change())
             writer.add(name, change.apply(name, checkpoint.tensor(name), dtype))
             progress.advance(task)
         for name in plan.added:
-            writer.add(name, plan.changes.get(name, _Change()).apply(name, plan.original(name), dtype))
+            writer.add(name, plan.changes.get(name, Change()).apply(name, plan.original(name), dtype))
         copy_companions(checkpoint, writer.staging, changed=plan.config_changes(dtype))
     changed = [name for name in checkpoint.names() if plan.model_name[name] in plan.changes]
     deltas = {id(delta): delta for change in plan.changes.values() for delta in change.deltas}
@@ -195,7 +114,7 @@ def merge_checkpoint(
     return Merged(Path(output), num_weights, [*changed, *plan.added], plan.added)
 
 
-def _read_part(where: str | os.PathLike[str]) -> _Part:
+def _read_part(where: str | os.PathLike[str]) -> Part:
     files = read_adapter(where)
     if files.config.get("trainable_token_indices"):
         raise ConfigError(
@@ -205,15 +124,10 @@ def _read_part(where: str | os.PathLike[str]) -> _Part:
     dtype = getattr(torch, files.config.get("values_dtype", "float32"))
     deltas = {n: SparseDelta(d.indices, d.values.to(dtype), d.shape) for n, d in files.deltas.items() if d.count}
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in files.others.items()}
-    return _Part(files.source, files.config, deltas, plain)
+    return Part(files.source, files.config, deltas, plain)
 
 
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    pieces = parameter.split(".")
-    return bool(modules) and any(".".join(pieces[:end]).endswith(modules) for end in range(1, len(pieces)))
-
-
-def _check_factors(parts: list[_Part], weights: Sequence[float] | None) -> list[float] | None:
+def _check_factors(parts: list[Part], weights: Sequence[float] | None) -> list[float] | None:
     if not parts:
         raise ConfigError("at least one adapter is needed to merge, got none.")
     if weights is not None and len(weights) != len(parts):
@@ -225,7 +139,7 @@ def _check_factors(parts: list[_Part], weights: Sequence[float] | None) -> list[
     return [float(weight) for weight in weights]
 
 
-def _choose_head(parts: list[_Part], head_from: str | None) -> _Part | None:
+def _choose_head(parts: list[Part], head_from: str | None) -> Part | None:
     having = [part for part in parts if part.heads]
     if head_from is not None:
         chosen = [part for part in having if part.source == head_from]
@@ -237,197 +151,3 @@ def _choose_head(parts: list[_Part], head_from: str | None) -> _Part | None:
         sources = [part.source for part in having]
         raise ConfigError(f"the adapters {sources} all have heads (modules_to_save): say whose to keep with head_from.")
     return having[0] if having else None
-
-
-class _Plan:
-    """Which tensor of a checkpoint gets what; everything is checked when it is made.
-
-    Attributes:
-        model_name: {name in the checkpoint: name in the model}.
-        changes: by name in the model.
-        added: names in the model of tensors that the result has and the base checkpoint has not.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, parts: list[_Part], factors: list[float] | None, head: _Part | None
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._config = read_config(checkpoint.folder)
-        self._num_labels: int | None = None
-        self._model, self._class_name = self._fitting_model(parts, head)
-        self._tied = tied_groups(self._model)
-        self._has_head = head is not None
-        names = Names(self._model)
-        mapped = {name: names.of_checkpoint(name) for name in checkpoint.names()}
-        self.model_name = {name: own for name, (own, _) in mapped.items()}
-        self._stored: dict[str, list[str]] = {}
-        for name, own in self.model_name.items():
-            self._stored.setdefault(own, []).append(name)
-        self._check_targets(parts, names, {own for own, is_whole in mapped.values() if not is_whole})
-        self.changes = self._add_up(parts, factors, names)
-        for name, tensor in ({} if head is None else head.heads).items():
-            self.changes[names.of_adapter(name)] = _Change(head=tensor)
-        heads = [name for name, change in self.changes.items() if change.head is not None]
-        self.is_untied = any(len({id(self.changes.get(name)) for name in group}) > 1 for group in self._tied)
-        self._check_heads(heads)
-        tied = [name for group in self._tied for name in group] if self.is_untied else []
-        self.added = [name for name in dict.fromkeys([*heads, *tied]) if name not in self._stored]
-        missing = [name for name in names.parameters if self._stored_as(name) is None and name not in self.changes]
-        if missing:
-            logger.warning(
-                "These parameters of %s are neither in the checkpoint nor in the adapters, and will be random:%s",
-                self._class_name,
-                listed(missing),
-            )
-
-    def original(self, name: str) -> Tensor:
-        """The tensor of the base model behind a name that the checkpoint may store under another one."""
-        stored = self._stored_as(name)
-        if stored is not None:
-            return self._checkpoint.tensor(stored).clone()
-        head = self.changes[name].head
-        assert head is not None  # `_check_targets` has seen to deltas
-        return head.to(self._config.dtype) if self._config.dtype is not None else head
-
-    def check_range(self, dtype: torch.dtype | None) -> None:
-        """Refuse sums that leave the range of their dtype, where deltas are so large that they may.
-
-        Raises:
-            ConfigError: see `_Change.apply`.
-        """
-        for name, change in self.changes.items():
-            stored = self._stored_as(name)
-            if stored is not None and change.is_large(dtype or self._checkpoint.dtype(stored)):
-                change.apply(name, self.original(name), dtype)
-
-    def config_changes(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """What config.json says otherwise than the base model's."""
-        changed: dict[str, Any] = {}
-        if dtype is not None:
-            changed["torch_dtype" if "torch_dtype" in self._checkpoint.config else "dtype"] = str(dtype).split(".")[-1]
-        if self.is_untied:
-            changed["tie_word_embeddings"] = False
-        if self._has_head:
-            changed["architectures"] = [self._class_name]
-        if self._num_labels is not None:
-            labels = {i: f"LABEL_{i}" for i in range(self._num_labels)}
-            changed.update(id2label=labels, label2id={label: i for i, label in labels.items()})
-        return changed
-
-    def _fitting_model(self, parts: list[_Part], head: _Part | None) -> tuple[PreTrainedModel, str]:
-        """The architecture on the meta device: the checkpoint's own, or an adapter's if a head or a name needs it."""
-        own = [name for name in self._config.architectures or () if hasattr(transformers, name)][:1]
-        trained_on = [
-            name for part in ([head] if head else parts) if (name := class_trained_on(part.config, self._config))
-        ]
-        candidates = list(dict.fromkeys([*trained_on, *own] if head else [*own, *trained_on]))
-        candidates = candidates or [class_name_of(self._config)]
-        wanted = {name for part in parts for name in part.deltas} | set(head.heads if head else ())
-        failures = []
-        for class_name in candidates:
-            model = skeleton(self._config, class_name)
-            shapes = {name: tuple(tensor.shape) for name, tensor in (head.heads if head else {}).items()}
-            self._num_labels = labels_of_head(self._config, model, shapes)
-            if self._num_labels is not None:
-                self._config.num_labels = self._num_labels
-                model = skeleton(self._config, class_name)
-            names = Names(model)
-            unknown = sorted(name for name in wanted if names.of_adapter(name) not in names.parameters)
-            if not unknown:
-                return model, type(model).__name__
-            failures.append(f"{class_name} has no parameters of these names:{listed(unknown)}")
-        raise FormatError(
-            f"the adapters do not fit {self._checkpoint.source}. Nothing was written. " + "\n".join(failures)
-        )
-
-    def _check_targets(self, parts: list[_Part], names: Names, in_pieces: set[str]) -> None:
-        wrong = []
-        for part in parts:
-            for name, delta in part.deltas.items():
-                if misfit := self._misfit(names.of_adapter(name), delta.shape, in_pieces):
-                    wrong.append(f"{name} of {part.source}: {misfit}")
-            wrong += self._differing_passengers(part, names)
-        if wrong:
-            raise FormatError(
-                f"the adapters do not fit {self._checkpoint.source}. Nothing was written. These tensors do not match:"
-                + listed(wrong)
-            )
-
-    def _misfit(self, own: str, shape: tuple[int, ...], in_pieces: set[str]) -> str | None:
-        """Why a delta cannot be added to a parameter, if so."""
-        stored = self._stored_as(own)
-        if stored is None:
-            return "the checkpoint has no tensor for it"
-        if self.model_name[stored] in in_pieces:
-            return "the checkpoint stores it in pieces, which are joined only when it is loaded"
-        if len(same := self._stored[self.model_name[stored]]) > 1:
-            return f"the checkpoint has it more than once, as {', '.join(same)}"
-        if self._checkpoint.shape(stored) != shape:
-            return f"it has shape {shape} there, {self._checkpoint.shape(stored)} in the checkpoint"
-        if self._checkpoint.dtype(stored) not in _FLOATS:
-            return f"it is quantised in the checkpoint, of dtype {self._checkpoint.dtype(stored)}"
-        return None
-
-    def _stored_as(self, own: str) -> str | None:
-        """The name under which the checkpoint holds a parameter of the model, or what it is tied to."""
-        twins = next((group for group in self._tied if own in group), [])
-        return next((self._stored[name][0] for name in [own, *twins] if name in self._stored), None)
-
-    def _differing_passengers(self, part: _Part, names: Names) -> list[str]:
-        """Embeddings that PEFT saved beside the adapter, where they are not those of the checkpoint."""
-        wrong = []
-        for name in part.others.keys() - part.heads.keys():
-            stored = self._stored_as(names.of_adapter(name))
-            if stored is None or not torch.equal(self._checkpoint.tensor(stored), part.others[name]):
-                wrong.append(f"{name}: {part.source} brings one of its own; load it with PEFT and merge_and_unload()")
-        return sorted(wrong)
-
-    def _check_heads(self, heads: list[str]) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._model.state_dict().items()}
-        wrong = []
-        for name in heads:
-            head = self.changes[name].head
-            if head is not None and tuple(head.shape) != shapes[name]:
-                wrong.append(f"{name}: of shape {tuple(head.shape)} in the adapter, {shapes[name]} in the model")
-        if wrong:
-            raise FormatError(f"the head does not fit {self._class_name}. Nothing was written.{listed(wrong)}")
-
-    def _add_up(self, parts: list[_Part], factors: list[float] | None, names: Names) -> dict[str, _Change]:
-        """{name in the model: what is added}: one delta per adapter, or their weighted sum; one change for tensors that
-        stay the same.
-        """
-        found: dict[str, list[tuple[SparseDelta, float]]] = {}
-        for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
-            for name, delta in self._with_followers(part, names).items():
-                found.setdefault(name, []).append((delta, factor))
-        dtypes = {part.config.get("values_dtype", "float32") for part in parts}
-        dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
-        made: dict[tuple[int, ...], _Change] = {}
-        changes = {}
-        for name, pairs in found.items():
-            deltas = [delta for delta, _ in pairs]
-            key = tuple(map(id, deltas))
-            if key not in made:
-                made[key] = _Change(deltas if factors is None else [_summed(pairs, dtype, name=name)])
-            changes[name] = made[key]
-        return changes
-
-    def _with_followers(self, part: _Part, names: Names) -> dict[str, SparseDelta]:
-        """An adapter's deltas by name in the model; embeddings that share a tuned matrix follow it, by the tuner's rule
-        (`tuners.sparse_ft.ties`).
-        """
-        deltas = {names.of_adapter(name): delta for name, delta in part.deltas.items()}
-        for group in self._tied:
-            lookups = [name for name in group if self._is_embedding(name)]
-            tuned = [name for name in lookups if name in deltas]
-            for name in lookups if tuned else ():
-                deltas.setdefault(name, deltas[tuned[0]])
-        return deltas
-
-    def _is_embedding(self, parameter: str) -> bool:
-        return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
-
-
-def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:
-    combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
-    return SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)

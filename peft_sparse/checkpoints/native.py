@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,17 +14,28 @@ from ..core.delta import SparseDelta
 from ..core.gaps import decode_gaps, encode_gaps
 from ..core.names import PREFIX, unwrapped, without_adapter
 from ..errors import FormatError
+from .native_checks import (
+    INDICES,
+    REMEDY,
+    VALUES,
+    check_counts,
+    check_heads,
+    check_names,
+    check_shapes,
+    check_surplus,
+    check_values,
+    refuse_views,
+    tensor_names,
+)
 
 DIGEST_KEY = "sparse_ft_digest"
 VERSION = 1
 SOURCE = "adapter_model.safetensors"
 
-VALUES, INDICES = "values", "_extra_state"
 _PARTS = {"sparse_ft_weight": "weight", "sparse_ft_bias": "bias"}
 _MAGIC = b"PSFT"
 _DIGEST_SIZE = 32
 _HEADER_SIZE = 8
-_REMEDY = "Nothing was loaded. Download the adapter again, or save it again from the model that trained it."
 _RESEAL = "Tensors edited on purpose need a new digest: peft_sparse.checkpoints.native.finish(state_dict)."
 
 # The spelling of safetensors, so that the digest can be recomputed from a file without torch.
@@ -43,7 +53,6 @@ _DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # Names
@@ -60,13 +69,6 @@ def canonical_name(key: str, *, adapter_name: str | None = None) -> str:
     return name.removeprefix(PREFIX)
 
 
-def tensor_names(parameter: str) -> tuple[str, str]:
-    """Canonical names of the two tensors, values and coded indices, that hold the delta of a base-model parameter."""
-    module, _, part = parameter.rpartition(".")
-    stem = f"{module}.sparse_ft_{part}" if module else f"sparse_ft_{part}"
-    return f"{stem}.{VALUES}", f"{stem}.{INDICES}"
-
-
 def parameter_of(name: str) -> str | None:
     """The base-model parameter that a canonical tensor name belongs to; None for tensors that are not a delta's."""
     *module, part, kind = ("", *name.split("."))
@@ -80,7 +82,7 @@ def _canonical(tensors: Mapping[str, Tensor], adapter_name: str | None, source: 
     for key, tensor in tensors.items():
         name = canonical_name(key, adapter_name=adapter_name)
         if name in named:
-            raise FormatError(f"{source}: tensor '{name}' occurs twice (again as '{key}'). {_REMEDY}")
+            raise FormatError(f"{source}: tensor '{name}' occurs twice (again as '{key}'). {REMEDY}")
         named[name] = tensor
     return named
 
@@ -255,32 +257,32 @@ def verify(
     version, expected_digest, others = _parse_digest(named.pop(DIGEST_KEY, None), source)
     covered = {name: named[name] for name in named if parameter_of(name) is not None or name in others}
     for name in sorted(others - set(named)):
-        raise FormatError(f"{source}: tensor '{name}' is missing. {_REMEDY}")
-    _check_surplus(set(named) - set(covered), passengers, source)
-    _refuse_views(named, source)
+        raise FormatError(f"{source}: tensor '{name}' is missing. {REMEDY}")
+    check_surplus(set(named) - set(covered), passengers, source)
+    refuse_views(named, source)
     known, known_digest = (None, b"") if verified is None else verified.take()
     found_digest = bytes(digest(covered).tolist()) if known is not None else None
     deltas = known if known is not None and found_digest == known_digest else _READERS[version](covered, source)
     # What does not fit the model or the config is told before the digest: it names the tensor, the digest cannot.
-    _check_names(deltas, counts, "adapter_config.json ('counts')", source)
-    _check_names(deltas, shapes, "the model", source)
-    _check_counts(deltas, counts or {}, source)
-    _check_shapes(deltas, shapes or {}, vocabularies, source)
+    check_names(deltas, counts, "adapter_config.json ('counts')", source)
+    check_names(deltas, shapes, "the model", source)
+    check_counts(deltas, counts or {}, source)
+    check_shapes(deltas, shapes or {}, vocabularies, source)
     if heads is not None:
-        _check_heads({name: named[name] for name in others}, heads, source)
+        check_heads({name: named[name] for name in others}, heads, source)
     if (found_digest or bytes(digest(covered).tolist())) != expected_digest:
-        raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {_REMEDY} {_RESEAL}")
+        raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {REMEDY} {_RESEAL}")
     return deltas
 
 
 def _parse_digest(tensor: Tensor | None, source: str) -> tuple[int, bytes, set[str]]:
     """Version of the file, digest, and names of the covered tensors that are not a delta's."""
     if tensor is None:
-        raise FormatError(f"{source}: tensor '{DIGEST_KEY}' is missing. {_REMEDY} {_RESEAL}")
+        raise FormatError(f"{source}: tensor '{DIGEST_KEY}' is missing. {REMEDY} {_RESEAL}")
     payload = _little_endian(tensor)
     is_ours = tensor.dtype == torch.uint8 and tensor.dim() == 1 and payload.startswith(_MAGIC)
     if not is_ours or len(payload) < _HEADER_SIZE:
-        raise FormatError(f"{source}: tensor '{DIGEST_KEY}' is not the digest of an adapter of peft_sparse. {_REMEDY}")
+        raise FormatError(f"{source}: tensor '{DIGEST_KEY}' is not the digest of an adapter of peft_sparse. {REMEDY}")
     version = payload[len(_MAGIC)]
     if version not in _READERS:
         known = ", ".join(map(str, _READERS))
@@ -290,13 +292,13 @@ def _parse_digest(tensor: Tensor | None, source: str) -> tuple[int, bytes, set[s
         )
     names_at = _HEADER_SIZE + _DIGEST_SIZE
     if len(payload) < names_at or any(payload[len(_MAGIC) + 1 : _HEADER_SIZE]):
-        raise FormatError(f"{source}: the header of '{DIGEST_KEY}' is damaged. {_REMEDY}")
+        raise FormatError(f"{source}: the header of '{DIGEST_KEY}' is damaged. {REMEDY}")
     try:
         names = payload[names_at:].decode().split("\n") if len(payload) > names_at else []
     except UnicodeDecodeError as error:
-        raise FormatError(f"{source}: the names in '{DIGEST_KEY}' are damaged ({error}). {_REMEDY}") from error
+        raise FormatError(f"{source}: the names in '{DIGEST_KEY}' are damaged ({error}). {REMEDY}") from error
     if names != sorted(set(names)):
-        raise FormatError(f"{source}: the names in '{DIGEST_KEY}' must be sorted and unique. {_REMEDY}")
+        raise FormatError(f"{source}: the names in '{DIGEST_KEY}' must be sorted and unique. {REMEDY}")
     return version, payload[_HEADER_SIZE:names_at], set(names)
 
 
@@ -324,101 +326,15 @@ def _read_version_1(named: Mapping[str, Tensor], source: str) -> dict[str, Spars
         values_name, indices_name = tensor_names(parameter)
         for name in (values_name, indices_name):
             if name not in named:
-                raise FormatError(f"{source}: tensor '{name}' is missing. {_REMEDY}")
+                raise FormatError(f"{source}: tensor '{name}' is missing. {REMEDY}")
         values, coded = named[values_name].detach().cpu(), named[indices_name].detach().cpu()
-        _check_values(values, values_name, source)
+        check_values(values, values_name, source)
         if coded.dtype != torch.uint8 or coded.dim() != 1:
             found = f"got {coded.dtype} of shape {tuple(coded.shape)}"
-            raise FormatError(f"{source}: tensor '{indices_name}' must be one-dimensional uint8, {found}. {_REMEDY}")
+            raise FormatError(f"{source}: tensor '{indices_name}' must be one-dimensional uint8, {found}. {REMEDY}")
         indices, shape = decode_gaps(coded, name=f"'{indices_name}' of {source}", count=values.numel())
         deltas[parameter] = SparseDelta(indices, values, tuple(shape))
     return deltas
 
 
 _READERS: dict[int, Callable[[Mapping[str, Tensor], str], dict[str, SparseDelta]]] = {1: _read_version_1}
-
-
-def _refuse_views(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that claim more numbers than they hold bytes for, as a pickled one can: reading takes them all."""
-    for name, tensor in tensors.items():
-        held = tensor.untyped_storage().nbytes() if not tensor.is_meta and tensor.layout == torch.strided else None
-        if held is not None and tensor.numel() * tensor.element_size() > held and not hasattr(tensor, "full_tensor"):
-            raise FormatError(
-                f"{source}: tensor '{name}' claims the shape {tuple(tensor.shape)} and has {held} bytes. {_REMEDY}"
-            )
-
-
-def _check_values(values: Tensor, name: str, source: str) -> None:
-    if values.dtype not in _VALUE_DTYPES or values.dim() != 1:
-        found = f"{values.dtype} of shape {tuple(values.shape)}"
-        rule = "one-dimensional float32, bfloat16, float16 or float64"
-        raise FormatError(f"{source}: tensor '{name}' must be {rule}, got {found}. {_REMEDY}")
-    # A digest can be right and the run that wrote the file diverged: one such weight makes every output NaN.
-    if broken := int((~values.isfinite()).sum()):
-        raise FormatError(
-            f"{source}: tensor '{name}' holds {broken} values that are NaN or infinite, so the run that saved it had "
-            "diverged. Nothing was loaded. Load an earlier checkpoint, or train again with a smaller learning rate."
-        )
-
-
-def _check_surplus(names: Iterable[str], allowed: Collection[str] | None, source: str) -> None:
-    for name in sorted(names):
-        if allowed is not None and name not in allowed:
-            raise FormatError(f"{source}: tensor '{name}' has no place in this model. {_REMEDY}")
-
-
-def _check_heads(found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], source: str) -> None:
-    _check_surplus(found, expected, source)
-    for name, shape in expected.items():
-        if name not in found:
-            raise FormatError(f"{source}: the head tensor '{name}' of this model is missing. {_REMEDY}")
-        if found[name].shape != tuple(shape):
-            sizes = f"has shape {tuple(found[name].shape)} in the file and {tuple(shape)} in this model"
-            raise FormatError(
-                f"{source}: the head tensor '{name}' {sizes}. Nothing was loaded. Build the base model as in training "
-                "(for a classifier, with the same num_labels; for a vocabulary, by resize_token_embeddings first)."
-            )
-
-
-def _check_names(found: Mapping[str, object], expected: Mapping[str, object] | None, owner: str, source: str) -> None:
-    if expected is None:
-        return
-    for parameter in sorted(expected.keys() - found.keys()):
-        name = tensor_names(parameter)[0]
-        raise FormatError(f"{source}: tensor '{name}' is missing, which {owner} asks for. {_REMEDY}")
-    for parameter in sorted(found.keys() - expected.keys()):
-        reason = f"is surplus: {owner} has no tuned parameter '{parameter}'"
-        raise FormatError(f"{source}: tensor '{tensor_names(parameter)[0]}' {reason}. {_REMEDY}")
-
-
-def _check_counts(deltas: Mapping[str, SparseDelta], counts: Mapping[str, int], source: str) -> None:
-    for parameter, count in counts.items():
-        if deltas[parameter].count != count or isinstance(count, bool):
-            raise FormatError(
-                f"{source}: tensor '{tensor_names(parameter)[0]}' holds {deltas[parameter].count} weights, but "
-                f"adapter_config.json ('counts') says {count!r}. {_REMEDY}"
-            )
-
-
-def _check_shapes(
-    deltas: Mapping[str, SparseDelta], shapes: Mapping[str, Sequence[int]], vocabularies: Collection[str], source: str
-) -> None:
-    for parameter, shape in shapes.items():
-        delta = deltas[parameter]
-        if delta.shape == tuple(shape):
-            continue
-        way_out = (
-            "Load the base model that the adapter was trained on (base_model_name_or_path in adapter_config.json)."
-        )
-        if parameter in vocabularies and delta.shape[1:] == tuple(shape[1:]):
-            if delta.shape[0] < shape[0]:
-                continue
-            lost = int((delta.indices.long() >= math.prod(shape)).sum())
-            way_out = (
-                f"{lost:,} of its {delta.count:,} tuned weights are in rows that this model lacks: give it the rows "
-                f"first, resize_token_embeddings({delta.shape[0]})."
-            )
-        raise FormatError(
-            f"{source}: tensor '{tensor_names(parameter)[1]}' was made for a parameter of shape {delta.shape}, but "
-            f"'{parameter}' of this model has {tuple(shape)}. Nothing was loaded. {way_out}"
-        )

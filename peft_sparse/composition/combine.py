@@ -10,6 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..core.delta import SparseDelta
 from ..core.indices import positions, union
 from ..errors import ConfigError
@@ -181,6 +182,6 @@ def _checked(
     if combination.prune is None and density is not None:
         pruning = [name for name, other in COMBINATIONS.items() if other.prune is not None]
         raise ConfigError(f"density={density} has no meaning for {combination_type!r}; it belongs to {pruning}")
-    if combination.prune is not None and (density is None or isinstance(density, bool) or not 0 < density <= 1):
+    if combination.prune is not None and not (is_number(density) and 0 < density <= 1):
         raise ConfigError(f"density must be in (0, 1] for {combination_type!r} (the share to keep), got {density}")
     return combination

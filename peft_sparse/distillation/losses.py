@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
-from ..checks import check_one_of
+from ..checks import check_one_of, is_number
 from ..errors import ConfigError
 
 
@@ -42,7 +42,7 @@ class DistillationLoss:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            if not is_number(value) or not 0 <= value < math.inf:
                 raise ConfigError(f"{field.name} must be a finite number >= 0, got {value!r}.")
         if self.temperature == 0:
             raise ConfigError("temperature must be > 0, got 0.")

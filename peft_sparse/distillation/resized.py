@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .._peft_bridge import BaseTunerLayer
+from ..checks import is_whole
 from ..errors import ConfigError
 
 # Entries of configs that hold ids, but for those called "..._token_id", "..._token_ids" and "..._token_index".
@@ -169,7 +170,7 @@ def _named_ids(config: Any, size: int) -> Iterator[tuple[Any, str, Any]]:
                 yield from _named_ids(value, size)
         elif isinstance(key, str) and key.endswith(("_token_id", "_token_ids", "_token_index")):
             ids = value if isinstance(value, list) else [value]
-            if ids and all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            if ids and all(is_whole(one) for one in ids):
                 yield entries, key, value
 
 

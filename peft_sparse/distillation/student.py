@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..checks import is_number, is_whole
 from ..errors import ConfigError
 from ..selection.anatomy import depths
 from .resized import PLAIN, check_model, configs_of, follow_attributes, on_meta
@@ -55,7 +56,7 @@ def make_student(
     check_model(model)
     if start not in (COPIED, RANDOM):
         raise ConfigError(f"start must be {COPIED!r} or {RANDOM!r}, got {start!r}.")
-    if dropout is not None and (isinstance(dropout, bool) or not 0 <= dropout < 1):
+    if dropout is not None and not (is_number(dropout) and 0 <= dropout < 1):
         raise ConfigError(f"dropout must be in [0, 1) or None, got {dropout!r}.")
     stack, depth = stack_of(model)
     kept = _kept_layers(depth, stride, layers)
@@ -104,12 +105,12 @@ def _kept_layers(depth: int, stride: int | None, layers: Sequence[int] | None) -
     if (stride is None) == (layers is None):
         raise ConfigError("give either stride=2 (every second layer) or layers=[1, 3, 5] (indices from 0).")
     if layers is None:
-        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 or depth % stride:
+        if not is_whole(stride) or stride < 1 or depth % stride:
             fitting = [one for one in range(1, depth + 1) if depth % one == 0]
             raise ConfigError(f"stride must divide the {depth} layers, so be one of {fitting}, got {stride!r}.")
         return list(range(stride - 1, depth, stride))
     kept = list(layers)
-    is_known = all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < depth for one in kept)
+    is_known = all(is_whole(one) and 0 <= one < depth for one in kept)
     if not kept or not is_known or kept != sorted(set(kept)):
         raise ConfigError(f"layers must be ascending indices of the {depth} layers, 0 to {depth - 1}, got {kept}.")
     return kept

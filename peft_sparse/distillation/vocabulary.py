@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import nearest
+from ..checks import is_number, is_whole, nearest
 from ..errors import ConfigError
 from .counting import Sameness, Text, by_language, compare, count
 from .resized import check_model, ids_in_configs, position_pad_id, with_rows
@@ -208,9 +208,9 @@ def num_bytes(model: PreTrainedModel) -> int:
 
 
 def _check_limits(min_count: int, min_probability: float) -> None:
-    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+    if not is_whole(min_count) or min_count < 1:
         raise ConfigError(f"min_count must be a whole number >= 1, got {min_count!r}.")
-    if isinstance(min_probability, bool) or not 0 <= min_probability < 1:
+    if not is_number(min_probability) or not 0 <= min_probability < 1:
         raise ConfigError(f"min_probability must be in [0, 1), got {min_probability!r}. The thesis has 1e-6.")
 
 

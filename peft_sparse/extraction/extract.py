@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -18,13 +18,13 @@ from ..checkpoints.shards import Checkpoint
 from ..errors import ConfigError, FormatError
 from ..files import check_output
 from ..selection.budget import Budget, groups_of, total_from_request
+from ..selection.criteria import Denoising, change_criterion
 from ..tuners.sparse_ft.configs.base import SparseConfig
-from .criteria import check_criterion, criterion_of
 from .other_adapters import AdapterOnBase
 from .output import ADAPTER, save_adapter
 from .report import Extraction
 from .sources import CheckpointPair, Source
-from .survey import Criterion, Survey, measure
+from .survey import Scores, Survey, measure
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def extract_adapter(
     )
     if keeps_differing and budget != "global":
         raise ConfigError(f"num_weights='changed' keeps all that differ, which leaves no budget; got {budget!r}.")
-    options = {"rank": rank, "residual_density": residual_density, "denoise_embeddings": denoise_embeddings}
-    check_criterion(criterion, rank=rank, residual_density=residual_density)
+    denoising = Denoising(rank=rank, residual_density=residual_density, denoise_embeddings=denoise_embeddings)
+    scores = change_criterion(criterion, denoising)
     check_output(output, overwrite=overwrite, what=ADAPTER)
     source = _open(os.fspath(base), os.fspath(tuned), base_revision, tuned_revision)
     names = [name for name in source.skeleton.targets(request) if name in set(source.names)]
@@ -133,7 +133,7 @@ def extract_adapter(
         if keeps_differing:
             survey.take_differing()
         else:
-            _take(survey, request, criterion_of(criterion, **options))
+            _take(survey, request, scores)
         keeps_all = keeps_differing or sum(map(len, survey.selected.values())) == sum(survey.sizes.values())
         deltas, inexact = survey.gather(getattr(torch, request.values_dtype))
         if keeps_all and inexact and values_dtype is None:
@@ -154,7 +154,7 @@ def extract_adapter(
     )
     provenance = {"tuned": result.tuned, "tuned_revision": source.tuned_revision, "criterion": criterion}
     if criterion != "change":
-        provenance |= options
+        provenance |= asdict(denoising)
     config = _config(request, source, result, provenance | {"share_kept": round(result.total.share_kept, 6)})
     size = save_adapter(output, build(deltas, source.head_tensors()), config, overwrite=overwrite)
     return replace(result, file_size=size)
@@ -168,7 +168,7 @@ def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str 
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
 
 
-def _take(survey: Survey, request: SparseConfig, criterion: Criterion) -> None:
+def _take(survey: Survey, request: SparseConfig, criterion: Scores) -> None:
     """Select as many weights as the request says, where its budget puts them."""
     skeleton = survey.source.skeleton
     total = total_from_request(

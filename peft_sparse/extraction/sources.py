@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoints.shards import Checkpoint
 from ..core.exact import values_between
 from ..errors import FormatError
-from ..selection.random import difference
+from ..selection.change import difference
 from .pairing import pair
 from .skeleton import Skeleton, skeleton_of
 

@@ -18,7 +18,7 @@ from .report import Kept
 from .sources import Source
 
 # A difference and its parameter's name -> scores of the same shape. It may not write into the difference.
-Criterion = Callable[[Tensor, str], Tensor]
+Scores = Callable[[Tensor, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Survey:
         if not any(indices.numel() for indices in self.selected.values()):
             raise SelectionError("base and tuned do not differ in any targeted weight, so there is nothing to keep")
 
-    def take_best(self, groups: Sequence[Group], criterion: Criterion) -> None:
+    def take_best(self, groups: Sequence[Group], criterion: Scores) -> None:
         """Keep the weights of each group that the criterion ranks highest: exactly as many as the group's count.
 
         Raises:
@@ -93,7 +93,7 @@ class Survey:
                 raise self._explain(group, error) from error
             self.selected.update(found)
 
-    def _scores(self, members: Sequence[str], criterion: Criterion) -> Iterator[tuple[str, Tensor]]:
+    def _scores(self, members: Sequence[str], criterion: Scores) -> Iterator[tuple[str, Tensor]]:
         for name in members:
             difference = self._difference(name)
             # A weight that does not differ is no candidate, whatever denoising makes of it.

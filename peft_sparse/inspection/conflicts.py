@@ -1,4 +1,4 @@
-"""What adapters will do to each other when they are added up, told before it is done."""
+"""What adapters will do to each other when they are added up, told before it is done, and shown as tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 from ..composition.report import Deltas, Interference, Overlap, interference, overlap
 from ..errors import ConfigError
 from ..selection.anatomy import by_group
+from ..tables import Sheet
 from .reading import adapter_of, read_adapter
+from .sheets import NOTHING, layer_labels, pairs_sheet, percent
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -38,8 +40,8 @@ class Conflicts:
     pairs: Mapping[tuple[str, str], Overlap]
 
     def __rich__(self) -> Group:
+        # rich is slow to import.
         from ..tables import to_rich
-        from .sheets import conflict_sheets
 
         return to_rich(conflict_sheets(self))
 
@@ -93,3 +95,36 @@ def _deltas_of(model: nn.Module | Mapping[str, Deltas | str | os.PathLike[str]],
         return adapter_of(model, name).deltas
     given = model[name]
     return given if isinstance(given, Mapping) else read_adapter(given).deltas
+
+
+def conflict_sheets(found: Conflicts) -> list[Sheet]:
+    """What adapters undo of each other, per layer group, and the overlap of each two."""
+    stack, labels = layer_labels(list(found.groups))
+    rows = [_interference_row(label, part) for label, part in zip(labels, found.groups.values(), strict=True)]
+    terms = [
+        name if weight == 1 else f"{weight:g} x {name}"
+        for name, weight in zip(found.adapters, found.weights, strict=True)
+    ]
+    main = Sheet(
+        f"{' + '.join(terms)}, by layer{stack}",
+        ("", "tuned", "shared", "of tuned", "opposite", "cancelled", "norm", "gain"),
+        (*rows, _interference_row("all", found.total)),
+        has_total=True,
+        note="opposite: share of the shared weights that are pulled in opposite directions. cancelled: share of all "
+        "change that another adapter undoes. norm: the size of what is undone, in the units of the weights. "
+        "gain: norm of the sum over that of adapters without a shared weight; below 1 they weaken each other.",
+    )
+    return [main, pairs_sheet(found.pairs)]
+
+
+def _interference_row(name: str, found: Interference) -> tuple[str, ...]:
+    return (
+        name,
+        f"{found.count:,}",
+        f"{found.shared:,}",
+        percent(found.shared_share),
+        percent(found.opposite_share),
+        percent(found.cancelled),
+        f"{found.norm:.3g}",
+        NOTHING if found.gain is None else f"{found.gain:.3f}",
+    )

@@ -15,6 +15,7 @@ from ..checkpoints import adapter_files
 from ..checkpoints.native import SOURCE
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
+from ..tuners.common.adapter_config import config_of
 from ..tuners.sparse_ft.configs.base import SPARSE_FT
 from ..tuners.sparse_ft.iteration import iter_deltas
 
@@ -115,12 +116,9 @@ def adapter_of(model: nn.Module, adapter_name: str = "default") -> Adapter:
     Raises:
         ConfigError: the model has no such sparse adapter.
     """
-    configs = getattr(model, "peft_config", {})
-    known = [name for name, config in configs.items() if config.peft_type == SPARSE_FT]
-    if adapter_name not in known:
-        raise ConfigError(f"adapter_name must be that of a sparse adapter of this model, {known}, got {adapter_name!r}")
+    own = config_of(model, adapter_name, SPARSE_FT, called="a sparse adapter")
     deltas = {name: part.delta for name, _, _, part in iter_deltas(model, adapter_name)}
-    config = configs[adapter_name].to_dict()
+    config = own.to_dict()
     # To plain JSON values and back, as a file would hold them: enumerations become text.
     config = json.loads(json.dumps(config, default=lambda value: getattr(value, "value", str(value))))
     on_cpu = {name: SparseDelta(d.indices.cpu(), d.values.detach().cpu(), d.shape) for name, d in deltas.items()}

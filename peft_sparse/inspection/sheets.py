@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..composition.report import Interference, Overlap
+from ..composition.report import Overlap
 from ..tables import Sheet
-from .conflicts import Conflicts
 from .other_types import OtherReport
 from .report import AdapterReport, Tally
 
 _BAR_WIDTH = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_NOTHING = "-"
+NOTHING = "-"
 
 
 def report_sheets(
@@ -45,14 +44,14 @@ def other_sheets(report: OtherReport) -> list[Sheet]:
         "settings": _settings_text(report),
         "written by": f"PEFT {report.peft_version}" if report.peft_version else "not said",
     }
-    stack, labels = _labels([group.name for group in report.groups])
+    stack, labels = layer_labels([group.name for group in report.groups])
     rows = [
         (
             label,
             f"{group.tensors:,}",
             f"{group.numel:,}",
             f"{group.norm:.3g}",
-            _NOTHING if group.change is None else f"{group.change:.3g}",
+            NOTHING if group.change is None else f"{group.change:.3g}",
         )
         for label, group in zip(labels, report.groups, strict=True)
     ]
@@ -74,7 +73,7 @@ def facts_sheet(report: AdapterReport) -> Sheet:
         "base model": _base_text(report),
         "asked for": ", ".join(f"{key}={value}" for key, value in report.request.items()) or "not said",
         "budget": "shares per group, below" if report.budget_shares else str(report.budget),
-        "tuned": f"{total.count:,} weights in {report.tensors} tensors, {_percent(total.density)} of their elements",
+        "tuned": f"{total.count:,} weights in {report.tensors} tensors, {percent(total.density)} of their elements",
         **({"file": _file_text(report)} if report.file_bytes is not None else {}),
         "values": _values_text(report),
         "|change|": _quantiles_text(report),
@@ -99,12 +98,12 @@ def parts_sheet(report: AdapterReport) -> Sheet:
 
 def _tally_row(name: str, tally: Tally, report: AdapterReport) -> tuple[str, ...]:
     share = tally.count / report.total.count if report.total.count else None
-    return name, f"{tally.count:,}", f"{tally.numel:,}", _percent(tally.density), _percent(share)
+    return name, f"{tally.count:,}", f"{tally.numel:,}", percent(tally.density), percent(share)
 
 
 def layers_sheet(report: AdapterReport) -> Sheet:
     """Weights by layer, and inside layers by part."""
-    stack, labels = _labels([group.name for group in report.groups])
+    stack, labels = layer_labels([group.name for group in report.groups])
     # What lies outside of layers is one part, or next to nothing: its sum says it.
     inside = [group.parts if group.layer is not None else {} for group in report.groups]
     parts = [part for part in report.parts if any(part in found for found in inside)]
@@ -118,8 +117,8 @@ def layers_sheet(report: AdapterReport) -> Sheet:
             label,
             *(f"{found[part].count:,}" if part in found else "" for part in parts),
             f"{group.all.count:,}",
-            _percent(group.all.density),
-            f"{group.norm:.3g}" if of_change else _percent(group.all.count / total if total else None),
+            percent(group.all.density),
+            f"{group.norm:.3g}" if of_change else percent(group.all.count / total if total else None),
             _bar(size / largest if largest else 0),
         )
         for label, group, found, size in zip(labels, report.groups, inside, sizes, strict=True)
@@ -128,7 +127,7 @@ def layers_sheet(report: AdapterReport) -> Sheet:
     return Sheet(f"{report.name}: tuned weights by layer{stack}", ("", *parts, "all", "density", last, ""), tuple(rows))
 
 
-def _labels(groups: Sequence[str]) -> tuple[str, list[str]]:
+def layer_labels(groups: Sequence[str]) -> tuple[str, list[str]]:
     """Where the layers are, for the title, and short names of the groups; long ones if there are several stacks."""
     stacks = {group.rpartition(".")[0] for group in groups} - {""}
     if len(stacks) != 1:
@@ -143,10 +142,10 @@ def budget_sheet(report: AdapterReport) -> Sheet:
     rows = [
         (
             group.pattern,
-            _percent(group.asked),
-            _percent(group.found.count / total if total else None),
+            percent(group.asked),
+            percent(group.found.count / total if total else None),
             f"{group.found.count:,}",
-            _percent(group.found.density),
+            percent(group.found.density),
         )
         for group in report.budget_shares
     ]
@@ -165,11 +164,11 @@ def pairs_sheet(pairs: Mapping[tuple[str, str], Overlap]) -> Sheet:
         (
             f"{a} and {b}",
             f"{found.shared:,}",
-            _percent(found.share),
-            _percent(found.chance),
-            _percent(found.jaccard),
-            _percent(found.opposite_share),
-            _NOTHING if found.cosine is None else f"{found.cosine:+.3f}",
+            percent(found.share),
+            percent(found.chance),
+            percent(found.jaccard),
+            percent(found.opposite_share),
+            NOTHING if found.cosine is None else f"{found.cosine:+.3f}",
         )
         for (a, b), found in pairs.items()
     ]
@@ -182,39 +181,6 @@ def pairs_sheet(pairs: Mapping[tuple[str, str], Overlap]) -> Sheet:
         note += f" No tensor in common ({', '.join(strangers)}): tuned through different model classes?"
     columns = ("adapters", "shared", "overlap", "by chance", "Jaccard", "opposite", "cosine")
     return Sheet("Each two adapters", columns, tuple(rows), note=note)
-
-
-def conflict_sheets(found: Conflicts) -> list[Sheet]:
-    """What adapters undo of each other, per layer group, and the overlap of each two."""
-    stack, labels = _labels(list(found.groups))
-    rows = [_interference_row(label, part) for label, part in zip(labels, found.groups.values(), strict=True)]
-    terms = [
-        name if weight == 1 else f"{weight:g} x {name}"
-        for name, weight in zip(found.adapters, found.weights, strict=True)
-    ]
-    main = Sheet(
-        f"{' + '.join(terms)}, by layer{stack}",
-        ("", "tuned", "shared", "of tuned", "opposite", "cancelled", "norm", "gain"),
-        (*rows, _interference_row("all", found.total)),
-        has_total=True,
-        note="opposite: share of the shared weights that are pulled in opposite directions. cancelled: share of all "
-        "change that another adapter undoes. norm: the size of what is undone, in the units of the weights. "
-        "gain: norm of the sum over that of adapters without a shared weight; below 1 they weaken each other.",
-    )
-    return [main, pairs_sheet(found.pairs)]
-
-
-def _interference_row(name: str, found: Interference) -> tuple[str, ...]:
-    return (
-        name,
-        f"{found.count:,}",
-        f"{found.shared:,}",
-        _percent(found.shared_share),
-        _percent(found.opposite_share),
-        _percent(found.cancelled),
-        f"{found.norm:.3g}",
-        _NOTHING if found.gain is None else f"{found.gain:.3f}",
-    )
 
 
 def _file_text(report: AdapterReport) -> str:
@@ -238,7 +204,7 @@ def _values_text(report: AdapterReport) -> str:
     values = report.values
     if values.zeros is None:
         return "none"
-    return f"{values.dtype}, norm {values.norm:.4g}, {_percent(values.zeros)} exactly 0"
+    return f"{values.dtype}, norm {values.norm:.4g}, {percent(values.zeros)} exactly 0"
 
 
 def _quantiles_text(report: AdapterReport) -> str:
@@ -254,9 +220,9 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     if share is None:
-        return _NOTHING
+        return NOTHING
     digits = 0 if share in (0, 1) else 1 if share >= 0.0995 else 2
     return f"{share:.{digits}%}"
 

@@ -18,13 +18,10 @@ from transformers import PreTrainedModel
 from ..core.indices import index_dtype
 from ..errors import ConfigError
 from ..training.phases.ties import Ties
-from ..tuners.ada_sft.config import MASK, AdaSftConfig
-from ..tuners.ada_sft.config import WEIGHTS as MASKED_WEIGHTS
+from ..tuners.common.config import TARGETS, Stage, WeightConfig
 from ..tuners.common.targets import find_targets, named_targets
 from ..tuners.sparse_ft.configs.base import WEIGHTS, SparseConfig
 from ..tuners.sparse_ft.configs.one_shot import RandConfig
-from ..tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
-from ..tuners.sparse_ft.configs.two_phase import LotteryTicketConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.embedding import Embedding
@@ -86,26 +83,26 @@ def phases_of(
         config: the adapter's; None for full fine-tuning.
         workload: what for.
     """
-    if isinstance(config, AdaSftConfig):
-        second = replace(config, phase=MASKED_WEIGHTS)
-        num_trained, weights = _other_method(make(), second, workload, name="weight phase")
-        if config.phase != MASK:
-            return num_trained, [weights]
-        return num_trained, [_other_method(make(), config, workload, name="mask phase")[1], weights]
-    if config is None or not isinstance(config, SparseConfig):
-        num_trained, training = _other_method(make(), config, workload, name="training")
-        return num_trained, [training]
-    if isinstance(config, LotteryTicketConfig) and config.counts is None:
-        dense = _dense_phase(make(), config, workload)
-        num_trained, sparse = _sparse_training(make(), config, workload, name="sparse phase")
-        return num_trained, [dense, sparse]
-    num_trained, training = _sparse_training(make(), config, workload, name="training")
-    if not isinstance(config, SpielAGConfig):
-        return num_trained, [training]
-    _, first = _sparse_training(make(), config, workload, name="estimating gradients", nominates=True)
+    num_trained, phases = 0, []
+    for stage in config.stages if isinstance(config, WeightConfig) else (Stage("training"),):
+        own = replace(config, **stage.fields) if stage.fields else config
+        if stage.trains == TARGETS:
+            phases.append(_dense_phase(make(), own, workload, name=stage.name))
+        elif isinstance(own, SparseConfig):
+            watches = stage.watches_gradients
+            num_trained, phase = _sparse_training(make(), own, workload, name=stage.name, nominates=watches)
+            phases.append(_with_candidates(phase, phases[-1], own, num_trained) if watches else phase)
+        else:
+            num_trained, phase = _other_method(make(), own, workload, name=stage.name)
+            phases.append(phase)
+    return num_trained, phases
+
+
+def _with_candidates(first: PhaseMemory, training: PhaseMemory, config: Any, num_trained: int) -> PhaseMemory:
+    """What a window takes that watches gradients: its first micro-batch, or a later one beside the candidates."""
     candidates = round(num_trained * config.candidates_per_weight) * (_CANDIDATE_BYTES + 4)
     later = replace(first, parts={**training.parts, "growth candidates": candidates})
-    return num_trained, [training, max(first, later, key=lambda phase: phase.total)]
+    return max(first, later, key=lambda phase: phase.total)
 
 
 # The kinds of training
@@ -130,7 +127,7 @@ def _other_method(
     return sum(p.numel() for p in trained), PhaseMemory(name, parts, nbytes(trained))
 
 
-def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload) -> PhaseMemory:
+def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str) -> PhaseMemory:
     targets = plan(config, model).targets
     modules = dict(named_targets(model))
     owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
@@ -146,7 +143,7 @@ def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workloa
     originals = {"copy of the weights": nbytes(trained)}
     on_device = originals if workload.device == "cpu" or config.l1 else {}
     parts = {"base weights": base + untied, **_parts_of(step, optimizer), **on_device}
-    return PhaseMemory("dense phase", parts, nbytes(trained), {} if on_device else originals)
+    return PhaseMemory(name, parts, nbytes(trained), {} if on_device else originals)
 
 
 def _sparse_training(
@@ -158,11 +155,11 @@ def _sparse_training(
     for _, delta in deltas:
         delta.indices = delta.indices.to("meta")
     trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = PlannedOptimizer(workload.optimizer or _own_optimizer(config), trained, [delta for _, delta in deltas])
+    optimizer = PlannedOptimizer(workload.optimizer or config.own_optimizer, trained, [delta for _, delta in deltas])
     # Looking up in a tuned embedding depends on the tokens, which a dry run has not. It only touches their rows.
     lookups = [delta for layer, delta in deltas if isinstance(layer, Embedding)]
     _take_out_embeddings(tuned)
-    optimizer.has_ages = isinstance(config, SpielConfig)
+    optimizer.has_ages = config.grows_weights
     ratio = getattr(config, "candidates_per_weight", 1.0)
     watch = partial(_watch, [delta for layer, delta in deltas if not isinstance(layer, Embedding)], ratio)
     step = _measure(
@@ -280,12 +277,6 @@ def _loss_of(model: PreTrainedModel, tuned: nn.Module, workload: Workload) -> Ca
         return output.loss if getattr(output, "loss", None) is not None else output[0].sum()
 
     return loss
-
-
-def _own_optimizer(config: SparseConfig) -> str:
-    if isinstance(config, SpielMAConfig):
-        return "sm3"
-    return "sparse_adamw" if isinstance(config, SpielConfig) else "adamw"
 
 
 def _take_out_embeddings(tuned: nn.Module) -> None:

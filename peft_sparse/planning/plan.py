@@ -17,11 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config, skeleton
 from ..checkpoints.tasks import BASE_CLASSES
-from ..checks import check_one_of
+from ..checks import check_one_of, check_whole
 from ..errors import ConfigError, SparseError
-from ..tuners.ada_sft.config import AdaSftConfig
-from ..tuners.sparse_ft.configs.base import SparseConfig
-from ..tuners.sparse_ft.configs.two_phase import LotteryTicketConfig
+from ..tuners.common.config import WeightConfig
 from .optimizer import OPTIMIZERS
 from .phases import PhaseMemory, Workload, phases_of
 
@@ -148,7 +146,7 @@ def plan_memory(
         _check_length(made, sequence_length)
         return made
 
-    if load_in_4bit and (config is None or not _can_be_quantised(config)):
+    if load_in_4bit and (config is None or not getattr(config, "takes_quantised_base", True)):
         raise ConfigError(
             f"load_in_4bit=True and {_method_of(config)!r} do not go together: the weights themselves train in it. "
             "Take a method without a dense phase, such as 'spiel_ag', or an unquantised model."
@@ -189,9 +187,7 @@ def _dry_run(
 
 def _check(workload: Workload) -> None:
     for name in ("batch_size", "sequence_length"):
-        value = getattr(workload, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an int >= 1, got {value!r}.")
+        check_whole(name, getattr(workload, name))
     if workload.dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {[str(d) for d in _DTYPES]}, got {workload.dtype}.")
     if workload.optimizer is not None:
@@ -218,12 +214,6 @@ def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
 
 
 def _method_of(config: PeftConfig | None) -> str:
-    if isinstance(config, SparseConfig):
-        return config.method
+    if isinstance(config, WeightConfig):
+        return config.label
     return "full" if config is None else str(getattr(config.peft_type, "value", config.peft_type)).lower()
-
-
-def _can_be_quantised(config: PeftConfig) -> bool:
-    if isinstance(config, AdaSftConfig):
-        return False
-    return not isinstance(config, LotteryTicketConfig) or config.counts is not None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, lcm, prod
 
+from ..checks import check_share, check_whole, is_number
 from ..errors import ConfigError
 from .layer_budgets import LAYER_BUDGETS, Zone, zones_of
 from .patterns import check_pattern, search
@@ -71,10 +72,7 @@ def check_request(
     if density is not None:
         _check_density(density)
     for name in given.keys() - {"density"}:
-        value = given[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            way_out = "To give a share of the weights use density=..."
-            raise ConfigError(f"{name} must be an int >= 1, got {value!r}. {way_out}")
+        check_whole(name, given[name], way_out="To give a share of the weights use density=...")
     if density_of not in ("targets", "model"):
         raise ConfigError(f"density_of must be 'targets' or 'model', got {density_of!r}")
 
@@ -304,13 +302,11 @@ def _decimal(number: float) -> Fraction:
 
 
 def _check_density(density: float) -> None:
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        way_out = "To give an absolute number of weights use num_weights=..."
-        raise ConfigError(f"density must be in (0, 1], got {density!r}. {way_out}")
+    check_share("density", density, way_out="To give an absolute number of weights use num_weights=...")
 
 
 def _checked_share(pattern: str, share: float) -> Fraction:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+    if not is_number(share) or not 0 <= share <= 1:
         raise ConfigError(f"the share of budget group {pattern!r} must be in [0, 1], got {share}")
     return _decimal(share)
 

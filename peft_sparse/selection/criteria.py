@@ -1,14 +1,17 @@
-"""Which: criteria that score weights once, from the weights themselves or from gradients over a few batches."""
+"""Which: criteria that score weights once, by themselves, by gradients over a few batches, or by how far they moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ..checks import check_one_of
 from ..errors import ConfigError
+from .anatomy import EMBEDDINGS, place_of
+from .denoise import check_denoising, denoise
 
 WEIGHT, MEAN, MEAN_SQUARED = "weight", "mean", "mean_squared"
 # How a file names a criterion that somebody else's code computes.
@@ -151,30 +154,49 @@ def criterion_name(criterion: str | Criterion | Callable[..., Tensor]) -> str:
     return f"{CALLABLE}{owner.__module__}.{owner.__qualname__}"
 
 
-class Computed(Mapping[str, Tensor]):
-    """Tensors that are computed when they are asked for, and not kept.
-
-    Args:
-        names: in their order.
-        compute: name -> tensor.
-    """
-
-    def __init__(self, names: Sequence[str], compute: Callable[[str], Tensor]) -> None:
-        self._names = dict.fromkeys(names)
-        self._compute = compute
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def _known(tensor: Tensor | None) -> Tensor:
     assert tensor is not None  # the criterion's `uses` names it
     return tensor
+
+
+# ---- of two states of a weight -------------------------------------------------------------------
+
+# {name: difference between two states of a weight, name of the parameter, how to denoise -> scores of its shape}; the
+# difference is not changed.
+CHANGES: dict[str, Callable[[Tensor, str, Denoising], Tensor]] = {
+    "change": lambda difference, name, denoising: difference.abs(),
+    "denoised": lambda difference, name, denoising: denoising(difference, name).abs(),
+}
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How differences are denoised before they are ranked: the options of DeFT-X, see `DeftXConfig`.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    rank: float | int = 0.9
+    residual_density: float = 0.05
+    denoise_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        check_denoising(rank=self.rank, residual_density=self.residual_density)
+
+    def __call__(self, difference: Tensor, name: str) -> Tensor:
+        """The difference of a parameter, denoised; itself if it is not to be."""
+        if place_of(name).part == EMBEDDINGS and not self.denoise_embeddings:
+            return difference
+        return denoise(difference, rank=self.rank, residual_density=self.residual_density, name=name)
+
+
+def change_criterion(criterion: str, denoising: Denoising) -> Callable[[Tensor, str], Tensor]:
+    """The criterion of a name for two states of a weight: (difference, parameter name) -> scores.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    check_one_of("criterion", criterion, CHANGES)
+    score = CHANGES[criterion]
+    return lambda difference, name: score(difference, name, denoising)

@@ -8,7 +8,7 @@ of the largest one, which is the resolution of float32 weights; and only the lea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_number, is_whole
 from ..errors import ConfigError, SelectionError
 from .budget import round_density
+from .computed import Computed
 from .top_k import joint_top_k
 
 # Elements that are in float64 at a time: 32 MiB.
@@ -50,15 +52,14 @@ def check_denoising(*, rank: float, residual_density: float) -> None:
     Raises:
         ConfigError: `rank` is neither a float in (0, 1] nor an int >= 1, or `residual_density` is outside [0, 1].
     """
-    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    is_count = is_whole(rank) and rank >= 1
     if not is_count and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ConfigError(
             "rank must be a float in (0, 1], the share of the squared singular values to hold, or an int >= 1, the "
             f"number of singular directions, got {rank!r}. The default is rank=0.9; all directions are rank=1.0, one "
             "is rank=1."
         )
-    is_number = isinstance(residual_density, (int, float)) and not isinstance(residual_density, bool)
-    if not is_number or not 0 <= residual_density <= 1:
+    if not is_number(residual_density) or not 0 <= residual_density <= 1:
         raise ConfigError(
             "residual_density must be in [0, 1], the share of the entries outside the leading directions to keep, got "
             f"{residual_density!r}. 0 keeps the leading directions alone."
@@ -199,37 +200,21 @@ def _return_largest_(part: Tensor, matrix: Tensor, count: int) -> float:
     """Put the `count` largest entries of `matrix - part` back into `part`; returns their squared norm."""
     if count == 0:
         return 0.0
-    rest = _Rest(matrix.view(-1), part.view(-1))
+    whole, kept = matrix.view(-1), part.view(-1)
+
+    def block(name: str) -> slice:
+        return slice(int(name), int(name) + _BLOCK)
+
+    # In blocks, since |matrix - part| as a whole would be one tensor more.
+    starts = [str(start) for start in range(0, whole.numel(), _BLOCK)]
+    rest = Computed(starts, lambda name: (whole[block(name)] - kept[block(name)]).abs_())
     energy = 0.0
     for name, positions in joint_top_k(rest, count).items():
         chosen = positions.long()
         energy += float(rest[name][chosen].double().square().sum())
         # L + (dW - L) is dW.
-        rest.part_of(name)[chosen] = rest.matrix_of(name)[chosen]
+        kept[block(name)][chosen] = whole[block(name)][chosen]
     return energy
-
-
-class _Rest(Mapping[str, Tensor]):
-    """|matrix - part| in blocks, computed when asked for, since the whole would be one tensor more."""
-
-    def __init__(self, matrix: Tensor, part: Tensor) -> None:
-        self._matrix = matrix
-        self._part = part
-
-    def matrix_of(self, name: str) -> Tensor:
-        return self._matrix[int(name) : int(name) + _BLOCK]
-
-    def part_of(self, name: str) -> Tensor:
-        return self._part[int(name) : int(name) + _BLOCK]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return (self.matrix_of(name) - self.part_of(name)).abs_()
-
-    def __iter__(self) -> Iterator[str]:
-        return (str(start) for start in range(0, self._matrix.numel(), _BLOCK))
-
-    def __len__(self) -> int:
-        return -(-self._matrix.numel() // _BLOCK)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from math import floor, prod
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..core.indices import index_dtype
 from ..errors import ConfigError
 from .budget import Group
@@ -28,7 +29,7 @@ def check_support_rows(share: object) -> None:
     """
     if share is None:
         return
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+    if not is_number(share) or not 0 < share <= 1:
         raise ConfigError(
             f"support_rows must be a share of the rows of each tensor in (0, 1], or None for all, got {share!r}."
         )

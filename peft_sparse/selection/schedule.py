@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import cos, floor, pi
 
+from ..checks import check_share, check_whole
 from ..errors import ConfigError
 
 KINDS = ("linear", "cosine")
@@ -53,18 +54,14 @@ class Schedule:
             value = getattr(self, field)
             if value is None and field == "total_steps":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field} must be an int >= 1, got {value!r}. It counts optimizer updates")
+            check_whole(field, value, way_out="It counts optimizer updates")
         if self.estimation_steps > self.reselection_steps:
             raise ConfigError(
                 f"estimation_steps must be <= reselection_steps ({self.reselection_steps}), got "
                 f"{self.estimation_steps}: windows must not overlap. Shorten the window or reselect less often"
             )
         for field in ("initial_rate", "reselection_until"):
-            if not 0 < getattr(self, field) <= 1:
-                raise ConfigError(
-                    f"{field} must be in (0, 1], got {getattr(self, field)!r}. It is a share, not a count"
-                )
+            check_share(field, getattr(self, field), way_out="It is a share, not a count")
         if self.kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {self.kind!r}")
 

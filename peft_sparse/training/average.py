@@ -10,6 +10,8 @@ from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.sharded import whole
 from ..errors import ConfigError
+from ..tuners.common.adapter_config import config_of
+from ..tuners.sparse_ft.configs.base import SPARSE_FT
 from ..tuners.sparse_ft.configs.one_shot import GivenConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
 
@@ -48,9 +50,8 @@ class AdapterAverage:
     def __init__(self, model: PeftModel, adapter_name: str = "default", *, decay: float | None = None) -> None:
         if decay is not None and not 0 <= decay < 1:
             raise ConfigError(f"decay must be in [0, 1), or None for equal weights, got {decay!r}.")
+        config_of(model, adapter_name, SPARSE_FT, called="a sparse adapter")
         self._deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
-        if not self._deltas:
-            raise ConfigError(f"adapter_name must be a sparse adapter of the model, got {adapter_name!r}.")
         self._adapter_name = adapter_name
         self._decay = decay
         self._means: dict[str, SparseDelta] = {}

@@ -62,7 +62,7 @@ from peft_sparse import (
     MadGConfig,
     MultiSourceCollator,
     MultiSourceDataset,
-    for_language,
+    add_language_adapter,
     load_typology,
 )
 
@@ -157,7 +157,7 @@ class Bench:
         for seen in self.options.seen:
             model.load_adapter(self.folder / "own" / seen, adapter_name=seen)
         adapters = {seen: seen for seen in self.options.seen}
-        for_language(model, language, adapters, adapter_name="mean", typology=self.typology)
+        add_language_adapter(model, language, adapters, adapter_name="mean", typology=self.typology)
         model.set_adapter("mean")
         return model
 

@@ -23,7 +23,7 @@ from peft_sparse import _peft_bridge
 ROOT = Path(peft_sparse.__file__).parent
 # A package may import those before it in its own row and all rows above.
 RANKS = [
-    ["errors", "_peft_bridge"],
+    ["errors", "_names", "_peft_bridge"],
     ["files", "checks", "untrusted", "tables"],
     ["core"],
     ["selection", "typology", "parsing"],

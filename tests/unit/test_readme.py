@@ -57,7 +57,7 @@ EXTRACTING, IMPORTING = snippet("extract_adapter("), snippet("import_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
-UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("for_language("), snippet("MultiSourceDataset(")
+UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("MultiSourceDataset(")
 DISTILLING = snippet("make_student(")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -15,15 +15,23 @@ from torch import Tensor
 from ...errors import FormatError
 from ...files import atomic_file, save_tensors
 from ..trainer.completeness import naming
-
-if TYPE_CHECKING:
-    from .dense_phase import DensePhase
+from .targets import Target
 
 FILE_NAME = "dense_phase.safetensors"
 _VERSION = "1"
 
 
-def save_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> None:
+class OpenPhase(Protocol):
+    """What is saved of a `DensePhase`."""
+
+    adapter_name: str
+    targets: list[Target]
+    originals: dict[str, Tensor]
+    others: dict[str, Tensor]
+    start_of_others: dict[str, Tensor]
+
+
+def save_dense_phase(phase: OpenPhase, directory: str | os.PathLike[str]) -> None:
     """Write the state of a dense phase into `directory`, under a temporary name first.
 
     The targets are stored as they stand, with a digest of where they started (that is the base model, which is at hand
@@ -46,7 +54,7 @@ def save_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> No
         save_tensors(tensors, temporary, metadata=metadata)
 
 
-def load_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> None:
+def load_dense_phase(phase: OpenPhase, directory: str | os.PathLike[str]) -> None:
     """Put an open dense phase where a saved one stood.
 
     Raises:
@@ -75,7 +83,7 @@ def load_dense_phase(phase: DensePhase, directory: str | os.PathLike[str]) -> No
                 tensor.copy_(file.get_tensor(name))
 
 
-def _expected(phase: DensePhase) -> dict[str, Tensor]:
+def _expected(phase: OpenPhase) -> dict[str, Tensor]:
     """Where every tensor of the file goes."""
     tensors = {f"target.{t.name}": t.parameter.data for t in phase.targets}
     tensors.update((f"other.{name}", tensor.data) for name, tensor in phase.others.items())
@@ -92,7 +100,7 @@ def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
         )
 
 
-def _check_originals(path: Path, phase: DensePhase, digests: dict[str, str]) -> None:
+def _check_originals(path: Path, phase: OpenPhase, digests: dict[str, str]) -> None:
     for name, original in phase.originals.items():
         if digests.get(name) != _digest(original):
             raise FormatError(

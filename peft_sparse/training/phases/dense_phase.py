@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...core.indices import index_dtype
 from ...errors import ConfigError, SelectionError
 from ...optim import l1 as regularization
-from ...selection.random import difference
+from ...selection.change import difference
+from ...selection.computed import Computed
 from ...selection.rows import RowConfinement
 from ...selection.top_k import streamed_top_k
 from ...tuners.common.base_model import base_model_of
@@ -116,7 +117,25 @@ class DensePhase(Phase):
             SelectionError: (when a tensor is asked for) the training diverged to an infinite weight.
         """
         self._check_open("score")
-        return _Scores(self.targets, self.originals, self._new_denoiser())
+        return self._scores(self._new_denoiser())
+
+    def _scores(self, denoiser: Denoiser | None) -> Computed:
+        targets = {target.name: target for target in self.targets}
+
+        def score(name: str) -> Tensor:
+            target = targets[name]
+            parameter = target.parameter.detach()
+            moved = difference(parameter, self.originals[name].to(parameter.device))
+            if moved.numel() and any(extreme.isinf() for extreme in moved.aminmax()):
+                raise SelectionError(
+                    f"the dense phase diverged: {name} holds an infinite weight. Lower its learning rate, or clip "
+                    "gradients."
+                )
+            if denoiser is not None:
+                moved = denoiser(name, target.module, moved)
+            return moved.abs_()
+
+        return Computed(list(targets), score)
 
     def _new_denoiser(self) -> Denoiser | None:
         return Denoiser(self._config) if isinstance(self._config, DeftXConfig) else None
@@ -138,7 +157,7 @@ class DensePhase(Phase):
         """
         self._check_open("select")
         denoiser = self._new_denoiser()
-        scores = _Scores(self.targets, self.originals, denoiser)
+        scores = self._scores(denoiser)
         confinement = RowConfinement(self._config.support_rows)
         indices: dict[str, Tensor] = {}
         with progress_bar("selecting weights", len(self.targets)) as advance:
@@ -295,34 +314,6 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
         layer.restore()
     _warn_of_low_precision(targets)
     return DensePhase(model, adapter_name, config, targets)
-
-
-class _Scores(Mapping[str, Tensor]):
-    """Scores that are computed when they are asked for."""
-
-    def __init__(self, targets: list[Target], originals: dict[str, Tensor], denoiser: Denoiser | None) -> None:
-        self._targets = {t.name: t for t in targets}
-        self._originals = originals
-        self._denoiser = denoiser
-
-    def __getitem__(self, name: str) -> Tensor:
-        target = self._targets[name]
-        parameter = target.parameter.detach()
-        moved = difference(parameter, self._originals[name].to(parameter.device))
-        if moved.numel() and any(extreme.isinf() for extreme in moved.aminmax()):
-            raise SelectionError(
-                f"the dense phase diverged: {name} holds an infinite weight. Lower its learning rate, or clip "
-                "gradients."
-            )
-        if self._denoiser is not None:
-            moved = self._denoiser(name, target.module, moved)
-        return moved.abs_()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._targets)
-
-    def __len__(self) -> int:
-        return len(self._targets)
 
 
 def _scored(

@@ -12,14 +12,15 @@ from torch import nn
 
 from ...errors import ConfigError, FormatError
 from ...files import write_atomically
-from ...tuners.ada_sft.config import MASK, WEIGHTS, AdaSftConfig
+from ...tuners.ada_sft.config import ADA_SFT, MASK, WEIGHTS, AdaSftConfig
 from ...tuners.ada_sft.iteration import iter_masked
+from ...tuners.common.adapter_config import config_of
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..trainer.completeness import naming
 from ..trainer.stored_adapters import load_adapters
 from .phase import Phase, first_phase
-from .targets import peft_configs, refuse_wrapper
+from .targets import refuse_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -155,15 +156,8 @@ def _check_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -> No
 
 
 def _config_of(model: nn.Module, adapter_name: str) -> AdaSftConfig:
-    configs = peft_configs(model)
-    config = configs.get(adapter_name)
-    if not isinstance(config, AdaSftConfig):
-        names = sorted(name for name, other in configs.items() if isinstance(other, AdaSftConfig))
-        raise ConfigError(
-            f"adapter_name must be an adapter of Ada-SFT, one of {names}, got {adapter_name!r}. "
-            "get_peft_model(model, AdaSftConfig(...)) makes one."
-        )
-    return config
+    way_out = "get_peft_model(model, AdaSftConfig(...)) makes one."
+    return config_of(model, adapter_name, ADA_SFT, called="an adapter of Ada-SFT", way_out=way_out)
 
 
 def _check_first_phase(adapter_name: str, config: AdaSftConfig) -> None:

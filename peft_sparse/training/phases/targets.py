@@ -10,6 +10,7 @@ from torch import nn
 
 from ..._peft_bridge import BaseTuner
 from ...errors import ConfigError
+from ...tuners.common.adapter_config import peft_configs
 from ...tuners.sparse_ft.configs.base import SparseConfig
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.layers.base import SparseLayer
@@ -75,23 +76,6 @@ def refuse_wrapper(model: nn.Module) -> None:
             "gradients of the weights that train from now on. Pass the model inside it (model.module), and wrap that "
             "anew for each phase."
         )
-
-
-def peft_configs(model: nn.Module) -> dict[str, Any]:
-    """{adapter name: config} of a model, whatever it is wrapped in.
-
-    Raises:
-        ConfigError: it carries no adapter.
-    """
-    wrapped: Any = model
-    while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
-        wrapped = getattr(wrapped, "module", None)
-    if wrapped is None:
-        raise ConfigError(
-            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
-            "with a LotteryTicketConfig or an AdaSftConfig."
-        )
-    return wrapped.peft_config
 
 
 def check_active(adapter_name: str, target: Target) -> None:

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import ConfigError
+from ...tuners.common.adapter_config import peft_configs
+from ...tuners.common.announcements import ON_UNFINISHED
 from ...tuners.common.base_model import base_model_of
-from ...tuners.common.unfinished import ON_UNFINISHED
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.unselected import HOW_TO_SELECT, is_unselected, open_phase
 from .mask_phase import is_in_mask_phase
-from .targets import peft_configs
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ...core.indices import positions, union
 from ...core.observer import current_pass, is_accumulated
 from ...core.sharded import is_sharded, whole
 from ...errors import SelectionError
-from ...selection.clarity import count_uncertain
+from ...selection.replacement import count_uncertain
 from ...selection.rows import best_rows, in_whole, rows_of
 from ...selection.top_k import top_k
 from ...tuners.sparse_ft.layers.delta import AdapterDelta

@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from ...optim.sm3 import SM3
 from ...optim.sparse_adamw import SparseAdamW
-from ...tuners.sparse_ft.configs.spiel import SpielMAConfig
 from .reselector import iter_reselectors
 
 # transformers' default and its twin: what a user has who did not choose. Any other optimizer is theirs, and stays.
@@ -29,7 +28,7 @@ def optimizer_for(model: nn.Module, args: TrainingArguments) -> tuple[type[Optim
     reselectors = list(iter_reselectors(model))
     if not reselectors or args.optim not in _DEFAULT_OPTIMIZERS:
         return None
-    if any(isinstance(reselector.config, SpielMAConfig) for reselector in reselectors):
+    if any(reselector.config.own_optimizer == "sm3" for reselector in reselectors):
         deltas = [delta for reselector in reselectors for delta in reselector.deltas.values()]
         return SM3, {"lr": args.learning_rate, "deltas": deltas}
     betas = (args.adam_beta1, args.adam_beta2)

@@ -21,9 +21,10 @@ from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ...selection.rows import num_rows
 from ...selection.schedule import Schedule
+from ...tuners.common.announcements import ON_START, announce
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
-from ...tuners.sparse_ft.drivers import DRIVERS, iter_drivers
+from ...tuners.sparse_ft.drivers import iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .clock import check_clock
@@ -99,10 +100,6 @@ class Reselector:
         self._ends_with_pass = False
         stepping.add(self)
         stepped.add(self)
-        # Here and not above: transformers' trainer is slow to import, and only this method wants it.
-        from .callback import install
-
-        install()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_updates"}
@@ -113,6 +110,7 @@ class Reselector:
         for name, tap in self._taps.items():
             self.deltas[name].observer = tap
         self._start()
+        announce(ON_START)
 
     # ---- the clock -----------------------------------------------------------------------------
 
@@ -480,7 +478,3 @@ def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:
     for driver in iter_drivers(base_model_of(model)):
         if isinstance(driver, Reselector):
             yield driver
-
-
-DRIVERS["spiel_ag"] = Reselector
-DRIVERS["spiel_ma"] = Reselector

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...checks import is_whole
 from ...errors import FormatError
 from .preemption import SENTINEL
 
@@ -142,7 +143,7 @@ def _check_json(path: str) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_whole(value) and value >= 0
 
 
 def _check_safetensors(path: str) -> None:

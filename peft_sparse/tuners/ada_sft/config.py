@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..._peft_bridge import add_peft_type
+from ...checks import is_number
 from ...errors import ConfigError
-from ..common.config import WeightConfig
+from ..common.config import Stage, WeightConfig
 from ..common.field_checks import ALL_LINEAR, ALL_PARAMETERS
 from ..sparse_ft.configs.base import SparseConfig
 
@@ -94,7 +95,7 @@ class AdaSftConfig(WeightConfig):
         super().__post_init__()
         self.peft_type = ADA_SFT
         number = self.initial_mask
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1:
+        if not is_number(number) or not 0 < number < 1:
             raise ConfigError(
                 f"initial_mask must be in (0, 1), got {number!r}: a sigmoid reaches neither end. To start at the "
                 "pretrained model keep from_identity=True, at any initial_mask."
@@ -116,6 +117,17 @@ class AdaSftConfig(WeightConfig):
     def first_phase(self) -> str | None:
         """That of the masks, until they are fixed."""
         return MASK if self.phase == MASK else None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The masks, until they are fixed; then what lies under them."""
+        second = Stage("weight phase", fields={"phase": WEIGHTS})
+        return (Stage("mask phase"), second) if self.phase == MASK else (second,)
+
+    @property
+    def takes_quantised_base(self) -> bool:
+        """Never: masks multiply the base weights themselves."""
+        return False
 
     def as_sparse(
         self, *, density: float | None = None, budget: str | dict[str, float] | None = None, **fields: Any

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
+from ..common.announcements import announce
 from ..common.base_module import NeverOffloaded
-from ..common.unfinished import announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
 

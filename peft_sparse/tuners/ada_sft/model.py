@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule
 from ...errors import ConfigError
+from ..common.announcements import announce
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.combining import Combined
@@ -16,7 +17,6 @@ from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.ties import forget_broken_ties
 from ..common.tuner import WeightTuner
-from ..common.unfinished import announce
 from . import compose, state
 from .config import MASK, AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints.native import SOURCE, canonical_name
+from ...checkpoints.native_checks import REMEDY
 from ...errors import FormatError
 from ..common.files import discard
 from .config import HELD, AdaSftConfig
 from .iteration import iter_masked
 
 SLOT = "ada_sft_weight"
-_REMEDY = "Nothing was loaded. Download the adapter again, or save it again from the model that trained it."
 
 
 def for_saving(model: nn.Module, config: AdaSftConfig, adapter_name: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def phase_of(keys: Iterable[str], *, source: str = "the state dict") -> str:
             return phase
     raise FormatError(
         f"{source} must hold scores, differences or both for every masked weight, found {sorted(found) or 'neither'}. "
-        f"{_REMEDY}"
+        f"{REMEDY}"
     )
 
 
@@ -77,7 +77,7 @@ def _is_own(key: str) -> bool:
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(found.keys() ^ expected.keys()):
         what = "is missing" if name in expected else "has no place in this model"
-        raise FormatError(f"{SOURCE}: tensor '{name}' {what}. {_REMEDY}")
+        raise FormatError(f"{SOURCE}: tensor '{name}' {what}. {REMEDY}")
     for name, shape in expected.items():
         tensor = found[name]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():

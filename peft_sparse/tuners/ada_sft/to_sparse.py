@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import get_peft_model_state_dict
@@ -16,14 +16,14 @@ from ...checkpoints.card import README
 from ...core.delta import SparseDelta
 from ...errors import ConfigError
 from ...files import AtomicFolder, save_tensors
+from ...selection.computed import Computed
 from ...selection.top_k import joint_top_k
+from ..common.adapter_config import config_of
 from ..common.base_model import base_model_of
 from ..sparse_ft.configs.base import SparseConfig
 from ..sparse_ft.support import plan_groups
-from .config import AdaSftConfig
+from .config import ADA_SFT, AdaSftConfig
 from .iteration import iter_masked
-from .layer import Linear
-from .masked_weight import MaskedWeight
 from .state import SLOT
 
 
@@ -62,7 +62,7 @@ def sparse_from_ada(
     Source: Sharma and Chauhan, section 3.4 and 6, name sparser masks as the direction to go; the selection is LT-SFT's
         (Ansell et al. 2022, arXiv:2110.07560, section 3.1).
     """
-    config = _config_of(model, adapter_name)
+    config: AdaSftConfig = config_of(model, adapter_name, ADA_SFT, called="an adapter of Ada-SFT")
     if density is None and config.density is None:
         raise ConfigError(
             f"density must be given, here or in the config of adapter {adapter_name!r}: the share of its weights to "
@@ -73,7 +73,7 @@ def sparse_from_ada(
     targets = {name.rpartition(".")[0]: ("weight",) for name in held}
     deltas: dict[str, SparseDelta] = {}
     for group in plan_groups(sparse, targets, base_model_of(model)):
-        scores = _Magnitudes({name: held[name] for name in group.members})
+        scores = Computed(group.members, lambda name: held[name][1].change(held[name][0].original).abs_())
         for name, indices in joint_top_k(scores, group.count, min_score=0.0).items():
             layer, masked = held[name]
             change = masked.change(layer.original)
@@ -84,32 +84,6 @@ def sparse_from_ada(
         sparse.target_modules = sorted(targets)
         _save(deltas, _heads(model, adapter_name), sparse, Path(save_directory))
     return deltas
-
-
-class _Magnitudes(Mapping[str, Tensor]):
-    """How far each weight was changed, computed when it is asked for."""
-
-    def __init__(self, held: dict[str, tuple[Linear, MaskedWeight]]) -> None:
-        self._held = held
-
-    def __getitem__(self, name: str) -> Tensor:
-        layer, masked = self._held[name]
-        return masked.change(layer.original).abs_()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-
-def _config_of(model: nn.Module, adapter_name: str) -> AdaSftConfig:
-    configs = getattr(model, "peft_config", None)
-    config = configs.get(adapter_name) if isinstance(configs, dict) else None
-    if not isinstance(config, AdaSftConfig):
-        names = sorted(n for n, c in (configs or {}).items() if isinstance(c, AdaSftConfig))
-        raise ConfigError(f"adapter_name must be an adapter of Ada-SFT, one of {names}, got {adapter_name!r}.")
-    return config
 
 
 def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

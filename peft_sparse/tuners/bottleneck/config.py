@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..._peft_bridge import add_peft_type
-from ...checks import check_one_of
+from ...checks import check_one_of, is_number, is_whole
 from ...errors import ConfigError
 from ..common.config import WeightConfig
 from .adapter import LEARNED, activation_named
@@ -128,7 +128,7 @@ class BottleneckConfig(WeightConfig):
                 f"{self.bottleneck_size!r} and {self.reduction_factor!r}."
             )
         size = self.bottleneck_size
-        if size is not None and not (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
+        if size is not None and not (is_whole(size) and size >= 1):
             raise ConfigError(f"bottleneck_size must be a whole number >= 1, got {size!r}.")
         for name in ("reduction_factor", "invertible_reduction_factor"):
             factor = getattr(self, name)
@@ -149,5 +149,4 @@ class BottleneckConfig(WeightConfig):
 
 def _is_number(value: object) -> bool:
     # A whole number beyond all floats comes out of a file, not out of a request.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and (isinstance(value, float) or abs(value) <= _LARGEST)
+    return is_number(value) and (isinstance(value, float) or abs(value) <= _LARGEST)

@@ -20,7 +20,8 @@ from ...checkpoints.adapter_hub import (
     read_adapter_hub,
     write_adapter_hub,
 )
-from ...errors import ConfigError, FormatError
+from ...errors import FormatError
+from ..common.adapter_config import config_of
 from ..common.base_model import base_model_of
 from .adapter import LEARNED
 from .config import BOTTLENECK, BottleneckConfig
@@ -116,19 +117,13 @@ def save_adapter_hub(
         FormatError: the architecture is another one, or the library has no head that computes the same.
     """
     base = base_model_of(model)
-    configs = getattr(model, "peft_config", {})
-    own = [name for name, config in configs.items() if config.peft_type == BOTTLENECK]
-    if adapter_name not in own:
-        raise ConfigError(
-            f"adapter_name must be that of a bottleneck adapter of this model, {own}, got {adapter_name!r}."
-        )
+    config: BottleneckConfig = config_of(model, adapter_name, BOTTLENECK, called="a bottleneck adapter")
     model_type = getattr(base.config, "model_type", None)
     if model_type not in _HOLDERS:
         raise FormatError(
             f"adapters on {model_type!r} cannot be written for the adapters library: the names of its modules are "
             f"known here for {', '.join(sorted(_HOLDERS))}. Use save_pretrained()."
         )
-    config: BottleneckConfig = model.peft_config[adapter_name]
     bottlenecks = dict(iter_bottlenecks(model, adapter_name))
     roots = {_place(path): re.match(r"(.*?\.\d+)\.", path)[1] for path in bottlenecks}
     prefix = base.base_model_prefix

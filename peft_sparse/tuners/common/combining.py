@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from peft import PeftConfig
 
 from ..._peft_bridge import BaseTuner, ModulesToSaveWrapper
+from ...checks import is_number
 from ...errors import ConfigError
 
 
@@ -53,7 +54,7 @@ def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], ada
         raise ConfigError(f"adapters must name adapters of this model, got {adapters}. It has {known}.")
     if len(adapters) != len(weights):
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
-    if not all(isinstance(weight, (int, float)) and isfinite(weight) for weight in weights):
+    if not all(is_number(weight) and isfinite(weight) for weight in weights):
         raise ConfigError(f"weights must be finite numbers, got {weights}.")
     if adapter_name in tuner.peft_config:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -25,6 +26,27 @@ _ELSEWHERE = {
 }
 
 
+# What trains in a stage: what the adapter holds, or the targeted parameters of the base model themselves.
+ADAPTER, TARGETS = "adapter", "targets"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training in which the same things train: what a plan of memory knows of a method.
+
+    Attributes:
+        name: what plans call it.
+        trains: `ADAPTER` or `TARGETS`.
+        fields: {field of the config: its value in this stage}, where they differ.
+        watches_gradients: whether candidates for growth are nominated by whole gradients in it (SpIEL-AG).
+    """
+
+    name: str
+    trains: str = ADAPTER
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    watches_gradients: bool = False
+
+
 class WeightConfig(PeftConfig):
     """Base class of configs whose files are the same for equal configs, and lie beside a model card of ours."""
 
@@ -40,10 +62,30 @@ class WeightConfig(PeftConfig):
     # {what other libraries call a field: what to write here}
     elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
+    # The optimizer that `SparseTrainer` and plans take for the method, one of `planning.optimizer.OPTIMIZERS`.
+    own_optimizer: ClassVar[str] = "adamw"
+    # Whether weights are grown while training, so that each has an age of its own.
+    grows_weights: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """What plans and tables call the method."""
+        return str(getattr(self.peft_type, "value", self.peft_type)).lower()
+
     @property
     def first_phase(self) -> str | None:
         """The phase of training that comes before this adapter's weights train (`training.phases.phase.PHASES`)."""
         return None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the method goes through while it trains from here on, in order."""
+        return (Stage("training"),)
+
+    @property
+    def takes_quantised_base(self) -> bool:
+        """Whether it trains on a base model whose weights are quantised."""
+        return all(stage.trains != TARGETS for stage in self.stages)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WeightConfig:
         check_arguments(cls, args, kwargs, elsewhere=cls.elsewhere)

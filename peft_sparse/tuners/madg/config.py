@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 from ..._peft_bridge import add_peft_type
+from ...checks import is_whole
 from ...errors import ConfigError
 from ...typology import Typology
 from ...typology.table import DEFAULT_FEATURES
@@ -84,7 +85,7 @@ class MadGConfig(BottleneckConfig):
         for name in ("language_dim", "layer_dim"):
             size = getattr(self, name)
             optional = name == "layer_dim" and size is None
-            if not optional and not (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
+            if not optional and not (is_whole(size) and size >= 1):
                 raise ConfigError(f"{name} must be a whole number >= 1, got {size!r}.")
         if self.invertible is not None:
             raise ConfigError(

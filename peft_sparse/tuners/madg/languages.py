@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import ConfigError
 
-if TYPE_CHECKING:
-    from .generator import SharedPart
-
 # One language for the whole batch, or one for each example.
 Languages = str | tuple[str, ...]
 ARGUMENT = "language"
+
+
+class SharedPart(Protocol):
+    """What the sites of an adapter share (`generator.SharedPart`), as far as languages go."""
+
+    def vector(self, code: str) -> Tensor:
+        """The typological vector of a language."""
 
 
 class _OneForward(threading.local):

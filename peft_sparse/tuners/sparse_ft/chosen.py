@@ -12,7 +12,8 @@ from ...core.indices import check_indices, index_dtype
 from ...core.sharded import how_sharded
 from ...errors import ConfigError
 from ...selection.budget import Group
-from ...selection.criteria import Computed, GradientMeans, resolve_criterion
+from ...selection.computed import Computed
+from ...selection.criteria import GradientMeans, resolve_criterion
 from ...selection.rows import RowConfinement
 from ...selection.top_k import joint_top_k
 from ..common.packed import dequantize, find_backend, parameter_numel

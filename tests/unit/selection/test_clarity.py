@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_sparse.errors import SelectionError
-from peft_sparse.selection.clarity import count_uncertain
+from peft_sparse.selection.replacement import count_uncertain
 
 
 def by_hand(gradients: torch.Tensor, num_grown: int) -> int:

@@ -1,146 +1,119 @@
-"""Random supports are exact, repeatable and uniform; scores of change are exact."""
+"""Criteria that score once: their formulas, their names, and the shortlist of the best."""
 
 from __future__ import annotations
 
-import time
+import functools
 
-import numpy as np
 import pytest
 import torch
 
-from peft_sparse.core.indices import check_indices
-from peft_sparse.errors import SelectionError
-from peft_sparse.selection.random import change, random_counts, random_indices
+from peft_sparse.errors import ConfigError, SelectionError
+from peft_sparse.selection.computed import Computed
+from peft_sparse.selection.criteria import CRITERIA, Criterion, GradientMeans, criterion_name, resolve_criterion
+from peft_sparse.selection.shortlist import Shortlist
 
-# Sparse (sorted draws), dense (a mask) and very dense (a mask of what is left out).
-REGIMES = [(1000, 10), (1000, 200), (1000, 800)]
-
-
-@pytest.mark.parametrize(("numel", "k"), [*REGIMES, (0, 0), (1, 0), (1, 1), (7, 7), (2, 1), (2**33, 50), (31, 1)])
-def test_exactly_k_sorted_and_unique(numel: int, k: int) -> None:
-    indices = random_indices(numel, k, seed=0, name="w")
-    assert indices.numel() == k
-    check_indices(indices, numel, name="w")
+WEIGHT = torch.tensor([[2.0, -3.0], [0.0, 0.5]])
+GRADIENTS = GradientMeans(torch.tensor([[-1.0, 0.5], [4.0, 0.0]]), torch.tensor([[1.0, 2.0], [17.0, 0.0]]), 3)
 
 
-def test_indices_reach_beyond_int32() -> None:
-    assert int(random_indices(2**33, 50, seed=0, name="w").max()) > 2**32
+def my_score(weight, gradients):
+    return weight
 
 
-@pytest.mark.parametrize(("numel", "k"), REGIMES)
-def test_a_function_of_seed_and_name_alone(numel: int, k: int) -> None:
-    first = random_indices(numel, k, seed=3, name="w").tolist()
-    torch.manual_seed(99)
-    np.random.seed(99)
-    random_indices(numel, k, seed=3, name="v")
-    assert random_indices(numel, k, seed=3, name="w").tolist() == first
-    assert random_indices(numel, k, seed=4, name="w").tolist() != first
-    assert random_indices(numel, k, seed=3, name="v").tolist() != first
-
-
-def test_the_draw_is_the_same_on_every_machine() -> None:
-    # Written down once: a change here changes what every user's seed means.
-    assert random_indices(1000, 5, seed=0, name="model.layers.0.q.weight").tolist() == [209, 317, 419, 653, 786]
-
-
-@pytest.mark.parametrize(("numel", "k"), [(40, 1), (40, 8), (40, 30)])
-def test_positions_and_pairs_are_uniform(numel: int, k: int) -> None:
-    draws = 4000
-    drawn = np.zeros((draws, numel))
-    for seed in range(draws):
-        drawn[seed, random_indices(numel, k, seed=seed, name="w").numpy()] = 1
-    p = k / numel
-    z = (drawn.sum(0) - draws * p) / np.sqrt(draws * p * (1 - p))
-    # Sum of squares of `numel` standard normals whose sum is fixed: chi square with numel - 1 degrees, here 39.
-    chi2 = float((z**2).sum() * (numel - 1) / numel)
-    assert 14 < chi2 < 80, chi2  # two tails of about 1e-4 each
-    # Two positions together: without replacement, P = k (k - 1) / (n (n - 1)).
-    both = drawn[:, 0::2] * drawn[:, 1::2]
-    pair = k * (k - 1) / (numel * (numel - 1))
-    z_pair = (both.sum() - both.size * pair) / max(1.0, np.sqrt(both.size * pair * (1 - pair)))
-    assert abs(z_pair) < 4.5
-
-
-@pytest.mark.parametrize(("numel", "k"), [(10_000_000, 200_000), (1_000_000, 300_000)])
-def test_large_draws_cover_the_range_evenly(numel: int, k: int) -> None:
-    counts = np.bincount(random_indices(numel, k, seed=1, name="w").numpy() * np.int64(100) // numel, minlength=100)
-    p = 0.01
-    variance = k * p * (1 - p) * (numel - k) / (numel - 1)
-    chi2 = float(((counts - k * p) ** 2).sum() / variance * 0.99)
-    assert 52 < chi2 < 165, chi2
-
-
-def test_ten_million_of_a_billion_take_seconds() -> None:
-    start = time.process_time()
-    indices = random_indices(10**9, 10**7, seed=0, name="w")
-    elapsed = time.process_time() - start
-    assert indices.numel() == 10**7
-    check_indices(indices, 10**9, name="w")
-    assert elapsed < 20, f"{elapsed:.1f} s; about 1 s on a quiet core"
+class Scorer:
+    def __call__(self, weight, gradients):
+        return weight
 
 
 @pytest.mark.parametrize(
-    ("numel", "k", "seed", "match"),
+    ("name", "expected", "needs_gradients"),
     [
-        (4, 5, 0, r"5 random weights are asked from layer\.w: ask for 0 to 4"),
-        (4, -1, 0, r"-1 random weights are asked from layer\.w"),
-        (4, 2, -1, "seed must be >= 0, got -1"),
+        ("fisher", [[1.0, 2.0], [17.0, 0.0]], True),
+        ("gradient", [[1.0, 0.5], [4.0, 0.0]], True),
+        ("weight_times_gradient", [[2.0, 1.5], [0.0, 0.0]], True),
+        ("largest_weight", [[2.0, 3.0], [0.0, 0.5]], False),
+        ("smallest_weight", [[-2.0, -3.0], [-0.0, -0.5]], False),
     ],
 )
-def test_bad_draws(numel: int, k: int, seed: int, match: str) -> None:
-    with pytest.raises(SelectionError, match=match):
-        random_indices(numel, k, seed=seed, name="layer.w")
-    with pytest.raises(SelectionError, match=match):
-        random_counts([numel // 2, numel - numel // 2], k, seed=seed, name="layer.w")
-
-
-def test_random_counts_are_hypergeometric() -> None:
-    sizes, k, draws = [30, 50, 20], 40, 6000
-    counts = np.array([random_counts(sizes, k, seed=seed, name="g") for seed in range(draws)])
-    assert (counts.sum(1) == k).all()
-    assert (counts >= 0).all()
-    assert (counts <= sizes).all()
-    share = np.array(sizes) / 100
-    variance = k * share * (1 - share) * (100 - k) / 99
-    z = (counts.mean(0) - k * share) / np.sqrt(variance / draws)
-    assert np.abs(z).max() < 4.5
-    # The variance is what tells it from independent binomials (0.6 of theirs) and from fixed proportions (zero).
-    assert np.allclose(counts.var(0), variance, rtol=0.1)
-
-
-def test_random_counts_at_the_ends() -> None:
-    assert random_counts([3, 0, 4], 0, seed=0, name="g") == [0, 0, 0]
-    assert random_counts([3, 0, 4], 7, seed=0, name="g") == [3, 0, 4]
-    assert random_counts([9], 4, seed=0, name="g") == [4]
-    assert random_counts([], 0, seed=0, name="g") == []
-    nearly = random_counts([3, 0, 4], 6, seed=0, name="g")
-    assert sum(nearly) == 6
-    assert nearly[1] == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_change_is_the_magnitude_in_float32(dtype: torch.dtype) -> None:
-    original = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=dtype)
-    weight = torch.tensor([[1.0, -1.5], [0.25, 3.5]], dtype=dtype, requires_grad=True)
-    scores = change(weight, original)
-    assert scores.dtype == torch.float32
-    assert not scores.requires_grad
-    assert scores.tolist() == [[0.0, 0.5], [0.25, 0.5]]
-    assert weight.tolist() == [[1.0, -1.5], [0.25, 3.5]], "the weight itself was changed"
-
-
-def test_change_sees_the_smallest_step() -> None:
-    original = torch.tensor([1.0, 1e-38, 256.0])
-    weight = torch.nextafter(original, torch.tensor(torch.inf))
-    assert (change(weight, original) > 0).all()
-    # bfloat16 has steps of 2 at 256; the difference is taken after widening.
-    assert change(torch.tensor([258.0]).bfloat16(), torch.tensor([257.0])).tolist() == [1.0]
-    # float64 steps that float32 cannot tell apart at 1.0 still count.
-    assert change(torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0])).item() == pytest.approx(
-        1e-12, rel=1e-3, abs=0
+def test_formulas(name, expected, needs_gradients):
+    criterion = CRITERIA[name]
+    weight = WEIGHT if "weight" in criterion.uses else None
+    given = GradientMeans(
+        GRADIENTS.mean if "mean" in criterion.uses else None,
+        GRADIENTS.mean_squared if "mean_squared" in criterion.uses else None,
+        3,
     )
+    assert criterion.score(weight, given).tolist() == expected
+    assert criterion.needs_gradients is needs_gradients
+    assert WEIGHT.tolist() == [[2.0, -3.0], [0.0, 0.5]]
 
 
-def test_change_needs_equal_shapes() -> None:
-    with pytest.raises(SelectionError, match=r"got the shapes \(2,\) and \(1, 2\)"):
-        change(torch.zeros(2), torch.zeros(1, 2))
+def test_every_known_criterion_has_its_formula_tested():
+    assert set(CRITERIA) == {"fisher", "gradient", "weight_times_gradient", "largest_weight", "smallest_weight"}
+
+
+def test_names():
+    assert criterion_name("fisher") == criterion_name(CRITERIA["fisher"]) == "fisher"
+    assert criterion_name(my_score) == f"callable:{__name__}.my_score"
+    assert criterion_name(Criterion(my_score, uses=("weight",))) == f"callable:{__name__}.my_score"
+    assert criterion_name(Scorer()) == f"callable:{__name__}.Scorer"
+    assert criterion_name(functools.partial(my_score)) == "callable:functools.partial"
+
+
+def test_a_function_is_given_everything_and_a_criterion_what_it_declares():
+    assert resolve_criterion(my_score) == Criterion(my_score, ("weight", "mean", "mean_squared"))
+    own = Criterion(my_score, uses=("weight",))
+    assert resolve_criterion(own) is own
+    assert not own.needs_gradients
+    assert resolve_criterion("gradient") is CRITERIA["gradient"]
+
+
+@pytest.mark.parametrize("criterion", ["fischer", 3, None])
+def test_an_unknown_criterion_lists_the_known(criterion):
+    known = r"criterion must be one of \['fisher', 'gradient', .*\], a Criterion, or a function"
+    with pytest.raises(ConfigError, match=known):
+        resolve_criterion(criterion)
+
+
+def test_a_name_out_of_a_file_is_never_imported():
+    with pytest.raises(ConfigError, match=r"criterion='callable:os.getcwd' is how a file names the function"):
+        resolve_criterion("callable:os.getcwd")
+
+
+@pytest.mark.parametrize("uses", [(), ("gradients",)])
+def test_a_criterion_of_nothing(uses):
+    with pytest.raises(ConfigError, match=r"must use some of \('weight', 'mean', 'mean_squared'\), got uses="):
+        Criterion(my_score, uses=uses)
+
+
+def test_computed_tensors_are_not_kept():
+    asked = []
+    scores = Computed(["b", "a"], lambda name: asked.append(name) or torch.zeros(1))
+    assert list(scores) == ["b", "a"]
+    assert len(scores) == 2
+    assert scores["a"] is not scores["a"]
+    assert asked == ["a", "a"]
+    with pytest.raises(KeyError):
+        scores["c"]
+
+
+def test_a_shortlist_says_how_many_are_eligible():
+    shortlist = Shortlist(3, name="group g", min_score=0.0)
+    shortlist.add({"a": torch.tensor([0.0, 1.0, -1.0])})
+    shortlist.add({"b": torch.tensor([[0.0, 2.0]])})
+    with pytest.raises(SelectionError, match=r"3 weights .* from group g, but only 2 of 5 scored above 0\.0"):
+        shortlist.select()
+    shortlist.add({"c": torch.tensor([0.5])})
+    assert {name: indices.tolist() for name, indices in shortlist.select().items()} == {"a": [1], "b": [1], "c": [0]}
+
+
+def test_a_shortlist_that_asks_for_more_than_there_is():
+    shortlist = Shortlist(3, name="g")
+    shortlist.add({"a": torch.tensor([0.0, 1.0])})
+    with pytest.raises(SelectionError, match="3 weights are asked from g, which holds 2"):
+        shortlist.select()
+
+
+def test_a_shortlist_names_the_tensor_with_nan():
+    with pytest.raises(SelectionError, match="scores of b contain NaN"):
+        Shortlist(1, name="g").add({"a": torch.zeros(2), "b": torch.tensor([torch.nan])})

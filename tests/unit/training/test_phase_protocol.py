@@ -1,18 +1,24 @@
+"""A new method of two phases is one class and one config: it is trained, resumed, planned, told by a card and saved."""
+
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_training import assert_same_tensors, base_weights, deltas, make_bert, make_trainer
 
-from peft_sparse import ConfigError, LotteryTicketConfig, SparseConfig
+from peft_sparse import ConfigError, LotteryTicketConfig, SparseConfig, plan_memory
+from peft_sparse.checkpoints.card_rows import METHOD_FACTS
 from peft_sparse.training.phases.dense_phase import DensePhase
 from peft_sparse.training.phases.phase import PHASES, Phase, first_phase
 from peft_sparse.training.trainer.resume import find_resume_point
+from peft_sparse.tuners.common.config import TARGETS, Stage
 from peft_sparse.tuners.sparse_ft.configs.base import METHODS, method_name
+
+SHORT = {"sequence_length": 8, "task_type": "SEQ_CLS"}
 
 
 @pytest.fixture
@@ -24,6 +30,16 @@ def toy():
     class ToyConfig(SparseConfig):
         method: str = field(default="toy_ticket")
         selected_by: ClassVar[str] = "toy"
+        patience: int = 3
+
+        @property
+        def stages(self):
+            first = Stage("toy phase", trains=TARGETS)
+            return (first, Stage("sparse phase")) if self.first_phase else super().stages
+
+        @staticmethod
+        def card_facts(config):
+            return [f"Patience: {config['patience']}"]
 
     @first_phase
     class ToyPhase(Phase):
@@ -65,7 +81,7 @@ def toy():
             self.weight.requires_grad_(False)
 
     yield lambda: get_peft_model(make_bert(), ToyConfig(num_weights=20, target_modules=r".*layer\.0\..*query"))
-    del PHASES["toy"], METHODS["toy_ticket"]
+    del PHASES["toy"], METHODS["toy_ticket"], METHOD_FACTS["toy_ticket"]
 
 
 def test_a_toy_method_trains_and_resumes_in_both_phases(toy, tmp_path):
@@ -88,6 +104,41 @@ def test_a_toy_method_trains_and_resumes_in_both_phases(toy, tmp_path):
     resumed = trainer(toy())
     resumed.train(resume_from_checkpoint=point.path)
     assert_same_tensors(deltas(resumed.model), deltas(model))
+
+
+def test_a_toy_method_is_planned_by_what_its_config_says(toy):
+    model = toy()
+    request, base = model.peft_config["default"], model.config
+    plan = plan_memory(base, request, **SHORT)
+    assert [phase.name for phase in plan.phases] == ["toy phase", "sparse phase"]
+    assert (plan.method, plan.num_trained) == ("toy_ticket", 20)
+    # The targets themselves train in the first: one gradient and one copy of the only target.
+    target = base.hidden_size**2 * 4
+    assert plan.phases[0].all_gradients == plan.phases[0].parts["optimizer states"] / 2 == target
+    assert sum(plan.phases[0].host.values()) == target
+    assert plan.phases[1].all_gradients == 20 * 4
+    with pytest.raises(ConfigError, match="'toy_ticket' do not go together: the weights themselves train"):
+        plan_memory(base, request, **SHORT, load_in_4bit=True)
+    chosen = replace(request, counts={"bert.encoder.layer.0.attention.self.query.weight": 20})
+    assert [phase.name for phase in plan_memory(base, chosen, **SHORT).phases] == ["training"]
+    assert chosen.takes_quantised_base
+
+
+def test_a_toy_adapter_has_a_card_and_loads(toy, tmp_path):
+    model = toy()
+    own = make_trainer(tmp_path / "run", model=model, max_steps=2)
+    own.toy_args = {"max_steps": 2}
+    own.train()
+    model.save_pretrained(tmp_path / "adapter")
+    lines = (tmp_path / "adapter" / "README.md").read_text().splitlines()
+    assert "- Method: `toy_ticket`" in lines
+    assert "- Patience: 3" in lines
+    assert "- Tuned weights: 20 in 1 tensors, 7.81% of their elements" in lines
+    loaded = PeftModel.from_pretrained(make_bert(), tmp_path / "adapter")
+    assert type(loaded.peft_config["default"]).__name__ == "ToyConfig"
+    assert loaded.peft_config["default"].patience == 3
+    assert any(values.abs().sum() > 0 for _, values in deltas(model).values())
+    assert_same_tensors(deltas(loaded), deltas(model))
 
 
 def test_names_are_of_one_phase_each():

@@ -225,6 +225,6 @@ def test_the_package_offers_the_names():
         assert getattr(peft_sparse, name) is getattr(lottery, name)
     for name in ("SparseTrainer", "SparseSFTTrainer", "sparse_trainer"):
         assert getattr(peft_sparse, name) is getattr(trainer, name)
-    assert {"SparseTrainer", "sparse_trainer", "select"} <= set(peft_sparse.__all__)
+    assert {"SparseTrainer", "SparseSFTTrainer", "sparse_trainer"} <= set(peft_sparse.__all__)
     with pytest.raises(AttributeError, match="module 'peft_sparse' has no attribute 'SparseDPOTrainer'"):
         _ = peft_sparse.SparseDPOTrainer

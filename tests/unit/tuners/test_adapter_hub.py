@@ -421,7 +421,7 @@ def test_the_last_adapters_head_acts(config, caplog):
 
 def test_only_a_bottleneck_adapter_is_written(tmp_path):
     model = load_adapter_hub(bert(), write_hub(tmp_path / "a"))
-    with pytest.raises(ConfigError, match=r"of a bottleneck adapter of this model, \['qu'\], got 'default'"):
+    with pytest.raises(ConfigError, match=r"must be a bottleneck adapter, one of \['qu'\], got 'default'"):
         save_adapter_hub(model, tmp_path / "b")
     sparse = get_peft_model(bert(), RandConfig(density=0.1, target_modules=["query"]))
     with pytest.raises(ConfigError, match="of a bottleneck adapter"):

@@ -12,11 +12,11 @@ from ...._peft_bridge import add_peft_type
 from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
-from ....checks import check_one_of, dtype_name, nearest
+from ....checks import check_one_of, dtype_name, is_whole, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
 from ....selection.rows import check_support_rows
-from ...common.config import WeightConfig
+from ...common.config import TARGETS, Stage, WeightConfig
 
 SPARSE_FT = add_peft_type("SPARSE_FT")
 BASE_METHOD = "fixed"
@@ -163,6 +163,18 @@ class SparseConfig(WeightConfig):
         is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
         return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
 
+    @property
+    def label(self) -> str:
+        """The method."""
+        return self.method
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """With a dense phase two, in the first of which the targets themselves train; see `WeightConfig`."""
+        if self.first_phase == DENSE_PHASE:
+            return (Stage("dense phase", trains=TARGETS), Stage("sparse phase"))
+        return super().stages
+
     @staticmethod
     def card_facts(config: Mapping[str, Any]) -> list[str]:
         """What the model card says of this method alone; `config` is a dictionary, as a file holds it."""
@@ -244,6 +256,6 @@ def _check_counts(counts: object) -> None:
     if counts is None:
         return
     if not isinstance(counts, dict) or not all(
-        isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in counts.items()
+        isinstance(k, str) and is_whole(v) and v >= 0 for k, v in counts.items()
     ):
         raise ConfigError(f"counts must map parameter names to numbers of weights >= 0, got {counts!r}.")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ....checks import check_whole
 from ....errors import ConfigError
 from ....selection.criteria import CALLABLE, Criterion, check_criterion, criterion_name, resolve_criterion
 from .base import CHANCE, GIVEN, GRADIENTS, WEIGHTS, SparseConfig, method_name
@@ -46,8 +47,7 @@ class RandConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+        check_whole("seed", self.seed, least=0)
         if self.draw not in DRAWS:
             raise ConfigError(f"draw must be one of {list(DRAWS)}, got {self.draw!r}.")
 
@@ -88,9 +88,7 @@ class OneShotConfig(SparseConfig):
         super().__post_init__()
         check_criterion(self.criterion)
         for name in ("selection_batches", "selection_passes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an int >= 1, got {value!r}.")
+            check_whole(name, getattr(self, name))
 
     @property
     def selected_by(self) -> str:  # type: ignore[override]

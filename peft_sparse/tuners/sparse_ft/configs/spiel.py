@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from ....checks import check_one_of
+from ....checks import check_one_of, check_share, check_whole, is_number
 from ....errors import ConfigError
 from ....selection.criteria import CRITERIA
 from ....selection.schedule import KINDS, Schedule
+from ...common.config import Stage
 from .base import CHANCE, GRADIENTS, SparseConfig, method_name
 
 RANDOM = "random"
@@ -63,6 +65,9 @@ class SpielConfig(SparseConfig):
     total_steps: int | None = field(default=None, metadata={"help": "Updates in all of training."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "What the loop clips gradients to."})
 
+    own_optimizer: ClassVar[str] = "sparse_adamw"
+    grows_weights: ClassVar[bool] = True
+
     @property
     def selected_by(self) -> str:  # type: ignore[override]
         """Whether the support to start from is random, or gradients have to be seen first."""
@@ -77,16 +82,11 @@ class SpielConfig(SparseConfig):
         known = [RANDOM, *(name for name, criterion in CRITERIA.items() if criterion.needs_gradients)]
         check_one_of("initial_support", self.initial_support, known)
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed must be an int >= 0, got {self.seed!r}.")
+        check_whole("seed", self.seed, least=0)
         for name in ("initial_reselection_rate", "reselection_until"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise ConfigError(f"{name} must be in (0, 1], got {share!r}. It is a share, not a count.")
+            check_share(name, getattr(self, name), way_out="It is a share, not a count.")
         for name in ("selection_batches", "selection_passes"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{name} must be an int >= 1, got {number!r}.")
+            check_whole(name, getattr(self, name), least=1)
         check_one_of("reselection_schedule", self.reselection_schedule, KINDS)
         # The rest of the calendar is checked where it lives.
         Schedule(
@@ -96,7 +96,7 @@ class SpielConfig(SparseConfig):
         )
         if self.drop_by not in ("delta", "change_since_reselection"):
             raise ConfigError(f"drop_by must be 'delta' or 'change_since_reselection', got {self.drop_by!r}.")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+        if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and 0 < self.max_grad_norm < math.inf):
             raise ConfigError(f"max_grad_norm must be a finite number > 0 or None, got {self.max_grad_norm!r}.")
 
 
@@ -133,20 +133,26 @@ class SpielAGConfig(SpielConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.candidates_per_weight < math.inf:
+        if not is_number(self.candidates_per_weight) or not 1 <= self.candidates_per_weight < math.inf:
             raise ConfigError(
                 f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
             )
-        n = self.nomination_updates
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.estimation_steps:
+        check_whole("nomination_updates", self.nomination_updates, least=0)
+        if self.nomination_updates > self.estimation_steps:
             raise ConfigError(
-                f"nomination_updates must be an int from 0 to estimation_steps ({self.estimation_steps}), got {n!r}."
+                f"nomination_updates must be at most estimation_steps ({self.estimation_steps}), got "
+                f"{self.nomination_updates}."
             )
         if self.uncertain_share is not None:
-            if not 0 < self.uncertain_share < 1:
+            if not is_number(self.uncertain_share) or not 0 < self.uncertain_share < 1:
                 raise ConfigError(f"uncertain_share must be in (0, 1) or None, got {self.uncertain_share!r}.")
             if self.estimation_steps < 2:
                 raise ConfigError("uncertain_share needs estimation_steps >= 2: one gradient has no standard error.")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Ordinary updates, and those of a window in which gradients are estimated."""
+        return (*super().stages, Stage("estimating gradients", watches_gradients=True))
 
 
 @method_name("spiel_ma")
@@ -160,3 +166,5 @@ class SpielMAConfig(SpielConfig):
     """
 
     method: str = field(default="spiel_ma", metadata={"help": "How the weights to tune are chosen."})
+
+    own_optimizer: ClassVar[str] = "sm3"

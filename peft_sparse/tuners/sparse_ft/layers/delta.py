@@ -18,9 +18,9 @@ from ....core.observer import GradientObserver
 from ....core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ....errors import ConfigError, FormatError, SelectionError
 from ....optim import l1 as regularization
+from ...common.announcements import announce
 from ...common.base_module import NeverOffloaded
 from ...common.kept_dtype import undo_cast
-from ...common.unfinished import announce
 from .. import unselected
 
 # Attribute of a coded support that was checked and decoded already.

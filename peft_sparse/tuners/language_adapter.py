@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..typology import Typology, load_typology
 
 
-def for_language(
+def add_language_adapter(
     model: PeftModel,
     language: str,
     adapters: Mapping[str, str],
@@ -20,7 +20,7 @@ def for_language(
     n: int | None = None,
     temperature: float = 0.1,
 ) -> dict[str, float]:
-    """Mix an adapter for a language without one: the mean of others' adapters, weighted by typological likeness.
+    """Add an adapter for a language that has none: the mean of others' adapters, weighted by typological likeness.
 
     The new adapter is one like any other, by `add_weighted_adapter`; it is not activated. Of sparse adapters it holds
     the union of the supports, so give `n` if there are many.
@@ -57,3 +57,7 @@ def for_language(
         combination_type="linear",
     )
     return weights
+
+
+# What it was called before.
+for_language = add_language_adapter

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertModel
 
-from peft_sparse import ConfigError, RandConfig, Typology, for_language, iter_deltas
+from peft_sparse import ConfigError, RandConfig, Typology, add_language_adapter, iter_deltas
 
 TYPOLOGY = Typology.from_vectors({"eng": [1, 0, 1, 1], "ind": [0, 1, 1, 1], "min": [0, 1, 1, 0], "ace": [0, 1, 1, 0]})
 ADAPTERS = {"en": "english", "ind": "indonesian", "min": "minang"}
@@ -30,7 +30,7 @@ def dense(model, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_mean_of_all(model):
-    weights = for_language(model, "ace", ADAPTERS, adapter_name="mixed", typology=TYPOLOGY, temperature=0.2)
+    weights = add_language_adapter(model, "ace", ADAPTERS, adapter_name="mixed", typology=TYPOLOGY, temperature=0.2)
     assert weights == TYPOLOGY.mixing_weights("ace", ADAPTERS, temperature=0.2)
     assert list(weights) == ["min", "ind", "en"]
     parts = {source: dense(model, adapter) for source, adapter in ADAPTERS.items()}
@@ -43,23 +43,23 @@ def test_the_mean_of_all(model):
 
 
 def test_the_nearest_alone_is_its_adapter(model):
-    assert for_language(model, "ace", ADAPTERS, typology=TYPOLOGY, n=1) == {"min": 1.0}
+    assert add_language_adapter(model, "ace", ADAPTERS, typology=TYPOLOGY, n=1) == {"min": 1.0}
     found, expected = dense(model, "ace"), dense(model, "minang")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_vectors_come_from_the_package_by_default(model, monkeypatch):
-    monkeypatch.setattr("peft_sparse.tuners.for_language.load_typology", lambda: TYPOLOGY)
-    assert for_language(model, "ace", ADAPTERS, n=1) == {"min": 1.0}
+    monkeypatch.setattr("peft_sparse.tuners.language_adapter.load_typology", lambda: TYPOLOGY)
+    assert add_language_adapter(model, "ace", ADAPTERS, n=1) == {"min": 1.0}
 
 
 def test_refusals_leave_the_model_alone(model):
     with pytest.raises(ConfigError, match=r"language 'eng' has an adapter of its own \('english'\)"):
-        for_language(model, "eng", ADAPTERS, typology=TYPOLOGY)
+        add_language_adapter(model, "eng", ADAPTERS, typology=TYPOLOGY)
     with pytest.raises(ConfigError, match="language 'quy' is not among the 4"):
-        for_language(model, "quy", ADAPTERS, typology=TYPOLOGY)
+        add_language_adapter(model, "quy", ADAPTERS, typology=TYPOLOGY)
     with pytest.raises(ConfigError, match="'minang' is taken"):
-        for_language(model, "ace", ADAPTERS, adapter_name="minang", typology=TYPOLOGY)
+        add_language_adapter(model, "ace", ADAPTERS, adapter_name="minang", typology=TYPOLOGY)
     with pytest.raises(ConfigError, match="adapters must name adapters of this model"):
-        for_language(model, "ace", {"ind": "none"}, typology=TYPOLOGY)
+        add_language_adapter(model, "ace", {"ind": "none"}, typology=TYPOLOGY)
     assert sorted(model.peft_config) == ["english", "indonesian", "minang"]

@@ -1,0 +1,30 @@
+"""What starts when an adapter that reselects is added: its driver, and a word to the trainers that are built later."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...tuners.common.announcements import ON_START, announce
+from ...tuners.sparse_ft.configs.spiel import SpielConfig
+from ...tuners.sparse_ft.drivers import DRIVERS
+from .reselector import Reselector
+
+
+def start_reselector(model: nn.Module, adapter_name: str, config: SpielConfig) -> Reselector:
+    """The driver of a SpIEL adapter, told to trainers; see `Reselector`."""
+    reselector = Reselector(model, adapter_name, config)
+    announce(ON_START)
+    return reselector
+
+
+def tell_trainers() -> None:
+    """Let every trainer that is built from now on know of reselecting adapters."""
+    # Here and not above: transformers' trainer is slow to import, and nobody else wants it.
+    from .callback import install
+
+    install()
+
+
+DRIVERS["spiel_ag"] = start_reselector
+DRIVERS["spiel_ma"] = start_reselector
+ON_START.append(tell_trainers)

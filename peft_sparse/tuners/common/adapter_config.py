@@ -1,0 +1,48 @@
+"""The config of one adapter of a model, or an error that says which there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftType
+from torch import nn
+
+from ...errors import ConfigError
+
+
+def peft_configs(model: nn.Module) -> dict[str, Any]:
+    """{adapter name: config} of a model, whatever it is wrapped in.
+
+    Raises:
+        ConfigError: it carries no adapter.
+    """
+    wrapped: Any = model
+    while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
+        wrapped = getattr(wrapped, "module", None)
+    if wrapped is None:
+        raise ConfigError(
+            f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
+            "with a LotteryTicketConfig or an AdaSftConfig."
+        )
+    return wrapped.peft_config
+
+
+def config_of(model: nn.Module, adapter_name: str, kind: PeftType, *, called: str, way_out: str = "") -> Any:
+    """The model's own copy of an adapter's config.
+
+    Args:
+        model: whatever carries the adapter.
+        adapter_name: the adapter.
+        kind: the tuner type that it must be of.
+        called: what an adapter of this kind is called, such as "a sparse adapter".
+        way_out: the last sentence of the error.
+
+    Raises:
+        ConfigError: the model has no adapter of this name and kind; the message lists those that it has.
+    """
+    configs = peft_configs(model)
+    own = [name for name, config in configs.items() if config.peft_type == kind]
+    if adapter_name not in own:
+        end = f" {way_out}" if way_out else ""
+        raise ConfigError(f"adapter_name must be {called}, one of {own}, got {adapter_name!r}.{end}")
+    return configs[adapter_name]

@@ -1,0 +1,19 @@
+"""Who is told when an adapter is made that trainers have to know of.
+
+Training imports the tuners and not the other way round, so it registers here how it tells the trainers to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# Called when an adapter is made that has a first phase before it.
+ON_UNFINISHED: list[Callable[[], None]] = []
+# Called when an adapter is made, or copied, whose support changes while it trains.
+ON_START: list[Callable[[], None]] = []
+
+
+def announce(listeners: list[Callable[[], None]] = ON_UNFINISHED) -> None:
+    """Say that there is such an adapter; without an argument, one that has a first phase before it."""
+    for tell in listeners:
+        tell()
