@@ -64,7 +64,7 @@ def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Mo
 
 
 def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation, what QLoRA uses; multiplied in the model's dtype, as the dequantised weights are."""
+    """NF4 with double quantisation, what QLoRA uses, multiplied in the dtype of the dequantised weights."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
