@@ -63,13 +63,13 @@ def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Mo
     return LoraConfig(r=rank, lora_alpha=2 * rank, **common)
 
 
-def four_bit() -> BitsAndBytesConfig:
-    """NF4 with double quantisation, multiplied in bfloat16: what QLoRA uses."""
+def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, what QLoRA uses, multiplied in the dtype of the dequantised weights."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 

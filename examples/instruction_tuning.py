@@ -72,7 +72,8 @@ def main(
     dtype = dtype or (Dtype.float32 if in_float32 else Dtype.bfloat16)
     loading = {"dtype": getattr(torch, dtype.value)}
     if load_in_4bit:
-        loading |= {"quantization_config": four_bit(), "device_map": "cuda" if torch.cuda.is_available() else "cpu"}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loading |= {"quantization_config": four_bit(loading["dtype"]), "device_map": device}
     base = AutoModelForCausalLM.from_pretrained(source, **loading)
     tokenizer = AutoTokenizer.from_pretrained(source)
     pairs, held_out_pairs = read_pairs(data)

@@ -235,7 +235,7 @@ def take_several_adapters() -> None:
     or under a PEFT whose method takes lists itself.
     """
     set_one, delete = PeftModel.set_adapter, PeftModel.delete_adapter
-    takes = str(inspect.signature(set_one).parameters["adapter_name"].annotation).lower()
+    takes = str(inspect.signature(set_one)).lower()
     if hasattr(set_one, "__wrapped__") or "list" in takes or "sequence" in takes:
         return
 
