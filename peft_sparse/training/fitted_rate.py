@@ -126,9 +126,7 @@ class RateFit:
         key = delta.support_version, MEASURED_UPDATES if meter is None else meter.updates
         found = self._found.get(name)
         if found is None or found[:2] != key:
-            scale = step_scale(
-                self.energies[name], delta.indices, delta.shape, transposed=self._transposed[name]
-            )
+            scale = step_scale(self.energies[name], delta.indices, delta.shape, transposed=self._transposed[name])
             self._found[name] = found = (*key, scale)
         return found[2]
 

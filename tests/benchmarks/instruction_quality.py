@@ -175,9 +175,7 @@ def best_rate(results: Results, name: str, seed: int) -> float | None:
     return min(found, key=lambda rate: finite(found[rate]["loss"])) if found else None
 
 
-def next_rates(
-    rates: tuple[float, ...], results: Results, name: str, seed: int, *, search: bool = True
-) -> list[float]:
+def next_rates(rates: tuple[float, ...], results: Results, name: str, seed: int, *, search: bool = True) -> list[float]:
     """What a method's search still wants: its own rates, then one beyond the best where that lies at an end."""
     found = rates_run(results, name, seed)
     if missing := [rate for rate in rates if rate not in found]:

@@ -386,6 +386,8 @@ class Reselector:
         delta = self.deltas[name]
         estimate = self._estimates().get(name)
         seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
+        if self._covers is not None:
+            seeds = self._covers.seeds(name, replacement.new_indices)
         values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
         for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
             reindex(optimizer, delta.held_values, replacement, seeds)
@@ -453,7 +455,8 @@ class Reselector:
                 estimates[name] = Estimate.from_state_dict(window, device)
         if self._covers is not None:
             self._covers.load_state_dict(
-                {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
+                {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")},
+                updates=self.update,
             )
         self._open_window(estimates or None)
 

@@ -154,9 +154,14 @@ class SpielAGConfig(SpielConfig):
 class SpielMAConfig(SpielConfig):
     """SpIEL-MA: grow the weights whose row and column had the largest gradients, by the accumulators of SM3.
 
-    The accumulators are those of the optimizer if it is `peft_sparse.SM3`, and kept on the side under any other.
+    The accumulators are those of the optimizer if it is `peft_sparse.SM3`, and kept on the side under any other. There
+    the second moments of grown weights start from what they estimate, and the first from zero.
 
-    Source: thesis section 7.3.2, equation 7.7.
+    Any weight may grow that is not tuned before the reselection: one that was just dropped stays out until the next, as
+    in the authors' code. The thesis's Algorithm 3 drops first and then grows the best of all, so that a dropped weight
+    with a large estimate would come back at once, at zero.
+
+    Source: thesis section 7.3.2, equation 7.7 and Algorithm 3.
     """
 
     method: str = field(default="spiel_ma", metadata={"help": "How the weights to tune are chosen."})
