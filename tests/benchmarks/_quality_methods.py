@@ -331,7 +331,7 @@ def ours(name: str, rates: tuple[float, ...], config, fitted_rates: tuple[float,
 # Weights chosen by their gradients change the outputs more than random ones, so they take smaller steps; fitted rates
 # are all on the scale of random ones.
 RANDOM, CHOSEN, SM3 = (4e-3, 2e-3, 8e-3), (5e-4, 2.5e-4, 1e-3), (2e-3, 1e-3, 4e-3)
-MENDED = {"nomination_updates": 1, "initial_support": "gradient"}
+MENDED = {"nomination_updates": 1, "initial_support": "gradient", "selection_passes": 1}
 halves = HalfAndHalf()
 _FAMILIES = [
     ours("rand", RANDOM, rand(), RANDOM),
