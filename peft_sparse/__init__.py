@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .inspection.report import inspect_adapter
     from .planning.plan import MemoryPlan, plan_memory
     from .training.average import AdapterAverage
+    from .training.decay import parameter_groups
     from .training.languages.language_switch import LanguageSwitch, language_below_task
     from .training.languages.multisource import MultiSourceCollator, MultiSourceDataset, evaluation_batches
     from .training.phases.dense_phase import DensePhase
@@ -136,6 +137,7 @@ __all__ = [
     "load_typology",
     "make_student",
     "merge_checkpoint",
+    "parameter_groups",
     "plan_memory",
     "plot_adapters",
     "plot_importance",
@@ -188,6 +190,7 @@ _LAZY = {
     "load_typology": "typology.table.load_typology",
     "make_student": "distillation.student.make_student",
     "merge_checkpoint": "checkpoints.merge.merge_checkpoint",
+    "parameter_groups": "training.decay.parameter_groups",
     "plan_memory": "planning.plan.plan_memory",
     "plot_adapters": "inspection.page.plot_adapters",
     "plot_importance": "inspection.feature_importance.plot_importance",

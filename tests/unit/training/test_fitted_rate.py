@@ -16,8 +16,8 @@ from peft_sparse import (
     GivenConfig,
     OneShotConfig,
     RandConfig,
-    SpielAGConfig,
     SparseTrainer,
+    SpielAGConfig,
     iter_deltas,
     iter_reselectors,
     rate_scales,
@@ -94,7 +94,7 @@ def test_steps_are_those_of_a_slow_reference():
     _, history = trained(True, updates=6)
     base = TwoLayers().double()
     values = {name: torch.zeros(len(flat), dtype=torch.float64) for name, flat in SUPPORT.items()}
-    squares, tokens = {name: 0.0 for name in SUPPORT}, 0
+    squares, tokens = dict.fromkeys(SUPPORT, 0.0), 0
     for update in range(6):
         x = inputs(update).double()
         weights = {name: base.get_parameter(name).detach().clone() for name in SUPPORT}
