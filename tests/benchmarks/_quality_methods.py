@@ -235,11 +235,6 @@ def confined(share: float, axis: int):
     return config
 
 
-def gallop(weight: Tensor, gradients) -> Tensor:
-    """Large gradients on small weights (GaLLoP, arXiv:2510.19778)."""
-    return gradients.mean.abs().float() / (weight.abs().float() + weight.float().square().mean().sqrt() * 0.1)
-
-
 def capped(most: float):
     """|mean gradient|, of each row and each column its `most` * sqrt(density) part at most.
 
@@ -339,7 +334,7 @@ _FAMILIES = [
     ours("spiel_ag", CHOSEN, spiel(SpielAGConfig), RANDOM),
     ours("spiel_ag_mended", CHOSEN, spiel(SpielAGConfig, **MENDED), RANDOM),
     ours("spiel_ma", SM3, spiel(SpielMAConfig), SM3),
-    ours("gallop", (1e-3, 5e-4, 2e-3), one_shot(gallop), RANDOM),
+    ours("gallop", (1e-3, 5e-4, 2e-3), one_shot("gradient_on_small_weights"), RANDOM),
     ours("lift", SM3, one_shot(lift(32)), RANDOM),
     ours("capped", (1e-3, 5e-4, 2e-3), capped(4.0), RANDOM),
 ]

@@ -93,7 +93,7 @@ def test_grown_weights_under_adamw_step_as_a_float64_reference(before):
 
 
 def test_with_an_age_for_each_weight_grown_ones_start_like_new_parameters():
-    _, _, optimizer, history = run(
+    _, _, _, history = run(
         lambda parameters, _: SparseAdamW(parameters, lr=LR, betas=BETAS, eps=EPS), reselect_after=20, updates=21
     )
     grown = set(history[19]) - set(history[18])
@@ -111,13 +111,14 @@ def test_any_weight_may_grow_but_those_tuned_before(make_optimizer):
             with torch.no_grad():
                 delta.values[-1] = 0.0  # of the last row, whose gradients are the largest
 
-    delta, reselector, _, history = run(make_optimizer, reselect_after=6, updates=6, meddle=make_the_best_weak)
+    _, reselector, _, history = run(make_optimizer, reselect_after=6, updates=6, meddle=make_the_best_weak)
     old, new = history[4], history[5]
     dropped, grown = set(old) - set(new), set(new) - set(old)
     rows, columns = (c.double() for c in reselector._covers._covers["layer.weight"])
     score = {j: float(rows[j // 10] * columns[j % 10]) for j in range(120)}
     free = sorted(set(range(120)) - set(old), key=lambda j: -score[j])
-    assert grown == set(free[: len(grown)]) and len(grown) == len(dropped) == 7
+    assert grown == set(free[: len(grown)])
+    assert len(grown) == len(dropped) == 7
     # By Algorithm 3 as it is printed some of those dropped would have come back.
     by_the_letter = sorted(set(range(120)) - (set(old) - dropped), key=lambda j: -score[j])[: len(grown)]
     assert set(by_the_letter) & dropped
@@ -134,7 +135,8 @@ def test_a_resumed_run_seeds_alike():
     other.deltas["layer.weight"].set_support(reselector.deltas["layer.weight"].indices)
     other.load_state_dict(state)
     again = other._covers.seeds("layer.weight", indices)
-    assert torch.equal(seeds.mean_square, again.mean_square) and bool(seeds.mean_square.gt(0).all())
+    assert torch.equal(seeds.mean_square, again.mean_square)
+    assert bool(seeds.mean_square.gt(0).all())
     # A state of an older version does not say: the updates of the training are what is known.
     del state["covers.updates.layer.weight"]
     other.load_state_dict(state)
