@@ -23,6 +23,7 @@ from .optim.sparse_adamw import SparseAdamW as SparseAdamW
 from .parsing.features import ParserCollator as ParserCollator
 from .parsing.parser import BiaffineParser as BiaffineParser
 from .planning.plan import plan_memory as plan_memory
+from .training.decay import parameter_groups as parameter_groups
 from .training.languages.mixture import Source as Source
 from .training.languages.mixture import few_shot as few_shot
 from .training.languages.multisource import MultiSourceCollator as MultiSourceCollator
@@ -102,6 +103,7 @@ __all__ = [
     "load_typology",
     "make_student",
     "merge_checkpoint",
+    "parameter_groups",
     "plan_memory",
     "plot_adapters",
     "reduce_adapter",

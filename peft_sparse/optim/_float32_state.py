@@ -30,18 +30,19 @@ class Float32StateMixin(_Base):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, tensors in the dtype in which they were saved, but floating point at least in float32."""
         loaded: dict[str, Any] = {}
+        parameters: list[Tensor] = []
 
         def remember(_: Any, final: dict[str, Any]) -> None:
             loaded.update(final)
+            parameters.extend(p for group in self.param_groups for p in group["params"])
 
-        # Registered last, so that it sees what the hooks of others made of the state.
+        # Registered last, so that it sees what the hooks of others made of the state, and of the groups.
         handle = self.register_load_state_dict_pre_hook(remember)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
         for saved_id, p in zip(ids, parameters, strict=True):
             saved = loaded["state"].get(saved_id, {})
             for key, value in saved.items():

@@ -38,7 +38,9 @@ class SM3(Float32StateMixin, Optimizer):
             `optim.reindex`). Parameters that are no delta's values are treated as dense.
         momentum: in [0, 1): decay of an average of the preconditioned gradients; 0 keeps none.
         weight_decay: lambda >= 0, decoupled. On the values of a delta it pulls to the pretrained weights.
-        eps: added to the estimate, in units of squared gradients, > 0.
+        eps: added to the estimate, in units of squared gradients, > 0. It holds back weights whose summed squares are
+            not well above it: on SmolLM2-135M 28 % of the squared gradients of a batch lie below 1e-8, so that many
+            weights start with smaller steps than the first update's lr * sign(gradient).
 
     Attributes:
         state: per parameter "accumulator_0", "accumulator_1", ...: float32, one number per row, column, ... of a matrix

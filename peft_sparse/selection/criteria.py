@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import check_one_of
@@ -98,12 +99,40 @@ def smallest_weight(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
     return -_known(weight).abs()
 
 
+def gradient_on_small_weights(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """|mean gradient| / (|weight| + a tenth of the weights' root mean square): large gradients on small weights.
+
+    Source: the idea of GaLLoP, arXiv:2510.19778; the formula is ours. Measured no better than "gradient" so far.
+    """
+    known = _known(weight).float()
+    return _known(gradients.mean).abs().float() / (known.abs() + 0.1 * known.square().mean().sqrt()).clamp_min(1e-30)
+
+
+# Of the matrix that `low_rank_weight` looks at.
+LOW_RANK = 128
+
+
+def low_rank_weight(weight: Tensor | None, gradients: GradientMeans) -> Tensor:
+    """|entry| of the weight's best approximation of rank 128; of a vector, or a matrix no larger, |weight|.
+
+    Cost: a singular value decomposition per matrix, and three where budgets are joint.
+    Source: LIFT, arXiv:2506.00772, which selects anew every few hundred updates.
+    """
+    known = _known(weight)
+    if known.dim() < 2 or min(known.shape[0], known.numel() // known.shape[0]) <= LOW_RANK:
+        return known.abs()
+    u, s, v = torch.linalg.svd(known.float().flatten(1), full_matrices=False)
+    return ((u[:, :LOW_RANK] * s[:LOW_RANK]) @ v[:LOW_RANK]).abs().view(known.shape)
+
+
 # A weight whose gradient is zero in every batch (the row of a token that occurred in none) has nothing to show for
 # itself, as one that did not move has not in LT-SFT: it is not eligible. Of magnitudes any is as good as another.
 CRITERIA: dict[str, Criterion] = {
     "fisher": Criterion(fisher, (MEAN_SQUARED,), min_score=0.0),
     "gradient": Criterion(gradient, (MEAN,), min_score=0.0),
     "weight_times_gradient": Criterion(weight_times_gradient, (WEIGHT, MEAN), min_score=0.0),
+    "gradient_on_small_weights": Criterion(gradient_on_small_weights, (WEIGHT, MEAN), min_score=0.0),
+    "low_rank_weight": Criterion(low_rank_weight, (WEIGHT,)),
     "largest_weight": Criterion(largest_weight, (WEIGHT,)),
     "smallest_weight": Criterion(smallest_weight, (WEIGHT,)),
 }

@@ -27,8 +27,8 @@ def step_scale(energies: Tensor, indices: Tensor, shape: Sequence[int], *, trans
         transposed: whether the weight is stored as [in, out] (transformers' `Conv1D`).
 
     Returns:
-        sqrt(mean energy of all columns / mean energy of the columns of the tuned weights): 1 in the mean for a random
-        support, about a seventh for one of large gradients; at most `LARGEST`. 1 where nothing is tuned or no input was seen.
+        sqrt(mean energy of all columns / mean energy of the columns of the tuned weights), at most `LARGEST`: about 1
+        for a random support, a seventh for one of large gradients. 1 where nothing is tuned or no input was seen.
 
     Source: none; measured with `tests/benchmarks/instruction_quality.py` and `support_curvature.py`.
     """

@@ -235,11 +235,6 @@ def confined(share: float, axis: int):
     return config
 
 
-def gallop(weight: Tensor, gradients) -> Tensor:
-    """Large gradients on small weights (GaLLoP, arXiv:2510.19778)."""
-    return gradients.mean.abs().float() / (weight.abs().float() + weight.float().square().mean().sqrt() * 0.1)
-
-
 def capped(most: float):
     """|mean gradient|, of each row and each column its `most` * sqrt(density) part at most.
 
@@ -331,7 +326,7 @@ def ours(name: str, rates: tuple[float, ...], config, fitted_rates: tuple[float,
 # Weights chosen by their gradients change the outputs more than random ones, so they take smaller steps; fitted rates
 # are all on the scale of random ones.
 RANDOM, CHOSEN, SM3 = (4e-3, 2e-3, 8e-3), (5e-4, 2.5e-4, 1e-3), (2e-3, 1e-3, 4e-3)
-MENDED = {"nomination_updates": 1, "initial_support": "gradient"}
+MENDED = {"nomination_updates": 1, "initial_support": "gradient", "selection_passes": 1}
 halves = HalfAndHalf()
 _FAMILIES = [
     ours("rand", RANDOM, rand(), RANDOM),
@@ -339,7 +334,7 @@ _FAMILIES = [
     ours("spiel_ag", CHOSEN, spiel(SpielAGConfig), RANDOM),
     ours("spiel_ag_mended", CHOSEN, spiel(SpielAGConfig, **MENDED), RANDOM),
     ours("spiel_ma", SM3, spiel(SpielMAConfig), SM3),
-    ours("gallop", (1e-3, 5e-4, 2e-3), one_shot(gallop), RANDOM),
+    ours("gallop", (1e-3, 5e-4, 2e-3), one_shot("gradient_on_small_weights"), RANDOM),
     ours("lift", SM3, one_shot(lift(32)), RANDOM),
     ours("capped", (1e-3, 5e-4, 2e-3), capped(4.0), RANDOM),
 ]

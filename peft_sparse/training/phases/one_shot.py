@@ -53,8 +53,9 @@ def select_by_gradients(
     mode (`model.eval()` first selects without dropout), buffers, gradients, or the state of torch's generators.
 
     Args:
-        model: a PeftModel (or a tuner) with such an adapter (SpIEL with an `initial_support` among them), active and without weights yet. Not wrapped: DDP is made
-            afterwards. In several processes each gives its share of every batch, and all choose alike.
+        model: a PeftModel (or a tuner) with such an adapter, active and without weights yet; SpIEL with an
+            `initial_support` is one. Not wrapped: DDP is made afterwards. In several processes each gives its share of
+            every batch, and all choose alike.
         batches: the first `selection_batches` of these are kept and used; on the model's device, unless `loss_fn` sees
             to that.
         loss_fn: (model, batch) -> loss, a scalar; by default model(**batch).loss.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...files import atomic_file, save_tensors
+from ..decay import decay_deltas_only
 from ..rates import warn_of_rate
 from ..trainer.completeness import naming
 from .reselector import iter_reselectors
@@ -38,6 +39,7 @@ class ReselectionCallback(TrainerCallback):
         reselectors = list(iter_reselectors(model))
         if reselectors:
             warn_of_rate(model, kwargs.get("optimizer"))
+            decay_deltas_only(kwargs.get("optimizer"), model)
         # A sparse trainer has read the state already, from wherever its checkpoint lies. It may count fewer updates
         # than the trainer has steps: those that a loss scaler skipped.
         is_read = state.global_step > 0 and any(r.is_restored for r in reselectors)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ...core.sharded import is_sharded, whole
+from ...optim.reindex import Seeds
 from ...optim.sm3 import SM3, accumulate
-from ...selection.momentum import grow_candidates
+from ...selection.momentum import grow_candidates, momentum_estimate
 from ...selection.replacement import Candidates
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from .gradient_tap import not_finite
@@ -28,6 +29,8 @@ class MomentumCovers:
     def __init__(self, deltas: Mapping[str, AdapterDelta]) -> None:
         self._deltas = {name: delta for name, delta in deltas.items() if len(delta.shape) >= 2}
         self._covers: dict[str, tuple[Tensor, Tensor]] = {}
+        # {parameter name: how many updates are in its accumulators}
+        self._updates: dict[str, int] = {}
 
     def after_step(self, optimizer: Optimizer, names: Iterable[str]) -> None:
         """Take one update's gradients into account.
@@ -43,6 +46,7 @@ class MomentumCovers:
             delta = self._deltas.get(name)
             if delta is None:
                 continue
+            self._updates[name] = self._updates.get(name, 0) + 1
             gradient = delta.held_values.grad
             gathered = whole(gradient).float()
             if is_sharded(gradient) and not bool(torch.isfinite(gathered).all()):
@@ -68,18 +72,43 @@ class MomentumCovers:
             for name, (row, column) in self._covers.items()
         }
 
+    def seeds(self, name: str, grown: Tensor) -> Seeds:
+        """What the moments of grown weights start from under optimizers that count their steps together.
+
+        Such an optimizer takes a moment of zero for one of many small gradients, and divides the next steps by it: with
+        Adam after t updates a grown weight's first step would be (1 - beta1) / sqrt(1 - beta2) = 3.2 times the
+        learning rate, and the next ones up to 6.5 times. Its second moment therefore starts from the mean square that
+        the accumulators estimate. The first moment starts at zero, for they know no sign, so its steps grow within the
+        first 1 / (1 - beta1) updates. Where each weight has its age (`SparseAdamW`), that is 0 and both start at zero,
+        as for a new parameter.
+
+        Args:
+            name: of the tensor.
+            grown: [n] flat positions of the grown weights, ascending.
+        """
+        row, column = self._covers[name]
+        mean_square = momentum_estimate(row, column, grown).square().float() / max(1, self._updates.get(name, 1))
+        return Seeds(torch.zeros_like(mean_square), mean_square, 0)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The accumulators, by parameter name."""
-        return {
+        """The accumulators, by parameter name, and over how many updates they are."""
+        counts = {f"updates.{name}": torch.tensor(count) for name, count in self._updates.items()}
+        return counts | {
             f"{part}.{name}": c.clone()
             for name, pair in self._covers.items()
             for part, c in zip("rc", pair, strict=True)
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self._covers = {}
+    def load_state_dict(self, state: Mapping[str, Tensor], *, updates: int) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state: what it gave.
+            updates: of the training so far, for states of older versions, which do not say over how many they are.
+        """
+        self._covers, self._updates = {}, {}
         for name, delta in self._deltas.items():
             if f"r.{name}" in state:
                 row, column = (state[f"{part}.{name}"].to(delta.indices.device, copy=True) for part in "rc")
                 self._covers[name] = row, column
+                self._updates[name] = int(state.get(f"updates.{name}", updates))

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ...core.observer import current_pass, is_within_another
 from ...core.sharded import whole
 from ...errors import ConfigError
-from ...optim.reindex import reindex, state_holders
+from ...optim.reindex import moment_ratios, reindex, state_holders
 from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
@@ -378,12 +378,31 @@ class Reselector:
     def _drop_scores(self, name: str, values: Tensor) -> Tensor:
         if self.config.drop_by == "change_since_reselection" and name in self._last_values:
             values = values - self._last_values[name].to(values.device)
+        if self.config.drop_by == "delta_times_gradient":
+            gradient = self.deltas[name].held_values.grad
+            return values.abs() if gradient is None else (values * whole(gradient).to(values)).abs()
+        if self.config.drop_by == "moment_ratio":
+            return self._moment_ratios(name).to(values.device)
         return values.abs()
+
+    def _moment_ratios(self, name: str) -> Tensor:
+        held = self.deltas[name].held_values
+        optimizers = self._updates.optimizers_of(held)
+        for optimizer in optimizers:
+            if (ratios := moment_ratios(optimizer, held)) is not None:
+                return ratios
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "no optimizer"
+        raise ConfigError(
+            f"drop_by='moment_ratio' of adapter {self.adapter_name!r} needs the moments of Adam's kind in full "
+            f"precision, and {names} has none. Use SparseAdamW or torch's Adam, or drop_by='delta'."
+        )
 
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]
         estimate = self._estimates().get(name)
         seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
+        if self._covers is not None:
+            seeds = self._covers.seeds(name, replacement.new_indices)
         values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
         for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
             reindex(optimizer, delta.held_values, replacement, seeds)
@@ -451,7 +470,8 @@ class Reselector:
                 estimates[name] = Estimate.from_state_dict(window, device)
         if self._covers is not None:
             self._covers.load_state_dict(
-                {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")}
+                {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")},
+                updates=self.update,
             )
         self._open_window(estimates or None)
 

@@ -38,6 +38,7 @@ def check_state(state: Mapping[str, Tensor], deltas: Mapping[str, AdapterDelta],
         _check_shape(state, f"grown_at.{parameter}", (delta.count,), name)
         _check_shape(state, f"last_values.{parameter}", (delta.count,), name)
         if len(delta.shape) >= 2:
+            _check_shape(state, f"covers.updates.{parameter}", (), name)
             _check_shape(state, f"covers.r.{parameter}", (delta.shape[0],), name)
             _check_shape(state, f"covers.c.{parameter}", (delta.numel // delta.shape[0],), name)
         if f"window.indices.{parameter}" in state:

@@ -21,6 +21,7 @@ from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
+from ..decay import decay_deltas_only
 from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
@@ -311,14 +312,21 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
     # ---- adapters that reselect ----------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The trainer's optimizer; the one that SpIEL is made with where the arguments leave it open."""
+        """The trainer's optimizer; the one that SpIEL is made with where the arguments leave it open.
+
+        Weight decay acts on the values of sparse deltas alone: see `parameter_groups`.
+        """
         chosen = self.optimizer_cls_and_kwargs
         if self.optimizer is None and chosen is None:
             self.optimizer_cls_and_kwargs = optimizer_for(self.model, self.args)
+        is_ours = self.optimizer is None and self._phase is None
         try:
-            return super().create_optimizer(*([] if model is None else [model]))
+            optimizer = super().create_optimizer(*([] if model is None else [model]))
         finally:
             self.optimizer_cls_and_kwargs = chosen
+        if is_ours:
+            decay_deltas_only(optimizer, self.model if model is None else model)
+        return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The trainer's model card, with this library's part in it."""

@@ -69,7 +69,7 @@ def test_a_scale_is_the_ratio_of_output_energies():
     indices = torch.tensor([3, 10, 13, 20, 34])
     for transposed, shape in ((False, (5, 7)), (True, (7, 5))):
 
-        def output_energy(flat):
+        def output_energy(flat, shape=shape, transposed=transposed):
             weight = torch.zeros(35, dtype=torch.float64)
             # A sign for each weight, so that the energies of weights add up in the mean.
             weight[flat] = torch.randint(0, 2, (flat.numel(),), generator=generator).double() * 2 - 1
@@ -175,7 +175,9 @@ def test_any_trainer_scales(tmp_path, trainer):
     trainer(model=model, args=make_args(tmp_path, max_steps=3), train_dataset=Labelled()).train()
     scales = rate_scales(model).values()
     # Six matrices in each of two layers, the pooler, and the classifier.
-    assert len(scales) == 14 and all(0.3 < s <= 4 for s in scales) and len(set(scales)) > 5
+    assert len(scales) == 14
+    assert all(0.3 < s <= 4 for s in scales)
+    assert len(set(scales)) > 5
 
 
 def test_a_support_by_gradients_takes_smaller_steps_and_spiel_follows_its_support(tmp_path):
@@ -194,11 +196,10 @@ def test_a_support_by_gradients_takes_smaller_steps_and_spiel_follows_its_suppor
     for batch in BATCHES[:3]:
         optimizer.zero_grad()
         model(**batch).loss.backward()
-        grads = {name: d.values.grad.clone() for name, _, _, d in iter_deltas(model)}
         optimizer.step()
         seen.append(rate_scales(model))
     (reselector,) = iter_reselectors(model)
-    assert reselector.history[0].update == 2 and grads
+    assert reselector.history[0].update == 2
     # Grown weights stand at zero after the reselection: a step that was scaled after it would have moved them.
     changed = [name for name in seen[0] if seen[1][name] != seen[0][name]]
     assert len(changed) > 5

@@ -64,8 +64,10 @@ class OneShotConfig(SparseConfig):
 
     Args:
         criterion: "fisher" (mean squared gradient: FISH mask), "gradient" (|mean gradient|), "weight_times_gradient"
-            (SNIP), "largest_weight", "smallest_weight" (PaFi), or your own: a function (weight, gradients) -> scores,
-            see `peft_sparse.Criterion`. A file holds the function's name, which is never imported.
+            (SNIP), "gradient_on_small_weights" (GaLLoP's idea), "largest_weight", "smallest_weight" (PaFi),
+            "low_rank_weight" (LIFT: the largest entries of the weight's low-rank part), or your own: a function
+            (weight, gradients) -> scores, see `peft_sparse.Criterion`. A file holds the function's name, which is never
+            imported.
         selection_batches: over how many batches the gradients are averaged.
         selection_passes: into how many parts the targets are split, each of which is scored in a pass of its own over
             the batches: the time of the selection grows with it, its memory falls. The result does not depend on it.
