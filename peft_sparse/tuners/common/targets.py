@@ -122,9 +122,12 @@ def _module_rule(config: TargetRequest, model: nn.Module):
     if target == ALL_PARAMETERS:
         root = _base_prefix(model)
         seen: set[int] = set()
+        # Fixed tables, which files of the model never hold (Marian's sines): a merged model would lose their change.
+        unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
         def every(name: str, module: nn.Module) -> tuple[str, ...]:
-            own = {p: t for p, t in own_parameters(module).items() if id(t) not in seen}
+            parameters = own_parameters(module).items()
+            own = {p: t for p, t in parameters if id(t) not in seen and f"{name}.{p}" not in unsaved}
             if not own or not name.startswith(root):
                 return ()
             seen.update(map(id, own.values()))
