@@ -46,10 +46,12 @@ def paired_bootstrap(
     return Difference(100 * (score(rows, answers) - score(rows, others)), 100 * float(low), 100 * float(high))
 
 
-def table(title: str, scores: dict[str, dict[str, float]], differences: dict[str, Difference]) -> Table:
-    """A row for each language, a column for each way; the difference is of the last way to the first."""
+def table(
+    title: str, scores: dict[str, dict[str, float]], differences: dict[str, Difference], *, of: str = "last - first"
+) -> Table:
+    """A row for each test, a column for each way, and the differences, of which `of` says what they are."""
     ways = list(next(iter(scores.values())))
-    made = Table("test", *ways, *(["last - first [95 %]"] if differences else []), title=title)
+    made = Table("", *ways, *([f"{of} \\[95 %]"] if differences else []), title=title)
     for language, own in scores.items():
         cells = [f"{100 * own[way]:.1f}" for way in ways]
         if differences:

@@ -292,3 +292,64 @@ def test_a_word_is_labelled_at_its_first_subword_and_cut_words_are_neutral(modul
     assert len(answers) == len(row["tags"])
     assert set(answers[2:]) == {"O"}
     assert tasks.TASKS["ner"].clean({"tags": ["B-DATE", "I-MISC", "B-PER"]})["tags"] == ["O", "O", "B-PER"]
+
+
+def test_the_arms_of_mixed_data_are_the_chapters(modules):
+    mixed = modules("mixed_data")
+    mixture, world = mixed.invented(0)
+    arms = mixed.arms(mixture, [20, 50], seed=0)
+    assert list(arms) == [
+        "zero-shot", "few-shot 20", "few-shot 20 x10", "few-shot 50", "few-shot 50 x10", "lexicon", "gold",
+    ]  # fmt: skip
+    assert {name: sum(one.language == "far" for one in own.values()) for name, own in arms.items()} == {
+        name: int(name != "zero-shot") for name in arms
+    }
+    plain, tenfold = arms["few-shot 20"]["far gold"], arms["few-shot 20 x10"]["far gold"]
+    assert (plain.upsampling, tenfold.upsampling, plain.examples) == (1, 10, tenfold.examples)
+    assert len(plain.examples) == 20
+    translated = arms["lexicon"]["far lexicon"].examples
+    near, far = world.words["near"], world.words["far"]
+    meaning = {form: name for name, form in near.items()}
+    for row, other in zip(mixture.labelled, translated, strict=True):
+        assert row["label"] == other["label"]
+        for word, new in zip(row["text"].split(), other["text"].split(), strict=True):
+            assert new in (word, far[meaning[word]])
+            assert (new == far[meaning[word]]) == (word in mixture.lexicon or far[meaning[word]] == word)
+
+
+def test_mixed_data_runs_on_the_invented_world(run, modules, monkeypatch, encoder, tmp_path):
+    monkeypatch.setattr(modules("mixed_data"), "tiny_bert", lambda *args, **kwargs: encoder)
+    options = ["--steps", 3, "--language-steps", 2, "--rows", 30, "--shots", 10, "--resamples", 10]
+    arms = ["zero-shot", "few-shot 10 x10", "lexicon"]
+    code, output = run(*options, *[part for arm in arms for part in ("--arm", arm)], name="mixed_data")
+    assert code == 0, output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["scores"]) == arms
+    assert all(len(answers) == 30 for answers in found["answers"].values())
+    assert found["differences"]["zero-shot"]["mean"] == 0
+    assert "above zero-shot [95 %]" in output
+    assert (tmp_path / "out" / "few-shot-10-x10" / "task" / "adapter_config.json").is_file()
+
+
+def test_mixed_data_reads_nusax_and_refuses_what_does_not_fit(run, modules, tmp_path):
+    mixed = modules("mixed_data")
+    for language, ids in (("ind", [3, 1, 2]), ("ace", [1, 2, 3])):
+        folder = tmp_path / "nusax_senti" / language
+        folder.mkdir(parents=True)
+        rows = [{"id": i, "text": f"{language} {i}", "label": "positive"} for i in ids]
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "ind.txt").write_text("satu\n")
+    (tmp_path / "text" / "nusax_train_ace.txt").write_text("sa\n")
+    with pytest.raises(BadParameter, match="no lexicon from 'ind'"):
+        mixed.nusax(tmp_path, "ind", "ace")
+    (tmp_path / "nusax_lexicon").mkdir()
+    (tmp_path / "nusax_lexicon" / "ace.jsonl").write_text('{"ind": "Ind", "x": "aceh"}\n')
+    found = mixed.nusax(tmp_path, "ind", "ace")
+    assert [row["id"] for row in found.gold] == [row["id"] for row in found.labelled] == [3, 1, 2]
+    assert [row["text"] for row in mixed.word_by_word(found.labelled, found.lexicon)] == ["aceh 3", "aceh 1", "aceh 2"]
+    assert found.text == {"ind": ["satu"], "ace": ["sa"]}
+    code, output = run("--data", tmp_path, name="mixed_data")
+    assert code == 2
+    assert "give an encoder" in output
