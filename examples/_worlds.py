@@ -17,22 +17,31 @@ Row = tuple[str, int]
 
 @dataclass(frozen=True)
 class World:
-    """Raw text of a target language, a task labelled in a source language, and its test in the target language."""
+    """Raw text of two languages, a task labelled in the source language, and its test in the target language.
+
+    Attributes:
+        text: {language: sentences}.
+    """
 
     source: str
     target: str
     labels: list[str]
-    text: list[str]
+    text: dict[str, list[str]]
     train: list[Row]
     test: list[Row]
 
 
 def read_world(directory: Path, source: str, target: str) -> World:
     """A world in a folder: `text/<language>.txt` (a sentence a line), `nusax_senti/<language>/{train,test}.jsonl`."""
-    texts = [directory / "text" / name for name in (f"{target}.txt", f"nusax_train_{target}.txt")]
-    text = next((path for path in texts if path.exists()), None)
-    if text is None:
-        raise SystemExit(f"no raw text of {target!r}: neither of {', '.join(map(str, texts))} exists")
+
+    def text(language: str) -> list[str]:
+        paths = [directory / "text" / name for name in (f"{language}.txt", f"nusax_train_{language}.txt")]
+        found = next((path for path in paths if path.exists()), None)
+        if found is None:
+            raise SystemExit(f"no raw text of {language!r}: neither of {', '.join(map(str, paths))} exists")
+        return found.read_text(encoding="utf-8").splitlines()
+
+    texts = {language: text(language) for language in (target, source)}
 
     def rows(language: str, split: str) -> list[dict]:
         path = directory / "nusax_senti" / language / f"{split}.jsonl"
@@ -46,7 +55,7 @@ def read_world(directory: Path, source: str, target: str) -> World:
     train, test = rows(source, "train"), rows(target, "test")
     labels = sorted({row["label"] for row in train})
     pairs = [[(row["text"], labels.index(row["label"])) for row in part] for part in (train, test)]
-    return World(source, target, labels, text.read_text(encoding="utf-8").splitlines(), *pairs)
+    return World(source, target, labels, texts, *pairs)
 
 
 def encode(tokenizer, rows: list[Row]) -> list[dict]:
@@ -102,7 +111,8 @@ class Lexicon:
 def invented_world(seed: int = 0) -> World:
     """Nearish has labelled sentences, Farish only raw ones."""
     lexicon = Lexicon(seed)
-    text = [sentence for sentence, _ in lexicon.rows(lexicon.far, 2000, seed + 1)]
+    raw = {"Farish": lexicon.rows(lexicon.far, 2000, seed + 1), "Nearish": lexicon.rows(lexicon.near, 2000, seed + 6)}
+    text = {language: [sentence for sentence, _ in rows] for language, rows in raw.items()}
     train, test = lexicon.rows(lexicon.near, 400, seed + 2), lexicon.rows(lexicon.far, 400, seed + 3)
     return World("Nearish", "Farish", LABELS, text, train, test)
 

@@ -1,14 +1,16 @@
-"""Carry a task into a language without labels: a language adapter from raw text plus a task adapter from labelled rows.
+"""Carry a task into a language without labels: language adapters from raw text plus a task adapter from labelled rows.
 
     python examples/language_and_task.py
 
-Both are LT-SFT: a dense phase finds the weights that matter, a sparse phase trains those from the pretrained model. The
-two deltas are then simply added up. Without arguments two invented languages and a tiny BERT stand in for real ones.
+All are LT-SFT: a dense phase finds the weights that matter, a sparse phase trains those from the pretrained model. As
+in the paper (Algorithm 1) the task adapter is trained with the source language's adapter active, and at the end the
+target language's delta and the task's are simply added up. Norms stay frozen, and language adapters have an L1 penalty
+of 0.1. Without arguments two invented languages and a tiny BERT stand in for real ones.
 
     python examples/language_and_task.py --data DIR --model MODEL --source ind --target jav --density 0.08
 
-takes real ones: DIR/text/<language>.txt, a sentence a line, and DIR/nusax_senti/<language>/{train,test}.jsonl with the
-fields "text" and "label".
+takes real ones: DIR/text/<language>.txt of both languages, a sentence a line, and
+DIR/nusax_senti/<language>/{train,test}.jsonl with the fields "text" and "label".
 """
 
 from __future__ import annotations
@@ -65,10 +67,10 @@ def fit(model, rows: list[dict], collator, schedule: Schedule, output: Path, *, 
     trainer_class(model=model, args=args, train_dataset=rows, data_collator=collator, **dense).train()
 
 
-def language_adapter(base: Path, tokenizer, world: World, config, schedule: Schedule, output: Path) -> None:
+def language_adapter(base: Path, tokenizer, text: list[str], config, schedule: Schedule, output: Path) -> None:
     """Masked-word prediction on raw text. The head that predicts words stays behind: it is in no file."""
     model, loading = AutoModelForMaskedLM.from_pretrained(base, output_loading_info=True)
-    rows = [{"input_ids": ids} for ids in tokenizer(world.text, truncation=True, max_length=64)["input_ids"]]
+    rows = [{"input_ids": ids} for ids in tokenizer(text, truncation=True, max_length=64)["input_ids"]]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25)
     if loading["missing_keys"]:
         console.print("the model comes without a head that predicts words: fitting one first, all else frozen")
@@ -79,15 +81,24 @@ def language_adapter(base: Path, tokenizer, world: World, config, schedule: Sche
     tuned.save_pretrained(output)
 
 
-def task_adapter(base: Path, tokenizer, world: World, density: float, schedule: Schedule, output: Path) -> None:
-    """Classification in the source language. What the checkpoint lacks, the head, is trained densely and saved too."""
+def task_adapter(
+    base: Path, tokenizer, world: World, language: Path, density: float, schedule: Schedule, output: Path
+) -> None:
+    """Classification in the source language, whose adapter is active below the task's, and frozen.
+
+    What the checkpoint lacks, the head, is trained densely and saved too.
+    """
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=len(world.labels), output_loading_info=True
     )
     head = sorted({name.rpartition(".")[0] for name in loading["missing_keys"]})
-    tuned = get_peft_model(model, LotteryTicketConfig(density=density, target_modules="all", modules_to_save=head))
+    tuned = PeftModel.from_pretrained(model, language, adapter_name="language")
+    config = LotteryTicketConfig(density=density, target_modules="all", target_norms=False, modules_to_save=head)
+    tuned.add_adapter("task", config)
+    tuned.base_model.set_adapter(["language", "task"])
+    tuned.set_requires_grad("language", requires_grad=False)
     fit(tuned, encode(tokenizer, world.train), DataCollatorWithPadding(tokenizer), schedule, output)
-    tuned.save_pretrained(output)
+    tuned.save_pretrained(output, selected_adapters=["task"])  # in the folder "task"
 
 
 def main(
@@ -101,7 +112,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the order of the rows, the heads and the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapters are saved.")] = Path("outputs/language_and_task"),
 ) -> None:
-    """Train a language adapter and a task adapter, add them up, and test neither, each and both in both languages."""
+    """Train language adapters and a task adapter, add two up, and test neither, each and both in both languages."""
     set_seed(seed)
     if data is None:
         base, world = tiny_bert(output / "tiny_bert", seed=seed), invented_world(seed)
@@ -118,9 +129,10 @@ def main(
             "give an encoder for the languages in --data: a directory or hub id", param_hint="--model"
         )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    config = LotteryTicketConfig(density=density, target_modules=targets)
-    language_adapter(base, tokenizer, world, config, languages, output / "language")
-    task_adapter(base, tokenizer, world, density, tasks, output / "task")
+    config = LotteryTicketConfig(density=density, target_modules=targets, target_norms=False, l1=0.1)
+    for language, name in ((world.source, "source_language"), (world.target, "language")):
+        language_adapter(base, tokenizer, world.text[language], config, languages, output / name)
+    task_adapter(base, tokenizer, world, output / "source_language", density, tasks, output)
 
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(world.labels))
     composed = PeftModel.from_pretrained(fresh, output / "language", adapter_name="language")

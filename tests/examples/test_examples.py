@@ -160,6 +160,15 @@ def test_loss_counts_on_the_answer_alone(run, tiny_llama):
 def test_language_and_task(run, tmp_path, monkeypatch):
     worlds = importlib.import_module("_worlds")
     monkeypatch.setattr(worlds.tiny_bert, "__kwdefaults__", {"seed": 0, "steps": 20})
+    example, active = importlib.import_module("language_and_task"), []
+
+    compute_loss = example.SparseTrainer.compute_loss
+
+    def watching(trainer, model, *args, **kwargs):
+        active.append(list(model.active_adapters))
+        return compute_loss(trainer, model, *args, **kwargs)
+
+    monkeypatch.setattr(example.SparseTrainer, "compute_loss", watching)
     code, output = run("language_and_task", "--language-steps", 4, "--task-steps", 60)
     assert code == 0, output
     scores = {
@@ -179,6 +188,9 @@ def test_language_and_task(run, tmp_path, monkeypatch):
     saved = json.loads((out / "language" / "adapter_config.json").read_text())
     assert set(saved["counts"]) == {"bert.embeddings.word_embeddings.weight"}
     assert saved["modules_to_save"] is None
+    # Algorithm 1: the task adapter is trained above the source language's, in both phases.
+    assert (out / "source_language" / "adapter_config.json").is_file()
+    assert active == [["default"]] * 16 + [["language", "task"]] * 120
 
 
 def test_language_and_task_reads_real_data(run, tmp_path):
@@ -186,10 +198,9 @@ def test_language_and_task_reads_real_data(run, tmp_path):
     model = worlds.tiny_bert(tmp_path / "bert", steps=1)
     lexicon = worlds.Lexicon(0)
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "far.txt").write_text(
-        "\n".join(text for text, _ in lexicon.rows(lexicon.far, 40, 1)), encoding="utf-8"
-    )
     for language, words in (("near", lexicon.near), ("far", lexicon.far)):
+        text = "\n".join(text for text, _ in lexicon.rows(words, 40, 1))
+        (tmp_path / "text" / f"{language}.txt").write_text(text, encoding="utf-8")
         folder = tmp_path / "nusax_senti" / language
         folder.mkdir(parents=True)
         rows = [{"text": text, "label": worlds.LABELS[label]} for text, label in lexicon.rows(words, 20, 2)]
@@ -201,7 +212,10 @@ def test_language_and_task_reads_real_data(run, tmp_path):
     assert "far (test)" in output
     saved = json.loads((tmp_path / "out" / "language" / "adapter_config.json").read_text())
     assert any("encoder.layer.1" in name for name in saved["counts"])
-    assert not any(name.startswith("cls.") for name in saved["counts"])
+    assert not any(name.startswith("cls.") or "LayerNorm" in name for name in saved["counts"])
+    assert (saved["target_norms"], saved["l1"]) == (False, 0.1)
+    task = json.loads((tmp_path / "out" / "task" / "adapter_config.json").read_text())
+    assert not any("LayerNorm" in name for name in task["counts"])
 
 
 def test_missing_text_is_an_error(run, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,8 +58,9 @@ EXTRACTING, IMPORTING = snippet("extract_adapter("), snippet("import_adapter(")
 ONE_SHOT = snippet("select_by_gradients")
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
-UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("MultiSourceDataset(")
+UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("switch = LanguageSwitch(")
 DISTILLING = snippet("make_student(")
+PARSING, MIXING = snippet("encode_sentences("), snippet("few_shot(")
 
 
 @pytest.fixture
@@ -218,7 +220,9 @@ def test_stacking_and_adapter_hub(folder):
     model = names["model"]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split("bottleneck_adapters.")[1].split(".")[0] for name in trained} == {"quechua", "task"}
-    assert not any(".task." in name for name in trained if "layer.1." in name)
+    assert any("layer.0." in name for name, _ in model.named_parameters() if "bottleneck_adapters" in name)
+    # MAD-X 2.0: the last layer has neither.
+    assert not any("layer.1." in name for name, _ in model.named_parameters() if "bottleneck_adapters" in name)
 
     save_adapter_hub(model, "quechua-from-adapterhub", adapter_name="quechua")
     model.set_adapter("quechua")
@@ -262,6 +266,42 @@ def test_many_languages(folder, monkeypatch):
     exec(SEVERAL_LANGUAGES, names)
     assert sum(names["switch"].counts.values()) == 4
     assert model.active_adapters[1] == "task"
+
+
+def test_parsing(folder):
+    tokenizer_in("encoder")
+    tiny_bert(BertForMaskedLM).save_pretrained("encoder")
+    args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    sentence = {"words": ["the", "cat", "sees"], "heads": [2, 3, 0], "relations": ["det", "nsubj", "root"]}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("encoder")
+    names = {"encoder": "encoder", "tokenizer": tokenizer, "treebank": [sentence] * 8, "args": args}
+    exec(PARSING, names)
+    base = names["BiaffineParser"].from_pretrained("encoder")
+    loaded = PeftModel.from_pretrained(base, "parser").eval()
+    inputs = names["ParserCollator"](tokenizer)(names["rows"][:1])
+    with torch.no_grad():
+        expected = names["model"].eval()(**inputs, output_scores=True)
+        found = loaded(**inputs, output_scores=True)
+    assert expected.arc_scores.isfinite().all()
+    assert torch.equal(found.arc_scores, expected.arc_scores)
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_mixing(folder, monkeypatch):
+    translated = []
+
+    def translate(rows, *args, fields, source, target):
+        translated.append((fields, source, target))
+        return SimpleNamespace(rows=[{**row, "text": row["text"].upper()} for row in rows])
+
+    monkeypatch.setattr("peft_sparse.training.languages.translate.translate_rows", translate)
+    labelled = [{"text": f"row {i}", "label": i % 2} for i in range(50)]
+    names = {"indonesian_rows": labelled, "acehnese_rows": labelled, "translator": None, "tokenizer": None}
+    names["encode"] = lambda rows: [row["text"] for row in rows]
+    exec(MIXING, names)
+    assert translated == [(["text"], "ind_Latn", "ace_Latn")]
+    # 50 rows in batches of 16, twice, and one batch of ten rows ten times.
+    assert names["mixed"].counts == {"ind": 20, "ace nllb": 20, "ace gold": 50}
 
 
 def test_soft_masks(folder):
@@ -360,7 +400,7 @@ def test_every_snippet_is_run():
     run = [PLAIN_LOOP, SERVING, TWO_PHASES, QUANTIZED, LANGUAGE, TASK_ON_SOURCE, ZERO_SHOT, SWITCHING, MERGING]
     run += [SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, STACKING, ADAPTER_HUB]
     run += [GENERATING, FEATURES, IMPORTING]
-    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING]
+    run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING, PARSING, MIXING]
     assert sorted(SNIPPETS) == sorted(run)
 
 

@@ -122,13 +122,16 @@ def _module_rule(config: TargetRequest, model: nn.Module, modules: dict[str, nn.
     if target == ALL_PARAMETERS:
         root = _base_prefix(model)
         seen: set[int] = set()
+        # Fixed tables, which files of the model never hold (Marian's sines): a merged model would lose their change.
+        unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         bypassed = sorted(name for name, module in modules.items() if _is_bypassed(module) and name.startswith(root))
         _warn_of_bypassed(ALL_PARAMETERS, [name for name in bypassed if not is_excluded(config, name)])
 
         def every(name: str, module: nn.Module) -> tuple[str, ...]:
             if name in bypassed:
                 return ()
-            own = {p: t for p, t in own_parameters(module).items() if id(t) not in seen}
+            parameters = own_parameters(module).items()
+            own = {p: t for p, t in parameters if id(t) not in seen and f"{name}.{p}" not in unsaved}
             if not own or not name.startswith(root):
                 return ()
             seen.update(map(id, own.values()))

@@ -1,0 +1,206 @@
+"""Labelled, translated and few labelled rows in one task adapter (thesis, chapter 6), and what each of them is worth.
+
+    python examples/cross_lingual/mixed_data.py
+
+Every source is a `Source`: rows of one language and one origin, and how much they count. Each batch is of one source,
+and its language's adapter is active below the task adapter, which all of them train. The arms:
+
+- zero-shot: rows of the source language alone
+- few-shot K: K rows of the target language beside them, once, and counted tenfold
+- lexicon: the source's rows translated word by word, where a dictionary has the word; a stand-in for machine
+  translation, which `translate_rows` does with a model
+- gold: the source's rows in the target language as people translated them; an upper bound for translation
+
+Without `--data` two invented languages stand in for real ones.
+
+    python examples/cross_lingual/mixed_data.py --model MODEL --data DIR --source ind --target ace
+
+takes NusaX: DIR/nusax_senti/<language>/{train,test}.jsonl (rows with one id are translations of each other),
+DIR/nusax_lexicon/<target>.jsonl (fields "ind" and "x", so the source is Indonesian) and DIR/text/<language>.txt or
+DIR/text/nusax_train_<language>.txt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from _data import read_file, read_rows, read_text
+from _invented import SOURCE, TARGET, World, tiny_bert
+from _recipes import LANGUAGE
+from _report import paired_bootstrap, plot, save, table
+from _tasks import TASKS
+from _training import Schedule, Workshop, use
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from peft_sparse import Source, few_shot
+
+console = Console()
+TASK = TASKS["sentiment"]
+Rows = Sequence[dict]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What there is to mix.
+
+    Attributes:
+        source, target: the languages.
+        labelled: rows of the source language.
+        gold: rows of the target language, to draw few of them from; those of one place are translations of `labelled`.
+        test: rows of the target language.
+        lexicon: {word of the source: word of the target}.
+        text: {language: sentences}.
+    """
+
+    source: str
+    target: str
+    labelled: Rows
+    gold: Rows
+    test: Rows
+    lexicon: Mapping[str, str]
+    text: Mapping[str, Sequence[str]]
+
+
+def word_by_word(rows: Rows, lexicon: Mapping[str, str]) -> list[dict]:
+    """Rows whose words are replaced where the lexicon has them; other words stay."""
+    return [{**row, "text": " ".join(lexicon.get(word.lower(), word) for word in row["text"].split())} for row in rows]
+
+
+def arms(mixture: Mixture, shots: Sequence[int], *, seed: int, upsampling: float = 10) -> dict[str, dict[str, Source]]:
+    """{arm: {name of a source: source}}; rows are not encoded yet."""
+    own = {mixture.source: Source(mixture.labelled, mixture.source)}
+    found = {"zero-shot": own}
+    for k in shots:
+        few = few_shot(mixture.gold, k, seed=seed, stratify="label")
+        for factor in (1, upsampling):
+            name = f"few-shot {k}" + (f" x{factor:g}" if factor != 1 else "")
+            found[name] = {**own, f"{mixture.target} gold": Source(few, mixture.target, upsampling=factor)}
+    translated = word_by_word(mixture.labelled, mixture.lexicon)
+    found["lexicon"] = {**own, f"{mixture.target} lexicon": Source(translated, mixture.target, origin="lexicon")}
+    found["gold"] = {**own, f"{mixture.target} gold": Source(mixture.gold, mixture.target)}
+    return found
+
+
+def invented(seed: int) -> tuple[Mixture, World]:
+    world = World(seed)
+    near, far = world.words[SOURCE], world.words[TARGET]
+    # A dictionary that has two thirds of the words.
+    lexicon = {near[meaning]: far[meaning] for number, meaning in enumerate(near) if number % 3}
+    rows = {code: world.rows("sentiment", code, 200, seed=1) for code in (SOURCE, TARGET)}
+    text = {code: world.text(code, 800, seed=3) for code in (SOURCE, TARGET)}
+    test = world.rows("sentiment", TARGET, 150, seed=2)
+    return Mixture(SOURCE, TARGET, rows[SOURCE], rows[TARGET], test, lexicon, text), world
+
+
+def nusax(folder: Path, source: str, target: str) -> Mixture:
+    """NusaX and its lexicon, from a folder."""
+    where = str(folder / "nusax_senti" / "{language}" / "{split}.jsonl")
+    how = {"columns": {}, "needed": ("id", "text", "label")}
+    labelled, gold = (read_rows(where, code, "train", **how) for code in (source, target))
+    ids = {row["id"]: row for row in gold}
+    if missing := [row["id"] for row in labelled if row["id"] not in ids]:
+        raise typer.BadParameter(f"{target!r} has no translation of {source!r}'s row {missing[0]}", param_hint="--data")
+    path = folder / "nusax_lexicon" / f"{target}.jsonl"
+    if source != "ind" or not path.is_file():
+        raise typer.BadParameter(f"no lexicon from {source!r}: it is in {path}, from 'ind'", param_hint="--data")
+    lexicon = {row["ind"].lower(): row["x"] for row in read_file(path)}
+    pattern = folder / "text" / "{language}.txt"
+
+    def text(code: str) -> list[str]:
+        own = Path(str(pattern).replace("{language}", code))
+        return read_text(str(pattern if own.is_file() else pattern.with_name("nusax_train_{language}.txt")), code)
+
+    return Mixture(
+        source,
+        target,
+        labelled,
+        [ids[row["id"]] for row in labelled],
+        read_rows(where, target, "test", **how),
+        lexicon,
+        {code: text(code) for code in (source, target)},
+    )
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="Folder of NusaX. \\[default: invented languages]")] = None,
+    model: Annotated[str, typer.Option(help="Encoder for real data: a folder or Hub id.")] = "",
+    source: Annotated[str, typer.Option(help="Language with labels, with --data.")] = "ind",
+    target: Annotated[str, typer.Option(help="Language to transfer to, with --data.")] = "ace",
+    method: Annotated[str, typer.Option(help="A method of run.py.")] = "lt_sft",
+    shots: Annotated[list[int] | None, typer.Option(help="K of the few-shot arms; repeat it.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeat it. \\[default: all]")] = None,
+    language: Annotated[bool, typer.Option(help="Train and use language adapters.")] = True,
+    steps: Annotated[int, typer.Option(help="Of each phase of the task adapter.")] = 120,
+    language_steps: Annotated[int, typer.Option(help="The same of language adapters.")] = 120,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-3; 2e-4 with --data]")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of each kind to use. \\[default: all]")] = None,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of draws, heads and the invented languages.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where all is saved.")] = Path("outputs/mixed_data"),
+) -> None:
+    """Train a task adapter on each mixture, and test it in the target language under that language's adapter."""
+    if data is None:
+        mixture, world = invented(seed)
+        base = str(tiny_bert(output / "tiny_bert", world, seed=seed))
+    elif model:
+        mixture, base = nusax(data, source, target), model
+    else:
+        raise typer.BadParameter(
+            "give an encoder for the languages in --data: a folder or Hub id", param_hint="--model"
+        )
+    if rows is not None:
+        parts = {name: getattr(mixture, name)[:rows] for name in ("labelled", "gold", "test")}
+        mixture = Mixture(**{**vars(mixture), **parts})
+    rate = rate or (2e-3 if data is None else 2e-4)
+    of_language = Schedule(language_steps, language_steps, 16, 1.5 * rate, 0.2, 64, LANGUAGE.l1)
+    of_task = Schedule(steps, steps, 16, rate, 0.2 if data is None else 0.08, 64)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    labels = TASK.labels(mixture.labelled)
+    known = arms(mixture, shots or [20, 100], seed=seed)
+    if unknown := [name for name in arm or [] if name not in known]:
+        raise typer.BadParameter(f"must be of {', '.join(known)}, got {unknown[0]!r}", param_hint="--arm")
+
+    languages = Workshop(base, tokenizer, method, seed=seed, output=output)
+    adapters = {c: languages.language(c, t, of_language) for c, t in mixture.text.items()} if language else {}
+    answers = {}
+    for name in arm or known:
+        workshop = Workshop(base, tokenizer, method, seed=seed, output=output / name.replace(" ", "-"))
+        mixed = {
+            key: Source(TASK.encode(tokenizer, one.examples, labels, 64), one.language, one.upsampling, one.origin)
+            for key, one in known[name].items()
+        }
+        adapter = workshop.task(TASK, mixed, labels, adapters, of_task)
+        composed = workshop.composed(TASK, labels, adapter, adapters)
+        use(composed, mixture.target if language else None)
+        answers[name] = TASK.predict(composed, tokenizer, mixture.test, labels, 64)
+    _report(mixture, answers, resamples=resamples, output=output)
+
+
+def _report(mixture: Mixture, answers: dict[str, list], *, resamples: int, output: Path) -> None:
+    scores = {name: {TASK.metric: TASK.score(mixture.test, found)} for name, found in answers.items()}
+    first = next(iter(answers))
+    differences = {
+        name: paired_bootstrap(mixture.test, found, answers[first], TASK.score, resamples=resamples)
+        for name, found in answers.items()
+    }
+    title = f"{mixture.source} -> {mixture.target}: {TASK.metric}"
+    console.print(table(title, scores, differences, of=f"above {first}"))
+    plot(title, scores, output / "scores.png")
+    save(
+        output / "results.json",
+        {"scores": scores, "differences": {name: vars(d) for name, d in differences.items()}, "answers": answers},
+    )
+    console.print(f"adapters, scores.png and results.json: {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
