@@ -408,7 +408,7 @@ def test_ci_runs_the_documented_test_command():
     commands = re.findall(r"```bash\n(.*?)\n```", README)
     assert len(commands) == 2
     install, tests = commands[1].split(" && ")
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    script = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
     assert install.replace("pip install", "pip install --quiet") in script
     assert script[-1] == tests == "pytest -n 2"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

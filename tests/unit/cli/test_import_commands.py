@@ -66,7 +66,7 @@ def test_errors_are_one_line(folder, monkeypatch, capsys):
     assert "does not say which base model it belongs to" in error
     assert "Traceback" not in error
     assert not (folder / "out").exists()
-    monkeypatch.setattr(sys, "argv", ["peft-sparse", "export", str(folder), "-o", str(folder / "o"), "--to", "lora"])
+    monkeypatch.setattr(sys, "argv", ["peft-sparse", "export", str(folder), "-o", str(folder / "o"), "--to", "gguf"])
     with pytest.raises(SystemExit):
         main()
-    assert "to must be one of ['composable-sft'], got 'lora'" in capsys.readouterr().err
+    assert "to must be one of ['composable-sft', 'shira', 'supertuning', 'lora'], got 'gguf'" in capsys.readouterr().err
