@@ -128,7 +128,7 @@ from .errors import ConfigError as ConfigError
 from .errors import FormatError as FormatError
 from .errors import SelectionError as SelectionError
 from .errors import SparseError as SparseError
-from .extraction.report import Extraction as Extraction
+from .extraction.result import Extraction as Extraction
 from .importing.export_adapter import Exported as Exported
 from .importing.import_adapter import Imported as Imported
 from .importing.rosa import import_mask as import_mask
@@ -153,10 +153,10 @@ from .training.spiel.reselector import Reselector as Reselector
 from .tuners.ada_sft.model import AdaSftModel as AdaSftModel
 from .tuners.bottleneck.adapter import BottleneckWeights as BottleneckWeights
 from .tuners.bottleneck.model import BottleneckModel as BottleneckModel
-from .tuners.bottleneck.weights import bottleneck_weights as bottleneck_weights
-from .tuners.bottleneck.weights import generated_weights as generated_weights
-from .tuners.bottleneck.weights import iter_bottlenecks as iter_bottlenecks
-from .tuners.bottleneck.weights import set_bottleneck_weights as set_bottleneck_weights
+from .tuners.bottleneck.own_weights import bottleneck_weights as bottleneck_weights
+from .tuners.bottleneck.own_weights import generated_weights as generated_weights
+from .tuners.bottleneck.own_weights import iter_bottlenecks as iter_bottlenecks
+from .tuners.bottleneck.own_weights import set_bottleneck_weights as set_bottleneck_weights
 from .tuners.language_adapter import for_language as for_language
 from .tuners.madg.generated import GeneratedAdapter as GeneratedAdapter
 from .tuners.madg.importance import FeatureImportance as FeatureImportance

@@ -272,7 +272,7 @@ class MergePlan:
 
     def _with_followers(self, part: Part, names: Names) -> dict[str, SparseDelta]:
         """An adapter's deltas by name in the model; embeddings that share a tuned matrix follow it, by the tuner's rule
-        (`tuners.sparse_ft.ties`).
+        (`tuners.sparse_ft.tied_tensors`).
         """
         deltas = {names.of_adapter(name): delta for name, delta in part.deltas.items()}
         for group in self._tied:

@@ -88,7 +88,10 @@ def reduce_adapter(
         raise ConfigError(f"the output {os.fspath(output)!r} is the adapter itself. Give another folder.")
     config = read_config(adapter)
     write = _reduce_sparse if config.get("peft_type") == "SPARSE_FT" else _reduce_other
-    result = write(adapter, Path(output), rows, base, overwrite)
+    cut = _Cut(rows, os.fspath(adapter), config)
+    with AtomicFolder(Path(output), overwrite=overwrite, what="adapter", doors=(SOURCE, CONFIG_FILE)) as folder:
+        write(adapter, cut, base, folder.staging)
+    result = cut.result(Path(output))
     logger.info("Reduced %s: %d numbers of tokens that went are lost", os.fspath(adapter), result.num_lost)
     return result
 
@@ -209,11 +212,8 @@ def _contains(path: list[str], module: list[str]) -> bool:
     return any(path[: length - start] == module[start:] for start in range(1, length))
 
 
-def _reduce_sparse(
-    adapter: str | os.PathLike[str], output: Path, rows: VocabularyRows, base: str | None, overwrite: bool
-) -> ReducedAdapter:
+def _reduce_sparse(adapter: str | os.PathLike[str], cut: _Cut, base: str | None, staging: Path) -> None:
     files = read_adapter(adapter)
-    cut = _Cut(rows, files.source, files.config)
     deltas = {name: cut.delta(name, delta) for name, delta in files.deltas.items()}
     own = {name: tensor for name, tensor in files.others.items() if ".base_layer." not in name}  # copies of the base's
     others = {name: cut.tensor(name, tensor) for name, tensor in own.items()}
@@ -223,29 +223,21 @@ def _reduce_sparse(
         {name: delta.count for name, delta in deltas.items()} if files.config["counts"] is not None else None
     )
     config.base_model_name_or_path = base or config.base_model_name_or_path
-    config.provenance = {**(config.provenance or {}), "tokens": len(rows.kept), "tokens_before": rows.old_size}
-    with AtomicFolder(output, overwrite=overwrite, what="adapter", doors=(SOURCE, CONFIG_FILE)) as folder:
-        save_tensors(build(deltas, others), folder.staging / SOURCE, metadata={"format": "pt"})
-        config.save_pretrained(os.fspath(folder.staging))
-    return cut.result(output)
+    size = {"tokens": len(cut.rows.kept), "tokens_before": cut.rows.old_size}
+    config.provenance = {**(config.provenance or {}), **size}
+    save_tensors(build(deltas, others), staging / SOURCE, metadata={"format": "pt"})
+    config.save_pretrained(os.fspath(staging))
 
 
-def _reduce_other(
-    adapter: str | os.PathLike[str], output: Path, rows: VocabularyRows, base: str | None, overwrite: bool
-) -> ReducedAdapter:
+def _reduce_other(adapter: str | os.PathLike[str], cut: _Cut, base: str | None, staging: Path) -> None:
     path = need_file(adapter, SOURCE)
     config = read_config(adapter)
-    cut = _Cut(rows, os.fspath(adapter), config)
-    tensors = {
-        PREFIX + name: cut.tensor(name, tensor)
-        for name, tensor in ((key.removeprefix(PREFIX), one) for key, one in load_tensors(path).items())
-    }
+    named = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(path).items()}
+    tensors = {PREFIX + name: cut.tensor(name, tensor) for name, tensor in named.items()}
     if config.get("trainable_token_indices") is not None:
         config["trainable_token_indices"] = cut.new_token_indices()
     config["base_model_name_or_path"] = base or config.get("base_model_name_or_path")
-    with AtomicFolder(output, overwrite=overwrite, what="adapter", doors=(SOURCE, CONFIG_FILE)) as folder:
-        save_tensors(tensors, folder.staging / SOURCE, metadata={"format": "pt"})
-        (folder.staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if (path.parent / README).is_file():
-            shutil.copyfile(path.parent / README, folder.staging / README)
-    return cut.result(output)
+    save_tensors(tensors, staging / SOURCE, metadata={"format": "pt"})
+    (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if (path.parent / README).is_file():
+        shutil.copyfile(path.parent / README, staging / README)

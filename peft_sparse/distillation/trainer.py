@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import ConfigError
+from ..training.derived import derived_trainer
 from ..training.languages.multisource import LANGUAGE
 from .attention import AttentionMaps, inner_model, is_causal, is_checkpointing, use_eager_attention
 from .losses import (
@@ -295,13 +296,7 @@ def distilled_trainer(trainer_class: type[Trainer]) -> type[Any]:
     Raises:
         ConfigError: not a trainer class.
     """
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        raise ConfigError(f"trainer_class must be a class derived from transformers.Trainer, got {trainer_class!r}.")
-    if issubclass(trainer_class, DistillationTraining):
-        return trainer_class
-    name = f"Distilled{trainer_class.__name__}"
-    bases = (DistillationTraining, trainer_class)
-    return type(name, bases, {"__module__": __name__, "__doc__": DistillationTraining.__doc__})
+    return derived_trainer(trainer_class, DistillationTraining, prefix="Distilled")
 
 
 DistillationTrainer = distilled_trainer(Trainer)

@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -116,8 +116,8 @@ def reduce_vocabulary(
     kept_texts = [text for ones in by_language(keep_texts, name="keep_texts").values() for text in ones]
     if not any(languages.values()):
         raise ConfigError("texts must hold at least one text, got none. An iterator may have been used up.")
-    plan = _plan(model, tokenizer, languages, kept_texts, keep_tokens, min_count, min_probability, keep_characters)
-    spec, tokens, new_ids, smaller, smaller_spec = plan
+    wanted = _Wanted(languages, min_count, min_probability, keep_characters, kept_texts, keep_tokens)
+    spec, tokens, new_ids, smaller, smaller_spec = _renumbering(model, tokenizer, wanted)
     size = model.get_input_embeddings().weight.shape[0]
     sameness = compare(spec, smaller_spec, new_ids, {**languages, _KEEP: kept_texts})
     _check_sameness(sameness if min_count <= 1 and not min_probability else {_KEEP: sameness[_KEEP]})
@@ -150,28 +150,41 @@ def on_new_texts(
     keep_characters: bool = True,
 ) -> dict[str, Sameness]:
     """How a tokenizer that some texts were counted for would cut other ones; arguments as in `reduce_vocabulary`."""
-    plan = _plan(model, tokenizer, counted, [], (), min_count, min_probability, keep_characters)
-    spec, _, new_ids, _, smaller_spec = plan
+    wanted = _Wanted(counted, min_count, min_probability, keep_characters)
+    spec, _, new_ids, _, smaller_spec = _renumbering(model, tokenizer, wanted)
     return compare(spec, smaller_spec, new_ids, new)
 
 
-def _plan(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    languages: Mapping[str, list[Text]],
-    kept_texts: list[Text],
-    keep_tokens: Iterable[str],
-    min_count: int,
-    min_probability: float,
-    keep_characters: bool,
-) -> tuple[dict[str, Any], dict[int, str], dict[int, int], PreTrainedTokenizerBase, dict[str, Any]]:
-    """(tokenizer.json, its tokens, {old id: new id}, the smaller tokenizer, its tokenizer.json)."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What decides which tokens stay; see `reduce_vocabulary`."""
+
+    languages: Mapping[str, list[Text]]
+    min_count: int
+    min_probability: float
+    keep_characters: bool
+    keep_texts: Sequence[Text] = ()
+    keep_tokens: Iterable[str] = ()
+
+
+class _Renumbering(NamedTuple):
+    """A tokenizer before and after: its tokenizer.json, its tokens, {old id: new id}, the smaller one, and its file."""
+
+    spec: dict[str, Any]
+    tokens: dict[int, str]
+    new_ids: dict[int, int]
+    smaller: PreTrainedTokenizerBase
+    smaller_spec: dict[str, Any]
+
+
+def _renumbering(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: _Wanted) -> _Renumbering:
     spec = spec_of(tokenizer)
     tokens = vocabulary_of(spec)
     size = model.get_input_embeddings().weight.shape[0]
-    used = count(spec, languages, max(tokens) + 1).used(min_count=min_count, min_probability=min_probability)
-    used |= count(spec, {"": kept_texts}, max(tokens) + 1).used() | _ids_of(keep_tokens, tokens)
-    kept = with_ancestors(spec, used) | always_kept(spec, characters=keep_characters) | ids_in_configs(model)
+    counted = count(spec, wanted.languages, max(tokens) + 1)
+    used = counted.used(min_count=wanted.min_count, min_probability=wanted.min_probability)
+    used |= count(spec, {"": list(wanted.keep_texts)}, max(tokens) + 1).used() | _ids_of(wanted.keep_tokens, tokens)
+    kept = with_ancestors(spec, used) | always_kept(spec, characters=wanted.keep_characters) | ids_in_configs(model)
     first = position_pad_id(model)
     new_ids = {old: new for new, old in enumerate(_in_order(kept | set(range(first)), tokens, size))}
     if new_ids.get(first) != first:
@@ -182,7 +195,7 @@ def _plan(
     smaller = _with_spec(tokenizer, renumbered(spec, new_ids))
     smaller_spec = spec_of(smaller)
     _check_tokens(tokens, vocabulary_of(smaller_spec), new_ids)
-    return spec, tokens, new_ids, smaller, smaller_spec
+    return _Renumbering(spec, tokens, new_ids, smaller, smaller_spec)
 
 
 def spec_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from ..selection.criteria import Denoising, change_criterion
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .other_adapters import AdapterOnBase
 from .output import ADAPTER, save_adapter
-from .report import Extraction
+from .ranking import Ranking, Scores, measure
+from .result import Extraction
 from .sources import CheckpointPair, Source
-from .survey import Scores, Survey, measure
 
 logger = logging.getLogger(__name__)
 
@@ -129,23 +129,23 @@ def extract_adapter(
     names = [name for name in source.skeleton.targets(request) if name in set(source.names)]
     with Progress(console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
         task = bar.add_task("differences", total=2 * len(names))
-        survey = Survey(source, names, advance=lambda: bar.advance(task))
+        ranking = Ranking(source, names, advance=lambda: bar.advance(task))
         if keeps_differing:
-            survey.take_differing()
+            ranking.take_differing()
         else:
-            _take(survey, request, scores)
-        keeps_all = keeps_differing or sum(map(len, survey.selected.values())) == sum(survey.sizes.values())
-        deltas, inexact = survey.gather(getattr(torch, request.values_dtype))
+            _take(ranking, request, scores)
+        keeps_all = keeps_differing or sum(map(len, ranking.selected.values())) == sum(ranking.sizes.values())
+        deltas, inexact = ranking.gather(getattr(torch, request.values_dtype))
         if keeps_all and inexact and values_dtype is None:
             request.values_dtype = "float64"
             bar.update(task, description="differences, in float64", completed=len(names))
-            deltas, inexact = survey.gather(torch.float64)
+            deltas, inexact = ranking.gather(torch.float64)
     result = Extraction(
         output=os.fspath(output),
         base=os.fspath(base),
         tuned=os.fspath(tuned),
         criterion=criterion,
-        tensors=survey.report(deltas),
+        tensors=ranking.report(deltas),
         heads=tuple(source.heads),
         left_out=_left_out(source, request),
         values_dtype=request.values_dtype,
@@ -168,23 +168,23 @@ def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str 
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
 
 
-def _take(survey: Survey, request: SparseConfig, criterion: Scores) -> None:
+def _take(ranking: Ranking, request: SparseConfig, criterion: Scores) -> None:
     """Select as many weights as the request says, where its budget puts them."""
-    skeleton = survey.source.skeleton
+    skeleton = ranking.source.skeleton
     total = total_from_request(
         density=request.density,
         num_weights=request.num_weights,
         equivalent_rank=request.equivalent_rank,
-        shapes=survey.shapes,
+        shapes=ranking.shapes,
         density_of=request.density_of,
         model_numel=skeleton.numel,
-        linear_names=skeleton.linear_names(survey.names),
+        linear_names=skeleton.linear_names(ranking.names),
     )
-    groups = groups_of(request.budget, total, survey.sizes)
-    if total == sum(survey.sizes.values()):
-        survey.take_all()
+    groups = groups_of(request.budget, total, ranking.sizes)
+    if total == sum(ranking.sizes.values()):
+        ranking.take_all()
     else:
-        survey.take_best(groups, criterion)
+        ranking.take_best(groups, criterion)
 
 
 def _left_out(source: Source, request: SparseConfig) -> dict[str, float]:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ..tables import FittingTable
-from .report import Extraction, Kept
+from .result import Extraction, Kept
 
 
 def to_rich(extraction: Extraction) -> RenderableType:

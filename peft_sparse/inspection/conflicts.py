@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..composition.report import Deltas, Interference, Overlap, interference, overlap
+from ..composition.overlap import Deltas, Interference, Overlap, interference, overlap
 from ..errors import ConfigError
 from ..selection.anatomy import by_group
 from ..tables import Sheet

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..composition.report import Overlap
+from ..composition.overlap import Overlap
 from ..errors import ConfigError
 from ..selection.anatomy import ATTENTION
 from .report import AdapterReport, LayerGroup

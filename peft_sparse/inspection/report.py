@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..composition.report import Deltas, Overlap, overlap
+from ..composition.overlap import Deltas, Overlap, overlap
 from ..selection.anatomy import PARTS, by_group, place_of
 from ..selection.budget import check_budget
 from ..selection.patterns import search

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..composition.report import Overlap
+from ..composition.overlap import Overlap
 from ..tables import Sheet
 from .other_types import OtherReport
 from .report import AdapterReport, Tally

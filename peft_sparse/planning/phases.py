@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 
 from ..core.indices import index_dtype
 from ..errors import ConfigError
-from ..training.phases.ties import Ties
+from ..training.phases.untying import Ties
 from ..tuners.common.config import TARGETS, Stage, WeightConfig
 from ..tuners.common.targets import find_targets, named_targets
+from ..tuners.sparse_ft.allocation import Allocation, allocate, plan_groups
 from ..tuners.sparse_ft.configs.base import WEIGHTS, SparseConfig
 from ..tuners.sparse_ft.configs.one_shot import RandConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.embedding import Embedding
 from ..tuners.sparse_ft.resident import resident
-from ..tuners.sparse_ft.support import Plan, plan, plan_groups
 from .base_weights import base_bytes, multiply_as_packed, nbytes, tensors_of
 from .dry_run import StepMemory, measure_step
 from .optimizer import PlannedOptimizer
@@ -128,7 +128,7 @@ def _other_method(
 
 
 def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str) -> PhaseMemory:
-    targets = plan(config, model).targets
+    targets = allocate(config, model).targets
     modules = dict(named_targets(model))
     owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
     base = base_bytes(model)
@@ -193,7 +193,7 @@ def _sparse_training(
 def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
     """A config of the same request whose support is there at once: sizes are all that matters here."""
     # Weights on the meta device cannot be ranked, and how the total falls to tensors makes little difference.
-    planned = Plan(find_targets(config, model)) if config.selected_by == WEIGHTS else plan(config, model)
+    planned = Allocation(find_targets(config, model)) if config.selected_by == WEIGHTS else allocate(config, model)
     if planned.counts is None:
         total = sum(group.count for group in plan_groups(config, planned.targets, model))
         return _rand_of(config, num_weights=total)

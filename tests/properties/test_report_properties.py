@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_sparse.composition.report import interference, overlap
+from peft_sparse.composition.overlap import interference, overlap
 from peft_sparse.core.delta import SparseDelta
 
 SHAPES = {"a": (3, 4), "b": (7,), "c": (2, 2)}

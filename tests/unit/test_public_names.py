@@ -37,6 +37,14 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+# Public for the first time in the version that is being made.
+NEW = {
+    "BiaffineParser", "ParserCollator", "Source", "Translated", "add_language_adapter", "add_language_code",
+    "attachment_scores", "batches_of_an_epoch", "encode_sentences", "few_shot", "parameter_groups", "rate_scales",
+    "translate_rows",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", EVER_PUBLIC)
 def test_an_old_name_is_what_its_home_holds(name):
     module, attribute = HOMES[name]
@@ -55,7 +63,7 @@ def test_what_is_offered():
     # Result types and registries live in their subpackages; what was renamed has an alias.
     assert not {"MemoryPlan", "Reselector", "SparseModel", "GradientMeans", "select", "for_language"} & set(PUBLIC)
     assert peft_sparse.for_language is peft_sparse.add_language_adapter
-    assert set(EVER_PUBLIC) | {"add_language_adapter"} == HOMES.keys()
+    assert set(EVER_PUBLIC) | NEW == HOMES.keys()
 
 
 def test_an_unknown_name_is_said_to_be_unknown():

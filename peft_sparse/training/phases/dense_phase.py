@@ -21,10 +21,10 @@ from ...selection.top_k import streamed_top_k
 from ...tuners.common.base_model import base_model_of
 from ...tuners.common.packed import find_backend, is_packed
 from ...tuners.common.targets import model_numel, targets_of
+from ...tuners.sparse_ft.allocation import plan_groups
 from ...tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
 from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
 from ...tuners.sparse_ft.iteration import iter_layers
-from ...tuners.sparse_ft.support import plan_groups
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE, is_unselected, open_phase
 from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar
@@ -32,7 +32,7 @@ from .denoiser import Denoiser
 from .dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
 from .phase import Phase, first_phase
 from .targets import Target, adapter_config, check_active, refuse_wrapper, targets_of_adapter
-from .ties import Ties
+from .untying import Ties
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from ...selection.rows import RowConfinement
 from ...selection.shortlist import Shortlist
 from ...tuners.common.base_model import base_model_of
 from ...tuners.common.targets import targets_of
-from ...tuners.sparse_ft.chosen import check_scores
+from ...tuners.sparse_ft.allocation import plan_groups
 from ...tuners.sparse_ft.configs.base import GRADIENTS, SparseConfig
 from ...tuners.sparse_ft.configs.one_shot import OneShotConfig
 from ...tuners.sparse_ft.configs.spiel import SpielConfig
 from ...tuners.sparse_ft.iteration import iter_layers
-from ...tuners.sparse_ft.support import plan_groups
+from ...tuners.sparse_ft.known_support import check_scores
 from ...tuners.sparse_ft.unselected import is_unselected
 from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar

@@ -16,12 +16,13 @@ from transformers.trainer_utils import TrainOutput
 
 from ...checkpoints.push import update_cards
 from ...errors import ConfigError, FormatError
-from ...tuners.bottleneck.weights import iter_layers as iter_bottleneck_layers
+from ...tuners.bottleneck.own_weights import iter_layers as iter_bottleneck_layers
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..decay import decay_deltas_only
+from ..derived import derived_trainer
 from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
@@ -353,12 +354,7 @@ def sparse_trainer(trainer_class: type[Trainer]) -> type[Any]:
     Raises:
         ConfigError: not a trainer class.
     """
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        raise ConfigError(f"trainer_class must be a class derived from transformers.Trainer, got {trainer_class!r}.")
-    if issubclass(trainer_class, TwoPhaseTraining):
-        return trainer_class
-    name = f"Sparse{trainer_class.__name__}"
-    return type(name, (TwoPhaseTraining, trainer_class), {"__module__": __name__, "__doc__": TwoPhaseTraining.__doc__})
+    return derived_trainer(trainer_class, TwoPhaseTraining, prefix="Sparse")
 
 
 SparseTrainer = sparse_trainer(Trainer)

@@ -12,10 +12,10 @@ from ...errors import ConfigError
 from ..common.announcements import announce
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of
+from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
-from ..common.ties import forget_broken_ties
 from ..common.tuner import WeightTuner
 from . import compose, state
 from .config import MASK, AdaSftConfig

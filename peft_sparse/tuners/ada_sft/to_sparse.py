@@ -20,8 +20,8 @@ from ...selection.computed import Computed
 from ...selection.top_k import joint_top_k
 from ..common.adapter_config import config_of
 from ..common.base_model import base_model_of
+from ..sparse_ft.allocation import plan_groups
 from ..sparse_ft.configs.base import SparseConfig
-from ..sparse_ft.support import plan_groups
 from .config import ADA_SFT, AdaSftConfig
 from .iteration import iter_masked
 from .state import SLOT

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .applying import apply, attach, attach_inverse
 from .layer import BottleneckLayer
 from .placement import INVERTIBLE
-from .sites import apply, attach, attach_inverse
 
 
 class Baked(nn.Module):

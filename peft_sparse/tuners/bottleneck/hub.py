@@ -27,8 +27,8 @@ from .adapter import LEARNED
 from .config import BOTTLENECK, BottleneckConfig
 from .hub_heads import head_layers, head_of, load_head, plan_head
 from .layer import make_adapter
+from .own_weights import iter_bottlenecks, iter_layers
 from .placement import INVERTIBLE, find_sites, reads_after_norm, resolve
-from .weights import iter_bottlenecks, iter_layers
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from ...errors import ConfigError
 from ..common.base_module import attribute_of, home_of
 from ..common.kept_dtype import undo_cast
 from .adapter import Bottleneck, init_linears
+from .applying import PerExample, apply, attach
 from .config import BottleneckConfig
 from .invertible import COUPLINGS
 from .placement import INVERTIBLE, Site
-from .sites import PerExample, apply, attach
 
 # The attribute that holds a layer's adapters; transformers looks for the prefix of the tuner type in it.
 ADAPTERS = "bottleneck_adapters"

@@ -13,14 +13,14 @@ from ..common.files import gather
 from ..common.targets import model_numel
 from ..common.tuner import AdapterTuner
 from . import compose
+from .applying import attach_inverse
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
 from .layer import CANNOT_MERGE, BottleneckLayer
+from .own_weights import iter_layers
 from .placement import INVERTIBLE, Site, find_sites, resolve
-from .sites import attach_inverse
 from .size import check_size, num_parameters
 from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter
-from .weights import iter_layers
 
 
 class BottleneckModel(AdapterTuner):

@@ -17,7 +17,7 @@ from ...files import write_atomically
 from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.layer import ADAPTERS
-from ..bottleneck.weights import set_bottleneck_weights
+from ..bottleneck.own_weights import set_bottleneck_weights
 from ..common.files import discard
 
 

@@ -16,12 +16,12 @@ from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
 from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
-from ..bottleneck.sites import PerExample
+from ..bottleneck.applying import PerExample
 from ..common.base_module import NeverOffloaded
 from .config import MadGConfig
 from .kept import KeptWeights
 from .languages import MadGState
-from .typology import as_typology, digest_of, save_vector, saved_vectors
+from .saved_typology import as_typology, digest_of, save_vector, saved_vectors
 
 
 class GenerateAndPassOn(torch.autograd.Function):

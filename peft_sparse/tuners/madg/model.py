@@ -11,9 +11,9 @@ from ...errors import ConfigError
 from ..bottleneck.config import BottleneckConfig
 from ..bottleneck.layer import BottleneckLayer
 from ..bottleneck.model import BottleneckModel
+from ..bottleneck.own_weights import iter_layers
 from ..bottleneck.placement import Site
 from ..bottleneck.state import refuse
-from ..bottleneck.weights import iter_layers
 from ..common.base_model import base_model_of
 from .config import MadGConfig
 from .generated import GeneratedAdapter
@@ -21,7 +21,7 @@ from .generator import SiteGenerator, num_generated
 from .importance import FeatureImportance, feature_importance
 from .languages import LanguageContext, Languages, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
-from .typology import as_typology, saved_vectors
+from .saved_typology import as_typology, saved_vectors
 
 
 class MadGModel(BottleneckModel):

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.base_model import path_in_base
+from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
-from ..common.ties import forget_broken_ties
 from ..common.tuner import WeightTuner
 from . import compose, drivers, state
+from .allocation import Allocation, allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
 from .iteration import iter_deltas, iter_layers
 from .layers.base import SparseLayer
 from .layers.choice import wrapper_for
 from .layers.quantized import warn_of_loss
-from .support import Plan, plan, set_supports
-from .ties import mark_tied
+from .tied_tensors import mark_tied
 from .unselected import Selection, is_unselected
 from .wrapped import WrappedInTraining
 
@@ -49,7 +49,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
     ) -> None:
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
-        self._planned = plan(config, model)
+        self._planned = allocate(config, model)
         self._targets, self._counts = self._planned.targets, self._planned.counts or {}
 
     def _complete(self, config: SparseConfig, model: nn.Module, adapter_name: str, requested: SparseConfig) -> None:
@@ -80,7 +80,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
                 delta.await_selection(selection)
         drivers.start(model, adapter_name, config)
 
-    def _fill(self, model: nn.Module, adapter_name: str, planned: Plan) -> None:
+    def _fill(self, model: nn.Module, adapter_name: str, planned: Allocation) -> None:
         """Set the supports that are known or random, and random values if the adapter is not to be the identity."""
         config: SparseConfig = self.peft_config[adapter_name]
         is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights

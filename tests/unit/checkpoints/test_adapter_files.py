@@ -15,7 +15,7 @@ from peft_sparse.checkpoints import adapter_files, native
 from peft_sparse.checkpoints.adapter_files import find_file, need_file, read_adapter, read_config
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.inspection.reading import read_adapter as read_to_look_at
-from peft_sparse.tuners.sparse_ft.chosen import given_support
+from peft_sparse.tuners.sparse_ft.known_support import given_support
 
 INDICES = [1, 5]
 ID = "lab/adapters/xx/language@v1.0"

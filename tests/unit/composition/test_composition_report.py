@@ -7,7 +7,7 @@ from math import sqrt
 import pytest
 import torch
 
-from peft_sparse.composition.report import Interference, Overlap, interference, overlap
+from peft_sparse.composition.overlap import Interference, Overlap, interference, overlap
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.errors import ConfigError
 

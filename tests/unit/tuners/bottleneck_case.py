@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import BottleneckConfig
-from peft_sparse.tuners.bottleneck.weights import iter_layers
+from peft_sparse.tuners.bottleneck.own_weights import iter_layers
 
 IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22], [1, 6, 2, 8]])
 _TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}

@@ -24,7 +24,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peft_sparse import BottleneckModel
-from peft_sparse.tuners.bottleneck.weights import iter_layers
+from peft_sparse.tuners.bottleneck.own_weights import iter_layers
 
 
 def get(case: Case, folder: Path) -> None:

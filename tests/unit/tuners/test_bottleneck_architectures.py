@@ -13,8 +13,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sparse import BottleneckConfig, ConfigError, iter_bottlenecks
+from peft_sparse.tuners.bottleneck.own_weights import iter_layers
 from peft_sparse.tuners.bottleneck.placement import ANATOMIES
-from peft_sparse.tuners.bottleneck.weights import iter_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

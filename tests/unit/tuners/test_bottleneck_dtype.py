@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 from trl_case import trl_trainer
 
 from peft_sparse import BottleneckConfig, MadGConfig
-from peft_sparse.tuners.bottleneck.weights import iter_layers
+from peft_sparse.tuners.bottleneck.own_weights import iter_layers
 from peft_sparse.tuners.common import kept_dtype
 
 F32, BF16 = torch.float32, torch.bfloat16

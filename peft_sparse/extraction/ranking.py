@@ -14,7 +14,7 @@ from ..core.indices import index_dtype
 from ..errors import SelectionError
 from ..selection.budget import Group
 from ..selection.top_k import streamed_top_k
-from .report import Kept
+from .result import Kept
 from .sources import Source
 
 # A difference and its parameter's name -> scores of the same shape. It may not write into the difference.
@@ -35,7 +35,7 @@ def measure(difference: Tensor) -> Measured:
     return Measured(int(difference.count_nonzero()), norm * norm)
 
 
-class Survey:
+class Ranking:
     """Selects weights of a source's parameters, and measures all of them on the way.
 
     Args:

@@ -15,15 +15,15 @@ from ...selection.rows import check_room, random_in_rows, room
 from ..common.packed import parameter_shape
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import Targets, find_targets, is_linear, model_numel, named_targets, parameters_of
-from .chosen import checked_support, choose_by_weights, given_support
 from .configs.base import CHANCE, NOTHING, WEIGHTS, SparseConfig
 from .configs.one_shot import GivenConfig
+from .known_support import checked_support, choose_by_weights, given_support
 from .layers.choice import wrapper_for
 from .layers.delta import AdapterDelta
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """What a config means on a model.
 
     Attributes:
@@ -37,7 +37,7 @@ class Plan:
     chosen: dict[str, Tensor] | None = None
 
 
-def plan(config: SparseConfig, model: nn.Module) -> Plan:
+def allocate(config: SparseConfig, model: nn.Module) -> Allocation:
     """The targets of a config on a model and, where they are known before training, counts and indices.
 
     A support that the user gives is put into `counts` of the config, which then says by itself what is targeted.
@@ -65,15 +65,15 @@ def plan(config: SparseConfig, model: nn.Module) -> Plan:
             )
     # PEFT has a good error for an empty match, and gives it before it touches the model.
     if not targets:
-        return Plan(targets)
+        return Allocation(targets)
     chosen = None
     if support is not None:
         chosen = checked_support(support, modules)
     elif config.counts is None and config.selected_by == WEIGHTS:
         chosen = choose_by_weights(config, plan_groups(config, targets, model), modules)
     if chosen is not None:
-        return Plan(targets, {name: chosen[name].numel() for name in parameters_of(targets)}, chosen)
-    return Plan(targets, plan_counts(config, targets, model))
+        return Allocation(targets, {name: chosen[name].numel() for name in parameters_of(targets)}, chosen)
+    return Allocation(targets, plan_counts(config, targets, model))
 
 
 def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> list[Group]:
