@@ -47,8 +47,8 @@ class KeptWeights:
             sources: the tensors that they are generated from.
             generate: makes them.
         """
-        if torch.jit.is_tracing() or any(tensor.is_inference() for tensor in sources):
-            # A second trace would give another graph than the first; and inference tensors count no versions.
+        if any(tensor.is_inference() for tensor in sources):
+            # They count no versions.
             return generate()
         kind = sources[0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

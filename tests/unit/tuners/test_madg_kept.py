@@ -154,24 +154,3 @@ def test_nothing_is_kept_in_several_processes(monkeypatch):
     model = MadGCase("MAD-G").model(language="quy")
     logits(model)
     assert not kept(model)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("request_", REQUESTS)
-def test_a_trace_is_the_same_graph_when_it_is_made_again(request_):
-    model = MadGCase(request_).model(language="quy")
-    first = logits(model)
-
-    class Traced(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model(input_ids=ids).logits
-
-    with torch.no_grad():
-        traced = torch.jit.trace(Traced().eval(), IDS)
-    assert torch.equal(traced(IDS), first)
-    other = IDS.flip(0)
-    assert torch.allclose(traced(other), first.flip(0), rtol=1e-12)
