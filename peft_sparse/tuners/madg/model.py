@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ class MadGModel(BottleneckModel):
         config: MadGConfig = self.peft_config[adapter_name]
         if self._state.chosen is None:
             self._state.chosen = config.language
+        if config.language is not None:
+            # Saved with the adapter from the start, and not looked up inside of a trace or of `torch.func`. A language
+            # that is not known is the first forward's error, for another one may be set before.
+            with suppress(ConfigError):
+                self._state.shared[adapter_name].vector(config.language)
 
     def _find_sites(self, config: MadGConfig, model: nn.Module) -> dict[str, Site]:
         sites = super()._find_sites(config, model)

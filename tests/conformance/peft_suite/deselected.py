@@ -155,14 +155,23 @@ EXPECTED_FAILURES = {
     r"test_custom_models::.*::test_disable_adapters(_with_merging)?\[MLP 1 (LotteryTicket|DeftX|OneShot)-.*\]": Fails(
         AssertionError, "The test wants a fresh adapter to be the identity; this one is a random ticket (see cases.py)."
     ),
+    r"test_custom_models::.*::test_multiple_active_adapters_with_(same|overlapping)_modules_to_save_raises\[.*": Fails(
+        _NOT_RAISED, "Of several active adapters with a head for the same module the last one's acts."
+    ),
+    r"test_custom_models::.*::test_non_existing_model_card": Fails(
+        AssertionError, "The test wants a long card; ours leaves PEFT's empty sections out."
+    ),
+    r"test_custom_models::.*::test_load_resized_embedding_ignore_mismatched_sizes": Fails(
+        _NOT_RAISED, "An adapter of a smaller vocabulary loads onto a larger one: its rows are the first there."
+    ),
+    r"test_custom_models::.*::test_adapter_name_makes_no_difference\[config00\]": Fails(
+        AssertionError, "Random supports are drawn from the seed and the adapter's name, so that two adapters differ."
+    ),
     r"test_custom_models::TestDefaultTargetModules::.*": _DEFAULT_TARGETS,
     r"test_custom_models::TestRequiresGrad::test_requires_grad_(lora|modules|follows_inference)_.*": _LORA_NAMES,
     r"test_custom_models::TestRequiresGrad::test_loading_adapter_preserves_custom_requires_grad": _LORA_NAMES,
     r"test_custom_models::.*::test_add_adapter_rejects_duplicate_name_without_mutation\[True\]": Fails(
         ValueError, "PEFT writes down the tuners that PeftMixedModel takes; a package outside PEFT cannot join them."
-    ),
-    r"test_custom_models::.*::test_load_resized_embedding_ignore_mismatched_sizes": Fails(
-        FormatError, "An adapter file that does not fit the model is refused even with ignore_mismatched_sizes."
     ),
     r"test_custom_models::.*::test_multiple_adapters_(same|seq_cls_mixed)_modules_to_save_merging.*": Fails(
         AssertionError, "LoRA refuses to combine adapters with heads; ours takes the head named by head_from."
