@@ -20,15 +20,12 @@ from .inspection.page import plot_adapters as plot_adapters
 from .inspection.report import inspect_adapter as inspect_adapter
 from .optim.sm3 import SM3 as SM3
 from .optim.sparse_adamw import SparseAdamW as SparseAdamW
-from .parsing.features import ParserCollator as ParserCollator
 from .parsing.parser import BiaffineParser as BiaffineParser
 from .planning.plan import plan_memory as plan_memory
-from .training.decay import parameter_groups as parameter_groups
 from .training.languages.mixture import Source as Source
 from .training.languages.mixture import few_shot as few_shot
 from .training.languages.multisource import MultiSourceCollator as MultiSourceCollator
 from .training.languages.multisource import MultiSourceDataset as MultiSourceDataset
-from .training.languages.translate import add_language_code as add_language_code
 from .training.languages.translate import translate_rows as translate_rows
 from .training.phases.dense_phase import start_dense_phase as start_dense_phase
 from .training.phases.lottery import start_sparse_phase as start_sparse_phase
@@ -76,7 +73,6 @@ __all__ = [
     "MultiSourceCollator",
     "MultiSourceDataset",
     "OneShotConfig",
-    "ParserCollator",
     "RandConfig",
     "Source",
     "SparseAdamW",
@@ -86,7 +82,6 @@ __all__ = [
     "SpielAGConfig",
     "SpielMAConfig",
     "add_language_adapter",
-    "add_language_code",
     "conflicts",
     "distilled_trainer",
     "export_adapter",
@@ -103,7 +98,6 @@ __all__ = [
     "load_typology",
     "make_student",
     "merge_checkpoint",
-    "parameter_groups",
     "plan_memory",
     "plot_adapters",
     "reduce_adapter",
@@ -134,18 +128,21 @@ from .importing.import_adapter import Imported as Imported
 from .importing.rosa import import_mask as import_mask
 from .inspection.feature_importance import importance_table as importance_table
 from .inspection.feature_importance import plot_importance as plot_importance
+from .parsing.features import ParserCollator as ParserCollator
 from .parsing.features import encode_sentences as encode_sentences
 from .parsing.scores import attachment_scores as attachment_scores
 from .planning.plan import MemoryPlan as MemoryPlan
 from .selection.criteria import Criterion as Criterion
 from .selection.criteria import GradientMeans as GradientMeans
 from .training.average import AdapterAverage as AdapterAverage
+from .training.decay import parameter_groups as parameter_groups
 from .training.fitted_rate import rate_scales as rate_scales
 from .training.languages.language_switch import LanguageSwitch as LanguageSwitch
 from .training.languages.language_switch import language_below_task as language_below_task
 from .training.languages.mixture import batches_of_an_epoch as batches_of_an_epoch
 from .training.languages.multisource import evaluation_batches as evaluation_batches
 from .training.languages.translate import Translated as Translated
+from .training.languages.translate import add_language_code as add_language_code
 from .training.phases.dense_phase import DensePhase as DensePhase
 from .training.phases.lottery import select as select
 from .training.spiel.reselector import Reselection as Reselection
