@@ -17,11 +17,11 @@ DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient", "moment_
 
 @dataclass
 class SpielConfig(SparseConfig):
-    """What SpIEL-AG and SpIEL-MA share: weights are dropped and regrown while training, as published from random ones.
+    """What SpIEL-AG and SpIEL-MA share: weights are dropped and regrown while training, at first random ones.
 
     Every `reselection_steps` optimizer updates the weights that changed least are reset and frozen, and as many others
     unfrozen in their place. It happens by itself in any training loop; memory is linear in the number of tuned weights.
-    SpIEL-MA is published with the optimizer SM3, which `SparseTrainer` takes by itself; a loop of your own makes it with
+    SpIEL-MA is published with the optimizer SM3, which `SparseTrainer` takes by itself; a loop of your own gives it
     the adapter's deltas: `SM3(parameters, deltas=[d for *_, d in iter_deltas(model)])`.
 
     Args:
