@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ class GradientTap:
         nomination_updates: n >= 0, over how many updates; 0 for the first backward pass alone.
         estimate: sums to go on with, of a window that was interrupted.
         num_rows: candidates lie in so many rows at most, among them those of the support; None: anywhere.
+        weigh: gives [numel] float32, what sizes of gradients are multiplied by before they are ranked; None for 1.
         rows_anew: the support's own rows do not count, for all of it is about to be replaced.
 
     Attributes:
@@ -114,8 +115,10 @@ class GradientTap:
         estimate: Estimate | None = None,
         num_rows: int | None = None,
         rows_anew: bool = False,
+        weigh: Callable[[], Tensor] | None = None,
     ) -> None:
         self._name = name
+        self._weigh = weigh
         self._delta = delta
         self._num_rows = num_rows
         self._rows_anew = rows_anew
@@ -196,8 +199,26 @@ class GradientTap:
         self._current = gradient if self._current is None else self._current.add_(gradient)
 
     def _nominate(self, gradient: Tensor) -> Estimate:
-        size = gradient.abs()
-        return _estimate_of(self._largest(size, self._num_candidates), self._choose_probes(size))
+        nominees = self._largest(self._weighed(gradient.abs()), self._num_candidates)
+        return _estimate_of(nominees, self._choose_probes(gradient.abs()))
+
+    def _weighed(self, size: Tensor, where: Tensor | None = None) -> Tensor:
+        """Sizes of gradients, of the whole tensor or at some positions, as they are ranked."""
+        if self._weigh is None:
+            return size
+        factors = self._weigh().to(size.device)
+        return size * (factors if where is None else factors[where.long()])
+
+    def scores(self, *, squared: bool = False) -> Tensor:
+        """[n] what the candidates are ranked by: the size of their mean gradient, or the mean of their squared ones.
+
+        Args:
+            squared: the latter.
+        """
+        estimate = self.estimate
+        assert estimate is not None
+        size = estimate.mean_squared if squared else estimate.mean.abs()
+        return self._weighed(size[estimate.nominated], estimate.indices[estimate.nominated])
 
     def _choose_probes(self, size: Tensor) -> Tensor:
         active = self._delta.indices
@@ -215,7 +236,9 @@ class GradientTap:
         if current is None or self._probes is None:
             # Chosen with an update's first pass, so that they see all of it.
             self._probes = self._choose_probes(size)
-        new = _estimate_of(self._largest(size, min(TRACKED * self._num_candidates, size.numel())), self._probes)
+        new = _estimate_of(
+            self._largest(self._weighed(size), min(TRACKED * self._num_candidates, size.numel())), self._probes
+        )
         self._current = gradient[new.indices.long()]
         if old is not None:
             where, found = positions(old.indices, new.indices)
@@ -251,7 +274,8 @@ class GradientTap:
     def _settle(self, tracked: Estimate) -> None:
         """End the nomination: the largest sums are the candidates."""
         among = tracked.nominated.nonzero().squeeze(1)
-        best = top_k(tracked.total[among].abs(), min(self._num_candidates, among.numel()), name="the gradient").long()
+        size = self._weighed(tracked.total[among].abs(), tracked.indices[among])
+        best = top_k(size, min(self._num_candidates, among.numel()), name="the gradient").long()
         probes = tracked.indices[~tracked.nominated] if self._probes is None else self._probes
         new = _estimate_of(tracked.indices[among[best]], probes)
         where, _ = positions(tracked.indices, new.indices)

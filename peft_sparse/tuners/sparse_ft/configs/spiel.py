@@ -12,6 +12,8 @@ from ....selection.schedule import KINDS, Schedule
 from .base import CHANCE, GRADIENTS, SparseConfig, method_name
 
 RANDOM = "random"
+# Criteria that a position has by itself, whatever the others of its tensor are.
+GROW_BY = ("gradient", "fisher", "weight_times_gradient", "gradient_on_small_weights")
 DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient", "moment_ratio")
 
 
@@ -119,6 +121,8 @@ class SpielAGConfig(SpielConfig):
             many that are tracked meanwhile. 0, the authors' choice, takes the largest of the first micro-batch alone:
             on SmolLM2-135M 38 % of those are among the largest over 8 batches. Costs a dense gradient, a tensor at a
             time, in the n updates.
+        grow_by: what candidates are nominated and grown by: "gradient" (the paper's), "fisher" (mean squared gradient),
+            "weight_times_gradient" or "gradient_on_small_weights", as `OneShotConfig` has them.
         uncertain_share: lets a window go on beyond `estimation_steps`, at most to the next one, until the candidates
             whose mean gradient lies within two standard errors of the cut between grown and refused are at most this
             share of the grown ones. None ends every window after `estimation_steps`, as the authors do. Proposed in
@@ -137,6 +141,7 @@ class SpielAGConfig(SpielConfig):
     nomination_updates: int = field(
         default=0, metadata={"help": "Updates over which candidates are chosen; 0 for the first micro-batch alone."}
     )
+    grow_by: str = field(default="gradient", metadata={"help": "The criterion of growth: 'gradient', 'fisher', ..."})
     uncertain_share: float | None = field(
         default=None, metadata={"help": "End a window when at most this share of the grown weights is uncertain."}
     )
@@ -151,6 +156,11 @@ class SpielAGConfig(SpielConfig):
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.estimation_steps:
             raise ConfigError(
                 f"nomination_updates must be an int from 0 to estimation_steps ({self.estimation_steps}), got {n!r}."
+            )
+        check_one_of("grow_by", self.grow_by, GROW_BY)
+        if self.uncertain_share is not None and self.grow_by != "gradient":
+            raise ConfigError(
+                f"uncertain_share is about mean gradients: it needs grow_by='gradient', got {self.grow_by!r}."
             )
         if self.uncertain_share is not None:
             if not 0 < self.uncertain_share < 1:
