@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ...core.observer import current_pass, is_within_another
 from ...core.sharded import whole
 from ...errors import ConfigError
-from ...optim.reindex import moment_ratios, reindex, state_holders
+from ...optim.reindex import reindex, state_holders
 from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
 from ...selection.criteria import CRITERIA, WEIGHT
@@ -28,7 +28,9 @@ from ...tuners.sparse_ft.drivers import DRIVERS, iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .clock import check_clock
-from .gradient_tap import ESTIMATE_PARTS, Estimate, GradientTap, end_update, not_finite
+from .dropping import drop_scores
+from .estimate import ESTIMATE_PARTS, Estimate
+from .gradient_tap import GradientTap, end_update, not_finite
 from .growth_weights import GrowthWeights
 from .momentum_covers import MomentumCovers
 from .saved_state import check_state
@@ -393,25 +395,14 @@ class Reselector:
         }
 
     def _drop_scores(self, name: str, values: Tensor) -> Tensor:
-        if self.config.drop_by == "change_since_reselection" and name in self._last_values:
-            values = values - self._last_values[name].to(values.device)
-        if self.config.drop_by == "delta_times_gradient":
-            gradient = self.deltas[name].held_values.grad
-            return values.abs() if gradient is None else (values * whole(gradient).to(values)).abs()
-        if self.config.drop_by == "moment_ratio":
-            return self._moment_ratios(name).to(values.device)
-        return values.abs()
-
-    def _moment_ratios(self, name: str) -> Tensor:
         held = self.deltas[name].held_values
-        optimizers = self._updates.optimizers_of(held)
-        for optimizer in optimizers:
-            if (ratios := moment_ratios(optimizer, held)) is not None:
-                return ratios
-        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "no optimizer"
-        raise ConfigError(
-            f"drop_by='moment_ratio' of adapter {self.adapter_name!r} needs the moments of Adam's kind in full "
-            f"precision, and {names} has none. Use SparseAdamW or torch's Adam, or drop_by='delta'."
+        return drop_scores(
+            self.config.drop_by,
+            values,
+            before=self._last_values.get(name),
+            held=held,
+            optimizers=self._updates.optimizers_of(held),
+            adapter_name=self.adapter_name,
         )
 
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
