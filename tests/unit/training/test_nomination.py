@@ -124,15 +124,15 @@ def test_tracking_equals_a_slow_reference_and_memory_is_bounded(max_norm):
 
 
 def test_clipped_updates_are_summed_in_one_unit():
-    plain, delta, reselector = made(nomination_updates=3, estimation_steps=4, candidates_per_weight=3.0)
-    train(plain, sgd(delta), range(3))
-    clipped, other_delta, other = made(nomination_updates=3, estimation_steps=4, candidates_per_weight=3.0)
+    """Else what came before would not count beside a gradient that has yet to be clipped."""
+    plain, delta, reselector = made(nomination_updates=4, estimation_steps=5)
+    train(plain, sgd(delta), range(4))
+    clipped, other_delta, other = made(nomination_updates=4, estimation_steps=5)
     norm = float(gradient(0).flatten()[other_delta.indices.long()].norm())
-    train(clipped, sgd(other_delta), range(3), max_norm=norm * 1e-3)
+    train(clipped, sgd(other_delta), range(4), max_norm=norm * 1e-3)
     first, second = (r._taps["layer.weight"].estimate for r in (reselector, other))
-    # All are clipped to nearly one factor of the sum, so that hardly any candidate changes.
     one, two = (set(e.indices[e.nominated].tolist()) for e in (first, second))
-    assert len(one & two) >= 33
+    assert len(one & two) >= 10
     assert float(second.total.abs().max()) < 1e-2 * float(first.total.abs().max())
 
 
