@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import FormatError
 from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
 from ..tuners.common.base_model import base_model_of
@@ -77,6 +78,10 @@ class RateFit:
         self._found: dict[str, tuple[int, int, float]] = {}
         self._warned = False
         scaled_steps.add(self)
+        # Here and not above: transformers' trainer is slow to import. Its checkpoints keep what was measured.
+        from .spiel.callback import install
+
+        install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -98,6 +103,41 @@ class RateFit:
     def scale_of(self, name: str) -> float:
         """How much of a step is taken on a tensor, as far as is known by now."""
         return self._scale(name, self._deltas[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was measured so far, by parameter name, for checkpoints."""
+        state = {f"energies.{name}": energy.clone() for name, energy in self.energies.items()}
+        for name in self.energies:
+            meter = self._deltas[name].meter
+            if meter is not None and meter.total is not None:
+                state[f"total.{name}"] = meter.total.clone()
+                state[f"counts.{name}"] = torch.tensor([meter.tokens, meter.updates])
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what was measured before; tensors that it does not know are measured anew.
+
+        Raises:
+            FormatError: an energy is not one number >= 0 for each column.
+        """
+        for name, delta in self._deltas.items():
+            energy = state.get(f"energies.{name}")
+            if energy is None:
+                continue
+            total, counts = state.get(f"total.{name}"), state.get(f"counts.{name}", torch.zeros(2))
+            width = delta.shape[0] if self._transposed[name] else delta.shape[1]
+            for key, tensor in (("energies", energy), ("total", total)):
+                if tensor is not None and (tuple(tensor.shape) != (width,) or not bool((tensor >= 0).all())):
+                    raise FormatError(
+                        f"tensor '{key}.{name}' must hold {width} numbers >= 0, got shape {tuple(tensor.shape)}: the "
+                        "checkpoint is of another adapter, or damaged."
+                    )
+            self.energies[name] = energy.to(delta.indices.device, copy=True)
+            delta.meter = None
+            if total is not None and tuple(counts.shape) == (2,):
+                delta.meter = meter = InputMeter()
+                meter.total, (meter.tokens, meter.updates) = total.clone(), map(int, counts)
+        self._found.clear()
 
     def _measure(self, deltas: dict[str, AdapterDelta]) -> None:
         seen = {name: d.meter for name, d in deltas.items() if d.meter is not None and d.meter.total is not None}
@@ -138,10 +178,15 @@ def rate_scales(model: nn.Module, adapter_name: str = "default") -> dict[str, fl
     """
     return {
         name: fit.scale_of(name)
-        for fit in iter_drivers(base_model_of(model))
-        if isinstance(fit, RateFit) and fit.adapter_name == adapter_name
+        for fit in iter_rate_fits(model)
+        if fit.adapter_name == adapter_name
         for name in fit._deltas
     }
+
+
+def iter_rate_fits(model: nn.Module) -> Iterator[RateFit]:
+    """What fits the rates of a model's adapters."""
+    return (fit for fit in iter_drivers(base_model_of(model)) if isinstance(fit, RateFit))
 
 
 RATE_FITS[True] = RateFit

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...files import atomic_file, save_tensors
 from ..decay import decay_deltas_only
+from ..fitted_rate import iter_rate_fits
 from ..rates import warn_of_rate
 from ..trainer.completeness import naming
 from .reselector import iter_reselectors
@@ -50,7 +51,7 @@ class ReselectionCallback(TrainerCallback):
                 reselector.set_total_steps(state.max_steps)
             else:
                 reselector.begin_training(state.max_steps)
-        if reselectors and state.global_step and not is_read:
+        if (reselectors or any(iter_rate_fits(model))) and state.global_step and not is_read:
             resume(model, args, state.global_step)
 
     def on_save(
@@ -109,7 +110,8 @@ def install() -> None:
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the training state of a model's reselecting adapters into a checkpoint; nothing if there are none.
+    """Write the training state of a model's reselecting adapters, and what `fitted_rate` has measured, into a
+    checkpoint; nothing if there are none.
 
     Args:
         model: the model, wrapped or not.
@@ -120,9 +122,9 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{reselector.adapter_name}/{key}": tensor.cpu().contiguous()
-        for reselector in iter_reselectors(model)
-        for key, tensor in reselector.state_dict().items()
+        f"{driver.adapter_name}/{key}": tensor.cpu().contiguous()
+        for driver in (*iter_reselectors(model), *iter_rate_fits(model))
+        for key, tensor in driver.state_dict().items()
     }
 
 
@@ -157,9 +159,12 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             states[reselector] = state
         else:
             logger.warning("%s does not know adapter %r: its reselection starts afresh.", path, reselector.adapter_name)
-    for reselector, state in states.items():
-        with naming(str(path)):
+    with naming(str(path)):
+        for reselector, state in states.items():
             reselector.load_state_dict(state)
+        for fit in iter_rate_fits(model):
+            prefix = f"{fit.adapter_name}/"
+            fit.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
 def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:
@@ -171,6 +176,8 @@ def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:
         if Path(folder, STATE_FILE).is_file():
             load_state(model, folder)
             return
+    if not any(iter_reselectors(model)):
+        return  # rates are fitted anew
     logger.warning(
         "%s was not found in %s: reselection goes on from update %d without the open window and the ages of the "
         "weights. Call peft_sparse.load_training_state(model, checkpoint) in a callback, or use SparseTrainer.",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ...core.indices import positions, union
+from ...core.indices import positions
 from ...core.observer import current_pass, is_accumulated
 from ...core.sharded import is_sharded, whole
 from ...errors import SelectionError
@@ -19,57 +18,13 @@ from ...selection.rows import best_rows, in_whole, rows_of
 from ...selection.top_k import top_k
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from ..distributed import means_over_ranks
+from .estimate import Estimate, zero_estimate
 
 # Active weights that are watched along with the candidates. The gradient that the optimizer sees is known for them, so
 # they tell by how much clipping and loss scaling changed it.
 NUM_PROBES = 16
 # Positions that are tracked while candidates are nominated over several updates, per candidate.
 TRACKED = 2
-
-
-ESTIMATE_PARTS = ("indices", "nominated", "total", "total_squared", "updates", "scale")
-
-
-@dataclass
-class Estimate:
-    """Running sums over the updates of a window.
-
-    Attributes:
-        indices: [c] watched positions, sorted and unique: candidates, and a few active weights.
-        nominated: [c] bool, which of them are candidates.
-        total: [c] float32, sum of the updates' gradients.
-        total_squared: [c] float32, sum of their squares.
-        updates: how many updates are in the sums.
-        scale: what clipping and unscaling made of the last update's gradients; states of older versions lack it.
-    """
-
-    indices: Tensor
-    nominated: Tensor
-    total: Tensor
-    total_squared: Tensor
-    updates: int = 0
-    scale: float = 1.0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of its parts, by name."""
-        return {part: torch.as_tensor(getattr(self, part)).clone() for part in ESTIMATE_PARTS}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device) -> Estimate:
-        """What `state_dict` was taken of, on a device."""
-        numbers = {"updates": int(state["updates"]), "scale": float(state.get("scale", 1.0))}
-        tensors = {part: state[part].to(device, copy=True) for part in ESTIMATE_PARTS if part not in numbers}
-        return cls(**tensors, **numbers)
-
-    @property
-    def mean(self) -> Tensor:
-        """[c] mean gradient of an update."""
-        return self.total / max(1, self.updates)
-
-    @property
-    def mean_squared(self) -> Tensor:
-        """[c] mean of an update's squared gradient."""
-        return self.total_squared / max(1, self.updates)
 
 
 class GradientTap:
@@ -97,6 +52,7 @@ class GradientTap:
         nomination_updates: n >= 0, over how many updates; 0 for the first backward pass alone.
         estimate: sums to go on with, of a window that was interrupted.
         num_rows: candidates lie in so many rows at most, among them those of the support; None: anywhere.
+        weigh: gives [numel] float32, what sizes of gradients are multiplied by before they are ranked; None for 1.
         rows_anew: the support's own rows do not count, for all of it is about to be replaced.
 
     Attributes:
@@ -114,8 +70,10 @@ class GradientTap:
         estimate: Estimate | None = None,
         num_rows: int | None = None,
         rows_anew: bool = False,
+        weigh: Callable[[], Tensor] | None = None,
     ) -> None:
         self._name = name
+        self._weigh = weigh
         self._delta = delta
         self._num_rows = num_rows
         self._rows_anew = rows_anew
@@ -196,8 +154,26 @@ class GradientTap:
         self._current = gradient if self._current is None else self._current.add_(gradient)
 
     def _nominate(self, gradient: Tensor) -> Estimate:
-        size = gradient.abs()
-        return _estimate_of(self._largest(size, self._num_candidates), self._choose_probes(size))
+        nominees = self._largest(self._weighed(gradient.abs()), self._num_candidates)
+        return zero_estimate(nominees, self._choose_probes(gradient.abs()))
+
+    def _weighed(self, size: Tensor, where: Tensor | None = None) -> Tensor:
+        """Sizes of gradients, of the whole tensor or at some positions, as they are ranked."""
+        if self._weigh is None:
+            return size
+        factors = self._weigh().to(size.device)
+        return size * (factors if where is None else factors[where.long()])
+
+    def scores(self, *, squared: bool = False) -> Tensor:
+        """[n] what the candidates are ranked by: the size of their mean gradient, or the mean of their squared ones.
+
+        Args:
+            squared: the latter.
+        """
+        estimate = self.estimate
+        assert estimate is not None
+        size = estimate.mean_squared if squared else estimate.mean.abs()
+        return self._weighed(size[estimate.nominated], estimate.indices[estimate.nominated])
 
     def _choose_probes(self, size: Tensor) -> Tensor:
         active = self._delta.indices
@@ -215,7 +191,9 @@ class GradientTap:
         if current is None or self._probes is None:
             # Chosen with an update's first pass, so that they see all of it.
             self._probes = self._choose_probes(size)
-        new = _estimate_of(self._largest(size, min(TRACKED * self._num_candidates, size.numel())), self._probes)
+        new = zero_estimate(
+            self._largest(self._weighed(size), min(TRACKED * self._num_candidates, size.numel())), self._probes
+        )
         self._current = gradient[new.indices.long()]
         if old is not None:
             where, found = positions(old.indices, new.indices)
@@ -251,9 +229,10 @@ class GradientTap:
     def _settle(self, tracked: Estimate) -> None:
         """End the nomination: the largest sums are the candidates."""
         among = tracked.nominated.nonzero().squeeze(1)
-        best = top_k(tracked.total[among].abs(), min(self._num_candidates, among.numel()), name="the gradient").long()
+        size = self._weighed(tracked.total[among].abs(), tracked.indices[among])
+        best = top_k(size, min(self._num_candidates, among.numel()), name="the gradient").long()
         probes = tracked.indices[~tracked.nominated] if self._probes is None else self._probes
-        new = _estimate_of(tracked.indices[among[best]], probes)
+        new = zero_estimate(tracked.indices[among[best]], probes)
         where, _ = positions(tracked.indices, new.indices)
         new.total, new.total_squared = tracked.total[where], tracked.total_squared[where]
         new.updates, new.scale = tracked.updates, tracked.scale
@@ -340,13 +319,6 @@ class GradientTap:
         seen = whole(gradient).to(given.device)[where[is_active]].double()
         probes = given[is_active].double()
         return float(seen @ probes), float(probes @ probes)
-
-
-def _estimate_of(nominees: Tensor, probes: Tensor) -> Estimate:
-    """Sums of zero at candidates and probes, both [n] sorted positions."""
-    indices = union([nominees, probes])
-    zeros = torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device)
-    return Estimate(indices, positions(nominees, indices)[1], zeros, zeros.clone())
 
 
 def not_finite(name: str, what: str) -> SelectionError:

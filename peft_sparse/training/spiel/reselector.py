@@ -15,9 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ...core.observer import current_pass, is_within_another
 from ...core.sharded import whole
 from ...errors import ConfigError
-from ...optim.reindex import moment_ratios, reindex, state_holders
+from ...optim.reindex import reindex, state_holders
 from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
+from ...selection.criteria import CRITERIA, WEIGHT
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 from ...selection.rows import num_rows
 from ...selection.schedule import Schedule
@@ -28,7 +29,10 @@ from ...tuners.sparse_ft.drivers import iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .clock import check_clock
-from .gradient_tap import ESTIMATE_PARTS, Estimate, GradientTap, end_update, not_finite
+from .dropping import drop_scores
+from .estimate import ESTIMATE_PARTS, Estimate
+from .gradient_tap import GradientTap, end_update, not_finite
+from .growth_weights import GrowthWeights
 from .momentum_covers import MomentumCovers
 from .saved_state import check_state
 from .seeding import clip_factor, seeds_of
@@ -76,6 +80,7 @@ class Reselector:
         self.adapter_name = adapter_name
         self.config = config
         self.deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
+        self._places = {name: (layer, which) for name, layer, which, _ in iter_deltas(model, adapter_name)}
         self._layer = next((layer for _, layer, _, _ in iter_deltas(model, adapter_name)), None)
         self.update = 0
         self.total_steps = config.total_steps
@@ -283,11 +288,19 @@ class Reselector:
                 delta,
                 num_candidates=num_candidates,
                 nomination_updates=self.config.nomination_updates,
+                weigh=self._weights_of_growth(name),
                 estimate=estimate,
                 num_rows=num_rows(self.config.support_rows, delta.shape),
                 rows_anew=end is not None and self.schedule.rate(end) == 1,
             )
             delta.observer = self._taps[name]
+
+    def _weights_of_growth(self, name: str) -> GrowthWeights | None:
+        criterion = CRITERIA[self.config.grow_by]
+        if WEIGHT not in criterion.uses:
+            return None
+        layer, which = self._places[name]
+        return GrowthWeights(layer, which, criterion)
 
     def _close_window(self) -> None:
         for name in self._taps:
@@ -351,7 +364,11 @@ class Reselector:
                 # Any tensor might win all of them.
                 wanted = dict.fromkeys(wanted, sum(wanted.values()))
             return self._covers.candidates(wanted)
-        return {n: Candidates(e.indices[e.nominated], e.mean[e.nominated].abs()) for n, e in self._estimates().items()}
+        squared = self.config.grow_by == "fisher"
+        return {
+            name: Candidates(estimate.indices[estimate.nominated], self._taps[name].scores(squared=squared))
+            for name, estimate in self._estimates().items()
+        }
 
     def _estimates(self) -> dict[str, Estimate]:
         return {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
@@ -376,25 +393,14 @@ class Reselector:
         }
 
     def _drop_scores(self, name: str, values: Tensor) -> Tensor:
-        if self.config.drop_by == "change_since_reselection" and name in self._last_values:
-            values = values - self._last_values[name].to(values.device)
-        if self.config.drop_by == "delta_times_gradient":
-            gradient = self.deltas[name].held_values.grad
-            return values.abs() if gradient is None else (values * whole(gradient).to(values)).abs()
-        if self.config.drop_by == "moment_ratio":
-            return self._moment_ratios(name).to(values.device)
-        return values.abs()
-
-    def _moment_ratios(self, name: str) -> Tensor:
         held = self.deltas[name].held_values
-        optimizers = self._updates.optimizers_of(held)
-        for optimizer in optimizers:
-            if (ratios := moment_ratios(optimizer, held)) is not None:
-                return ratios
-        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "no optimizer"
-        raise ConfigError(
-            f"drop_by='moment_ratio' of adapter {self.adapter_name!r} needs the moments of Adam's kind in full "
-            f"precision, and {names} has none. Use SparseAdamW or torch's Adam, or drop_by='delta'."
+        return drop_scores(
+            self.config.drop_by,
+            values,
+            before=self._last_values.get(name),
+            held=held,
+            optimizers=self._updates.optimizers_of(held),
+            adapter_name=self.adapter_name,
         )
 
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:

@@ -12,7 +12,7 @@ from ...optim.reindex import Seeds
 from ...optim.step_watch import all_parameters
 from ...selection.replacement import Replacement
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
-from .gradient_tap import Estimate
+from .estimate import Estimate
 
 
 def seeds_of(estimate: Estimate, replacement: Replacement, *, clip_factor: float) -> Seeds:

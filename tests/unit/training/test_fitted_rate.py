@@ -22,9 +22,10 @@ from peft_sparse import (
     iter_reselectors,
     rate_scales,
 )
-from peft_sparse.errors import ConfigError
+from peft_sparse.errors import ConfigError, FormatError
 from peft_sparse.optim.step_scale import _before
 from peft_sparse.selection.output_energy import step_scale
+from peft_sparse.training.fitted_rate import iter_rate_fits
 
 BATCHES = [{"input_ids": row["input_ids"][None], "labels": row["labels"][None]} for row in Labelled(8)]
 
@@ -206,19 +207,50 @@ def test_a_support_by_gradients_takes_smaller_steps_and_spiel_follows_its_suppor
 
 
 def test_weights_that_were_just_grown_are_zero():
+    # Torch calls hooks in the order in which they came: reselection's comes first here.
+    earlier = get_peft_model(TwoLayers(), SpielAGConfig(density=0.2, task_type=None, target_modules=["first"]))
     model = get_peft_model(
         make_bert(dropout=0.0),
-        SpielAGConfig(density=0.02, fitted_rate=True, reselection_steps=4, estimation_steps=1, total_steps=20),
+        SpielAGConfig(density=0.02, fitted_rate=True, reselection_steps=4, estimation_steps=2, total_steps=20),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(**BATCHES[0]).loss.backward()
-    optimizer.step()
+    for batch in BATCHES[:2]:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert any(iter_reselectors(earlier))
     (reselector,) = iter_reselectors(model)
     grown = reselector.grown_at()
-    assert sum(int((at == 1).sum()) for at in grown.values()) > 50
+    assert sum(int((at == 2).sum()) for at in grown.values()) > 50
     for name, _, _, delta in iter_deltas(model):
-        assert not delta.values.detach()[grown[name] == 1].any()
+        assert not delta.values.detach()[grown[name] == 2].any()
         assert delta.values.detach()[grown[name] == 0].all()
+
+
+@pytest.mark.parametrize("trainer", [Trainer, SparseTrainer])
+@pytest.mark.parametrize("save_at", [2, 5])
+def test_a_resumed_run_scales_alike(tmp_path, trainer, save_at):
+    def run(folder, resume=None):
+        torch.manual_seed(5)
+        model = get_peft_model(make_bert(dropout=0.0), RandConfig(density=0.02, fitted_rate=True))
+        args = make_args(folder, max_steps=7, save_strategy="steps", save_steps=save_at)
+        trainer(model=model, args=args, train_dataset=Labelled()).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "a")
+    again = run(tmp_path / "a", resume=str(tmp_path / "a" / f"checkpoint-{save_at}"))
+    assert rate_scales(whole) == rate_scales(again)
+    for (name, _, _, first), (_, _, _, second) in zip(iter_deltas(whole), iter_deltas(again), strict=True):
+        assert torch.equal(first.values, second.values), name
+
+
+def test_a_foreign_state_is_refused(tmp_path):
+    model, _ = trained(True, updates=4)
+    (fit,) = iter_rate_fits(model)
+    state = fit.state_dict()
+    state["energies.first.weight"] = torch.ones(7)
+    with pytest.raises(FormatError, match=r"energies.first.weight' must hold 6 numbers >= 0, got shape \(7,\)"):
+        fit.load_state_dict(state)
 
 
 def test_a_senseless_value_is_refused():

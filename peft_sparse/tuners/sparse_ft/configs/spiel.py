@@ -14,16 +14,18 @@ from ...common.config import Stage
 from .base import CHANCE, GRADIENTS, SparseConfig, method_name
 
 RANDOM = "random"
+# Criteria that a position has by itself, whatever the others of its tensor are.
+GROW_BY = ("gradient", "fisher", "weight_times_gradient", "gradient_on_small_weights")
 DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient", "moment_ratio")
 
 
 @dataclass
 class SpielConfig(SparseConfig):
-    """What SpIEL-AG and SpIEL-MA share: weights are dropped and regrown while training, as published from random ones.
+    """What SpIEL-AG and SpIEL-MA share: weights are dropped and regrown while training, at first random ones.
 
     Every `reselection_steps` optimizer updates the weights that changed least are reset and frozen, and as many others
     unfrozen in their place. It happens by itself in any training loop; memory is linear in the number of tuned weights.
-    SpIEL-MA is published with the optimizer SM3, which `SparseTrainer` takes by itself; a loop of your own makes it with
+    SpIEL-MA is published with the optimizer SM3, which `SparseTrainer` takes by itself; a loop of your own gives it
     the adapter's deltas: `SM3(parameters, deltas=[d for *_, d in iter_deltas(model)])`.
 
     Args:
@@ -119,6 +121,8 @@ class SpielAGConfig(SpielConfig):
             many that are tracked meanwhile. 0, the authors' choice, takes the largest of the first micro-batch alone:
             on SmolLM2-135M 38 % of those are among the largest over 8 batches. Costs a dense gradient, a tensor at a
             time, in the n updates.
+        grow_by: what candidates are nominated and grown by: "gradient" (the paper's), "fisher" (mean squared gradient),
+            "weight_times_gradient" or "gradient_on_small_weights", as `OneShotConfig` has them.
         uncertain_share: lets a window go on beyond `estimation_steps`, at most to the next one, until the candidates
             whose mean gradient lies within two standard errors of the cut between grown and refused are at most this
             share of the grown ones. None ends every window after `estimation_steps`, as the authors do. Proposed in
@@ -137,6 +141,7 @@ class SpielAGConfig(SpielConfig):
     nomination_updates: int = field(
         default=0, metadata={"help": "Updates over which candidates are chosen; 0 for the first micro-batch alone."}
     )
+    grow_by: str = field(default="gradient", metadata={"help": "The criterion of growth: 'gradient', 'fisher', ..."})
     uncertain_share: float | None = field(
         default=None, metadata={"help": "End a window when at most this share of the grown weights is uncertain."}
     )
@@ -152,6 +157,11 @@ class SpielAGConfig(SpielConfig):
             raise ConfigError(
                 f"nomination_updates must be at most estimation_steps ({self.estimation_steps}), got "
                 f"{self.nomination_updates}."
+            )
+        check_one_of("grow_by", self.grow_by, GROW_BY)
+        if self.uncertain_share is not None and self.grow_by != "gradient":
+            raise ConfigError(
+                f"uncertain_share is about mean gradients: it needs grow_by='gradient', got {self.grow_by!r}."
             )
         if self.uncertain_share is not None:
             if not is_number(self.uncertain_share) or not 0 < self.uncertain_share < 1:
