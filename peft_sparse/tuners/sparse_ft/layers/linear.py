@@ -90,6 +90,16 @@ class Linear(SparseLayer):
             return None
         return ops.add_parts_(self.base_layer(x), x, parts, fan_in_fan_out=self.fan_in_fan_out)
 
+    def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own, deltas = self.get_base_layer().weight, self.active_deltas("weight", [name])
+        is_plain = bool(deltas) and not torch.is_grad_enabled() and not ops.is_recorded() and x.device.type == "cpu"
+        if is_plain and not self.active_deltas("bias", [name]) and type(own) is nn.Parameter:
+            _, overlay = self.overlay("weight", [name])
+            with self._parts(own, overlay, [delta.values for delta in deltas]) as parts:
+                if parts is not None and ops.takes_parts(x, parts) and base.dtype == x.dtype:
+                    return ops.add_parts_(base, x, parts, fan_in_fan_out=self.fan_in_fan_out)
+        return super()._tuned_rows(name, base, x, *args, **kwargs)
+
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.get_base_layer().weight
         bias = self.effective("bias", adapters)
