@@ -200,7 +200,7 @@ class Kernels:
         """The union of sorted supports, and the sums of factor * value at its places.
 
         Args:
-            supports: each [k_i] sorted and unique, contiguous, of one dtype; a few, for all are looked at for each place.
+            supports: each [k_i] sorted and unique, contiguous, of one dtype; a few: each place looks at all.
             values: each [k_i] float32, contiguous; only the union is wanted if None.
             factors: one for each.
 

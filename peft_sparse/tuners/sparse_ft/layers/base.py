@@ -222,12 +222,9 @@ class SparseLayer(WeightLayer):
         if found is None:
             found = Overlay([d.indices for d in deltas])
             # In one step: other threads look into it meanwhile.
-            kept = [(k, v) for k, v in self._overlays.items() if k[0] == parameter][-(_NUM_OVERLAYS - 1) :]
-            self._overlays = {
-                **{k: v for k, v in self._overlays.items() if k[0] != parameter},
-                **dict(kept),
-                key: found,
-            }
+            own = [k for k in self._overlays if k[0] == parameter]
+            gone = own[: max(0, len(own) - _NUM_OVERLAYS + 1)]
+            self._overlays = {**{k: v for k, v in self._overlays.items() if k not in gone}, key: found}
         return key, found
 
     def pristine(self, parameter: str) -> Tensor:
