@@ -27,7 +27,7 @@ class Overlay:
     """
 
     def __init__(self, supports: Sequence[Tensor]) -> None:
-        self._union = union(supports)
+        self._union = union(supports).contiguous()
         self._slots = None if len(supports) == 1 else [positions(self._union, s)[0] for s in supports]
 
     @property
@@ -86,7 +86,8 @@ class Overlay:
         if self._slots is None:
             value = values[0].detach()
             native = kernels(flat, originals, dtypes=(torch.float32, torch.bfloat16))
-            if native is not None and flat.dtype == originals.dtype and value.dtype == torch.float32:
+            fits = value.shape == originals.shape == self._union.shape and originals.is_contiguous()
+            if native is not None and fits and flat.dtype == originals.dtype and value.dtype == torch.float32:
                 native.bring_up_to_date_(flat, self._union, originals, value.contiguous())
                 return
         indices, wanted = self.indices, self.entries(originals.to(flat.device, flat.dtype), values)

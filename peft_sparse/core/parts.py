@@ -54,6 +54,8 @@ def takes_parts(x: Tensor, parts: Parts) -> bool:
     passes = 0.25 if num_rows == 1 else -(-num_rows // 16)
     if passes * (12 * parts.indices.numel() + 40 * sum(parts.weight.shape)) > numel:
         return False
+    if parts.values.shape != parts.indices.shape or not parts.weight.is_contiguous():
+        return False
     if parts.values.dtype != torch.float32 or autocast_dtype(x) is not None:
         return False
     return kernels(x, parts.weight, dtypes=(torch.float32, torch.bfloat16)) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import stat
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -177,6 +178,17 @@ class TestUpToDate:
             expected = model(x)
             monkeypatch.setattr(type(layer), "write_entries", None)
             assert torch.equal(model(x), expected)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("is_resident", [True, False])
+    def test_values_of_another_length_are_an_error_and_read_no_other_memory(self, model, is_resident):
+        x, (_, _, _, delta) = torch.randn(3, 30), next(iter_deltas(model))
+        with resident(model) if is_resident else nullcontext():
+            model(x)
+            delta.values.data = torch.zeros(3)
+            with pytest.raises((RuntimeError, IndexError)):
+                model(x)
+            delta.values.data = torch.zeros(delta.indices.numel())
 
     @torch.no_grad()
     def test_hooks_on_the_base_layer_run_once(self, model):

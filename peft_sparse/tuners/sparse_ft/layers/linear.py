@@ -71,7 +71,7 @@ class Linear(SparseLayer):
             active = self._active = ActiveWeights(list(adapters), deltas, *self.overlay("weight", adapters), watched)
             if not active.holds(adapters):
                 return None
-        return active
+        return active if tuple(weight.shape) == active.deltas[0].shape else None
 
     def _bring_up_to_date(self, active: ActiveWeights) -> None:
         """Write the active deltas into the base weight, unless just they stand there."""
