@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..checks import is_number
+from ..core.backends.native import kernels
 from ..core.delta import SparseDelta
-from ..core.indices import positions, union
+from ..core.indices import FEW_SUPPORTS, positions, union
 from ..errors import ConfigError
 from ..selection.budget import round_density
 from ..selection.top_k import top_k
@@ -111,6 +112,8 @@ def combine(
         parts = [(combination.prune(delta, density, generator), weight) for delta, weight in parts]
     divisor = density if combination.rescale and density is not None else 1.0
     factors = torch.tensor([weight for _, weight in parts], dtype=torch.float64, device=parts[0][0].values.device)
+    if not combination.elect_sign and divisor == 1.0 and (merged := _merged(parts)) is not None:
+        return merged
     support = union([delta.indices for delta, _ in parts])
     dtype = reduce(torch.promote_types, (delta.values.dtype for delta, _ in parts))
     values = torch.empty(support.numel(), dtype=dtype, device=support.device)
@@ -122,6 +125,18 @@ def combine(
             combined = _ordered_sum(columns * factors[:, None])
         values[start : start + columns.shape[1]] = combined.to(dtype)
     return SparseDelta(support, values, deltas[0].shape)
+
+
+def _merged(parts: list[tuple[SparseDelta, float]]) -> SparseDelta | None:
+    """`combine` for plain sums of a few float32 deltas in the processor's memory: one pass over sorted lists."""
+    supports = [delta.indices.contiguous() for delta, _ in parts]
+    values = [delta.values.detach().contiguous() for delta, _ in parts]
+    native = kernels(*supports, dtypes=(supports[0].dtype,)) if len(parts) <= FEW_SUPPORTS else None
+    if native is None or kernels(*values, dtypes=(torch.float32,)) is None:
+        return None
+    support, sums = native.merge(supports, values, [weight for _, weight in parts])
+    assert sums is not None
+    return SparseDelta(support, sums, parts[0][0].shape)
 
 
 def _columns(deltas: Sequence[SparseDelta], support: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -225,10 +225,14 @@ def _indices_from(ends: NDArray[np.int64], low: NDArray[np.int64], parameter: in
 
 
 def _best_parameter(gaps: NDArray[Any]) -> int:
-    """The smallest parameter with the fewest bits. The size is convex in it: stop when the next is no better."""
-    parameter, upper = 0, gaps
-    while gaps.size and _bits_saved_by_next(upper) > 0:
-        upper = upper >> 1
+    """The smallest parameter with the fewest bits. The size is convex in it: go on from a guess while that pays."""
+    if not gaps.size:
+        return 0
+    # That of gaps which all have the mean length; those of random supports are exponentially distributed.
+    parameter = max(0, (int(gaps.sum(dtype=np.int64)) // gaps.size).bit_length() - 1)
+    while parameter > 0 and _bits_saved_by_next(gaps >> (parameter - 1)) <= 0:
+        parameter -= 1
+    while _bits_saved_by_next(gaps >> parameter) > 0:
         parameter += 1
     return parameter
 

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends.native import kernels
+
+# Up to so many sorted lists are merged; more are sorted together.
+FEW_SUPPORTS = 16
+
 
 def index_dtype(numel: int) -> torch.dtype:
     """The integer dtype that indexes a tensor of `numel` elements: int32 below 2**31, int64 from there on."""
@@ -42,6 +47,9 @@ def union(supports: Sequence[Tensor]) -> Tensor:
     """Sorted union [u] of several sorted supports, in the dtype of the first."""
     if len(supports) == 1:
         return supports[0]
+    native = kernels(*supports, dtypes=(supports[0].dtype,)) if len(supports) <= FEW_SUPPORTS else None
+    if native is not None:
+        return native.merge([support.contiguous() for support in supports])[0]
     return torch.unique(torch.cat(list(supports)), sorted=True).to(supports[0].dtype)
 
 

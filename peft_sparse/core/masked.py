@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import autocast_dtype, without_autocast
 from .backends.products import wide_product
-from .ops import autocast_dtype, is_recorded, twice_under_autocast, without_autocast
+from .ops import is_recorded, twice_under_autocast
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -19,32 +18,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError
+from .autocast import autocast_dtype, without_autocast
 from .backends import sddmm
-from .backends.native import kernels
 from .backends.products import wide_product
 from .indices import positions
 from .observer import GradientObserver, current_pass, remember_outer
 from .overlay import Overlay
+from .parts import FEW_ROWS, GetParts, add_parts_, takes_parts
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """A weight W' in its parts, for products of so few rows that adding theirs is cheaper than forming W'.
-
-    Attributes:
-        weight: the weight without deltas, as stored.
-        indices: [u] flat positions in it, sorted and unique.
-        values: [u] float32, what is added there.
-    """
-
-    weight: Tensor
-    indices: Tensor
-    values: Tensor
-
-
-GetParts = Callable[[], AbstractContextManager[Parts | None]]
 
 
 def is_recorded() -> bool:
@@ -129,54 +111,6 @@ def linear(
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
-# Fewer elements of a weight are copied before a kernel is called.
-_WORTH_ADDING = 2**14
-# With more rows no weight of a usual size is cheaper by parts.
-_FEW_ROWS = 256
-
-
-def takes_parts(x: Tensor, parts: Parts) -> bool:
-    """Whether the product with W' is cheaper by its parts: where there are kernels (see `native`), for a few rows.
-
-    Measured (AVX2, weights of 512 to 2048 rows and columns): 16 rows at a time an entry costs as much as copying 12
-    elements of the weight, and moving a row or column of the factors in and out as much as 40; a single row costs a
-    quarter of that.
-
-    Args:
-        x: [..., inputs].
-        parts: of W'.
-    """
-    num_rows = x.numel() // max(1, x.shape[-1])
-    numel = parts.weight.numel()
-    if not 0 < num_rows <= _FEW_ROWS or numel < _WORTH_ADDING or x.dtype != parts.weight.dtype:
-        return False
-    passes = 0.25 if num_rows == 1 else -(-num_rows // 16)
-    if passes * (12 * parts.indices.numel() + 40 * sum(parts.weight.shape)) > numel:
-        return False
-    if parts.values.dtype != torch.float32 or autocast_dtype(x) is not None:
-        return False
-    return kernels(x, parts.weight, dtypes=(torch.float32, torch.bfloat16)) is not None
-
-
-def add_parts_(y: Tensor, x: Tensor, parts: Parts, *, fan_in_fan_out: bool) -> Tensor:
-    """Add to the product with a weight, in place, what the entries add to it, outside of autograd.
-
-    Args:
-        y: [..., O], the weight's own product with `x`.
-        x: [..., I].
-        parts: the weight and the entries, for which `takes_parts` holds.
-        fan_in_fan_out: the weight is stored as [I, O].
-    """
-    native = kernels(x, parts.weight)
-    if native is None or y.dtype != x.dtype:
-        raise TypeError(f"add_parts_ is for what takes_parts admits, got {y.dtype} for {x.dtype}")
-    flat, result = x.detach().reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, y.shape[-1]).contiguous()
-    native.add_product_(
-        result, flat, parts.weight.detach(), parts.indices, parts.values, row_is_output=not fan_in_fan_out
-    )
-    return result.view(y.shape)
-
-
 def _added_up(
     x: Tensor,
     bias: Tensor | None,
@@ -184,7 +118,7 @@ def _added_up(
     transposed: bool,
 ) -> Tensor | None:
     """`x @ W'.T + bias` as the sum of two products (`x @ W' + bias` if `transposed`); None where W' is to be made."""
-    if parts is None or x.numel() > _FEW_ROWS * x.shape[-1]:
+    if parts is None or x.numel() > FEW_ROWS * x.shape[-1]:
         return None
     with parts() as made:
         if made is None or not takes_parts(x, made):
@@ -200,23 +134,6 @@ def _with_gradient(weight: Tensor, deltas: Deltas) -> Tensor:
         # Zeros in the forward, the identity in the backward.
         weight = weight + scatter(values - values.detach(), indices, weight.shape, dtype=weight.dtype)
     return weight
-
-
-def _is_autocast_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would cast `x` to, None if it would leave it alone (it leaves float64 alone)."""
-    device_type = x.device.type
-    if x.dtype == torch.float64 or not _is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """For a backward that was called inside autocast, which would cast its products again."""
-    return torch.autocast(device_type, enabled=False) if _is_autocast_enabled(device_type) else nullcontext()
 
 
 class _Linear(torch.autograd.Function):

@@ -12,6 +12,9 @@ from .backends.entries import add_entries_
 from .backends.native import kernels
 from .indices import positions, union
 
+# What the kernels can move, whatever it stands for.
+_MOVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class Overlay:
     """The union of the supports of one or more deltas on one weight.
@@ -24,7 +27,7 @@ class Overlay:
     """
 
     def __init__(self, supports: Sequence[Tensor]) -> None:
-        self._union = union(supports)
+        self._union = union(supports).contiguous()
         self._slots = None if len(supports) == 1 else [positions(self._union, s)[0] for s in supports]
 
     @property
@@ -83,12 +86,26 @@ class Overlay:
         if self._slots is None:
             value = values[0].detach()
             native = kernels(flat, originals, dtypes=(torch.float32, torch.bfloat16))
-            if native is not None and flat.dtype == originals.dtype and value.dtype == torch.float32:
+            fits = value.shape == originals.shape == self._union.shape and originals.is_contiguous()
+            if native is not None and fits and flat.dtype == originals.dtype and value.dtype == torch.float32:
                 native.bring_up_to_date_(flat, self._union, originals, value.contiguous())
                 return
         indices, wanted = self.indices, self.entries(originals.to(flat.device, flat.dtype), values)
         if not same_bits(flat[indices], wanted):
             flat[indices] = wanted
+
+    def take(self, flat: Tensor) -> Tensor:
+        """[u] what stands at `indices` in a weight's memory."""
+        native = kernels(flat, dtypes=_MOVED)
+        return flat[self.indices] if native is None else native.take(flat, self._union)
+
+    def put_(self, flat: Tensor, entries: Tensor) -> None:
+        """Write [u] entries of the same dtype and device at `indices` into a weight's memory."""
+        native = kernels(flat, entries, dtypes=_MOVED)
+        if native is None or flat.dtype != entries.dtype or not entries.is_contiguous():
+            flat[self.indices] = entries
+        else:
+            native.put_(flat, self._union, entries)
 
     def total(self, values: Sequence[Tensor]) -> Tensor:
         """[u] float32 (float64 if any are), the sum of the deltas at the union of their supports."""

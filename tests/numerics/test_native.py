@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import stat
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import RandConfig, iter_deltas, resident
-from peft_sparse.core import ops
+from peft_sparse.composition.combine import combine
 from peft_sparse.core.backends import native, reference, sddmm
+from peft_sparse.core.delta import SparseDelta
+from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
+from peft_sparse.core.parts import Parts, add_parts_
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
 
@@ -45,7 +49,7 @@ class TestProductByParts:
         weight, x = random(*shape, dtype=dtype), random(rows, 33, dtype=dtype, seed=1)
         values, indices = random(300, seed=2) / 100, support(33 * 70, 300)
         base = x @ (weight if fan_in_fan_out else weight.t())
-        found = ops.add_parts_(base, x, ops.Parts(weight, indices, values), fan_in_fan_out=fan_in_fan_out)
+        found = add_parts_(base, x, Parts(weight, indices, values), fan_in_fan_out=fan_in_fan_out)
         tuned = reference.tuned_weight(weight, [(values, indices)])
         dense = x @ (tuned if fan_in_fan_out else tuned.t())
         exact = x.double() @ (tuned.double() if fan_in_fan_out else tuned.double().t())
@@ -54,9 +58,7 @@ class TestProductByParts:
     def test_nan_of_a_value_reaches_its_output_alone(self, kernels):
         weight, indices = torch.ones(8, 8), torch.tensor([9, 20], dtype=torch.int32)
         values = torch.tensor([float("nan"), 1.0])
-        y = ops.add_parts_(
-            torch.zeros(3, 8), torch.ones(3, 8), ops.Parts(weight, indices, values), fan_in_fan_out=False
-        )
+        y = add_parts_(torch.zeros(3, 8), torch.ones(3, 8), Parts(weight, indices, values), fan_in_fan_out=False)
         assert y.isnan().nonzero().tolist() == [[n, 1] for n in range(3)]
         assert torch.equal(y[:, 2], torch.ones(3))
 
@@ -178,6 +180,17 @@ class TestUpToDate:
             assert torch.equal(model(x), expected)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("is_resident", [True, False])
+    def test_values_of_another_length_are_an_error_and_read_no_other_memory(self, model, is_resident):
+        x, (_, _, _, delta) = torch.randn(3, 30), next(iter_deltas(model))
+        with resident(model) if is_resident else nullcontext():
+            model(x)
+            delta.values.data = torch.zeros(3)
+            with pytest.raises((RuntimeError, IndexError)):
+                model(x)
+            delta.values.data = torch.zeros(delta.indices.numel())
+
+    @torch.no_grad()
     def test_hooks_on_the_base_layer_run_once(self, model):
         called = []
         handle = model.base_model.model[0].get_base_layer().register_forward_hook(lambda *_: called.append(1))
@@ -210,6 +223,36 @@ class TestUpToDate:
                 model.base_model.set_adapter(names)
                 torch.testing.assert_close(model(x), expected[str(names)])
                 assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("num", [2, 5, 17])
+def test_merging_sorted_lists_changes_no_bit_of_sums_and_unions(monkeypatch, num, wide):
+    counts = [0, 300, 1, 900, 40, *[50] * 12][:num] if num > 2 else [300, 900]
+    supports = [support(4000, count, seed=i) for i, count in enumerate(counts)]
+    supports = [s.long() for s in supports] if wide else supports
+    values = [random(count, seed=i) * 10.0 ** (i % 5 - 2) for i, count in enumerate(counts)]
+    values[-1][0] = float("inf")
+    deltas = [SparseDelta(s, v, (40, 100)) for s, v in zip(supports, values, strict=True)]
+    factors = [(-1.0) ** i * (0.3 + i) for i in range(num)]
+    found, united = combine(deltas, factors, "linear"), union(supports)
+    monkeypatch.setattr(native, "_found", [None])
+    expected = combine(deltas, factors, "linear")
+    assert torch.equal(found.indices, expected.indices)
+    assert found.indices.dtype == expected.indices.dtype
+    assert torch.equal(found.values.view(torch.int32), expected.values.view(torch.int32))
+    assert torch.equal(united, union(supports))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_moving_entries(dtype):
+    flat, overlay = random(500, dtype=dtype), Overlay([support(500, 120)])
+    taken, other = overlay.take(flat), flat.clone()
+    assert torch.equal(taken, flat[overlay.indices])
+    overlay.put_(other, taken.flip(0))
+    expected = flat.clone()
+    expected[overlay.indices] = taken.flip(0)
+    assert torch.equal(other, expected)
 
 
 @needs_compiler

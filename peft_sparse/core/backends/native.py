@@ -40,6 +40,9 @@ _SIGNATURES = {
     "add_product": ("ipnnnppipnnipi", None),
     "bring_up_to_date": ("ippinpp", "n"),
     "unchanged": ("ippnpppn", "i"),
+    "take": ("ippinp", None),
+    "put": ("ippinp", None),
+    "merge": ("nppipppp", "n"),
 }
 _C_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
 
@@ -176,6 +179,50 @@ class Kernels:
             values.data_ptr(),
         )
         return changed
+
+    def take(self, flat: Tensor, indices: Tensor) -> Tensor:
+        """[k] `flat[indices]`."""
+        found = torch.empty(indices.numel(), dtype=flat.dtype)
+        self._move("take", flat, indices, found)
+        return found
+
+    def put_(self, flat: Tensor, indices: Tensor, entries: Tensor) -> None:
+        """`flat[indices] = entries`, in the dtype of `flat`."""
+        self._move("put", flat, indices, entries)
+
+    def _move(self, which: str, flat: Tensor, indices: Tensor, entries: Tensor) -> None:
+        where = indices.data_ptr(), int(indices.dtype == torch.int64), indices.numel(), entries.data_ptr()
+        getattr(self, f"_{which}")(flat.element_size(), flat.data_ptr(), *where)
+
+    def merge(
+        self, supports: list[Tensor], values: list[Tensor] | None = None, factors: list[float] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The union of sorted supports, and the sums of factor * value at its places.
+
+        Args:
+            supports: each [k_i] sorted and unique, contiguous, of one dtype; a few: each place looks at all.
+            values: each [k_i] float32, contiguous; only the union is wanted if None.
+            factors: one for each.
+
+        Returns:
+            [u] the union; [u] float32, the float64 sums from the least summand to the greatest, rounded once.
+        """
+        num = len(supports)
+        total = sum(support.numel() for support in supports)
+        united = torch.empty(total, dtype=supports[0].dtype)
+        sums = None if values is None else torch.empty(total)
+        addresses = ctypes.c_void_p * num
+        length: int = self._merge(  # type: ignore[attr-defined]
+            num,
+            addresses(*[support.data_ptr() for support in supports]),
+            (ctypes.c_int64 * num)(*[support.numel() for support in supports]),
+            int(united.dtype == torch.int64),
+            None if values is None else addresses(*[value.data_ptr() for value in values]),
+            None if factors is None else (ctypes.c_double * num)(*factors),
+            united.data_ptr(),
+            None if sums is None else sums.data_ptr(),
+        )
+        return united[:length].clone(), None if sums is None else sums[:length].clone()
 
     def are_unchanged(self, values: Tensor, before: Tensor, flat: Tensor, places: Tensor, entries: Tensor) -> bool:
         """Whether values have the bits that they had, and a weight has `entries` at `places`.

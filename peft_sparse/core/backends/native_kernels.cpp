@@ -322,6 +322,58 @@ int64_t bring_up_to_date(T* weight, const I* indices, int64_t count, const T* or
     return changed;
 }
 
+template <class T, class I>
+void take(const T* from, const I* indices, int64_t count, T* to) {
+    for (int64_t e = 0; e < count; ++e) {
+        if (e + AHEAD < count) __builtin_prefetch(from + indices[e + AHEAD]);
+        to[e] = from[indices[e]];
+    }
+}
+
+template <class T, class I>
+void put(T* to, const I* indices, int64_t count, const T* from) {
+    for (int64_t e = 0; e < count; ++e) {
+        if (e + AHEAD < count) __builtin_prefetch(to + indices[e + AHEAD], 1);
+        to[indices[e]] = from[e];
+    }
+}
+
+// Merges sorted lists; at each place of the union adds up factor * value from the least to the greatest, a
+// list that lacks the place counting as zero. Without values it only unites.
+template <class I>
+int64_t merge(int64_t num, const I* const* lists, const int64_t* counts, const float* const* values,
+              const double* factors, I* united, float* sums) {
+    std::vector<int64_t> at(num, 0);
+    std::vector<double> terms(num);
+    int64_t length = 0;
+    for (;; ++length) {
+        bool any = false;
+        I least = 0;
+        for (int64_t n = 0; n < num; ++n)
+            if (at[n] < counts[n] && (!any || lists[n][at[n]] < least)) {
+                least = lists[n][at[n]];
+                any = true;
+            }
+        if (!any) return length;
+        united[length] = least;
+        for (int64_t n = 0; n < num; ++n) {
+            const bool has = at[n] < counts[n] && lists[n][at[n]] == least;
+            if (values) {
+                const double term = (has ? values[n][at[n]] : 0.0) * factors[n];
+                int64_t place = n;
+                for (; place > 0 && terms[place - 1] > term; --place) terms[place] = terms[place - 1];
+                terms[place] = term;
+            }
+            at[n] += has;
+        }
+        if (values) {
+            double total = terms[0];
+            for (int64_t n = 1; n < num; ++n) total += terms[n];
+            sums[length] = static_cast<float>(total);
+        }
+    }
+}
+
 }  // namespace
 
 // Types: 0 float32, 1 float64, 2 bfloat16. Levels: 0 portable, 1 AVX2, 2 AVX-512.
@@ -391,6 +443,30 @@ int64_t peft_sparse_bring_up_to_date(int type, void* weight, const void* indices
                                                           static_cast<const I*>(indices), count,
                                                           static_cast<const bfloat16*>(originals), values)))
     return changed;
+}
+
+// Entries of a tensor whose elements are 2, 4 or 8 bytes wide, out of it and into it.
+void peft_sparse_take(int width, const void* from, const void* indices, int is_wide, int64_t count, void* to) {
+#define TAKE(T) BY_INDEX(is_wide, (take<T, I>(static_cast<const T*>(from), static_cast<const I*>(indices), count, static_cast<T*>(to))))
+    if (width == 2) TAKE(uint16_t)
+    if (width == 4) TAKE(uint32_t)
+    if (width == 8) TAKE(uint64_t)
+}
+
+void peft_sparse_put(int width, void* to, const void* indices, int is_wide, int64_t count, const void* from) {
+#define PUT(T) BY_INDEX(is_wide, (put<T, I>(static_cast<T*>(to), static_cast<const I*>(indices), count, static_cast<const T*>(from))))
+    if (width == 2) PUT(uint16_t)
+    if (width == 4) PUT(uint32_t)
+    if (width == 8) PUT(uint64_t)
+}
+
+int64_t peft_sparse_merge(int64_t num, const void* const* lists, const int64_t* counts, int is_wide,
+                          const float* const* values, const double* factors, void* united, float* sums) {
+    if (is_wide)
+        return merge<int64_t>(num, reinterpret_cast<const int64_t* const*>(lists), counts, values, factors,
+                              static_cast<int64_t*>(united), sums);
+    return merge<int32_t>(num, reinterpret_cast<const int32_t* const*>(lists), counts, values, factors,
+                          static_cast<int32_t*>(united), sums);
 }
 
 // Whether memory is what it was: `size` bytes of values, and some entries of a weight.

@@ -199,9 +199,14 @@ class WeightLayer(nn.Module, BaseTunerLayer):
                 return value[rows.to(value.device)] if is_per_example else value
 
             others, named = [part(value) for value in args], {key: part(value) for key, value in kwargs.items()}
-            tuned = self._delta_forward([name], x[rows], *others, **named)
+            tuned = self._tuned_rows(name, result[rows], x[rows], *others, **named)
             result = result.index_copy(0, rows, tuned.to(result.dtype))
         return result
+
+    def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What one adapter makes of some examples; `base` is a copy of what the base layer makes of them."""
+        del base
+        return self._delta_forward([name], x, *args, **kwargs)
 
 
 def _refuse_rows(layer: WeightLayer) -> Tensor:

@@ -74,12 +74,13 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not
     count.
     """
-    inside: list[str] = []
+    # Modules come before what is inside of them, and that before all else, so the last tuner layer alone matters.
+    inside: str | None = None
     for name, module in modules_around_adapters(model):
-        if not name or any(name.startswith(prefix) for prefix in inside):
+        if not name or (inside is not None and name.startswith(inside)):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside.append(name + ".")
+            inside = f"{name}."
         if isinstance(module, AuxiliaryTrainingWrapper):
             continue
         yield path_in_base(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.ops import is_recorded, without_autocast
+from ...core.autocast import without_autocast
+from ...core.ops import is_recorded
 from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology

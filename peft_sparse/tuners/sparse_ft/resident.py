@@ -18,7 +18,10 @@ _lock = threading.Lock()
 class resident(ContextDecorator, AbstractContextManager[nn.Module]):
     """Keep the active deltas written into the weights of linear layers for the length of the block.
 
-    Every forward brings the k written entries up to date first, so training works as usual, with any optimizer. Leaving
+    Every forward brings the k written entries up to date first, so training works as usual, with any optimizer; one
+    that records no gradients and finds the values as they were written calls the base layer and nothing else. Values
+    may be changed in any way, by `.data` as well. What is written into tuned places of the weights themselves inside
+    the block does not outlast it (loading a state dict does, see below). Leaving
     the block, also by an exception, restores the base weights bit for bit. Blocks may be nested, overlap, and be open
     in several threads: the last one to be left restores. Tied, quantised and offloaded weights, embeddings, norms,
     biases and convolutions keep the way they always work.

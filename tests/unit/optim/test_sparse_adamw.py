@@ -45,11 +45,16 @@ def by_hand(m: float, v: float, age: int, g: float, *, lr: float, betas: tuple[f
 
 
 @pytest.mark.parametrize("hyperparameters", HYPERPARAMETERS)
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_shared_ages_it_is_torch_bit_for_bit(dtype: torch.dtype, hyperparameters: dict[str, Any]) -> None:
+def test_with_shared_ages_it_is_torch_bit_for_bit(
+    dtype: torch.dtype, hyperparameters: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
     sparse = SparseAdamW(ours, **hyperparameters)
-    dense = torch.optim.AdamW(theirs, foreach=True, **{"weight_decay": 0.0, **hyperparameters})
+    dense = torch.optim.AdamW(theirs, **{kernel: True, "weight_decay": 0.0, **hyperparameters})
+    if kernel == "foreach":
+        monkeypatch.setattr(SparseAdamW, "_takes_fused", lambda self, part: False)
     for step in range(20):
         for params, optimizer in ((ours, sparse), (theirs, dense)):
             set_gradients(params, step)

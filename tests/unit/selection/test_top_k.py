@@ -264,3 +264,64 @@ class TestSelectedByTorch:
     def test_it_is_taken(self, monkeypatch):
         monkeypatch.setattr("peft_sparse.selection.top_k._find_threshold", None)
         assert top_k(torch.arange(2000.0), 2, name="w").tolist() == [1998, 1999]
+
+
+class TestSampledThreshold:
+    """What a sample finds first is what counting finds, whatever the scores."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch):
+        monkeypatch.setattr(module, "_SAMPLED_FROM", 2**10)
+        monkeypatch.setattr(module, "_SAMPLE", 2**8)
+        monkeypatch.setattr(module, "_SORTED", 0)
+        monkeypatch.setitem(module._CHUNK, "cpu", 700)
+
+    @staticmethod
+    def both(scores, k, monkeypatch, **kwargs):
+        sampled = joint_top_k(scores, k, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_above_sampled_threshold", lambda *_: None)
+            return sampled, joint_top_k(scores, k, **kwargs)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("k", [0, 1, 13, 400, 1500, 5000])
+    @pytest.mark.parametrize("kind", ["normal", "ties", "sorted", "heavy", "zeros", "periodic", "infinite"])
+    def test_same_positions(self, kind, k, dtype, monkeypatch):
+        scores = torch.randn(6000, generator=torch.Generator().manual_seed(k))
+        if kind == "ties":
+            scores = scores.round()
+        elif kind == "sorted":
+            scores = scores.sort().values
+        elif kind == "heavy":
+            scores = scores**9
+        elif kind == "zeros":
+            scores = torch.where(scores > 1.5, scores, -0.0)
+        elif kind == "periodic":
+            scores[::23] = 100.0
+        elif kind == "infinite":
+            scores[torch.arange(0, 6000, 11)] = float("inf")
+        tensors = {"a": scores[:2500].to(dtype).view(50, 50), "b": scores[2500:].to(dtype)}
+        sampled, counted = self.both(tensors, k, monkeypatch)
+        assert sum(found.numel() for found in sampled.values()) == k
+        for name in tensors:
+            assert torch.equal(sampled[name], counted[name])
+            assert sampled[name].dtype == counted[name].dtype
+
+    def test_it_is_taken(self):
+        scores = {"a": torch.randn(6000, generator=torch.Generator().manual_seed(0))}
+        assert module._above_sampled_threshold(scores, 200, None) is not None
+
+    def test_nan_outside_of_the_sample_is_named(self):
+        scores = torch.randn(6000, generator=torch.Generator().manual_seed(0))
+        scores[1] = float("nan")
+        with pytest.raises(SelectionError, match="scores of w contain NaN"):
+            top_k(scores, 60, name="w")
+
+    @pytest.mark.parametrize("k", [100, 900])
+    def test_a_minimum(self, k, monkeypatch):
+        scores = {"w": torch.randn(6000, generator=torch.Generator().manual_seed(0)).sub(1.0).clamp(min=0)}
+        eligible = int((scores["w"] > 0).sum())
+        sampled, counted = self.both(scores, k, monkeypatch, min_score=0.0)
+        assert torch.equal(sampled["w"], counted["w"])
+        with pytest.raises(SelectionError, match=f"only {eligible} of 6000 moved"):
+            joint_top_k(scores, eligible + 1, min_score=0.0)

@@ -26,6 +26,9 @@ from ...common.shown_state import ShownState
 from .delta import AdapterDelta
 from .quick import ActiveWeights, Snapshot
 
+# How many unions of supports a tensor remembers, for sets of adapters that take turns.
+_NUM_OVERLAYS = 4
+
 
 @dataclass
 class Written:
@@ -219,7 +222,9 @@ class SparseLayer(WeightLayer):
         if found is None:
             found = Overlay([d.indices for d in deltas])
             # In one step: other threads look into it meanwhile.
-            self._overlays = {**{k: v for k, v in self._overlays.items() if k[0] != parameter}, key: found}
+            own = [k for k in self._overlays if k[0] == parameter]
+            gone = own[: max(0, len(own) - _NUM_OVERLAYS + 1)]
+            self._overlays = {**{k: v for k, v in self._overlays.items() if k not in gone}, key: found}
         return key, found
 
     def pristine(self, parameter: str) -> Tensor:
@@ -237,7 +242,7 @@ class SparseLayer(WeightLayer):
 
     def pristine_entries(self, parameter: str, overlay: Overlay) -> Tensor:
         """[u] the parameter's own entries at the overlay's indices, whatever is written into it now."""
-        return flat(self.base_tensor(parameter))[overlay.indices]
+        return overlay.take(flat(self.base_tensor(parameter)))
 
     def write(self, parameter: str, adapters: Sequence[str]) -> None:
         """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
@@ -296,7 +301,7 @@ class SparseLayer(WeightLayer):
         if _is_all_there(own, written.shape):
             # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
             base = flat(own)
-            base[written.overlay.indices] = written.originals.to(device=base.device, dtype=base.dtype)
+            written.overlay.put_(base, written.originals.to(device=base.device, dtype=base.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         # What is moved or cast is the base model, bit for bit, and what undoes a merge goes along with it.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...._peft_bridge import BaseTunerLayer
 from ....core import ops
 from ....core.overlay import Overlay
+from ....core.parts import GetParts, Parts, add_parts_, takes_parts
 from ...common.base_module import has_hooks, offload_hook
 from .base import PARAMETERS, SparseLayer
 from .delta import AdapterDelta
@@ -70,7 +71,7 @@ class Linear(SparseLayer):
             active = self._active = ActiveWeights(list(adapters), deltas, *self.overlay("weight", adapters), watched)
             if not active.holds(adapters):
                 return None
-        return active
+        return active if tuple(weight.shape) == active.deltas[0].shape else None
 
     def _bring_up_to_date(self, active: ActiveWeights) -> None:
         """Write the active deltas into the base weight, unless just they stand there."""
@@ -85,10 +86,20 @@ class Linear(SparseLayer):
     def _with_few_rows(self, active: ActiveWeights, x: Tensor) -> Tensor | None:
         """The base layer's output and what the deltas add to it, where that is cheaper than forming the weight."""
         values = active.values
-        parts = ops.Parts(self.base_layer.weight, active.overlay.support, active.overlay.total(values).contiguous())
-        if not ops.takes_parts(x, parts):
+        parts = Parts(self.base_layer.weight, active.overlay.support, active.overlay.total(values).contiguous())
+        if not takes_parts(x, parts):
             return None
-        return ops.add_parts_(self.base_layer(x), x, parts, fan_in_fan_out=self.fan_in_fan_out)
+        return add_parts_(self.base_layer(x), x, parts, fan_in_fan_out=self.fan_in_fan_out)
+
+    def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own, deltas = self.get_base_layer().weight, self.active_deltas("weight", [name])
+        is_plain = bool(deltas) and not torch.is_grad_enabled() and not ops.is_recorded() and x.device.type == "cpu"
+        if is_plain and not self.active_deltas("bias", [name]) and type(own) is nn.Parameter:
+            _, overlay = self.overlay("weight", [name])
+            with self._parts(own, overlay, [delta.values for delta in deltas]) as parts:
+                if parts is not None and takes_parts(x, parts) and base.dtype == x.dtype:
+                    return add_parts_(base, x, parts, fan_in_fan_out=self.fan_in_fan_out)
+        return super()._tuned_rows(name, base, x, *args, **kwargs)
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.get_base_layer().weight
@@ -122,7 +133,7 @@ class Linear(SparseLayer):
 
     def weight_maker(
         self, adapters: Sequence[str]
-    ) -> tuple[Callable[[], Tensor], AbstractContextManager[Any], ops.GetParts | None]:
+    ) -> tuple[Callable[[], Tensor], AbstractContextManager[Any], GetParts | None]:
         """What makes the weight with the adapters' deltas in it, as they are now, for this forward and its backward;
         what is to be held while it is used: in resident mode it is the base weight itself, brought up to date; and in
         transient mode what gives it in its parts (see `ops.linear`).
@@ -139,11 +150,11 @@ class Linear(SparseLayer):
         return make, nullcontext(), partial(self._parts, base.weight, overlay, values)
 
     @contextmanager
-    def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[ops.Parts | None]:
+    def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[Parts | None]:
         """The weight and the entries that are added to it, while nothing is or can be written into it."""
         with self._lock:
             total = None if "weight" in self._written or not own.is_contiguous() else overlay.total(values)
-            yield None if total is None else ops.Parts(own.detach(), overlay.support, total.contiguous())
+            yield None if total is None else Parts(own.detach(), overlay.support, total.contiguous())
 
     def _make_weight(
         self,

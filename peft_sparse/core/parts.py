@@ -1,0 +1,80 @@
+"""Products of a few rows with a weight and sparse entries on it, without forming their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .autocast import autocast_dtype
+from .backends.native import kernels
+
+# Fewer elements of a weight are copied before a kernel is called.
+_WORTH_ADDING = 2**14
+# With more rows no weight of a usual size is cheaper by parts.
+FEW_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A weight W' in its parts, for products of so few rows that adding theirs is cheaper than forming W'.
+
+    Attributes:
+        weight: the weight without deltas, as stored.
+        indices: [u] flat positions in it, sorted and unique.
+        values: [u] float32, what is added there.
+    """
+
+    weight: Tensor
+    indices: Tensor
+    values: Tensor
+
+
+GetParts = Callable[[], AbstractContextManager[Parts | None]]
+
+
+def takes_parts(x: Tensor, parts: Parts) -> bool:
+    """Whether the product with W' is cheaper by its parts: where there are kernels (see `native`), for a few rows.
+
+    Estimated for AVX2 (weights of 512 to 2048 rows and columns): 16 rows at a time an entry costs as much as copying 12
+    elements of the weight, and moving a row or column of the factors in and out as much as 40; a single row costs a
+    quarter of that.
+
+    Args:
+        x: [..., inputs].
+        parts: of W'.
+    """
+    num_rows = x.numel() // max(1, x.shape[-1])
+    numel = parts.weight.numel()
+    if not 0 < num_rows <= FEW_ROWS or numel < _WORTH_ADDING or x.dtype != parts.weight.dtype:
+        return False
+    passes = 0.25 if num_rows == 1 else -(-num_rows // 16)
+    if passes * (12 * parts.indices.numel() + 40 * sum(parts.weight.shape)) > numel:
+        return False
+    if parts.values.shape != parts.indices.shape or not parts.weight.is_contiguous():
+        return False
+    if parts.values.dtype != torch.float32 or autocast_dtype(x) is not None:
+        return False
+    return kernels(x, parts.weight, dtypes=(torch.float32, torch.bfloat16)) is not None
+
+
+def add_parts_(y: Tensor, x: Tensor, parts: Parts, *, fan_in_fan_out: bool) -> Tensor:
+    """Add to the product with a weight, in place, what the entries add to it, outside of autograd.
+
+    Args:
+        y: [..., O], the weight's own product with `x`.
+        x: [..., I].
+        parts: the weight and the entries, for which `takes_parts` holds.
+        fan_in_fan_out: the weight is stored as [I, O].
+    """
+    native = kernels(x, parts.weight)
+    if native is None or y.dtype != x.dtype:
+        raise TypeError(f"add_parts_ is for what takes_parts admits, got {y.dtype} for {x.dtype}")
+    flat, result = x.detach().reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, y.shape[-1]).contiguous()
+    native.add_product_(
+        result, flat, parts.weight.detach(), parts.indices, parts.values, row_is_output=not fan_in_fan_out
+    )
+    return result.view(y.shape)
