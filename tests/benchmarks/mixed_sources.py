@@ -5,8 +5,8 @@
 
 **The data** are those of `examples/cross_lingual/mixed_data.py`, whose arms these are: Indonesian rows alone
 (zero-shot); with 20 or 100 rows of the target language, once and counted tenfold; with the rows translated word by word
-by NusaX's lexicon; and with the same rows as people translated them (an upper bound for translation). Each arm runs with
-language adapters, of both languages, and without.
+by NusaX's lexicon; and with the same rows as people translated them (an upper bound for translation). Each arm runs
+with language adapters, of both languages, and without.
 
 Task adapters are LT-SFT; every arm has the same number of steps, so that arms with more data see each row less often.
 What is drawn at random (few-shot rows, heads, orders) depends on the seed; language adapters are trained once, with the
