@@ -85,14 +85,16 @@ class Workshop:
     ) -> Path:
         """The task adapter, trained with the adapter of each batch's language active and frozen below it."""
         model = self._task_model(task, labels)
+        # Before there are adapters in it: configs name its layers.
+        config = self._task_config(model, schedule)
         first, *rest = languages or [None]
         if first is None:
-            tuned = get_peft_model(model, self._task_config(model, schedule), adapter_name=TASK)
+            tuned = get_peft_model(model, config, adapter_name=TASK)
         else:
             tuned = PeftModel.from_pretrained(model, languages[first], adapter_name=first)
             for code in rest:
                 tuned.load_adapter(languages[code], adapter_name=code)
-            tuned.add_adapter(TASK, self._task_config(model, schedule))
+            tuned.add_adapter(TASK, config)
         activate = language_below_task(
             {one.language: one.language if languages else None for one in sources.values()}, TASK
         )

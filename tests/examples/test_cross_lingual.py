@@ -193,7 +193,9 @@ def test_several_sources_and_columns_of_other_names(run, modules, encoder, tmp_p
     assert code == 0, output
     code, output = run("--task", "sentiment", *options, *REAL)
     assert code == 2
-    assert "train.jsonl, row 1: no 'text'. It has ['label', 'review']; --column text=NAME" in output
+    message = "train.jsonl, row 1: no 'text'. It has ['label', 'review']; --column text=NAME"
+    # Typer breaks lines anywhere.
+    assert message.replace(" ", "") in output.replace(" ", "")
 
 
 @pytest.mark.parametrize(

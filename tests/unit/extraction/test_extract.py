@@ -387,3 +387,12 @@ def test_models_without_a_common_class_name_still_match(tmp_path):
     result = extract_adapter(tmp_path / "bare", tmp_path / "tuned", tmp_path / "a", density=0.1)
     assert result.heads == ("lm_head",)
     assert "lm_head.weight" not in {kept.name for kept in result.tensors}
+
+
+@pytest.mark.parametrize("targets", [None, "all"])
+def test_target_norms_false_leaves_norms_out(saved, tmp_path, targets):
+    extract(saved, tmp_path / "with", density=1.0, target_modules=targets)
+    extract(saved, tmp_path / "without", density=1.0, target_modules=targets, target_norms=False)
+    with_norms, without = (set(verify_file(tmp_path / name / ADAPTER)) for name in ("with", "without"))
+    assert with_norms - without == {name for name in with_norms if "norm" in name}
+    assert any("norm" in name for name in with_norms)
