@@ -42,7 +42,8 @@ console = Console()
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)
 MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)
 # For the invented world: short runs at high rates, on a model of two layers.
-INVENTED_LANGUAGE = Schedule(150, 100, 32, 3e-3, 0.3, 32, LANGUAGE.l1)
+# The invented languages differ in their words alone.
+INVENTED_LANGUAGE = Schedule(250, 150, 32, 3e-3, 0.3, 32, LANGUAGE.l1, ["word_embeddings"])
 INVENTED_TASK = Schedule(120, 80, 16, 2e-3, 0.2, 32)
 
 

@@ -43,6 +43,7 @@ def config_of(model: nn.Module, adapter_name: str, kind: PeftType, *, called: st
     configs = peft_configs(model)
     own = [name for name, config in configs.items() if config.peft_type == kind]
     if adapter_name not in own:
+        known = f"one of {own}" if own else "and this model has none"
         end = f" {way_out}" if way_out else ""
-        raise ConfigError(f"adapter_name must be {called}, one of {own}, got {adapter_name!r}.{end}")
+        raise ConfigError(f"adapter_name must be {called}, {known}, got {adapter_name!r}.{end}")
     return configs[adapter_name]

@@ -164,8 +164,10 @@ def test_an_adapter_of_a_model_is_that_of_its_file(tmp_path):
         "seed": 3,
     }
     assert (from_model.name, from_model.file_bytes, from_model.digest) == ("mine", None, None)
-    with pytest.raises(ConfigError, match=r"that of a sparse adapter of this model, \['mine'\], got 'other'"):
+    with pytest.raises(ConfigError, match=r"must be a sparse adapter, one of \['mine'\], got 'other'"):
         adapter_of(model, "other")
-    with pytest.raises(ConfigError, match=r"this model, \[\], got 'default'"):
+    with pytest.raises(
+        ConfigError, match=r"must be a sparse adapter, and this model has none|must carry a PEFT adapter"
+    ):
         adapter_of(BertModel(BertConfig(vocab_size=20, **sizes)))
     assert QUERY in from_model.deltas

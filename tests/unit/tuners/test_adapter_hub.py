@@ -424,7 +424,7 @@ def test_only_a_bottleneck_adapter_is_written(tmp_path):
     with pytest.raises(ConfigError, match=r"must be a bottleneck adapter, one of \['qu'\], got 'default'"):
         save_adapter_hub(model, tmp_path / "b")
     sparse = get_peft_model(bert(), RandConfig(density=0.1, target_modules=["query"]))
-    with pytest.raises(ConfigError, match="of a bottleneck adapter"):
+    with pytest.raises(ConfigError, match="must be a bottleneck adapter, and this model has none, got 'default'"):
         save_adapter_hub(sparse, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
