@@ -55,7 +55,7 @@ TASK_ON_SOURCE, ZERO_SHOT = (
 SWITCHING, MERGING = snippet("adapter_names="), snippet("merged = model.merge_and_unload()\nmerged.save")
 SOFT_MASKS, LOOKING = snippet("AdaSftConfig("), snippet("conflicts(")
 EXTRACTING, IMPORTING = snippet("extract_adapter("), snippet("import_adapter(")
-ONE_SHOT, FITTED = snippet("select_by_gradients"), snippet("fitted_rate=True")
+ONE_SHOT, FITTED, DECAY = (snippet(part) for part in ("select_by_gradients", "fitted_rate=True", "parameter_groups"))
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("switch = LanguageSwitch(")
@@ -348,6 +348,13 @@ def test_a_fitted_rate():
     assert (config.fitted_rate, config.criterion) == (True, "gradient")
 
 
+def test_decay_of_deltas_alone():
+    names: dict = {"base": tiny_model()}
+    exec(DECAY, names)
+    decayed = {id(p) for g in names["optimizer"].param_groups if g["weight_decay"] == 30.0 for p in g["params"]}
+    assert decayed == {id(p) for p in names["model"].parameters() if p.requires_grad}
+
+
 def test_criteria_of_gradients(folder):
     names: dict = {"base": tiny_model(layers=3), "batches": [collate(rows(4)[i : i + 2]) for i in (0, 2)]}
     exec(ONE_SHOT, names)
@@ -405,7 +412,7 @@ def test_distilling(folder):
 
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, SERVING, TWO_PHASES, QUANTIZED, LANGUAGE, TASK_ON_SOURCE, ZERO_SHOT, SWITCHING, MERGING]
-    run += [SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, FITTED, STACKING, ADAPTER_HUB]
+    run += [SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, FITTED, DECAY, STACKING, ADAPTER_HUB]
     run += [GENERATING, FEATURES, IMPORTING]
     run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING, PARSING, MIXING]
     assert sorted(SNIPPETS) == sorted(run)
