@@ -77,7 +77,12 @@ def quick(run, modules, monkeypatch, encoder):
 TASKS = {"pos": 0.5, "ner": 0.0, "dp": 0.3, "nli": 0.0, "sentiment": 0.0, "qa": 0.0}
 
 
-@pytest.mark.parametrize("task", TASKS)
+def quickest(names, default):
+    """All of them in the slow tests, one in the default ones: ten seconds each."""
+    return [name if name == default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("task", quickest(TASKS, "ner"))
 def test_every_task_runs_on_the_invented_world(quick, tmp_path, task):
     code, output = quick("--task", task, "--steps", 25 if task in ("pos", "dp") else 8)
     assert code == 0, output
@@ -100,7 +105,9 @@ def test_every_task_runs_on_the_invented_world(quick, tmp_path, task):
         assert not any("LayerNorm" in name for name in config["counts"])
 
 
-@pytest.mark.parametrize("method", ["deft_x", "rand", "fisher", "spiel_ag", "bitfit", "mad_x", "lora"])
+@pytest.mark.parametrize(
+    "method", quickest(["deft_x", "rand", "fisher", "spiel_ag", "bitfit", "mad_x", "lora"], "mad_x")
+)
 def test_every_method_runs(quick, tmp_path, method):
     code, output = quick("--task", "sentiment", "--method", method, "--steps", 3)
     assert code == 0, output
@@ -167,7 +174,13 @@ def conllu_of(row: dict) -> str:
 REAL = ["--source", "near", "--target", "far", "--steps", 2, "--language-steps", 2, "--resamples", 10]
 
 
-@pytest.mark.parametrize(("task", "suffix"), [("nli", "csv"), ("pos", "parquet"), ("dp", "conllu"), ("qa", "jsonl")])
+@pytest.mark.parametrize(
+    ("task", "suffix"),
+    [
+        pytest.param(*case, marks=[] if case[0] == "dp" else pytest.mark.slow)
+        for case in (("nli", "csv"), ("pos", "parquet"), ("dp", "conllu"), ("qa", "jsonl"))
+    ],
+)
 def test_data_of_all_kinds(run, modules, encoder, tmp_path, task, suffix):
     write_world(modules, tmp_path / "data", task, suffix)
     code, output = run(
@@ -319,6 +332,7 @@ def test_the_arms_of_mixed_data_are_the_chapters(modules):
             assert (new == far[meaning[word]]) == (word in mixture.lexicon or far[meaning[word]] == word)
 
 
+@pytest.mark.slow
 def test_mixed_data_runs_on_the_invented_world(run, modules, monkeypatch, encoder, tmp_path):
     monkeypatch.setattr(modules("mixed_data"), "tiny_bert", lambda *args, **kwargs: encoder)
     options = ["--steps", 3, "--language-steps", 2, "--rows", 30, "--shots", 10, "--resamples", 10]

@@ -78,7 +78,7 @@ def test_the_second_phase_trains_the_weights_from_the_pretrained_ones():
 def test_what_has_no_mask_phase_before_it_is_refused():
     with pytest.raises(ConfigError, match=r"one of \['default'\], got 'nobody'"):
         start_weight_phase(make_masked(), "nobody")
-    with pytest.raises(ConfigError, match=r"must be an adapter of Ada-SFT, one of \[\], got 'default'"):
+    with pytest.raises(ConfigError, match=r"must be an adapter of Ada-SFT, and this model has none, got 'default'"):
         start_weight_phase(get_peft_model(make_bert(), LoraConfig(target_modules=["query"])))
     model = make_masked(modules_to_save=None)
     model.merge_adapter()
