@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from peft_sparse.checkpoints import card
+from peft_sparse.checkpoints import card, card_rows
 
 from . import cases, deselected
 
@@ -120,7 +120,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _folders_are_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models lie in folders that are called like repositories of the Hub, and a model card names no folder."""
-    monkeypatch.setattr(card, "_is_hub_id", lambda name: isinstance(name, str) and card._HUB_ID.fullmatch(name))
+    for module in (card, card_rows):
+        monkeypatch.setattr(module, "is_hub_id", lambda name: bool(name) and card_rows._HUB_ID.fullmatch(name))
 
 
 @pytest.fixture(autouse=True)
