@@ -67,8 +67,8 @@ def main(
     start = time.perf_counter()
     set_seed(seed)
     source = model or smollm2()
-    # A dense phase moves the weights themselves, by steps too small for bfloat16; 4-bit layers compute in it anyway.
-    in_float32 = method in TWO_PHASES or not (load_in_4bit or multiplies_bfloat16())
+    # A dense phase moves the weights themselves, by steps too small for bfloat16.
+    in_float32 = method in TWO_PHASES or not multiplies_bfloat16()
     dtype = dtype or (Dtype.float32 if in_float32 else Dtype.bfloat16)
     loading = {"dtype": getattr(torch, dtype.value)}
     if load_in_4bit:

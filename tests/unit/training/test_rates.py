@@ -69,3 +69,10 @@ def test_large_models_want_the_rates_of_the_thesis():
     assert (found.low, found.high) == (1e-5, 1e-4)
     found = recommended(SpielMAConfig(density=0.01), 7_000_000_000, with_sm3=True)
     assert (found.low, found.high) == (4e-4, 1e-3)
+
+
+@pytest.mark.parametrize("num_parameters", [10**8, 10**10])
+def test_a_fitted_rate_is_on_the_scale_of_random_supports(num_parameters):
+    fitted, plain = (SpielAGConfig(density=0.1, fitted_rate=fits) for fits in (True, False))
+    random = recommended(RandConfig(density=0.1), num_parameters)
+    assert recommended(fitted, num_parameters) == random != recommended(plain, num_parameters)
