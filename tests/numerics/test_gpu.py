@@ -11,21 +11,9 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-import test_entries
-import test_layers
-import test_ops_embedding
-import test_products
-import test_spiel_loop
 import torch
 import torch.distributed as dist
-from bottleneck_case import IDS as BOTTLENECK_IDS
-from bottleneck_case import Case as BottleneckCase
-from bottleneck_case import tensors_of
-from madg_case import MadGCase
-from ops_cases import check_linear, make_case, run, sparse_linear
-from oracle import relative_error
 from peft import PeftModel, get_peft_model
-from test_entries import kernel  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,6 +37,14 @@ from peft_sparse.core.backends import sddmm
 from peft_sparse.core.masked import MaskedPart, masked_linear
 from peft_sparse.selection.rows import num_rows, rows_of
 from peft_sparse.selection.top_k import top_k
+from tests.numerics import test_entries, test_layers, test_ops_embedding, test_products, test_spiel_loop
+from tests.numerics.test_entries import kernel  # noqa: F401 (a fixture)
+from tests.support.bottleneck import IDS as BOTTLENECK_IDS
+from tests.support.bottleneck import Case as BottleneckCase
+from tests.support.bottleneck import tensors_of
+from tests.support.madg import MadGCase
+from tests.support.ops import check_linear, make_case, run, sparse_linear
+from tests.support.oracle import relative_error
 
 DEVICE = os.environ.get("PEFT_SPARSE_GPU_TESTS_ON", "cuda")
 pytestmark = [
@@ -468,7 +464,7 @@ def test_autocast_is_as_close_to_float64_as_a_dense_model(dtype):
 
 @pytest.mark.parametrize(("method", "optimizer"), [("rand", "adamw"), ("ag", "sparse_adamw"), ("ma", "sm3")])
 def test_fsdp2_on_one_device(method, optimizer, tmp_path, monkeypatch):
-    import training_cases
+    from tests.support.distributed import training as training_cases
 
     monkeypatch.setattr(training_cases, "make_bert", lambda **fields: make_on_device(training_cases, fields))
     batch = training_cases.batch
@@ -489,6 +485,6 @@ def test_fsdp2_on_one_device(method, optimizer, tmp_path, monkeypatch):
 
 
 def make_on_device(cases, fields):
-    import tiny_training
+    from tests.support import training as tiny_training
 
     return tiny_training.make_bert(**fields).to(DEVICE)

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops_cases import Case, make_case, sparse_linear, support
-from oracle import relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_sparse.core import ops
 from peft_sparse.core.backends import native, reference, sddmm
+from tests.support.ops import Case, make_case, sparse_linear, support
+from tests.support.oracle import relative_error
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import resource
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,9 +31,7 @@ from peft_sparse import (
 )
 from peft_sparse.core.gaps import GapHeader
 from peft_sparse.errors import SparseError
-
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "tuners"))
-from hub_case import bert, tensors, write_hub
+from tests.support.adapter_hub import bert, tensors, write_hub
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_tokenizers import KINDS, fast, make, make_bert, make_llama, random_texts, unigram, word_piece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, ConfigError, FormatError, RandConfig
 from peft_sparse.distillation import VocabularyRows, reduce_adapter, reduce_vocabulary
+from tests.support.tokenizers import KINDS, fast, make, make_bert, make_llama, random_texts, unigram, word_piece
 
 TEXTS = ["abab cdc aab", "dcba abba cc"]
 

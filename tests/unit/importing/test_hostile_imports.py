@@ -11,7 +11,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from foreign_files import encode, pickled, rewrite, write_diff, write_pickle
 
 from peft_sparse import import_adapter
 from peft_sparse.errors import FormatError
@@ -19,6 +18,7 @@ from peft_sparse.importing import restricted_pickle
 from peft_sparse.importing.composable_sft import read_composable_sft
 from peft_sparse.importing.restricted_pickle import Unpickler, integers
 from peft_sparse.importing.torch_file import TorchFile
+from tests.support.foreign_files import encode, pickled, rewrite, write_diff, write_pickle
 
 NAME = "bert.a.weight"
 

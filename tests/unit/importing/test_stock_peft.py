@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from foreign_files import IDS, bert
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peft_sparse import RandConfig, export_adapter
 from peft_sparse.errors import ConfigError
 from peft_sparse.importing.stock_peft import _factors
+from tests.support.foreign_files import IDS, bert
 
 LINEARS = ["query", "value", "intermediate.dense"]
 

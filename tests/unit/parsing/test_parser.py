@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from tiny_parsers import LABELS, encoder, parser, sentences, tokenizer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -38,6 +37,7 @@ from peft_sparse import (
 from peft_sparse.errors import ConfigError
 from peft_sparse.parsing import attachment_metrics, maximum_spanning_tree
 from peft_sparse.parsing.parser import Biaffine
+from tests.support.parsers import LABELS, encoder, parser, sentences, tokenizer
 
 LABEL2ID = {name: i for i, name in enumerate(LABELS)}
 ADAPTER = {"density": 0.2, "target_modules": "all", "modules_to_save": list(BiaffineParser.HEADS)}

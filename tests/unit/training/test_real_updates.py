@@ -10,13 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
-from test_reselector import QUICK, adapter, assert_equal, batch, driver, make, optimizer_of, train
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from peft_sparse import SparseAdamW, SpielAGConfig, SpielMAConfig, iter_deltas, iter_reselectors
 from peft_sparse.errors import ConfigError, SelectionError
+from tests.unit.training.test_reselector import QUICK, adapter, assert_equal, batch, driver, make, optimizer_of, train
 
 METHODS = [SpielAGConfig, SpielMAConfig]
 FIELDS = {"density": 0.2, "reselection_steps": 6, "estimation_steps": 3, "total_steps": 60}

@@ -8,7 +8,6 @@ import gc
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny_training import Labelled, make_args, make_bert
 from transformers import Trainer
 
 from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas, resident
@@ -16,6 +15,7 @@ from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.training.spiel import callback, gradient_tap, reselector
 from peft_sparse.training.spiel.gradient_tap import GradientTap
 from peft_sparse.training.spiel.reselector import iter_reselectors
+from tests.support.training import Labelled, make_args, make_bert
 
 METHODS = [SpielAGConfig, SpielMAConfig]
 QUICK = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}

@@ -7,7 +7,11 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_training import (
+from transformers import Trainer, TrainerCallback
+
+from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas
+from peft_sparse.training.trainer.trainer import SparseTrainer, sparse_trainer
+from tests.support.training import (
     Labelled,
     assert_same_tensors,
     base_weights,
@@ -18,10 +22,6 @@ from tiny_training import (
     make_bert,
     make_trainer,
 )
-from transformers import Trainer, TrainerCallback
-
-from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas
-from peft_sparse.training.trainer.trainer import SparseTrainer, sparse_trainer
 
 
 class Recorder(TrainerCallback):

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_training import Labelled, make_args, make_bert, make_trainer
 from transformers import Trainer
 
 from peft_sparse import (
@@ -22,6 +21,7 @@ from peft_sparse import (
     start_dense_phase,
     start_weight_phase,
 )
+from tests.support.training import Labelled, make_args, make_bert, make_trainer
 
 TICKET = LotteryTicketConfig(num_weights=100, target_modules=["query"])
 UNSELECTED = [
