@@ -102,3 +102,13 @@ def flexible_head(layers: list[tuple[int, int]], *, name: str = "qu", **config: 
         found[f"heads.{name}.{1 + 3 * number}.bias"] = torch.randn(shape[0], generator=generator)
     about = {"layers": len(layers), "num_labels": layers[-1][0], "activation_function": "tanh"}
     return {"config": {**about, **config}, "name": name}, found
+
+
+LABELS = {"B-PER": 0, "I-PER": 1, "O": 2}
+OTHER_ORDER = {"O": 0, "B-PER": 1, "I-PER": 2}
+TAGGING = flexible_head([(3, WIDTH)], head_type="tagging", label2id=LABELS)
+
+
+def tagger(labels=None):
+    names = {} if labels is None else {"id2label": {i: label for label, i in labels.items()}, "label2id": labels}
+    return bert("BertForTokenClassification", num_labels=3, **names)

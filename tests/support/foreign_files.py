@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from transformers import (
     XLMRobertaForMaskedLM,
     XLMRobertaForSequenceClassification,
 )
+
+from peft_sparse import import_adapter
+from peft_sparse.errors import FormatError
 
 PREFIX = "base_model.model."
 SIZES = {
@@ -144,3 +149,24 @@ def add(model: nn.Module, diffs: Mapping[str, Tensor], heads: Mapping[str, Tenso
     for name, difference in diffs.items():
         state[name] = state[name] + difference
     return {**state, **(heads or {})}
+
+
+NAME = "bert.a.weight"
+
+
+def refused(folder, message: str) -> None:
+    """Importing is refused with this message, and leaves nothing."""
+    before = sorted(os.listdir(folder.parent))
+    with pytest.raises(FormatError, match=message):
+        import_adapter(folder, folder.parent / "out", base="some/base")
+    assert sorted(os.listdir(folder.parent)) == before
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ QUANTIZED = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "8 bit": {"load_in_8bit": True},
 }
+kinds = pytest.mark.parametrize("kind", QUANTIZED)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -145,8 +147,29 @@ def packed_bytes(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+def q_proj(model: nn.Module) -> nn.Module:
+    return next(m for n, m in model.named_modules() if n.endswith("q_proj"))
+
+
 def assert_same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
         assert tensor.dtype == other[name].dtype, name
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def adapt(layer):
+    return get_peft_model(Holder(layer), RandConfig(density=0.1, target_modules=["layer"], init_weights=False))
