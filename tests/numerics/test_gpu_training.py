@@ -28,10 +28,10 @@ from peft_sparse import (
 )
 from peft_sparse.selection.rows import num_rows, rows_of
 from tests.numerics import test_spiel_loop
-from tests.support.bottleneck import IDS as BOTTLENECK_IDS
 from tests.support.bottleneck import Case as BottleneckCase
 from tests.support.bottleneck import tensors_of
 from tests.support.distributed import training as training_cases
+from tests.support.exact import IDS as BOTTLENECK_IDS
 from tests.support.gpu import DEVICE, MARKS, exact_float32  # noqa: F401 (a fixture of every test)
 from tests.support.madg import MadGCase
 from tests.support.oracle import relative_error

@@ -1,4 +1,4 @@
-"""Tiny models in float64 with bottleneck adapters, and the same computed from the papers alone.
+"""Bottleneck adapters on tiny models in float64, and the same computed from the papers alone.
 
 The oracle replaces the forward of single modules of the base model by formulas on plain tensors; it shares nothing with
 the library but the values.
@@ -6,42 +6,17 @@ the library but the values.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import BottleneckConfig
 from peft_sparse.tuners.bottleneck.own_weights import iter_layers
-
-IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22], [1, 6, 2, 8]])
-_TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
-_SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
-_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@lru_cache
-def _original(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = LlamaConfig(**_TOKENS, **_SIZES, num_key_value_heads=1, tie_word_embeddings=False)
-        model: nn.Module = LlamaForCausalLM(config)
-    elif kind == "gpt2":
-        dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-        model = GPT2LMHeadModel(GPT2Config(**_TOKENS, **dropout, n_embd=8, n_layer=2, n_head=2, n_positions=16))
-    else:
-        model = BertForMaskedLM(BertConfig(**_TOKENS, **_SIZES, **_NO_DROPOUT, max_position_embeddings=16))
-    # Trained models have norms and biases that are neither ones nor zeros.
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.double().eval()
-
+from tests.support.exact import IDS, exact_model, logits
 
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pfeiffer on post-norm": ("bert", {}),
@@ -64,6 +39,9 @@ class Case:
     """A request on a model."""
 
     request: str
+    is_mergeable: ClassVar[bool] = False
+    start: ClassVar[float] = 0.05
+    exact: ClassVar[dict[str, Any]] = {"autocast_adapter_dtype": False}
 
     @property
     def kind(self) -> str:
@@ -75,7 +53,7 @@ class Case:
 
     def base(self) -> nn.Module:
         """A fresh copy of the base model."""
-        return copy.deepcopy(_original(self.kind))
+        return exact_model(self.kind)
 
     def config(self, **changes: Any) -> BottleneckConfig:
         fields = {"bottleneck_size": 3, "init_weights": False, **REQUESTS[self.request][1], **changes}
@@ -102,6 +80,36 @@ class Case:
 
     def expected(self, *parts: Part) -> Tensor:
         return logits(self.twin(*parts))
+
+    def part(self, model: nn.Module, adapter: str = "default") -> Part:
+        """What an adapter holds, as the twin takes it."""
+        return tensors_of(model, adapter)
+
+    def num_layers(self, part: Part) -> int:
+        return len(part)
+
+    def ready(self, model: nn.Module) -> nn.Module:
+        """A model that was loaded elsewhere, as `model` gives it."""
+        for _, layer in iter_layers(model):
+            layer.bottleneck_adapters.double()
+        return model.eval()
+
+    def fill(self, model: nn.Module, adapter: str, number: int) -> None:
+        fill(model, adapter, number)
+
+    def parameters(self, model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+        """What training changes of an adapter."""
+        return [parameter for _, parameter in parameters_of(model, adapter)]
+
+    def gradients(self, model: nn.Module, *adapters: str) -> list[Tensor]:
+        """Those of the last adapter's `parameters` in training, from the formulas."""
+        parts = [tensors_of(model, name) for name in adapters]
+        for tensors in parts[-1].values():
+            for tensor in tensors.values():
+                tensor.requires_grad_()
+        self.twin(*parts)(input_ids=IDS, labels=IDS).loss.backward()
+        found = {f"{path}.{name}": tensor.grad for path, part in parts[-1].items() for name, tensor in part.items()}
+        return [found[name] for name, _ in parameters_of(model, adapters[-1])]
 
 
 def install_formulas(model: nn.Module, path: str, stack: list[dict[str, Tensor]], fields: dict[str, Any]) -> None:
@@ -217,25 +225,3 @@ def tensors_of(model: nn.Module, adapter: str) -> Part:
         for path, layer in iter_layers(model)
         if adapter in layer.bottleneck_adapters
     }
-
-
-def logits(model: nn.Module, **arguments: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, **arguments).logits
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-def untouched(model: nn.Module, base: nn.Module) -> None:
-    """Check that the base parameters are the ones of `base`, bit for bit."""
-    found = {
-        name.removeprefix("base_model.model.").replace("base_layer.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if ".bottleneck_adapters." not in name
-    }
-    expected = dict(base.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name

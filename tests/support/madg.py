@@ -1,17 +1,19 @@
-"""Tiny models in float64 with MAD-G adapters, and the same from the thesis' formulas on plain tensors."""
+"""MAD-G adapters on tiny models in float64, and the same from the thesis' formulas on plain tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_sparse import MadGConfig
+from peft_sparse import MadGConfig, set_language
+from peft_sparse.tuners.madg.layer import MadGLayer
 from peft_sparse.tuners.madg.model import iter_sites
-from tests.support.bottleneck import Case, Part, install_formulas, logits
+from tests.support.bottleneck import Case, Part, install_formulas
+from tests.support.exact import IDS, logits
 
 NUM_FEATURES = 7
 _made = torch.Generator().manual_seed(3)
@@ -29,9 +31,17 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class MadGCase:
-    """A request on a model."""
+    """A request on a model; with a `language`, models are set to it and twins are of it."""
 
     request: str
+    language: str | None = None
+    is_mergeable: ClassVar[bool] = False
+    start: ClassVar[float] = 0.05
+    exact: ClassVar[dict[str, Any]] = {"autocast_adapter_dtype": False}
+
+    @property
+    def is_decoder(self) -> bool:
+        return self.bottleneck.is_decoder
 
     @property
     def bottleneck(self) -> Case:
@@ -43,6 +53,7 @@ class MadGCase:
 
     def config(self, **changes: Any) -> MadGConfig:
         fields = {"bottleneck_size": 3, "language_dim": 4, "typology": VECTORS, "init_weights": False}
+        fields["language"] = self.language
         return MadGConfig(**{**fields, **REQUESTS[self.request][1], **changes})
 
     def model(self, *adapters: str, **changes: Any) -> PeftModel:
@@ -60,15 +71,44 @@ class MadGCase:
         """Logits from the formulas, with the values of a model's hypernetworks."""
         return logits(self.twin(*(plain(model, name) for name in adapters or ("default",)), language=language))
 
-    def twin(self, *networks: dict[str, Any], language: str) -> nn.Module:
+    def twin(self, *networks: dict[str, Any], language: str | None = None) -> nn.Module:
         """The base model that computes what one generated adapter above the other makes of it."""
         case, fields = self.bottleneck, {**REQUESTS[self.request][1]}
         fields.pop("layer_dim", None)
         model = case.base()
-        parts = [generated(network, language) for network in networks]
+        parts = [generated(network, language or self.language) for network in networks]
         for path in parts[0]:
             install_formulas(model, path, [part[path] for part in parts], fields)
         return model
+
+    def part(self, model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+        """What a hypernetwork holds, as the twin takes it."""
+        return plain(model, adapter)
+
+    def num_layers(self, part: dict[str, Any]) -> int:
+        return len(part["W"])
+
+    def ready(self, model: nn.Module) -> nn.Module:
+        """A model that was loaded elsewhere, as `model` gives it."""
+        for module in model.modules():
+            if isinstance(module, MadGLayer):
+                module.mad_g_generators.double()
+        set_language(model, self.language)
+        return model.eval()
+
+    def fill(self, model: nn.Module, adapter: str, number: int) -> None:
+        fill_generators(model, adapter, number)
+
+    def parameters(self, model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+        """What training changes of a hypernetwork."""
+        return [parameter for _, parameter in generator_parameters(model, adapter)]
+
+    def gradients(self, model: nn.Module, *adapters: str) -> list[Tensor]:
+        """Those of the last hypernetwork's `parameters` in training, from the formulas."""
+        networks = [plain(model, name) for name in adapters]
+        self.twin(*networks)(input_ids=IDS, labels=IDS).loss.backward()
+        found = gradients(networks[-1])
+        return [found[name] for name, _ in generator_parameters(model, adapters[-1])]
 
 
 def plain(model: nn.Module, adapter: str = "default") -> dict[str, Any]:

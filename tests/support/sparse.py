@@ -1,43 +1,18 @@
-"""What the verbs are tried on: two tiny models in float64, one request per kind of config, the dense model as oracle.
-
-In float64 the sum of weight and delta is exact to 1e-16 whatever the order, so outputs are compared to 1e-10.
-"""
+"""Sparse adapters and soft masks on tiny models in float64: a request per kind of config, the dense model as oracle."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import AdaSftConfig, SparseConfig, iter_deltas
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
 from peft_sparse.tuners.sparse_ft.configs.base import METHODS
-
-_TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
-IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22], [1, 6, 2, 8]])
-
-
-@lru_cache
-def _original(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "llama":
-        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
-        model = LlamaForCausalLM(LlamaConfig(**_TOKENS, **sizes, num_hidden_layers=2, initializer_range=0.3))
-    else:
-        sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "initializer_range": 0.3}
-        dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-        model = GPT2LMHeadModel(GPT2Config(**_TOKENS, **sizes, **dropout))
-    # Trained models have norms and biases that are neither ones nor zeros.
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.double().eval()
-
+from tests.support.exact import IDS, exact_model, logits
 
 # What each config asks for. The methods themselves stand at density 0.1; the rest says where and how much.
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -73,10 +48,18 @@ class Case:
 
     kind: str
     request: str
+    is_mergeable: ClassVar[bool] = True
+    # How far a fresh adapter may be from the base model, and arguments of loading that keep it in float64.
+    start: ClassVar[float] = 0.0
+    exact: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def is_decoder(self) -> bool:
+        return True
 
     def base(self) -> nn.Module:
         """A fresh copy of the base model."""
-        return copy.deepcopy(_original(self.kind))
+        return exact_model(self.kind)
 
     def config(self, **changes: Any) -> SparseConfig | AdaSftConfig:
         fields = {"init_weights": False, "task_type": "CAUSAL_LM", **REQUESTS[self.request], **changes}
@@ -96,7 +79,11 @@ class Case:
             fill(model, name, number)
         return model.eval()
 
-    def dense(self, *parts: dict[str, Tensor]) -> nn.Module:
+    def part(self, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+        """What an adapter holds, as the twin takes it."""
+        return dense_deltas(model, adapter)
+
+    def twin(self, *parts: dict[str, Tensor]) -> nn.Module:
         """The base model with dense deltas added to its parameters."""
         model = self.base()
         for part in parts:
@@ -106,7 +93,36 @@ class Case:
 
     def expected(self, *parts: dict[str, Tensor]) -> Tensor:
         """The logits of that dense model."""
-        return logits(self.dense(*parts))
+        return logits(self.twin(*parts))
+
+    def num_layers(self, part: dict[str, Tensor]) -> int:
+        return len({name.rpartition(".")[0] for name in part})
+
+    def ready(self, model: nn.Module) -> nn.Module:
+        """A model that was loaded elsewhere, as `model` gives it."""
+        return model.eval()
+
+    def fill(self, model: nn.Module, adapter: str, number: int) -> None:
+        fill(model, adapter, number)
+
+    def parameters(self, model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+        """What training changes of an adapter, where it has anything."""
+        values = [delta.values for _, _, _, delta in iter_deltas(model, adapter) if delta.count]
+        return values + [masked.trained for _, _, masked in iter_masked(model, adapter)]
+
+    def gradients(self, model: nn.Module, *adapters: str) -> list[Tensor]:
+        """Those of the last adapter's `parameters` in training, from those of the dense twin's weights."""
+        twin = self.twin(*(self.part(model, name) for name in adapters)).train()
+        twin(input_ids=IDS, labels=IDS).loss.backward()
+        found = []
+        for name, _, _, delta in iter_deltas(model, adapters[-1]):
+            if delta.count:
+                found.append(twin.get_parameter(name).grad.flatten()[delta.indices.long()])
+        for name, layer, masked in iter_masked(model, adapters[-1]):
+            held = [p.detach().double().requires_grad_(p is masked.trained) for p in masked.parameters()]
+            masked_by_the_paper(masked, layer.original.detach(), *held).backward(twin.get_parameter(name).grad)
+            found += [leaf.grad for leaf in held if leaf.grad is not None]
+        return found
 
 
 def fill(model: nn.Module, adapter: str, number: int) -> None:
@@ -140,48 +156,3 @@ def masked_by_the_paper(masked: nn.Module, weight: Tensor, *held: Tensor) -> Ten
     mask = torch.sigmoid(start + held[0].double())
     tuned = weight.double() + (held[1].double() if len(held) > 1 else 0)
     return tuned * mask / (masked.initial_mask if masked.from_identity else 1)
-
-
-def trained_values(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
-    """What training changes of an adapter, where it has anything."""
-    values = [delta.values for _, _, _, delta in iter_deltas(model, adapter) if delta.count]
-    return values + [masked.trained for _, _, masked in iter_masked(model, adapter)]
-
-
-def gradients_by_the_twin(model: nn.Module, adapter: str, twin: nn.Module) -> list[Tensor]:
-    """What the gradients of `trained_values` have to be, from those of the dense twin's weights."""
-    found = []
-    for name, _, _, delta in iter_deltas(model, adapter):
-        if delta.count:
-            found.append(twin.get_parameter(name).grad.flatten()[delta.indices.long()])
-    for name, layer, masked in iter_masked(model, adapter):
-        held = [p.detach().double().requires_grad_(p is masked.trained) for p in masked.parameters()]
-        masked_by_the_paper(masked, layer.original.detach(), *held).backward(twin.get_parameter(name).grad)
-        found += [leaf.grad for leaf in held if leaf.grad is not None]
-    return found
-
-
-def logits(model: nn.Module, **arguments: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, **arguments).logits
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters of the base model under the names they had before PEFT came."""
-    return {
-        name.removeprefix("base_model.model.").replace("base_layer.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if "sparse_ft_" not in name and "ada_sft_" not in name
-    }
-
-
-def untouched(model: nn.Module, base: nn.Module) -> None:
-    """Check that the base parameters are the ones of `base`, bit for bit."""
-    found, expected = base_parameters(model), dict(base.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name].view(torch.int64), tensor.view(torch.int64)), name

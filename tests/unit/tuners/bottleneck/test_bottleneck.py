@@ -25,7 +25,8 @@ from peft_sparse import (
 )
 from peft_sparse.tuners.bottleneck.adapter import Bottleneck, init_linears
 from peft_sparse.tuners.bottleneck.invertible import COUPLINGS
-from tests.support.bottleneck import IDS, Case, close, fill, logits, parameters_of, tensors_of
+from tests.support.bottleneck import Case, fill, parameters_of, tensors_of
+from tests.support.exact import IDS, close, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BERT = Case("pfeiffer on post-norm")

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 from peft_sparse import BottleneckConfig, MadGConfig
 from peft_sparse.tuners.bottleneck.own_weights import iter_layers
 from peft_sparse.tuners.common import kept_dtype
-from tests.support.bottleneck import IDS
+from tests.support.exact import IDS
 from tests.support.trl import trl_trainer
 
 F32, BF16 = torch.float32, torch.bfloat16

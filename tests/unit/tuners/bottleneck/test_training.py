@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, Trainer, TrainingArguments
 
 from peft_sparse import BottleneckConfig
-from tests.support.bottleneck import IDS, Case, logits, parameters_of, tensors_of
+from tests.support.bottleneck import Case, parameters_of, tensors_of
+from tests.support.exact import IDS, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}

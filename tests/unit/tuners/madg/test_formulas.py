@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_sparse.tuners.madg.model import iter_sites
-from tests.support.bottleneck import IDS, close, logits
+from tests.support.exact import IDS, close, logits
 from tests.support.madg import REQUESTS, VECTORS, MadGCase, generator_parameters, gradients, plain
 
 CASES = [MadGCase(request) for request in REQUESTS]

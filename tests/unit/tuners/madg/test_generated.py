@@ -14,7 +14,8 @@ from peft_sparse import (
     generate_adapter,
     set_language,
 )
-from tests.support.bottleneck import IDS, Case, close, logits, parameters_of
+from tests.support.bottleneck import Case, parameters_of
+from tests.support.exact import IDS, close, logits
 from tests.support.madg import MadGCase, fill_generators
 
 PLAIN, LAYERS = MadGCase("MAD-G"), MadGCase("MAD-G-LS")

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_sparse.tuners.madg import generator
 from peft_sparse.tuners.madg.generator import SiteGenerator
-from tests.support.bottleneck import IDS, close, logits
+from tests.support.exact import IDS, close, logits
 from tests.support.madg import MadGCase, generator_parameters
 
 REQUESTS = ("MAD-G", "MAD-G-LS")

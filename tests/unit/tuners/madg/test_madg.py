@@ -18,7 +18,7 @@ from peft_sparse import (
     Typology,
 )
 from peft_sparse.tuners.madg.model import iter_sites
-from tests.support.bottleneck import IDS, close, logits
+from tests.support.exact import IDS, close, logits
 from tests.support.madg import NUM_FEATURES, VECTORS, MadGCase, fill_generators, generator_parameters
 
 PLAIN, LAYERS = MadGCase("MAD-G"), MadGCase("MAD-G-LS")

@@ -21,7 +21,7 @@ from transformers import (
 
 from peft_sparse import LanguageSwitch, MadGConfig, MultiSourceCollator, MultiSourceDataset
 from peft_sparse.tuners.madg.model import state_of
-from tests.support.bottleneck import logits
+from tests.support.exact import logits
 from tests.support.madg import VECTORS, MadGCase, generator_parameters
 from tests.support.quantized import IDS, assert_same_bytes, load, packed_bytes
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from peft_sparse import LotteryTicketConfig, RandConfig
-from tests.support.sparse import close, dense_deltas, fill
+from tests.support.exact import close
+from tests.support.sparse import dense_deltas, fill
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22], [6, 8, 2, 2]])

@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peft_sparse import RandConfig, iter_deltas
-from tests.support.sparse import IDS, Case, close, dense_deltas, fill, logits
+from tests.support.exact import IDS, close, logits
+from tests.support.sparse import Case, dense_deltas, fill
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
