@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -99,7 +97,7 @@ def test_a_saved_and_reloaded_one(tmp_path, caplog):
     assert sum(model.peft_config["default"].counts.values()) == 100
 
 
-def test_an_unpickled_one_in_another_process(tmp_path):
+def test_an_unpickled_one_in_another_process(interpreter, tmp_path):
     torch.save(adapted(), tmp_path / "model.pt")
     script = f"""
 import torch
@@ -107,7 +105,7 @@ model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 import transformers.trainer
 print([c.__name__ for c in transformers.trainer.DEFAULT_CALLBACKS])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = interpreter.run(script)
     assert "FirstPhaseCallback" in done.stdout
 
 
