@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel
 
-from tests.support.models import bert, llama
+from tests.support.models import SMALL, bert, llama
 
+SIZES = {**SMALL, "vocab_size": 30}
 IDS = torch.arange(8)[None]
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, **fields) -> nn.Module:
-    return llama(num_key_value_heads=2, **fields).to(dtype)
+    return llama(**{**SIZES, "num_key_value_heads": 2, **fields}).to(dtype)
 
 
 def tiny_bert() -> nn.Module:
-    return bert(BertModel)
+    return bert(BertModel, **SIZES, max_position_embeddings=512)
 
 
 def tiny_classifier(num_labels: int = 3) -> nn.Module:
-    return bert(BertForSequenceClassification, seed=1, num_labels=num_labels)
+    return bert(BertForSequenceClassification, seed=1, num_labels=num_labels, **SIZES, max_position_embeddings=512)
 
 
 def tune(model: nn.Module, *, share: float = 1.0, scale: float = 0.01) -> nn.Module:

@@ -22,7 +22,7 @@ SETTINGS = {"peft_type": "ROSA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha":
 
 
 def llama(intermediate: int = 24):
-    return models.llama(intermediate_size=intermediate, num_key_value_heads=2)
+    return models.llama(vocab_size=30, intermediate_size=intermediate, num_key_value_heads=2)
 
 
 def rows_of(dense: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

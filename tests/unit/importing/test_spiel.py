@@ -14,8 +14,8 @@ from peft_sparse import import_adapter, merge_checkpoint
 from peft_sparse.checkpoints.adapter_files import read_adapter
 from peft_sparse.checkpoints.shards import Checkpoint
 from peft_sparse.errors import ConfigError, FormatError
+from tests.support import models
 from tests.support.foreign_files import bert, write_peft
-from tests.support.models import llama
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"
@@ -33,6 +33,10 @@ SETTINGS = {
     "candidate_reselection_proportion": 0.2,
     "inference_mode": True,
 }
+
+
+def llama(kind: type = LlamaForCausalLM, **fields):
+    return models.llama(kind, vocab_size=30, num_key_value_heads=2, **fields)
 
 
 @pytest.fixture

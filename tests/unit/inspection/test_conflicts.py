@@ -14,7 +14,7 @@ from tests.support.models import bert
 
 
 def model_with(*names: str):
-    model = get_peft_model(bert(BertModel), config(0), names[0])
+    model = get_peft_model(bert(BertModel, hidden_size=8, intermediate_size=16), config(0), names[0])
     for seed, name in enumerate(names[1:], start=1):
         model.add_adapter(name, config(seed))
     return model
