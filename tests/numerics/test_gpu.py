@@ -211,7 +211,7 @@ def test_compiled(kind):
 @pytest.mark.parametrize("kind", ["nf4", "nf4, double", "nf4, bfloat16 model", "fp4", "8 bit, bfloat16 model"])
 def test_quantised(kind):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the weights of this test")
-    import test_quantized_layers as quantized
+    from tests.numerics import test_quantized_layers as quantized
 
     adapters = ("default", "b")
     quantized.assert_matches(*quantized.make(kind, adapters=adapters, device=DEVICE), adapters)
