@@ -60,7 +60,7 @@ def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything runs around a module's forward: hooks of torch's, or accelerate's."""
     own = vars(module)
-    return "_hf_hook" in own or any(own[hooks] for hooks in _HOOKS)
+    return "_hf_hook" in own or any(map(own.__getitem__, _HOOKS))
 
 
 def called(module: nn.Module, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
