@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from comparison import assert_joined, assert_replicas
-from processes import run
 from safetensors.torch import load_file
-from trainer_cases import train
+
+from tests.support.distributed.comparison import assert_joined, assert_replicas
+from tests.support.distributed.trainers import train
+from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_tokenizers import make_bert, make_llama
 from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -33,6 +32,7 @@ from peft_sparse import (
 from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teacher, distilled_trainer, make_student
 from peft_sparse.distillation.attention import is_checkpointing
 from peft_sparse.distillation.losses import attention_loss, hidden_loss, pair_mask, prediction_loss, prediction_mask
+from tests.support.tokenizers import make_bert, make_llama
 
 IDS = torch.tensor([[1, 5, 7, 9, 2], [4, 6, 8, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}

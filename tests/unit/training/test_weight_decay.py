@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
 from transformers import Trainer
 
 from peft_sparse import RandConfig, SparseAdamW, SparseTrainer, SpielAGConfig, iter_deltas, parameter_groups
+from tests.support.training import Labelled, make_args, make_bert
 
 LR, DECAY = 1e-3, 30.0
 WHAT = {"target_norms": True, "target_biases": True, "modules_to_save": ["classifier"], "init_weights": False}
