@@ -28,11 +28,13 @@ thesis's 0.4 to 1.3 points below the teacher.
 The bootstrap draws test rows, the same ones for both arms and all seeds, and takes the mean difference over seeds: it
 speaks of these seeds' models; the standard deviation over seeds stands beside it. Results are stored as they come, a
 line of `--output` each, models beside them, and a call with the same settings goes on where the last one was stopped.
+Several calls may share the work, by `--arms` and `--seeds`; `--report` then prints the tables of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
@@ -192,8 +194,12 @@ class Bench:
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         folder = self.folder / name
-        if not folder.is_dir():
-            write_whole(folder, make)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Arms and seeds may run side by side, and share what they begin with.
+        with open(self.folder / f".{name}.lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                write_whole(folder, make)
         return folder
 
     @cached_property
@@ -221,15 +227,15 @@ class Bench:
     @cached_property
     def languages(self) -> dict[str, Path]:
         """Adapters of both, on the reduced model; none with --language-steps 0."""
-        shop = Workshop(self.base, self.tokenizer, "lt_sft", seed=self.options.seeds[0], output=self.folder / "run")
+        shop = Workshop(self.base, self.tokenizer, "lt_sft", seed=self.options.seeds[0], output=self.folder / f"run-{os.getpid()}")
         return {
-            code: self._once(f"language-{code}", lambda folder, c=code, t=text: os.rename(self._language(shop, c, t), folder))
+            code: self._once(
+                f"language-{code}",
+                lambda folder, c=code, t=text: os.rename(shop.language(c, t, self.of_language), folder),
+            )
             for code, text in self.data.text.items()
             if self.options.language_steps
         }
-
-    def _language(self, shop: Workshop, code: str, text: list[str]) -> Path:
-        return shop.language(code, text, self.of_language)
 
     # ---- one seed ----------------------------------------------------------------------------------
 
@@ -251,7 +257,7 @@ class Bench:
         steps = self.options.general_steps
         batches = MultiSourceDataset(blocks, num_batches=steps, batch_size=BATCH, exponent=0.0, seed=seed)
         args = TrainingArguments(
-            output_dir=str(self.folder / "run"), max_steps=steps, per_device_train_batch_size=1,
+            output_dir=str(self.folder / f"run-{os.getpid()}"), max_steps=steps, per_device_train_batch_size=1,
             learning_rate=self.options.general_rate, weight_decay=0.0, logging_steps=max(1, steps // 4),
             save_strategy="no", report_to="none", seed=seed, dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False, disable_tqdm=True,
@@ -281,7 +287,7 @@ class Bench:
         rows = TASK.encode(self.tokenizer, self.data.train, labels, self.options.length)
 
         def make(folder: Path) -> None:
-            shop = Workshop(base, self.tokenizer, "lt_sft", seed=seed, output=self.folder / "run")
+            shop = Workshop(base, self.tokenizer, "lt_sft", seed=seed, output=self.folder / f"run-{os.getpid()}")
             sources = {self.data.source: Source(rows, self.data.source)}
             os.rename(shop.task(TASK, sources, labels, below, self.of_task, **how), folder)
 
@@ -307,7 +313,7 @@ class Bench:
     def composed(self, name: str, seed: int):
         base, adapter = self.adapter(name, seed)
         below = self.languages if name == TEACHER else {}
-        shop = Workshop(base, self.tokenizer, "lt_sft", seed=seed, output=self.folder / "run")
+        shop = Workshop(base, self.tokenizer, "lt_sft", seed=seed, output=self.folder / f"run-{os.getpid()}")
         return shop.composed(TASK, self.data.labels, adapter, below), below, adapter
 
     def run(self, name: str, seed: int) -> dict:
@@ -339,7 +345,7 @@ class Bench:
         spent: dict[str, list[float]] = {name: [] for name in models}
         torch.set_num_threads(1)
         with torch.no_grad():
-            for name, model in models.items():
+            for model in models.values():
                 model(**batches[0])
             for batch in batches:
                 for name, model in models.items():
@@ -378,9 +384,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", default="jav")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--general-steps", type=int, default=150, help="of phase 1")
+    parser.add_argument("--general-steps", type=int, default=100, help="of phase 1")
     parser.add_argument("--general-rate", type=float, default=5e-4)
-    parser.add_argument("--dense-steps", type=int, default=64, help="of LT-SFT's first phase")
+    parser.add_argument("--dense-steps", type=int, default=32, help="of LT-SFT's first phase")
     parser.add_argument("--steps", type=int, default=96, help="of its second")
     parser.add_argument("--dense-rate", type=float, default=2e-4)
     parser.add_argument("--rate", type=float, default=5e-4)
