@@ -227,7 +227,9 @@ class Bench:
     @cached_property
     def languages(self) -> dict[str, Path]:
         """Adapters of both, on the reduced model; none with --language-steps 0."""
-        shop = Workshop(self.base, self.tokenizer, "lt_sft", seed=self.options.seeds[0], output=self.folder / f"run-{os.getpid()}")
+        shop = Workshop(
+            self.base, self.tokenizer, "lt_sft", seed=self.options.seeds[0], output=self.folder / f"run-{os.getpid()}"
+        )
         return {
             code: self._once(
                 f"language-{code}",

@@ -14,10 +14,10 @@ first seed. Raw text of NusaX's training rows is that of the language adapters w
 
 **What the thesis has** (its Table 6.3, sentiment, SFT, means over targets): zero-shot without language adapters 70.4,
 with them 78.0; 100 shots 78.3 and 83.2, counted tenfold 83.8; 20 shots tenfold 82.4; machine translation 79.4 and 83.4.
-**What would confirm it here**, written down before the first real run: the mean over seeds of a difference that is above
-0 there is above 0 here, and its 95 % interval over test rows leaves 0 out; **what would refute it**: an interval below 0.
-All else is open. For the lexicon, which is no machine translation, and the gold rows there is nothing to compare with;
-that gold rows are above all else would confirm that they are an upper bound.
+**What would confirm it here**, written down before the first real run: the mean over seeds of a difference that is
+above 0 there is above 0 here, and its 95 % interval over test rows leaves 0 out; **what would refute it**: an interval
+below 0. All else is open. For the lexicon, which is no machine translation, and the gold rows there is nothing to
+compare with; that gold rows are above all else would confirm that they are an upper bound.
 
 Results are stored as they come, a line of `--output` each, and a call with the same settings goes on where the last one
 stopped. The table has the mean of macro F1 over seeds, its standard deviation, and the difference to zero-shot with

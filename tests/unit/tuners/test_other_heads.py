@@ -73,7 +73,7 @@ def saved(folder, cls, config) -> torch.Tensor:
     """An adapter of a class on disk; returns the states under it."""
     tuned = get_peft_model(made(cls), config).eval()
     chance = torch.Generator().manual_seed(2)
-    for name, parameter in tuned.named_parameters():
+    for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.1, generator=chance)
     tuned.save_pretrained(folder)
