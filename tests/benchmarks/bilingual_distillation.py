@@ -85,7 +85,6 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
 FIELDS = ("arm", "seed")
 TASK = TASKS["sentiment"]
-BATCH = 16
 DENSITY = 0.08
 TIME = "time"
 
@@ -184,10 +183,16 @@ class Bench:
         self.data = invented() if options.tiny else read_data(options.data, options.source, options.target)
         length = options.length
         self.of_task = Schedule(
-            options.steps, options.dense_steps, BATCH, options.rate, DENSITY, length, dense_rate=options.dense_rate
+            options.steps,
+            options.dense_steps,
+            options.batch_size,
+            options.rate,
+            DENSITY,
+            length,
+            dense_rate=options.dense_rate,
         )
         self.of_language = Schedule(
-            options.language_steps, options.language_steps, BATCH, options.rate, DENSITY, length, 0.1
+            options.language_steps, options.language_steps, options.batch_size, options.rate, DENSITY, length, 0.1
         )
 
     # ---- what all seeds share ----------------------------------------------------------------------
@@ -257,7 +262,9 @@ class Bench:
     def _distil(self, student, teacher: Teacher, seed: int) -> None:
         blocks = {code: self._blocks(text) for code, text in self.data.text.items()}
         steps = self.options.general_steps
-        batches = MultiSourceDataset(blocks, num_batches=steps, batch_size=BATCH, exponent=0.0, seed=seed)
+        batches = MultiSourceDataset(
+            blocks, num_batches=steps, batch_size=self.options.batch_size, exponent=0.0, seed=seed
+        )
         args = TrainingArguments(
             output_dir=str(self.folder / f"run-{os.getpid()}"), max_steps=steps, per_device_train_batch_size=1,
             learning_rate=self.options.general_rate, weight_decay=0.0, logging_steps=max(1, steps // 4),
@@ -373,7 +380,7 @@ def settings_of(options: argparse.Namespace) -> dict:
     """All that results depend on beside the fields."""
     names = (
         "source", "target", "general_steps", "general_rate", "dense_steps", "steps", "dense_rate", "rate",
-        "language_steps", "length", "tiny",
+        "language_steps", "batch_size", "length", "tiny",
     )  # fmt: skip
     return {"model": Path(options.model).name, **{name: getattr(options, name) for name in names}}
 
@@ -393,6 +400,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense-rate", type=float, default=2e-4)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--language-steps", type=int, default=0, help="of each phase of a language adapter")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=48, help="tokens")
     parser.add_argument("--tiny", action="store_true", help="invented languages and two steps, to see that it runs")
     parser.add_argument("--report", action="store_true", help="only the tables, of what there is")
