@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,11 @@ TASK = "task"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and peak learning rate of a training run; the dense phase of a two-phase method has its own length."""
+    """Length and peak learning rate of a training run; the dense phase of a two-phase method has its own.
+
+    Attributes:
+        dense_rate: None for that of the rest.
+    """
 
     steps: int
     dense_steps: int
@@ -38,6 +42,7 @@ class Schedule:
     max_length: int
     l1: float = 0.0
     targets: str | list[str] = "all"
+    dense_rate: float | None = None
 
 
 class Workshop:
@@ -83,6 +88,8 @@ class Workshop:
         labels: list[str] | None,
         languages: Mapping[str, Path],
         schedule: Schedule,
+        *,
+        trainer: Callable[..., Trainer] = SparseTrainer,
     ) -> Path:
         """The task adapter, trained with the adapter of each batch's language active and frozen below it."""
         model = self._task_model(task, labels)
@@ -102,7 +109,7 @@ class Workshop:
         activate(tuned, next(iter(sources.values())).language)
         if len(sources) == 1:
             rows = next(iter(sources.values())).examples
-            self._fit(tuned, rows, task.collator(self.tokenizer), schedule)
+            self._fit(tuned, rows, task.collator(self.tokenizer), schedule, trainer=trainer)
         else:
             batches = MultiSourceDataset(
                 sources, num_batches=max(schedule.steps, schedule.dense_steps), batch_size=schedule.batch_size,
@@ -110,7 +117,7 @@ class Workshop:
             )  # fmt: skip
             collator = MultiSourceCollator(task.collator(self.tokenizer))
             with LanguageSwitch(tuned, batches.languages, activate=activate, sources=batches.names) as switch:
-                self._fit(tuned, batches, collator, schedule, callbacks=[switch])
+                self._fit(tuned, batches, collator, schedule, trainer=trainer, callbacks=[switch])
         tuned.save_pretrained(self.output, selected_adapters=[TASK])
         return self.output / TASK
 
@@ -137,18 +144,28 @@ class Workshop:
     # ---- both --------------------------------------------------------------------------------------
 
     def _fit(
-        self, model: Any, rows: Any, collator: Any, schedule: Schedule, *, trainer=SparseTrainer, callbacks=()
+        self,
+        model: Any,
+        rows: Any,
+        collator: Any,
+        schedule: Schedule,
+        *,
+        trainer: Callable[..., Trainer] = SparseTrainer,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         is_mixed = isinstance(rows, MultiSourceDataset)
         args = TrainingArguments(
             output_dir=str(self.output / "run"), max_steps=schedule.steps,
             per_device_train_batch_size=1 if is_mixed else schedule.batch_size,
-            learning_rate=schedule.rate * (self.method.rate_factor if trainer is SparseTrainer else 10),
+            learning_rate=schedule.rate * (10 if trainer is Trainer else self.method.rate_factor),
             weight_decay=0.0, logging_steps=max(1, schedule.steps // 2), save_strategy="no", report_to="none",
             seed=self.seed, dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         phases = [getattr(config, "first_phase", None) for config in getattr(model, "peft_config", {}).values()]
-        dense = {"dense_args": {"max_steps": schedule.dense_steps}} if "dense" in phases else {}
+        changes = {"max_steps": schedule.dense_steps}
+        if schedule.dense_rate is not None:
+            changes["learning_rate"] = schedule.dense_rate * self.method.rate_factor
+        dense = {"dense_args": changes} if "dense" in phases else {}
         trainer(
             model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=list(callbacks), **dense
         ).train()

@@ -25,6 +25,7 @@ COMMANDS: tuple[str, ...] = (
     "merge",
     "plan",
     "shrink",
+    "translate",
 )
 
 app = typer.Typer(
@@ -38,7 +39,7 @@ app = typer.Typer(
 
 @app.callback()
 def _commands() -> None:
-    """Make, look at, plan and merge sparse adapters."""
+    """Make, look at, plan and merge sparse adapters; shrink models; translate rows."""
 
 
 for _command in COMMANDS:

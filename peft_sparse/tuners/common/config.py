@@ -59,6 +59,8 @@ class WeightConfig(PeftConfig):
     # Canonical names of the tensors in that file, and what of `modules_to_save` was written into the config with it.
     held_in_file: ClassVar[frozenset[str] | None] = None
     saved_heads: ClassVar[frozenset[str] | None] = None
+    # {parameter or module of that file: its number of weights} that this model has no place for (`other_heads`).
+    left_out: ClassVar[Mapping[str, int]] = {}
     # {what other libraries call a field: what to write here}
     elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
