@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -155,8 +156,11 @@ def first_line(error: object) -> str:
 
 
 def what_is_there(path: Path) -> str:
+    """What the nearest folder of a path that is not there has, the names most like it first."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     names = sorted(f"{one.name}/" if one.is_dir() else one.name for one in folder.iterdir())
+    alike = difflib.get_close_matches(path.relative_to(folder).parts[0], names, n=3)
+    names = [*alike, *(name for name in names if name not in alike)]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"{'this folder' if folder == Path() else folder} has {listed or 'nothing'}"
 
