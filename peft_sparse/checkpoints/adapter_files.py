@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
-from .foreign import COMPOSABLE_SFT, way_in
+from .foreign import COMPOSABLE_SFT, way_in, way_out
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
@@ -82,8 +82,7 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
         raise FormatError(
             way_in(where, config)
             or f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
-            "peft_type 'SPARSE_FT' say which of the model's own weights they change. Others can be used with PEFT: "
-            "PeftModel.from_pretrained(...), merge_and_unload()."
+            f"peft_type 'SPARSE_FT' say which of the model's own weights they change. {way_out(where, kind)}"
         )
     counts = config.setdefault("counts", None)
     is_map = isinstance(counts, dict) and all(type(count) is int and count >= 0 for count in counts.values())

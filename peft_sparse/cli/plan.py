@@ -19,6 +19,7 @@ from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.bottleneck.config import BottleneckConfig
 from ..tuners.sparse_ft.configs.base import METHODS, SparseConfig, method_called
 from . import app
+from ._options import AsJson
 from ._values import parse_dtype, parse_size
 
 _LORA, _BOTTLENECK, _ADA_SFT, _FULL = "lora", "bottleneck", "ada_sft", "full"
@@ -54,7 +55,7 @@ def plan(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     task: Annotated[str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS, ... The model's own class by default.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Memory there is, such as 24GB. Says what fits.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how much memory a training will need, and for what."""
     limit = None if gpu is None else parse_size(gpu, name="--gpu")

@@ -57,6 +57,12 @@ SHOTS = (20, 100)
 WITH, WITHOUT = "with", "without"
 
 
+def nusax(folder: Path, source: str, target: str) -> mixed_data.Mixture:
+    """NusaX and its lexicon, which is from Indonesian, in a folder."""
+    lexicon = {"file": str(folder / "nusax_lexicon" / f"{target}.jsonl"), "words": ("ind", "x")}
+    return mixed_data.real(str(folder / "nusax_senti"), source, target, text=str(folder / "text"), **lexicon)
+
+
 class Bench:
     """Runs arms of one target language.
 
@@ -72,7 +78,7 @@ class Bench:
             self.mixture, world = mixed_data.invented(0)
             self.base = str(tiny_bert(self.folder / "tiny_bert", world, steps=options.steps))
         else:
-            self.mixture, self.base = mixed_data.nusax(options.data, options.source, target), str(options.model)
+            self.mixture, self.base = nusax(options.data, options.source, target), str(options.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.labels = mixed_data.TASK.labels(self.mixture.labelled)
         self._adapters: dict[str, Path] = {}
