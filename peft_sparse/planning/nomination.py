@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..selection.criteria import CRITERIA, WEIGHT
+from ..selection.criteria import CRITERIA, WEIGHT, Criterion, GradientMeans
 from ..tuners.sparse_ft.configs.spiel import SpielAGConfig
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 
@@ -21,11 +22,11 @@ class _Nominator:
     Args:
         num_candidates: how many.
         tracks: whether several updates nominate, so that it is added to the sums so far.
-        weighs: whether sizes are multiplied by a factor for each weight.
+        weigh: gives what sizes are multiplied by, for each weight; None for 1.
     """
 
-    def __init__(self, num_candidates: int, *, tracks: bool, weighs: bool) -> None:
-        self._num_candidates, self._tracks, self._weighs = num_candidates, tracks, weighs
+    def __init__(self, num_candidates: int, *, tracks: bool, weigh: Callable[[], Tensor] | None) -> None:
+        self._num_candidates, self._tracks, self._weigh = num_candidates, tracks, weigh
         self._kept: list[Tensor] = []
 
     def wanted(self) -> Tensor | None:
@@ -35,10 +36,11 @@ class _Nominator:
         bool(torch.isfinite(gradient).all())
         total = gradient.clone() if self._tracks else gradient
         sizes = total.abs()
-        if self._weighs:
-            sizes = sizes * sizes.clone()
+        ranked = sizes if self._weigh is None else sizes * self._weigh()
+        if not self._tracks:
+            del sizes
         # The integer images of a piece of the scores, see `top_k`.
-        images = torch.empty(2 * min(sizes.numel(), 2**24), dtype=torch.int32, device=sizes.device)
+        images = torch.empty(2 * min(ranked.numel(), 2**24), dtype=torch.int32, device=ranked.device)
         del images
         # Where several updates nominate, what is kept of all tensors is there from the second pass on.
         kept = 0 if self._tracks else self._num_candidates * CANDIDATE_BYTES
@@ -47,6 +49,14 @@ class _Nominator:
 
 def watch_for_candidates(deltas: Iterable[AdapterDelta], config: SpielAGConfig) -> None:
     """Let all whole gradients be seen as a window of this config sees them."""
-    how = {"tracks": bool(config.nomination_updates), "weighs": WEIGHT in CRITERIA[config.grow_by].uses}
+    criterion = CRITERIA[config.grow_by]
     for delta in deltas:
-        delta.observer = _Nominator(round(delta.count * config.candidates_per_weight), **how)
+        weigh = partial(_factors, criterion, delta.shape) if WEIGHT in criterion.uses else None
+        count = round(delta.count * config.candidates_per_weight)
+        delta.observer = _Nominator(count, tracks=bool(config.nomination_updates), weigh=weigh)
+
+
+def _factors(criterion: Criterion, shape: tuple[int, ...]) -> Tensor:
+    """As `training.spiel.growth_weights` computes them, of a float32 weight."""
+    weight, ones = torch.empty(shape, device="meta"), torch.ones(shape, device="meta")
+    return criterion.score(weight, GradientMeans(ones, None, 1)).float().reshape(-1)

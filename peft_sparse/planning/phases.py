@@ -232,6 +232,7 @@ def _selection(model: PreTrainedModel, config: SparseConfig, workload: Workload,
         one.delta.indices = one.delta.indices.to("meta")
         one.delta.observer = one
     _take_out_embeddings(tuned)
+    _checkpoint(model, workload)
 
     def end_batch() -> None:
         tuned.zero_grad()
@@ -292,12 +293,7 @@ def _measure(
     watch: Callable[[], object] | None = None,
     scaled: Sequence[nn.Parameter] = (),
 ) -> StepMemory:
-    if workload.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
-        # Its name from transformers 5.24 on, which warns of the older one.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
+    _checkpoint(model, workload)
     hidden = list(unseen)
 
     def first_update() -> None:
@@ -322,6 +318,17 @@ def _measure(
         around=resident(tuned) if is_resident else nullcontext(),
         device_type=workload.device,
     )
+
+
+def _checkpoint(model: PreTrainedModel, workload: Workload) -> None:
+    """Recompute activations, if the workload does."""
+    if not workload.gradient_checkpointing:
+        return
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
+    # Its name from transformers 5.24 on, which warns of the older one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _parts_of(step: StepMemory, optimizer: PlannedOptimizer) -> dict[str, int]:

@@ -503,15 +503,23 @@ def test_nominating_over_whole_updates_tracks_more():
     assert "values of the last reselection" not in plain.parts
 
 
-def test_growth_by_the_weights_too_takes_more_of_each_whole_gradient():
+def test_growth_by_the_weights_too_holds_sizes_and_products_while_updates_nominate():
     def temporaries(grow_by: str) -> int:
-        big = LlamaConfig(**{**SMALL, "intermediate_size": 4000}, architectures=["LlamaForCausalLM"])
-        config = SpielAGConfig(density=0.001, target_modules=["down_proj"], grow_by=grow_by)
+        big = LlamaConfig(**{**SMALL, "intermediate_size": 40_000}, architectures=["LlamaForCausalLM"])
+        config = SpielAGConfig(density=1e-4, target_modules=["down_proj"], grow_by=grow_by, nomination_updates=1)
         return plan_memory(big, config, batch_size=1, sequence_length=1).phases[-1].parts["temporaries"]
 
     assert temporaries("fisher") == temporaries("gradient")
-    # What each weight's gradient is multiplied by, and the product.
-    assert temporaries("weight_times_gradient") - temporaries("gradient") == pytest.approx(2 * 4 * 16 * 4000, rel=0.01)
+    assert temporaries("weight_times_gradient") - temporaries("gradient") == 4 * 16 * 40_000
+
+
+def test_a_selection_recomputes_activations_where_training_does():
+    def activations(**options) -> int:
+        config = OneShotConfig(density=0.1, criterion="fisher")
+        plan = plan_memory(LLAMA, config, batch_size=4, sequence_length=32, **options)
+        return plan.phases[0].parts["activations"]
+
+    assert activations(gradient_checkpointing=True) < activations()
 
 
 def test_more_tokens_than_the_model_has_positions():
