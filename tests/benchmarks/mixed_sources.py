@@ -34,21 +34,17 @@ import zlib
 from pathlib import Path
 from statistics import mean
 
+import mixed_data
 import transformers
 from _bench_runs import Results, spread
+from _invented import tiny_bert
 from _paired import paired
+from _training import Schedule, Workshop, use
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path[:0] = [str(EXAMPLES / "cross_lingual"), str(EXAMPLES)]
-
-import mixed_data  # noqa: E402
-from _invented import tiny_bert  # noqa: E402
-from _training import Schedule, Workshop, use  # noqa: E402
-
-from peft_sparse import Source  # noqa: E402
+from peft_sparse import Source
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"

@@ -39,12 +39,14 @@ class Stage:
         trains: `ADAPTER` or `TARGETS`.
         fields: {field of the config: its value in this stage}, where they differ.
         watches_gradients: whether candidates for growth are nominated by whole gradients in it (SpIEL-AG).
+        selects: whether nothing trains in it, and gradients over batches choose the support.
     """
 
     name: str
     trains: str = ADAPTER
     fields: Mapping[str, Any] = field(default_factory=dict)
     watches_gradients: bool = False
+    selects: bool = False
 
 
 class WeightConfig(PeftConfig):
