@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from typer import BadParameter, Typer
-from typer.testing import CliRunner
+from typer import BadParameter
+
+from tests.support import examples
+from tests.support.examples import EXAMPLES
 
 pytest.importorskip("seqeval", reason="the examples extra has seqeval")
 pytest.importorskip("sklearn", reason="the examples extra has scikit-learn")
 pytest.importorskip("conllu", reason="the examples extra has conllu")
-EXAMPLES = Path(__file__).parents[2] / "examples"
+FOLDERS = (EXAMPLES, EXAMPLES / "cross_lingual")
 
 
 @pytest.fixture
-def modules(monkeypatch):
+def modules():
     """Import a module of the examples by name."""
-    for folder in (EXAMPLES, EXAMPLES / "cross_lingual"):
-        monkeypatch.syspath_prepend(str(folder))
-    yield importlib.import_module
-    for name in [name for name, module in sys.modules.items() if str(EXAMPLES) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
+    with examples.importing(*FOLDERS) as module:
+        yield module
 
 
 @pytest.fixture
@@ -33,15 +30,8 @@ def run(modules, tmp_path):
     """Run the command line in this process; returns (exit code, output with single spaces)."""
 
     def run_example(*arguments: object, name: str = "run") -> tuple[int, str]:
-        module = modules(name)
-        app = Typer()
-        app.command()(module.main)
-        module.console.width = 200
-        with module.console.capture() as captured:
-            result = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "out")])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, re.sub(r"[│╭╮╰╯─\s]+", " ", captured.get() + result.output)
+        code, output = examples.run(modules(name), tmp_path / "out", *arguments)
+        return code, re.sub(r"[│╭╮╰╯─\s]+", " ", output)
 
     return run_example
 
@@ -49,17 +39,9 @@ def run(modules, tmp_path):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
     """The invented world's encoder, hardly pretrained."""
-    folder = tmp_path_factory.mktemp("encoder")
-    paths = [str(EXAMPLES), str(EXAMPLES / "cross_lingual")]
-    sys.path[:0] = paths
-    try:
-        invented = importlib.import_module("_invented")
-        return invented.tiny_bert(folder, invented.World(0), steps=20)
-    finally:
-        for path in paths:
-            sys.path.remove(path)
-        for name in [n for n, m in sys.modules.items() if str(EXAMPLES) in str(getattr(m, "__file__", ""))]:
-            del sys.modules[name]
+    with examples.importing(*FOLDERS) as module:
+        invented = module("_invented")
+        return invented.tiny_bert(tmp_path_factory.mktemp("encoder"), invented.World(0), steps=20)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,31 +20,17 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from typer import BadParameter, Typer
-from typer.testing import CliRunner
+from typer import BadParameter
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support import examples
+from tests.support.examples import EXAMPLES
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Run an example's command line in this process; returns (exit code, output with single spaces)."""
-
-    def run_example(name: str, *arguments: object) -> tuple[int, str]:
-        module = importlib.import_module(name)
-        app = Typer()
-        app.command()(module.main)
-        monkeypatch.setattr(module.console, "width", 200)
-        with module.console.capture() as captured:
-            result = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "out")])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, re.sub(r"\s+", " ", captured.get() + result.output)
-
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield run_example
-    for name in [name for name, module in sys.modules.items() if str(EXAMPLES) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
+def run(tmp_path):
+    """Run an example by its name; returns (exit code, output with single spaces)."""
+    with examples.importing(EXAMPLES) as module:
+        yield lambda name, *arguments: examples.run(module(name), tmp_path / "out", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +64,12 @@ def losses(output: str) -> tuple[float, float]:
     return float(before), float(after)
 
 
-@pytest.mark.parametrize("method", ["spiel_ag", "spiel_ma", "rand", "lottery_ticket", "deft_x", "fisher", "lora"])
+# One of each way through the example; the others are rows of the same ways, in the slow tests.
+METHODS = ["spiel_ag", "lottery_ticket", "fisher", "lora"]
+METHODS += [pytest.param(method, marks=pytest.mark.slow) for method in ("spiel_ma", "rand", "deft_x")]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
     options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--steps", 8]
     options += ["--learning-rate", 0.02, "--dense-learning-rate", 0.02, "--samples", 1]
@@ -98,7 +88,7 @@ def test_instruction_tuning(run, tiny_llama, pairs, tmp_path, method):
     )
 
 
-@pytest.mark.parametrize("method", ["spiel_ag", "lora"])
+@pytest.mark.parametrize("method", ["spiel_ag", pytest.param("lora", marks=pytest.mark.slow)])
 def test_instruction_tuning_on_a_4_bit_base(run, tiny_llama, pairs, tmp_path, method):
     pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
     options = ["--model", tiny_llama, "--data", pairs, "--method", method, "--density", 0.2, "--load-in-4bit"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse.composition.combine import COMBINATIONS, combine
 from peft_sparse.core.delta import SparseDelta
+from tests.support.laws import examples
 
 values_ = st.floats(-1e6, 1e6, width=32)
 
@@ -21,7 +22,7 @@ def deltas(draw: st.DrawFn) -> SparseDelta:
     return SparseDelta(torch.tensor(indices, dtype=torch.int32), torch.tensor(chosen, dtype=torch.float32), (4, 5))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.tuples(deltas(), st.floats(-4, 4)), min_size=1, max_size=4), st.randoms())
 def test_linear_is_the_dense_sum_and_commutes(parts: list[tuple[SparseDelta, float]], random: object) -> None:
     chosen, weights = [delta for delta, _ in parts], [weight for _, weight in parts]
@@ -36,7 +37,7 @@ def test_linear_is_the_dense_sum_and_commutes(parts: list[tuple[SparseDelta, flo
     assert torch.equal(again.values, result.values)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(deltas(), min_size=1, max_size=4), st.sampled_from(sorted(COMBINATIONS)), st.floats(0.05, 1.0))
 def test_supports_only_shrink_and_stay_sorted(chosen: list[SparseDelta], kind: str, density: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +47,7 @@ def test_supports_only_shrink_and_stay_sorted(chosen: list[SparseDelta], kind: s
     assert result.shape == (4, 5)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(deltas(), st.integers(1, 4), st.sampled_from(["ties", "dare_ties"]))
 def test_ties_of_equal_adapters_is_that_adapter(delta: SparseDelta, copies: int, kind: str) -> None:
     result = combine([delta] * copies, [1.0] * copies, kind, density=1.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_sparse.selection.denoise import denoise, denoise_matrix
 from peft_sparse.selection.top_k import top_k
+from tests.support.laws import examples
 
 
 @st.composite
@@ -40,7 +41,7 @@ def same_support(found: Tensor, expected: Tensor, k: int) -> None:
     assert all(abs(float(scores[i]) - threshold) <= 2e-6 * float(scores.max()) for i in differing)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(matrices(), ranks, shares, st.data())
 def test_scale_sign_and_transpose_change_nothing(
     matrix: Tensor, rank: float, share: float, data: st.DataObject
@@ -58,7 +59,7 @@ def test_scale_sign_and_transpose_change_nothing(
     assert torch.equal(denoise(-matrix, rank=rank, residual_density=share), -expected)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(matrices(), ranks, st.data())
 def test_nothing_removed_gives_the_support_of_lt_sft(matrix: Tensor, rank: float, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, matrix.numel()))
@@ -71,7 +72,7 @@ def test_nothing_removed_gives_the_support_of_lt_sft(matrix: Tensor, rank: float
         assert torch.equal(top_k(denoise(matrix, **request).abs(), k, name="w"), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(matrices(), ranks, shares)
 def test_what_is_kept_is_a_better_approximation_the_more_is_kept(matrix: Tensor, rank: float, share: float) -> None:
     alone = denoise_matrix(matrix, rank=rank, residual_density=0.0)

@@ -6,11 +6,12 @@ import struct
 
 import numpy as np
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_sparse.core.exact import values_between
 from peft_sparse.core.overlay import Overlay
+from tests.support.laws import examples
 
 BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 INTEGERS = {32: torch.int32, 16: torch.int16}
@@ -67,7 +68,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.view(torch.uint8).tolist() == other.view(torch.uint8).tolist()
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(pairs())
 @example((torch.tensor([1.0]), torch.tensor([2.0**-30])))
 @example((torch.tensor([-1.0 - 2.0**-23]), torch.tensor([1.0])))
@@ -86,7 +87,7 @@ def test_a_float32_is_found_wherever_one_exists(pair):
     assert not hit or lost or same_bits(merged, target)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(pairs())
 def test_a_float64_reaches_what_is_not_too_small_beside_the_base(pair):
     base, target = pair
@@ -97,7 +98,7 @@ def test_a_float64_reaches_what_is_not_too_small_beside_the_base(pair):
     assert bool(hit) or (base.dtype != torch.float16 and ratio > 2**29)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(pairs(), st.sampled_from([torch.float32, torch.float64]))
 @example((torch.tensor([-0.0]), torch.tensor([0.0])), torch.float32)
 @example((torch.tensor([-0.0], dtype=torch.float16), torch.tensor([0.0])), torch.float64)
@@ -108,7 +109,7 @@ def test_equal_weights_stay_as_they_are(pair, dtype):
     assert same_bits(overlaid(base, values), base)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(weights(torch.bfloat16), weights(torch.float32))
 def test_a_narrow_base_reaches_a_wide_target_when_it_is_widened(base, target):
     values, hit = values_between(base, target, dtype=torch.float32)

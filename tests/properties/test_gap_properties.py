@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft_sparse.core.gaps import decode_gaps, encode_gaps
 from peft_sparse.core.indices import check_indices, index_dtype
 from peft_sparse.errors import FormatError
+from tests.support.laws import examples
 
 
 @st.composite
@@ -24,7 +25,7 @@ def supports(draw: st.DrawFn, max_numel: int = 3_000) -> tuple[torch.Tensor, tup
     return chosen.nonzero().squeeze(1).to(index_dtype(numel)), shape
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(supports())
 def test_round_trip(case: tuple[torch.Tensor, tuple[int, ...]]) -> None:
     indices, shape = case
@@ -34,7 +35,7 @@ def test_round_trip(case: tuple[torch.Tensor, tuple[int, ...]]) -> None:
     assert found == shape
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.sets(st.integers(0, 2**40 - 1), max_size=30))
 def test_round_trip_of_huge_tensors(chosen: set[int]) -> None:
     indices = torch.tensor(sorted(chosen), dtype=torch.int64)
@@ -59,7 +60,7 @@ def test_a_changed_byte_is_refused_or_another_support(case: tuple[torch.Tensor, 
         assert torch.equal(encode_gaps(result, found), damaged)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.binary(max_size=60))
 def test_arbitrary_bytes_are_refused_or_canonical(content: bytes) -> None:
     received = torch.tensor(list(content), dtype=torch.uint8)

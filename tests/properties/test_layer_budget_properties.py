@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse.selection.budget import bernoulli_counts, groups_of
@@ -13,6 +13,7 @@ from peft_sparse.selection.layer_budgets import LAYER_BUDGETS, measured_shares, 
 from peft_sparse.selection.random import bernoulli_count
 from peft_sparse.selection.shortlist import Shortlist
 from peft_sparse.selection.top_k import joint_top_k
+from tests.support.laws import examples
 
 INSIDE = ["attn.q.weight", "attn.q.bias", "mlp.up.weight", "norm.weight"]
 OUTSIDE = ["embed_tokens.weight", "embeddings.LayerNorm.bias", "final_norm.weight", "pooler.dense.weight", "weight"]
@@ -32,7 +33,7 @@ def models(draw: st.DrawFn, fewest_layers: int = 1) -> dict[str, int]:
     return dict(zip(draw(st.permutations(names)), sizes, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(models(fewest_layers=3), st.sampled_from(list(LAYER_BUDGETS)), st.integers(0, 200))
 def test_ready_made_budgets_partition_any_model(sizes: dict[str, int], budget: str, total: int) -> None:
     zones = zones_of(budget, sizes)
@@ -46,7 +47,7 @@ def test_ready_made_budgets_partition_any_model(sizes: dict[str, int], budget: s
         assert abs(group.count - zone.share * total) < 1
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(models(), st.data())
 def test_a_measured_budget_gives_back_the_distribution_it_measured(sizes: dict[str, int], data: st.DataObject) -> None:
     counts = {
@@ -63,7 +64,7 @@ def test_a_measured_budget_gives_back_the_distribution_it_measured(sizes: dict[s
     assert [group.count for group in groups] == [sum(counts[name] for name in group.members) for group in groups]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(models(), st.integers(0, 2**64), st.data())
 def test_bernoulli_counts_fit_and_repeat(sizes: dict[str, int], seed: int, data: st.DataObject) -> None:
     groups = groups_of("global", data.draw(st.integers(0, sum(sizes.values()))), sizes)
@@ -79,7 +80,7 @@ def test_bernoulli_counts_fit_and_repeat(sizes: dict[str, int], seed: int, data:
 floats = st.one_of(st.sampled_from([0.0, 1.0, -1.0, float("inf")]), st.floats(width=32, allow_nan=False))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(st.lists(floats, max_size=12), min_size=1, max_size=6), st.data())
 def test_a_shortlist_of_parts_equals_the_joint_top_k(parts: list[list[float]], data: st.DataObject) -> None:
     scores = {f"p{i}": torch.tensor(part, dtype=torch.float32) for i, part in enumerate(parts)}

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from peft_sparse import MultiSourceDataset
 from peft_sparse.training.languages.multisource import sampling_probabilities
+from tests.support.laws import examples
 
 sizes_ = st.lists(st.integers(1, 30), min_size=1, max_size=5).map(
     lambda found: {f"l{i}": n for i, n in enumerate(found)}
@@ -27,7 +28,7 @@ def datasets(draw: st.DrawFn) -> MultiSourceDataset:
     return MultiSourceDataset(sources, **numbers, cap=draw(st.integers(1, 40)), seed=draw(st.integers(0, 2**40)))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.dictionaries(st.text(max_size=3), st.integers(1, 10**7), min_size=1), st.integers(1, 10**7), st.floats(0, 1))
 def test_probabilities_are_those_of_the_formula(sizes, cap, exponent):
     found = sampling_probabilities(sizes, cap=cap, exponent=exponent)

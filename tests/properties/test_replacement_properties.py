@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse.core.indices import check_indices
 from peft_sparse.selection.replacement import Candidates, drop_and_grow, redistribute
 from peft_sparse.selection.schedule import Schedule
+from tests.support.laws import examples
 
 NUMEL = 40
 # Few values, so that ties are the rule.
@@ -47,7 +48,7 @@ def tensors(scored: Scored) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(indices, dtype=torch.int32), values
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(tuned, tuned, st.data())
 def test_one_tensor(weak: Scored, strong: Scored, data: st.DataObject) -> None:
     num = data.draw(st.integers(0, len(weak)))
@@ -60,7 +61,7 @@ def test_one_tensor(weak: Scored, strong: Scored, data: st.DataObject) -> None:
     assert result.num_dropped == result.num_grown <= num
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.tuples(tuned, tuned), min_size=1, max_size=4), st.data())
 def test_several_tensors(pairs: list[tuple[Scored, Scored]], data: st.DataObject) -> None:
     weak, strong = [list(side) for side in zip(*pairs, strict=True)]
@@ -78,7 +79,7 @@ def test_several_tensors(pairs: list[tuple[Scored, Scored]], data: st.DataObject
     assert sum(r.count for r in result.values()) == sum(map(len, weak))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(tuned, tuned, st.data())
 def test_everything_is_carried_with_its_weight(weak: Scored, strong: Scored, data: st.DataObject) -> None:
     num = data.draw(st.integers(0, len(weak)))
@@ -92,7 +93,7 @@ def test_everything_is_carried_with_its_weight(weak: Scored, strong: Scored, dat
     assert set(indices[result.dropped].tolist()) == set(weak) - set(result.indices.tolist())
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.integers(1, 30),
     st.integers(1, 30),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from peft_sparse.core.indices import check_indices
 from peft_sparse.selection.budget import allocate, draw_counts, groups_of, round_density, total_from_request
 from peft_sparse.selection.random import random_counts, random_indices
 from peft_sparse.selection.top_k import joint_top_k, streamed_top_k, top_k
+from tests.support.laws import examples
 
 # Few different values, so that most examples have ties; all float32 otherwise.
 floats = st.one_of(
@@ -37,7 +38,7 @@ def by_sorting(scores: list[float], k: int) -> list[int]:
     return sorted(np.argsort(-np.array(scores, dtype=np.float32), kind="stable")[:k].tolist())
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(floats, max_size=60), st.data())
 def test_top_k_equals_sorting(scores: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, len(scores)))
@@ -47,7 +48,7 @@ def test_top_k_equals_sorting(scores: list[float], data: st.DataObject) -> None:
     assert result.tolist() == by_sorting(scores, k)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.lists(floats, max_size=15), min_size=1, max_size=5), st.data())
 def test_joint_top_k_equals_top_k_of_the_concatenation(parts: list[list[float]], data: st.DataObject) -> None:
     flat = [score for part in parts for score in part]
@@ -62,7 +63,7 @@ def test_joint_top_k_equals_top_k_of_the_concatenation(parts: list[list[float]],
 steps = st.integers(-3, 12).map(float)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     st.lists(st.lists(st.one_of(floats, steps), max_size=15), max_size=8), st.sampled_from([None, 0.0, -1.0]), st.data()
 )
@@ -76,7 +77,7 @@ def test_streamed_top_k_equals_joint_top_k(
     assert found == expected
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(size_maps, st.data())
 def test_uniform_is_exact_and_within_one_of_proportional(sizes: dict[str, int], data: st.DataObject) -> None:
     targeted = sum(sizes.values())
@@ -90,7 +91,7 @@ def test_uniform_is_exact_and_within_one_of_proportional(sizes: dict[str, int], 
         assert abs(count * targeted - total * sizes[name]) < max(targeted, 1)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     size_maps, st.floats(0, 1, exclude_min=True), st.sampled_from(["uniform", "global", "shares"]), st.integers(0, 99)
 )
@@ -108,7 +109,7 @@ def test_any_density_gives_counts_that_sum_to_it(sizes: dict[str, int], density:
     assert all(0 <= counts[name] <= sizes[name] for name in sizes)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.integers(0, 500), max_size=8), st.data())
 def test_random_counts_fit(sizes: list[int], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, sum(sizes)))
@@ -118,7 +119,7 @@ def test_random_counts_fit(sizes: list[int], data: st.DataObject) -> None:
     assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.one_of(st.integers(0, 300), st.integers(2**31 - 5, 2**31 + 5)), st.integers(0, 2**64), st.text(), st.data())
 def test_random_indices_are_a_support(numel: int, seed: int, name: str, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, min(numel, 200)))

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse import Typology
+from tests.support.laws import examples
 
 CODES = ["eng", "ind", "quy", "ace", "jav", "bxr"]
 numbers = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-100, 100, width=32))
@@ -23,7 +24,7 @@ def tables(draw: st.DrawFn) -> dict[str, list[float]]:
     return {code: draw(st.lists(numbers, min_size=width, max_size=width)) for code in codes}
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(tables(), st.randoms())
 def test_saving_gives_back_the_same(table, random):
     typology = Typology.from_vectors(table)
@@ -36,7 +37,7 @@ def test_saving_gives_back_the_same(table, random):
     assert Typology.from_vectors({code: table[code] for code in order}).digest == typology.digest
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(tables(), st.data())
 def test_the_digest_changes_with_any_value(table, data):
     code = data.draw(st.sampled_from(sorted(table)))
@@ -46,7 +47,7 @@ def test_the_digest_changes_with_any_value(table, data):
     assert Typology.from_vectors(changed).digest != Typology.from_vectors(table).digest
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(tables(), st.floats(0.01, 10), st.integers(1, 6))
 def test_nearest_and_weights(table, temperature, n):
     typology = Typology.from_vectors(table)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from peft_sparse.distillation.counting import compare, count
 from peft_sparse.distillation.tokenizer_json import always_kept, renumbered, vocabulary_of, with_ancestors
+from tests.support.laws import examples
 from tests.support.tokenizers import KINDS, all_words, make, random_texts
 
 
@@ -25,7 +26,7 @@ def reduce(tokenizer: Tokenizer, texts: list[str], **limits) -> tuple[dict, dict
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100)
+@examples(100)
 @given(seed=st.integers(0, 2**32), texts=st.integers(1, 4))
 def test_counted_text_is_tokenised_identically(kind, seed, texts):
     rng = random.Random(seed)

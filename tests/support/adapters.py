@@ -1,4 +1,4 @@
-"""One adapter of each tuner type, none of which is the identity, for what all of them must do alike."""
+"""An adapter of each type, none of which is the identity, for what all of them must do alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, MadGConfig, RandConfig
+from tests.support.models import llama
 
 TYPES = ("SPARSE_FT", "ADA_SFT", "BOTTLENECK", "MAD_G")
 _VECTORS = {"eng": torch.linspace(0, 1, 289), "quy": torch.linspace(1, 0, 289)}
@@ -34,3 +35,34 @@ def adapted(kind: str, base: nn.Module, *names: str, **fields) -> PeftModel:
         if any(f".{name}." in tuned for name in names) and parameter.is_floating_point():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+SPARSE = {"density": 0.2, "init_weights": False}
+
+
+def tuned(kind: str = "sparse", model: nn.Module | None = None, **fields) -> PeftModel:
+    """A model with a random adapter of a kind: "sparse" (all linear weights), "all", "ada" or "bottleneck"."""
+    configs = {
+        "sparse": lambda: RandConfig(**{**SPARSE, "target_modules": "all-linear", **fields}),
+        "all": lambda: RandConfig(**{**SPARSE, "target_modules": "all", **fields}),
+        "ada": lambda: config("ADA_SFT", **fields),
+        "bottleneck": lambda: config("BOTTLENECK", **fields),
+    }
+    base = llama() if model is None else model
+    torch.manual_seed(1)
+    return get_peft_model(base, configs[kind]()).eval()
+
+
+# Configs of each type as their defaults are, with little else said.
+CONFIGS = {
+    "sparse": lambda: RandConfig(density=0.1, target_modules="all-linear", init_weights=False),
+    "ada": lambda: AdaSftConfig(target_modules=["q_proj", "up_proj"], init_weights=False),
+    "bottleneck": lambda: BottleneckConfig(bottleneck_size=4, init_weights=False),
+    "madg": lambda: MadGConfig(
+        bottleneck_size=4,
+        language_dim=3,
+        typology={"eng": torch.arange(5.0) / 5, "quy": torch.ones(5)},
+        language="eng",
+        init_weights=False,
+    ),
+}

@@ -7,31 +7,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification, BertModel
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 30,
-}
+from tests.support.models import bert, llama
+
 IDS = torch.arange(8)[None]
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, **fields) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields})).to(dtype).eval()
+def tiny_llama(dtype: torch.dtype = torch.float32, **fields) -> nn.Module:
+    return llama(num_key_value_heads=2, **fields).to(dtype)
 
 
-def tiny_bert() -> BertModel:
-    torch.manual_seed(0)
-    return BertModel(BertConfig(**SIZES)).eval()
+def tiny_bert() -> nn.Module:
+    return bert(BertModel)
 
 
-def tiny_classifier(num_labels: int = 3) -> BertForSequenceClassification:
-    torch.manual_seed(1)
-    return BertForSequenceClassification(BertConfig(**SIZES, num_labels=num_labels)).eval()
+def tiny_classifier(num_labels: int = 3) -> nn.Module:
+    return bert(BertForSequenceClassification, seed=1, num_labels=num_labels)
 
 
 def tune(model: nn.Module, *, share: float = 1.0, scale: float = 0.01) -> nn.Module:

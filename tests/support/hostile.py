@@ -22,9 +22,10 @@ Change = Callable[[Path], object]
 
 @contextlib.contextmanager
 def little_time_and_memory() -> Iterator[None]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    # Processor time: a busy machine is no fault of a reader, and one that waits for ever meets the limit of every test.
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     yield
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1000
 
 

@@ -61,6 +61,7 @@ class Interpreter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._server is not None:
+            self._server.kill()
             self._server.communicate()
         self._folder.cleanup()
 

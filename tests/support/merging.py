@@ -9,40 +9,17 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from peft_sparse import RandConfig, SparseDelta
 from peft_sparse.checkpoints import native
 from peft_sparse.checkpoints.shards import Checkpoint
-
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
-BERT = BertConfig(**SMALL, max_position_embeddings=12)
-
-
-def llama(**fields) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SMALL, **fields))
-
-
-def t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(
-        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=30, decoder_start_token_id=0)
-    )
-
+from tests.support.models import bert, gpt2, llama, t5
 
 MODELS = {
     "llama": llama,
     "tied llama": lambda: llama(tie_word_embeddings=True),
-    "bert": lambda: BertForMaskedLM(BERT),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=12)),
+    "bert": bert,
+    "gpt2": gpt2,
     "t5": t5,
 }
 

@@ -1,36 +1,63 @@
-"""Tiny models for the tests of what a user does around a tuned model."""
+"""Tiny models of transformers' classes, each with the same weights every time it is made."""
 
 from __future__ import annotations
 
-import torch
-from peft import get_peft_model
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from typing import Any
 
-from peft_sparse import AdaSftConfig, BottleneckConfig, RandConfig
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 IDS = torch.tensor([[3, 9, 4, 1, 7, 7], [2, 8, 8, 5, 6, 11]])
-SPARSE = {"density": 0.2, "init_weights": False}
+SMALL = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def llama(**fields) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **fields})).eval()
+def llama(cls: type = LlamaForCausalLM, *, seed: int = 0, **fields: Any) -> nn.Module:
+    """A decoder of two layers; `fields` of its config beside the sizes, or instead of them."""
+    own = {"num_key_value_heads": 1, "max_position_embeddings": 32, "tie_word_embeddings": False}
+    return _made(cls, LlamaConfig(**{**SMALL, **own, **fields}), seed)
 
 
-def tuned(kind: str = "sparse", model: nn.Module | None = None, **fields):
-    """A model with a random adapter of a kind: "sparse" (all linear weights), "all", "ada" or "bottleneck"."""
-    configs = {
-        "sparse": lambda: RandConfig(**{**SPARSE, "target_modules": "all-linear", **fields}),
-        "all": lambda: RandConfig(**{**SPARSE, "target_modules": "all", **fields}),
-        "ada": lambda: AdaSftConfig(**{"target_modules": "all-linear", "init_weights": False, **fields}),
-        "bottleneck": lambda: BottleneckConfig(**{"bottleneck_size": 4, "init_weights": False, **fields}),
-    }
-    base = llama() if model is None else model
-    torch.manual_seed(1)
-    return get_peft_model(base, configs[kind]()).eval()
+def bert(cls: type = BertForMaskedLM, *, seed: int = 0, **fields: Any) -> nn.Module:
+    """An encoder of two layers."""
+    return _made(cls, BertConfig(**{**SMALL, "max_position_embeddings": 16, **fields}), seed)
+
+
+def gpt2(cls: type = GPT2LMHeadModel, *, seed: int = 0, **fields: Any) -> nn.Module:
+    """A decoder of two layers, with layers of the class Conv1D and tied embeddings."""
+    sizes = {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return _made(cls, GPT2Config(**{**sizes, **fields}), seed)
+
+
+def t5(*, seed: int = 0, **fields: Any) -> nn.Module:
+    """An encoder and a decoder of one layer, with tied embeddings."""
+    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return _made(T5ForConditionalGeneration, T5Config(**{**sizes, "decoder_start_token_id": 0, **fields}), seed)
+
+
+def bart(*, seed: int = 0, **fields: Any) -> nn.Module:
+    """An encoder and a decoder of one layer, with tied embeddings."""
+    sizes: dict[str, Any] = {"vocab_size": 20, "d_model": 16, "max_position_embeddings": 16}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    return _made(BartForConditionalGeneration, BartConfig(**{**sizes, **fields}), seed)
+
+
+def _made(cls: type, config: PreTrainedConfig, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return cls(config).eval()
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:

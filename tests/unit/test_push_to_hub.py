@@ -21,11 +21,11 @@ import torch
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 from safetensors.torch import load
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import RandConfig
 from peft_sparse.checkpoints import native
 from tests.support.interpreter import Interpreter
+from tests.support.models import llama
 
 REPO = "some-user/sparse-adapter"
 
@@ -266,14 +266,7 @@ def test_pushing_again_keeps_the_words_on_the_hub_and_refuses_a_damaged_download
 
 
 def test_a_saved_model_can_still_be_copied_and_pickled(tmp_path):
-    shape = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 8,
-    }
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**shape)), RandConfig(density=0.5, init_weights=False)).eval()
+    model = get_peft_model(llama(), RandConfig(density=0.5, init_weights=False)).eval()
     model.save_pretrained(tmp_path)
     ids = torch.arange(4)[None]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

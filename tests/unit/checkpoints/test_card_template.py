@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, RandConfig
 from peft_sparse.checkpoints.card_template import without_empty_sections
+from tests.support.models import llama
 
 TEMPLATE = ModelCard.from_template(ModelCardData()).text
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def test_nothing_of_the_template_stays():
@@ -43,7 +43,7 @@ def test_a_card_of_ones_own_is_left_alone():
 
 @pytest.mark.parametrize("config", [RandConfig(density=0.1), AdaSftConfig(), BottleneckConfig(bottleneck_size=4)])
 def test_a_saved_card_names_no_folder_and_has_no_empty_section(tmp_path, config):
-    LlamaForCausalLM(LlamaConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path / "private" / "base-model")
+    llama(num_hidden_layers=1).save_pretrained(tmp_path / "private" / "base-model")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "private" / "base-model")
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     card = ModelCard((tmp_path / "adapter" / "README.md").read_text())

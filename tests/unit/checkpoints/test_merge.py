@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -29,17 +28,15 @@ from peft_sparse.checkpoints import native
 from peft_sparse.checkpoints.shards import WEIGHTS, Checkpoint
 from peft_sparse.errors import ConfigError, FormatError
 from tests.support.merging import (
-    BERT,
     MODELS,
-    SMALL,
     assert_same,
-    llama,
     load,
     one_weight,
     save_adapter,
     save_base,
     write_adapter,
 )
+from tests.support.models import SMALL, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -124,7 +121,7 @@ def test_another_dtype_is_rounded_to_once(tmp_path):
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
 def test_a_classifier_on_the_checkpoint_of_another_class(base_class, task, tmp_path, caplog):
     torch.manual_seed(0)
-    base = save_base(tmp_path, base_class(BertConfig(**SMALL, max_position_embeddings=12)))
+    base = save_base(tmp_path, bert(base_class))
     classifier = BertForSequenceClassification.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True)
     heads = None if task else ["classifier"]
     model = get_peft_model(
@@ -156,7 +153,7 @@ def test_a_classifier_on_the_checkpoint_of_another_class(base_class, task, tmp_p
 
 
 def test_a_language_adapter_of_a_masked_lm_fits_the_checkpoint_of_the_bare_model(tmp_path):
-    base = save_base(tmp_path, BertModel(BERT))
+    base = save_base(tmp_path, bert(BertModel))
     adapter = save_adapter(tmp_path, BertForMaskedLM.from_pretrained(base))
     merge_checkpoint(base, [adapter], tmp_path / "out")
     expected = load(BertForMaskedLM, base, adapter).merge_and_unload().bert
@@ -167,7 +164,7 @@ def test_a_language_adapter_of_a_masked_lm_fits_the_checkpoint_of_the_bare_model
 
 
 def test_names_of_older_versions(tmp_path):
-    model = BertForMaskedLM(BERT)
+    model = bert()
     base = save_base(tmp_path, model)
     adapter = save_adapter(tmp_path, model)
     older = {
@@ -220,7 +217,7 @@ def token_classifier(folder: Path, base: Path, name: str, seed: int) -> Path:
 
 
 def test_a_language_and_a_task(tmp_path):
-    base = save_base(tmp_path, BertForMaskedLM(BERT))
+    base = save_base(tmp_path, bert())
     language = save_adapter(tmp_path, BertForMaskedLM.from_pretrained(base), "language")
     task = token_classifier(tmp_path, base, "task", 3)
     merge_checkpoint(base, [language, task], tmp_path / "out", weights=[1.0, 1.0])
@@ -236,7 +233,7 @@ def test_a_language_and_a_task(tmp_path):
 
 
 def test_one_head_of_several_must_be_named(tmp_path):
-    base = save_base(tmp_path, BertForMaskedLM(BERT))
+    base = save_base(tmp_path, bert())
     one, two = (token_classifier(tmp_path, base, f"task{seed}", seed) for seed in (1, 2))
     with pytest.raises(ConfigError, match=r"all have heads \(modules_to_save\): say whose to keep with head_from"):
         merge_checkpoint(base, [one, two], tmp_path / "out")

@@ -15,7 +15,8 @@ from peft_sparse import merge_checkpoint
 from peft_sparse.checkpoints import native
 from peft_sparse.checkpoints.shards import WEIGHTS, Checkpoint
 from peft_sparse.errors import ConfigError, FormatError
-from tests.support.merging import BERT, llama, one_weight, save_base, write_adapter
+from tests.support.merging import one_weight, save_base, write_adapter
+from tests.support.models import bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -83,7 +84,7 @@ def test_a_quantised_checkpoint(base, tmp_path):
 
 
 def test_a_head_of_another_size(tmp_path):
-    base = save_base(tmp_path, BertModel(BERT))
+    base = save_base(tmp_path, bert(BertModel))
     heads = {"classifier.weight": torch.zeros(3, 5), "classifier.bias": torch.zeros(3)}
     adapter = write_adapter(tmp_path / "a", {}, heads, modules_to_save=["classifier"], task_type="SEQ_CLS")
     match = r"head does not fit BertForSequenceClassification(.|\n)*classifier\.weight: of shape \(3, 5\) in the"

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from peft_sparse.checkpoints import shards
 from peft_sparse.checkpoints.shards import INDEX, WEIGHTS, Checkpoint, ShardWriter, copy_companions
 from peft_sparse.errors import ConfigError, FormatError
+from tests.support.models import llama
 
 TENSORS = {
     "a.weight": torch.arange(12.0).view(3, 4),
@@ -24,9 +25,7 @@ TENSORS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    model = llama(num_key_value_heads=2)
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder / "one")
     model.save_pretrained(folder / "many", max_shard_size="6KB")

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.cli import app, main
+from tests.support.models import llama
 
 RUNNER = CliRunner()
 
@@ -20,10 +19,8 @@ RUNNER = CliRunner()
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("pair")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     for seed, name in enumerate(("base", "tuned")):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)).save_pretrained(folder / name)
+        llama(seed=seed).save_pretrained(folder / name)
     return str(folder / "base"), str(folder / "tuned")
 
 

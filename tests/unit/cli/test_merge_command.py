@@ -9,23 +9,20 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from peft_sparse import RandConfig
 from peft_sparse.checkpoints.shards import Checkpoint, ShardWriter
 from peft_sparse.cli import app, main
 from peft_sparse.errors import ConfigError
+from tests.support.models import llama
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("merge")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    folder, model = tmp_path_factory.mktemp("merge"), llama(num_hidden_layers=1)
     model.save_pretrained(folder / "base")
     config = RandConfig(num_weights=50, init_weights=False, target_modules=["up_proj"])
     get_peft_model(model, config).save_pretrained(folder / "adapter")

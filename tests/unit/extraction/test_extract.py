@@ -18,7 +18,8 @@ from peft_sparse.checkpoints.shards import WEIGHTS
 from peft_sparse.errors import ConfigError, FormatError, SelectionError
 from peft_sparse.selection.denoise import denoise
 from peft_sparse.selection.top_k import joint_top_k
-from tests.support.checkpoints import SIZES, save, tiny_bert, tiny_classifier, tiny_llama, tune
+from tests.support.checkpoints import save, tiny_bert, tiny_classifier, tiny_llama, tune
+from tests.support.models import SMALL
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -336,7 +337,7 @@ def test_what_no_adapter_can_hold_is_named(tmp_path, caplog):
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    sizes = {name: SIZES[name] for name in SIZES if name != "vocab_size"}
+    sizes = {name: SMALL[name] for name in SMALL if name != "vocab_size"}
     base = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
     tuned = copy.deepcopy(base)
     tuned.embeddings.cls_token.data += 2.0
@@ -380,7 +381,7 @@ def test_the_config_names_the_revision(saved, tmp_path):
 
 def test_models_without_a_common_class_name_still_match(tmp_path):
     # The head's class does not matter, only its tensors do.
-    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    base = LlamaForCausalLM(LlamaConfig(**SMALL))
     save(base.model, tmp_path / "bare")
     tuned = tune(base)
     save(tuned, tmp_path / "tuned")

@@ -9,8 +9,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -22,7 +20,6 @@ from peft_sparse import Extraction, extract_adapter, iter_deltas
 from peft_sparse.checkpoints.files import verify_file
 from tests.support.checkpoints import (
     IDS,
-    SIZES,
     assert_same_weights,
     bits,
     output,
@@ -32,6 +29,7 @@ from tests.support.checkpoints import (
     tiny_llama,
     tune,
 )
+from tests.support.models import SMALL, bert
 
 EVERYTHING = [{"density": 1.0}, {"num_weights": "changed"}]
 
@@ -158,7 +156,7 @@ def test_a_head_that_the_base_lacks_is_saved_whole(tmp_path, request_):
 
 def test_head_and_pooler_over_a_masked_language_model(tmp_path):
     torch.manual_seed(0)
-    base, classifier = BertForMaskedLM(BertConfig(**SIZES)).eval(), tiny_classifier()
+    base, classifier = bert(), tiny_classifier()
     classifier.bert.load_state_dict(base.bert.state_dict(), strict=False)
     tuned = tune(classifier)
     found = extract(base, tuned, tmp_path, density=1.0)
@@ -169,7 +167,7 @@ def test_head_and_pooler_over_a_masked_language_model(tmp_path):
 def test_a_classifier_over_a_language_model(tmp_path):
     base = tiny_llama()
     torch.manual_seed(2)
-    classifier = LlamaForSequenceClassification(type(base.config)(**SIZES, num_labels=4, pad_token_id=0))
+    classifier = LlamaForSequenceClassification(type(base.config)(**SMALL, num_labels=4, pad_token_id=0))
     classifier.model.load_state_dict(base.model.state_dict())
     tuned = tune(classifier)
     found = extract(base, tuned, tmp_path, density=1.0)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import GivenConfig, import_adapter, import_mask
 from peft_sparse.checkpoints.adapter_files import read_adapter
 from peft_sparse.errors import ConfigError, FormatError
+from tests.support import models
 from tests.support.foreign_files import bert, write_peft
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -22,9 +22,7 @@ SETTINGS = {"peft_type": "ROSA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha":
 
 
 def llama(intermediate: int = 24):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
-    return LlamaForCausalLM(LlamaConfig(intermediate_size=intermediate, **sizes)).eval()
+    return models.llama(intermediate_size=intermediate, num_key_value_heads=2)
 
 
 def rows_of(dense: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

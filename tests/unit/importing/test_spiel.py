@@ -15,6 +15,7 @@ from peft_sparse.checkpoints.adapter_files import read_adapter
 from peft_sparse.checkpoints.shards import Checkpoint
 from peft_sparse.errors import ConfigError, FormatError
 from tests.support.foreign_files import bert, write_peft
+from tests.support.models import llama
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"
@@ -32,12 +33,6 @@ SETTINGS = {
     "candidate_reselection_proportion": 0.2,
     "inference_mode": True,
 }
-
-
-def llama(kind: type = LlamaForCausalLM, **fields):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return kind(LlamaConfig(vocab_size=30, **sizes, **fields)).eval()
 
 
 @pytest.fixture

@@ -6,17 +6,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from peft_sparse import ConfigError, RandConfig, conflicts, iter_deltas
 from tests.support.known_adapters import first, second
-
-SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+from tests.support.models import bert
 
 
 def model_with(*names: str):
-    torch.manual_seed(0)
-    model = get_peft_model(BertModel(BertConfig(vocab_size=20, **SIZES)), config(0), names[0])
+    model = get_peft_model(bert(BertModel), config(0), names[0])
     for seed, name in enumerate(names[1:], start=1):
         model.add_adapter(name, config(seed))
     return model

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 from typer.testing import CliRunner
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, FormatError, RandConfig, inspect_adapter
 from peft_sparse.cli import app
+from tests.support.models import bert
 
 LINEARS = ["query", "value"]
 CHANGES = {
@@ -29,9 +30,7 @@ OTHERS = {
 
 
 def saved(folder, config):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = get_peft_model(BertModel(BertConfig(**sizes, vocab_size=30, max_position_embeddings=20)), config)
+    model = get_peft_model(bert(BertModel), config)
     model.save_pretrained(folder)
     return model
 

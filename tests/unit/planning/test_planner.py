@@ -239,7 +239,7 @@ def test_what_depends_on_data_is_planned_for_data_that_asks_for_everything():
 
 def test_options_change_what_they_should():
     def parts(**options) -> dict[str, int]:
-        return dict(plan_memory(LLAMA, SpielAGConfig(**REQUEST), **{"sequence_length": 16, **options}).phases[0].parts)
+        return dict(plan_memory(LLAMA, RandConfig(**REQUEST), **{"sequence_length": 16, **options}).phases[0].parts)
 
     plain = parts()
     assert 1.9 < parts(batch_size=8)["activations"] / parts(batch_size=4)["activations"] < 2.1

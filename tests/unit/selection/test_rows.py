@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse import ConfigError, SelectionError
@@ -23,6 +23,7 @@ from peft_sparse.selection.rows import (
     rows_of,
 )
 from peft_sparse.selection.top_k import joint_top_k
+from tests.support.laws import examples
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, True, "0.1", float("nan"), [0.1]])
@@ -96,7 +97,7 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 6))
 shares = st.floats(0.05, 1.0)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(shapes, shares, st.integers(0, 5), st.data())
 def test_random_positions_are_exactly_k_in_at_most_the_share_of_rows(shape, share, seed, data):
     k = data.draw(st.integers(0, room(share, shape)))
@@ -106,7 +107,7 @@ def test_random_positions_are_exactly_k_in_at_most_the_share_of_rows(shape, shar
     assert rows_of(found, shape).numel() <= max(1, share * shape[0])
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(shapes, min_size=1, max_size=4), shares, st.data())
 def test_joint_selection_is_exactly_k_of_the_best_rows(all_shapes, share, data):
     scores = {

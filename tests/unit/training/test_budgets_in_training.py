@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from peft_sparse import (
     DeftXConfig,
@@ -20,6 +20,7 @@ from peft_sparse import (
     select_by_gradients,
     start_dense_phase,
 )
+from tests.support.models import bert
 
 OFTEN = {"reselection_steps": 2, "estimation_steps": 1, "total_steps": 12}
 CONFIGS = {
@@ -41,9 +42,8 @@ EXPECTED = {
 
 
 def make_bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16}
-    return BertForSequenceClassification(BertConfig(vocab_size=40, num_hidden_layers=4, num_labels=3, **sizes))
+    sizes = {"vocab_size": 40, "num_hidden_layers": 4, "intermediate_size": 32}
+    return bert(BertForSequenceClassification, num_labels=3, **sizes)
 
 
 def batch(number):

@@ -7,18 +7,17 @@ import logging
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig
 from peft_sparse.training.rates import recommended
+from tests.support.models import llama
 
 ROWS = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
 
 
 def warnings_of(caplog, folder, config, rate, *, trainer=SparseTrainer, dense_rate=None, **settings) -> list[str]:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)), config)
+    model = get_peft_model(llama(num_hidden_layers=1), config)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=1, learning_rate=rate, report_to="none", save_strategy="no", **settings
     )

@@ -110,25 +110,32 @@ def test_killed_twice(tmp_path, whole):
     assert_same_run(run(tmp_path, resume=True, seed_before=4), whole)
 
 
-@pytest.mark.parametrize(("phase", "step"), [("dense", 5), ("sparse", 5)])
+OTHER_SETTINGS = [
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.1},
+    {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "learning_rate": 5e-2,
+    },
+    {"optim": "sgd", "bf16": True, "lr_scheduler_type": "cosine"},
+    {"seed": 3, "dense_args": {"max_steps": 9, "seed": 4}},
+]
+
+
+# Each of them by default in one phase, in the other in the slow tests.
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "phase"),
     [
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.1},
-        {
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "load_best_model_at_end": True,
-            "save_total_limit": 1,
-            "learning_rate": 5e-2,
-        },
-        {"optim": "sgd", "bf16": True, "lr_scheduler_type": "cosine"},
-        {"seed": 3, "dense_args": {"max_steps": 9, "seed": 4}},
+        pytest.param(changes, phase, marks=() if phase == default else pytest.mark.slow)
+        for changes, default in zip(OTHER_SETTINGS, ["dense", "sparse", "dense", "sparse"], strict=True)
+        for phase in ("dense", "sparse")
     ],
 )
-def test_resuming_with_other_settings(tmp_path, phase, step, changes):
+def test_resuming_with_other_settings(tmp_path, phase, changes):
     uninterrupted = run(tmp_path / "whole", **changes)
-    run(tmp_path / "killed", kill=KillAt(phase, step), seed_before=1, **changes)
+    run(tmp_path / "killed", kill=KillAt(phase, 5), seed_before=1, **changes)
     resumed = run(tmp_path / "killed", resume=True, seed_before=2, **changes)
     assert_same_run(resumed, uninterrupted)
     if "load_best_model_at_end" in changes:

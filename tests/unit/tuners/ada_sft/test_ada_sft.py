@@ -7,25 +7,24 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification
 
 from peft_sparse import AdaSftConfig, ConfigError, FormatError, SpielAGConfig, start_weight_phase
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
+from tests.support.models import bert, llama
 
 IDS = torch.tensor([[3, 5, 7, 9], [4, 4, 11, 22]])
 
 
 def make_llama(*, tied=False, dtype=torch.float32):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=23, num_hidden_layers=2, initializer_range=0.3, tie_word_embeddings=tied, **sizes)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return llama(
+        vocab_size=23, hidden_size=8, intermediate_size=12, initializer_range=0.3, tie_word_embeddings=tied
+    ).to(dtype)
 
 
 def make_bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=23, num_labels=3, **sizes)).eval()
+    sizes = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    return bert(BertForSequenceClassification, num_labels=3, **sizes)
 
 
 def make(*names, base=None, phase="weights", **config):

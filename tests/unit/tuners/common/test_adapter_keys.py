@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from peft_sparse import ConfigError, FormatError, RandConfig, iter_deltas
 from peft_sparse.core.names import unwrapped, without_adapter
-from tests.support.keys import CONFIGS, llama
+from tests.support import models
+from tests.support.adapters import CONFIGS
+from tests.support.models import llama
 
 IDS = torch.arange(10)[None]
 
 
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(**shape, vocab_size=32, max_position_embeddings=16)).eval()
+def bert() -> nn.Module:
+    return models.bert(BertForSequenceClassification)
 
 
 def output(model: nn.Module) -> torch.Tensor:
@@ -108,8 +110,15 @@ def test_a_name_that_a_head_has_is_refused():
         get_peft_model(bert(), RandConfig(density=0.1, task_type="SEQ_CLS"), adapter_name="my_classifier")
 
 
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_compiled_bases_and_plain_ones_exchange_files(tmp_path, kind):
+def test_compiled_bases_and_plain_ones_exchange_files(tmp_path, kind, traced):
+    # The names are those of compiled modules either way; tracing them takes seconds, and is tested in numerics.
+    with contextlib.nullcontext() if traced else torch.compiler.set_stance("force_eager"):
+        exchange_files(tmp_path, kind)
+
+
+def exchange_files(tmp_path, kind):
     model = get_peft_model(torch.compile(llama(), backend="eager"), CONFIGS[kind]()).eval()
     want = output(model)
     model.save_pretrained(tmp_path)
@@ -121,13 +130,13 @@ def test_compiled_bases_and_plain_ones_exchange_files(tmp_path, kind):
 
 def test_new_tokens_of_a_tied_model_are_loaded(tmp_path):
     def base():
-        model = llama(tie_word_embeddings=True, name_or_path=str(tmp_path / "base"))
+        model = llama(vocab_size=32, tie_word_embeddings=True, name_or_path=str(tmp_path / "base"))
         model.name_or_path = str(tmp_path / "base")
         torch.manual_seed(1)
         model.resize_token_embeddings(36)
         return model.eval()
 
-    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    llama(vocab_size=32, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     config = RandConfig(density=0.1, target_modules="all-linear", init_weights=False, trainable_token_indices=[2, 33])
     model = get_peft_model(base(), config).eval()
     with torch.no_grad():

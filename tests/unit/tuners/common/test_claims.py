@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from peft_sparse import BottleneckConfig, ConfigError, FormatError, MadGConfig, RandConfig, iter_deltas
 from peft_sparse.checkpoints import native
 from peft_sparse.core import gaps
-from tests.support.keys import CONFIGS, llama
+from tests.support.adapters import CONFIGS
+from tests.support.models import llama
 
 MADG = {"typology": {"eng": torch.ones(5)}, "language": "eng", "bottleneck_size": 4, "language_dim": 3}
 

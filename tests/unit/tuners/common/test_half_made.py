@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,17 +11,12 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_sparse import AdaSftConfig, BottleneckConfig, ConfigError, MadGConfig, RandConfig
+from peft_sparse import ConfigError
 from peft_sparse.tuners.common import combining
-from tests.support.madg import VECTORS
+from tests.support.adapters import TYPES, config
 from tests.support.models import IDS, llama
 
-CONFIGS = {
-    "SPARSE_FT": lambda **f: RandConfig(density=0.2, init_weights=False, **{"target_modules": "all-linear", **f}),
-    "ADA_SFT": lambda **f: AdaSftConfig(init_weights=False, **{"target_modules": "all-linear", **f}),
-    "BOTTLENECK": lambda **f: BottleneckConfig(bottleneck_size=4, init_weights=False, **f),
-    "MAD_G": lambda **f: MadGConfig(bottleneck_size=3, language_dim=4, typology=VECTORS, language="eng", **f),
-}
+CONFIGS = {kind: partial(config, kind) for kind in TYPES}
 ADDED_UP = [kind for kind in CONFIGS if kind != "MAD_G"]
 HEADS = {"modules_to_save": ["lm_head"]}
 # Fields of an adapter, and of one that also goes where that does not.

@@ -9,21 +9,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from peft_sparse import ConfigError, FormatError
 from tests.support.adapters import TYPES, adapted
-from tests.support.models import llama, logits
+from tests.support.models import bert, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # The classifier must not be a target of the adapters that have no head.
 FIELDS = {kind: {"target_modules": ["query", "value"]} if kind in ("SPARSE_FT", "ADA_SFT") else {} for kind in TYPES}
 
 
-def classifier() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "max_position_embeddings": 16}
-    return BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_labels=3))
+def classifier() -> nn.Module:
+    return bert(BertForSequenceClassification, num_labels=3)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.support.models import IDS, llama, logits, tuned
+from tests.support.adapters import tuned
+from tests.support.models import IDS, llama, logits
 
 KINDS = ["sparse", "all", "ada", "bottleneck"]
 

@@ -15,7 +15,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, ConfigError, RandConfig, resident
-from tests.support.models import SPARSE, llama, logits, tuned
+from tests.support.adapters import SPARSE, tuned
+from tests.support.models import llama, logits
 
 
 class Reader(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import NoMatchingPeftModuleError
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from peft_sparse import (
     AdaSftConfig,
@@ -22,21 +22,13 @@ from peft_sparse import (
     iter_deltas,
 )
 from peft_sparse.tuners.common.target_checks import NotInThisStateError, refuse_unsupported, shortest_exclusion
+from tests.support import models
 
 IDS = torch.arange(2, 12)[None]
 
 
-def llama(*, layers: int = 2, vocabulary: int = 64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+def llama(*, layers: int = 2, vocabulary: int = 64) -> nn.Module:
+    return models.llama(vocab_size=vocabulary, num_hidden_layers=layers, num_key_value_heads=2)
 
 
 @pytest.mark.parametrize("make", [lambda names: RandConfig(density=0.1, target_modules=names), AdaSftConfig])

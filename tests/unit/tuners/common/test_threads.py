@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from tests.support.adapters import tuned
 from tests.support.madg import MadGCase
-from tests.support.models import llama, tuned
+from tests.support.models import llama
 
 REQUESTS = [torch.randint(1, 19, (2, 5), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 

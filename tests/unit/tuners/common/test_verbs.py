@@ -20,13 +20,17 @@ CASES = {
     **{name: bottleneck.Case(name) for name in bottleneck.REQUESTS},
     **{name: MadGCase(name, language="quy") for name in madg.REQUESTS},
 }
-# All verbs on one request for each way of acting in a model; on the others those that depend on what happens there.
+# By default all verbs are tried on one request for each way of acting in a model, on the others those that depend on
+# what happens there; the slow tests try everything everywhere.
 THOROUGH = {
-    *(name for name in CASES if name.endswith(("-llama", "-gpt2"))),
+    *(f"{name}-llama" for name in ("rand", "spiel_ag", "lottery_ticket", "every parameter", "bfloat16 values")),
+    *("global budget, norms and biases-llama", "soft masks-llama", "weights under soft masks-llama"),
+    *("rand-gpt2", "every parameter-gpt2", "weights under soft masks-gpt2"),
     *("pfeiffer on post-norm", "pfeiffer on pre-norm", "nice on a decoder"),
     *("MAD-G", "MAD-G-LS", "MAD-G on pre-norm"),
 }
-EVERYWHERE = (
+EVERYWHERE = {
+    "get_peft_model",
     "add_adapter, set_adapter",
     "set_adapter of several",
     "a frozen adapter beside one that trains",
@@ -34,11 +38,22 @@ EVERYWHERE = (
     "merge_and_unload",
     "adapter_names",
     "unload",
-)
-CELLS = [(v, name) for name, case in CASES.items() for v in verbs_of(case) if name in THOROUGH or v in EVERYWHERE]
+}
 
 
-@pytest.mark.parametrize(("verb", "case"), CELLS)
+def cells():
+    for name, case in CASES.items():
+        for verb in verbs_of(case):
+            quick = name in THOROUGH or verb in EVERYWHERE
+            yield pytest.param(verb, name, marks=() if quick else pytest.mark.slow)
+
+
+def test_what_is_tried_by_default_is_in_the_table():
+    assert CASES.keys() >= THOROUGH
+    assert set().union(*map(verbs_of, CASES.values())) >= EVERYWHERE
+
+
+@pytest.mark.parametrize(("verb", "case"), [*cells()])
 def test_verb(verb, case, tmp_path):
     verbs_of(CASES[case])[verb](CASES[case], tmp_path)
 

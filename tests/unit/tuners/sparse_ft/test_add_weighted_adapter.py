@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification
 
 from peft_sparse import ConfigError, RandConfig, SparseConfig, iter_deltas
+from tests.support.models import bert, llama
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
 X = torch.arange(10)[None]
 
 
@@ -20,8 +20,7 @@ def config(seed, **fields):
 
 
 def two_adapters(**second):
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    base = llama()
     model = get_peft_model(copy.deepcopy(base), config(1))
     model.add_adapter("b", config(2, **second))
     return base, model.eval()
@@ -93,7 +92,7 @@ def test_the_result_is_not_activated_nor_trained_and_saves_and_reloads(tmp_path)
 
 def classifier(heads):
     torch.manual_seed(0)
-    base = BertForSequenceClassification(BertConfig(**SMALL, max_position_embeddings=12)).eval()
+    base = bert(BertForSequenceClassification)
     model = get_peft_model(
         base, config(1, target_modules=["query"], modules_to_save=["classifier"] if heads[0] else None)
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from peft_sparse import (
     ConfigError,
@@ -23,12 +23,11 @@ from peft_sparse import (
     iter_deltas,
     layer_budget_from,
 )
+from tests.support import models
 
 
-def bert(layers: int = 3) -> BertModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "max_position_embeddings": 16}
-    return BertModel(BertConfig(vocab_size=50, num_hidden_layers=layers, **sizes))
+def bert(layers: int = 3) -> nn.Module:
+    return models.bert(BertModel, vocab_size=50, hidden_size=8, intermediate_size=12, num_hidden_layers=layers)
 
 
 def supports(model, adapter="default"):

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from peft_sparse import RandConfig, SpielAGConfig, iter_deltas
 from peft_sparse.composition.chance import shared_positions
-from tests.support.keys import llama
+from tests.support.models import llama
 
 
 def support(config, name="default"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from peft_sparse import ConfigError, RandConfig, Typology, add_language_adapter, iter_deltas
+from tests.support.models import bert
 
 TYPOLOGY = Typology.from_vectors({"eng": [1, 0, 1, 1], "ind": [0, 1, 1, 1], "min": [0, 1, 1, 0], "ace": [0, 1, 1, 0]})
 ADAPTERS = {"en": "english", "ind": "indonesian", "min": "minang"}
@@ -15,9 +16,7 @@ ADAPTERS = {"en": "english", "ind": "indonesian", "min": "minang"}
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = BertModel(BertConfig(vocab_size=20, **sizes))
+    base = bert(BertModel, intermediate_size=32, num_hidden_layers=1)
     config = {"num_weights": 60, "init_weights": False, "target_modules": "all-linear"}
     model = get_peft_model(base, RandConfig(**config, seed=0), adapter_name="english")
     model.add_adapter("indonesian", RandConfig(**config, seed=1))

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from peft_sparse import ConfigError, iter_deltas
 from peft_sparse.tuners.ada_sft.model import iter_masked
-from tests.support.models import llama, tuned
+from tests.support.adapters import tuned
+from tests.support.models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VERBS = {

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from peft_sparse import ConfigError, resident
-from tests.support.models import IDS, base_weights, llama, logits, tuned
+from tests.support.adapters import tuned
+from tests.support.models import IDS, base_weights, llama, logits
 
 
 def is_pristine(state, *, prefix="base_model.model."):

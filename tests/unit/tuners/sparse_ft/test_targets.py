@@ -9,7 +9,6 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     DebertaV2Config,
@@ -21,16 +20,17 @@ from transformers import (
 )
 
 from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SparseConfig, iter_deltas, start_dense_phase
+from tests.support import models
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 30}
 
 
-def llama(**fields) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SMALL, **fields))
+def llama(**fields) -> nn.Module:
+    return models.llama(num_hidden_layers=3, num_key_value_heads=2, **fields)
 
 
 def bert(cls=BertForSequenceClassification) -> nn.Module:
-    return cls(BertConfig(**SMALL, max_position_embeddings=12))
+    return models.bert(cls, num_hidden_layers=3)
 
 
 def counts(model: nn.Module, **fields) -> dict[str, int]:

@@ -9,52 +9,20 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from peft_sparse import RandConfig, iter_deltas, resident
-
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
-
-
-def llama():
-    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
+from tests.support.models import bart, bert, gpt2, llama, t5
 
 
-def bert():
-    return BertForMaskedLM(BertConfig(**SMALL, max_position_embeddings=12, tie_word_embeddings=True))
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=12))
-
-
-def bart():
-    config = BartConfig(
-        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=30, max_position_embeddings=12,
-    )  # fmt: skip
-    return BartForConditionalGeneration(config)
-
-
-def t5():
-    return T5ForConditionalGeneration(
-        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=30, decoder_start_token_id=0)
-    )
+def tied_llama():
+    return llama(tie_word_embeddings=True)
 
 
 # model, name of the tuned embedding
 MODELS = {
-    "llama": (llama, "model.embed_tokens.weight"),
+    "llama": (tied_llama, "model.embed_tokens.weight"),
     "bert": (bert, "bert.embeddings.word_embeddings.weight"),
     "gpt2": (gpt2, "transformer.wte.weight"),
     "bart": (bart, "model.shared.weight"),

@@ -7,19 +7,14 @@ import itertools
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
 from peft_sparse import RandConfig, merge_checkpoint
+from tests.support.models import t5
 
 IDS = torch.arange(10)[None]
 EMBED = "embed_tokens"
 TARGETS = [[EMBED], [f"encoder.{EMBED}"], [f"decoder.{EMBED}"], ["shared"], [EMBED, "lm_head"]]
-
-
-def t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
-    return T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0)).eval()
 
 
 def output(model):
