@@ -107,7 +107,7 @@ def read_adapters(places: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
 
 
 def adapter_of(model: nn.Module, adapter_name: str = "default") -> Adapter:
-    """An adapter that stands in a model, as `read_adapter` gives one that stands in a file.
+    """An adapter of a model, as `read_adapter` gives that of a file.
 
     Args:
         model: a PeftModel, or its tuner.
