@@ -22,7 +22,7 @@ from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..decay import decay_deltas_only
-from ..derived import derived_trainer
+from ..derived import derived_trainer, takes_argument
 from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
@@ -80,6 +80,11 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
         self._phase: Phase | None = None
         self._phase_name: str | None = None
         self._was_preempted = False
+        if "peft_config" in kwargs and not takes_argument(type(self), "peft_config"):
+            raise ConfigError(
+                f"{type(self).__name__} takes a model that has its adapter: model=get_peft_model(model, config). "
+                "peft_config=... is an argument of TRL's trainers, as SparseSFTTrainer."
+            )
         own = {kind.args_name: kwargs.pop(kind.args_name, None) for kind in PHASES.values() if kind.args_name}
         for kind in PHASES.values():
             if kind.trains:
