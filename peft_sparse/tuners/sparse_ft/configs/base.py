@@ -256,7 +256,7 @@ class SparseConfig(WeightConfig):
 
 
 def method_called(given: Any) -> Any:
-    """The name of a method as `METHODS` spells it: "spiel-ag" and "SpIEL AG" are "spiel_ag", "LT-SFT" lottery tickets."""
+    """The name of a method as `METHODS` spells it: "SpIEL-AG" is "spiel_ag", and "LT-SFT" is "lottery_ticket"."""
     if not isinstance(given, str):
         return given
     bare = {name.replace("_", ""): name for name in METHODS} | _PUBLISHED
