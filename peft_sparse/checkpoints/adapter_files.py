@@ -68,6 +68,11 @@ def read_adapter(where: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(os.fspath(where), path.parent, config, deltas, others, digest)
 
 
+def in_list(adapters: Any) -> list[Any]:
+    """Adapters as a list; one that is given alone is a list of one, not of the letters of its name."""
+    return [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+
+
 def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
     """The configuration of a sparse adapter, field by field, with its `counts` (None before weights are selected).
 

@@ -97,6 +97,7 @@ def read_adapters(places: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
         ConfigError: a place occurs twice; and as `read_adapter`.
         FormatError: as `read_adapter`.
     """
+    places = adapter_files.in_list(places)
     whole = [os.path.normpath(place) for place in places]
     for place in whole:
         if whole.count(place) > 1:
