@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Read when the libraries are imported, so they stand before every other import.
 for name, value in {
@@ -22,6 +23,8 @@ import transformers.integrations.peft as native
 from hypothesis import settings
 from packaging.version import Version
 
+from tests.support.interpreter import Interpreter
+
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("local", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -33,6 +36,12 @@ torch.set_num_threads(1)
 # The oldest PEFT that transformers' own adapter verbs take, where this transformers says it.
 NATIVE_PEFT = getattr(native, "MIN_PEFT_VERSION", "0")
 REFUSED_NATIVELY = "The version of PEFT you are using is not compatible"
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as found:
+        yield found
 
 
 @pytest.hookimpl(wrapper=True)

@@ -227,6 +227,7 @@ def verify(
     heads: Mapping[str, Sequence[int]] | None = None,
     passengers: Collection[str] | None = None,
     vocabularies: Collection[str] = (),
+    left_out: Collection[str] = (),
     adapter_name: str | None = None,
     source: str = SOURCE,
     verified: Verified | None = None,
@@ -242,6 +243,7 @@ def verify(
             `save_embedding_layers` adds after the digest was made; None accepts any.
         vocabularies: parameters with a row for each token. The model may have more rows of them than the file knows:
             flat row-major indices mean the same weights there.
+        left_out: parameters that the model does not have and need not have. They are checked and not returned.
         adapter_name: the adapter whose name is in the keys; None for checkpoint keys.
         source: what errors call the file.
         verified: what an earlier check of the same file found. If the tensors still have its digest they are not
@@ -265,14 +267,15 @@ def verify(
     deltas = known if known is not None and found_digest == known_digest else _READERS[version](covered, source)
     # What does not fit the model or the config is told before the digest: it names the tensor, the digest cannot.
     check_names(deltas, counts, "adapter_config.json ('counts')", source)
-    check_names(deltas, shapes, "the model", source)
+    own = {parameter: delta for parameter, delta in deltas.items() if parameter not in left_out}
+    check_names(own, shapes, "the model", source)
     check_counts(deltas, counts or {}, source)
-    check_shapes(deltas, shapes or {}, vocabularies, source)
+    check_shapes(own, shapes or {}, vocabularies, source)
     if heads is not None:
         check_heads({name: named[name] for name in others}, heads, source)
     if (found_digest or bytes(digest(covered).tolist())) != expected_digest:
         raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {REMEDY} {_RESEAL}")
-    return deltas
+    return own
 
 
 def _parse_digest(tensor: Tensor | None, source: str) -> tuple[int, bytes, set[str]]:

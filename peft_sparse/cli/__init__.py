@@ -27,6 +27,7 @@ COMMANDS: tuple[str, ...] = (
     "merge",
     "plan",
     "shrink",
+    "translate",
 )
 
 app = typer.Typer(
@@ -50,7 +51,7 @@ def _commands(
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Make, look at, plan and merge sparse adapters."""
+    """Make, look at, plan and merge sparse adapters; shrink models; translate rows."""
 
 
 for _command in COMMANDS:

@@ -109,6 +109,8 @@ class Overlay:
 
     def total(self, values: Sequence[Tensor]) -> Tensor:
         """[u] float32 (float64 if any are), the sum of the deltas at the union of their supports."""
+        if self._slots is None and values[0].dtype is torch.float32:
+            return values[0].detach()
         return self._total(values, reduce(torch.promote_types, [v.dtype for v in values], torch.float32))
 
     def _total(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

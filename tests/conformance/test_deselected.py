@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peft_suite import deselected
-from peft_suite.plugin import Ledger, our_values, translated
+from tests.conformance.peft_suite import deselected
+from tests.conformance.peft_suite.plugin import Ledger, our_values, translated
 
 TABLES = ("NOT_OURS", "EXPECTED_FAILURES", "SKIPS")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import adapter_cases
 import pytest
 import torch
-from adapter_cases import LANGUAGES
-from comparison import assert_joined, assert_replicas
-from processes import run
 from safetensors.torch import load_file
+
+from tests.support.distributed import adapters as adapter_cases
+from tests.support.distributed.adapters import LANGUAGES
+from tests.support.distributed.comparison import assert_joined, assert_replicas
+from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from comparison import assert_joined, assert_replicas
-from processes import run
-from refusal_cases import make_bert
-from training_cases import train_ddp
+
+from tests.support.distributed.comparison import assert_joined, assert_replicas
+from tests.support.distributed.refusals import make_bert
+from tests.support.distributed.training import train_ddp
+from tests.support.processes import run
 
 pytest.importorskip("deepspeed")
 
-import deepspeed_cases as cases
 from peft import PeftModel
 
 from peft_sparse import SparseTrainer
+from tests.support.distributed import deepspeed as cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from comparison import assert_joined, assert_replicas
-from processes import run
-from training_cases import several
+
+from tests.support.distributed.comparison import assert_joined, assert_replicas
+from tests.support.distributed.training import several
+from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from comparison import assert_replicas
-from processes import run
-from trainer_cases import train_lottery, train_one_shot
+
+from tests.support.distributed.comparison import assert_replicas
+from tests.support.distributed.trainers import train_lottery, train_one_shot
+from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

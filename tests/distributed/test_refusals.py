@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import processes
 import pytest
-import refusal_cases as cases
 import torch
-from processes import run
+
+from tests.support import processes
+from tests.support.distributed import refusals as cases
+from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

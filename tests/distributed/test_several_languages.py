@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from comparison import assert_joined, assert_replicas
-from multisource_cases import train, train_generator
-from processes import run
+
+from tests.support.distributed.comparison import assert_joined, assert_replicas
+from tests.support.distributed.multisource import train, train_generator
+from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from comparison import assert_joined, assert_replicas
-from processes import run
-from training_cases import train_ddp
+from tests.support.distributed.comparison import assert_joined, assert_replicas
+from tests.support.distributed.training import train_ddp
+from tests.support.processes import run
 
 
 def test_spiel_in_two_processes_equals_one_on_the_joined_batch(tmp_path):

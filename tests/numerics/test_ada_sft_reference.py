@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import relative_error
 from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call
@@ -16,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from peft_sparse import AdaSftConfig, start_weight_phase
 from peft_sparse.core.masked import MaskedPart, masked_linear
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
+from tests.support.oracle import relative_error
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),

@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 import torch
-from adapters_library_case import ADAPTERS, MODELS, ROOT, STACKS, base_model, expected
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -19,6 +18,7 @@ from torch import nn
 from peft_sparse import BottleneckConfig, FormatError, iter_bottlenecks, load_adapter_hub, save_adapter_hub
 from peft_sparse.checkpoints.adapter_hub import read_adapter_hub
 from peft_sparse.tuners.bottleneck.invertible import Nice
+from tests.support.adapters_library import ADAPTERS, MODELS, ROOT, STACKS, base_model, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from architectures import build, check, model_classes
 
 from peft_sparse import AdaSftConfig, RandConfig
+from tests.support.architectures import build, check, model_classes
 
 KINDS = {
     "all-linear": lambda: RandConfig(density=0.3, target_modules="all-linear", init_weights=False),

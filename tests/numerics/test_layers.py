@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from oracle import dense_twin, relative_error
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import RandConfig, iter_deltas, resident
 from peft_sparse.core.overlay import Overlay
+from tests.support.oracle import dense_twin, relative_error
 
 
 def conv1d_gpt2() -> nn.Module:

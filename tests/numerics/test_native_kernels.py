@@ -9,8 +9,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ops_cases import make_case, sparse_linear, support
-from oracle import relative_error
 from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +20,8 @@ from peft_sparse.core.delta import SparseDelta
 from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
 from peft_sparse.core.parts import Parts, add_parts_
+from tests.support.ops import make_case, sparse_linear, support
+from tests.support.oracle import relative_error
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
 

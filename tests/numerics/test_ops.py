@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import Case, check_linear, compare, dense_linear, make_case, run, sparse_linear, support
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_sparse.core import ops
 from peft_sparse.core.backends import native, reference, sddmm
 from peft_sparse.core.overlay import Overlay, add_deltas
+from tests.support.ops import Case, check_linear, compare, dense_linear, make_case, run, sparse_linear, support
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SUPPORTS = {"one": (60,), "overlapping": (120, 200, 90), "empty": (0,), "empty and one": (0, 40), "full": (480,)}

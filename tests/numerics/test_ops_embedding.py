@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import compare, support
-from test_ops import LargestOutput, saved_by
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_sparse.core import ops
 from peft_sparse.core.backends import reference
 from peft_sparse.core.overlay import Overlay
+from tests.numerics.test_ops import LargestOutput, saved_by
+from tests.support.ops import compare, support
 
 ROWS, WIDTH = 30, 8
 SUPPORTS = {"one": (40,), "overlapping": (90, 150, 60), "empty": (0,), "empty and one": (0, 40), "full": (240,)}

@@ -6,10 +6,10 @@ import gc
 
 import pytest
 import torch
-from oracle import relative_error
 from torch import Tensor
 
 from peft_sparse.core.backends import products
+from tests.support.oracle import relative_error
 
 ROWS, COLUMNS = 40, 12
 

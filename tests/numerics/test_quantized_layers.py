@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import relative_error
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ from peft_sparse import RandConfig, iter_deltas, resident
 from peft_sparse.core.overlay import Overlay
 from peft_sparse.tuners.common.packed import dequantize, find_backend, hold_layouts, is_packed_for_cpu
 from peft_sparse.tuners.sparse_ft.layers.quantized import QuantizedLinear
+from tests.support.oracle import relative_error
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the weights of these tests")
 

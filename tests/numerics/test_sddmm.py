@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from ops_cases import Case, make_case, sparse_linear, support
-from oracle import relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_sparse.core import ops
 from peft_sparse.core.backends import native, reference, sddmm
+from tests.support.ops import Case, make_case, sparse_linear, support
+from tests.support.oracle import relative_error
 
 
 @pytest.fixture
@@ -108,7 +105,7 @@ class TestSampledProduct:
                 assert relative_error(one, expected) < (1e-14 if dtype == torch.float64 else 2e-6)
 
 
-def test_first_use_warns_of_nothing():
+def test_first_use_warns_of_nothing(interpreter, monkeypatch):
     # torch warns once per process, so a process of its own.
     script = (
         "import torch\n"
@@ -118,9 +115,8 @@ def test_first_use_warns_of_nothing():
         "found = sampled_product(torch.ones(2, 3), torch.ones(2, 4), support, (3, 4))\n"
         "assert found.tolist() == [2.0], found\n"
     )
-    env = {**os.environ, native.SWITCH: "0"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv(native.SWITCH, "0")
+    interpreter.run(script)
 
 
 class TestRule:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from spiel_reference import ReferenceSpiel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_sparse import SM3, SparseAdamW, SpielAGConfig, SpielMAConfig, iter_deltas, iter_reselectors, resident
+from tests.support.spiel_reference import ReferenceSpiel
 
 STEPS = 14
 SETTINGS = {"reselection_steps": 4, "estimation_steps": 2, "total_steps": STEPS}

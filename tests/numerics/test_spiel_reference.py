@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spiel_reference import Loss, ReferenceSpiel
 from torch import Tensor, nn
 
 from peft_sparse.core.delta import SparseDelta
@@ -17,6 +16,7 @@ from peft_sparse.selection.momentum import grow_candidates
 from peft_sparse.selection.replacement import Candidates, drop_and_grow
 from peft_sparse.selection.schedule import Schedule
 from peft_sparse.selection.top_k import top_k
+from tests.support.spiel_reference import Loss, ReferenceSpiel
 
 SHAPES = {"first": (12, 9), "bias": (12,), "second": (4, 12)}
 SUPPORT = {"first": 23, "bias": 5, "second": 11}

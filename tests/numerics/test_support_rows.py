@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from oracle import dense_twin, relative_error
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -29,6 +28,7 @@ from peft_sparse import (
 )
 from peft_sparse.core.backends import products
 from peft_sparse.selection.rows import num_rows, rows_of
+from tests.support.oracle import dense_twin, relative_error
 
 SHARE = 0.2
 NUM_WEIGHTS = 100

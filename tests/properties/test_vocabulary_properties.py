@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +12,7 @@ from tokenizers import Tokenizer
 
 from peft_sparse.distillation.counting import compare, count
 from peft_sparse.distillation.tokenizer_json import always_kept, renumbered, vocabulary_of, with_ancestors
-
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "distillation"))
-from tiny_tokenizers import KINDS, all_words, make, random_texts
+from tests.support.tokenizers import KINDS, all_words, make, random_texts
 
 
 def reduce(tokenizer: Tokenizer, texts: list[str], **limits) -> tuple[dict, dict, dict[int, int]]:

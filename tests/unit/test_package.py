@@ -104,15 +104,14 @@ def test_the_import_check_sees_an_upward_import():
     assert "core" in imported_packages(ROOT / "tuners" / "sparse_ft" / "layers" / "base.py")
 
 
-def test_importing_loads_no_optional_package():
+def test_importing_loads_no_optional_package(interpreter):
     # PEFT itself imports bitsandbytes where it is installed, so count what comes on top of PEFT and transformers.
     code = (
         "import sys, peft, transformers; before = set(sys.modules); import peft_sparse; "
         "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before} & "
         "{'trl', 'bitsandbytes', 'triton', 'matplotlib', 'datasets'}))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert interpreter.run(code).stdout.strip() == "[]"
 
 
 def test_works_without_the_optional_packages():
@@ -197,7 +196,7 @@ def test_an_internal_that_is_gone_is_named(internal, monkeypatch):
         _peft_bridge.find(internal)
 
 
-def test_importing_with_a_hook_gone_and_with_an_untested_version():
+def test_importing_with_a_hook_gone_and_with_an_untested_version(interpreter):
     # In a process of its own, for peft_sparse is imported anew.
     code = """
 import warnings, peft, torch
@@ -219,8 +218,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(sum("peft 0.99.1 is newer than the newest minor version" in str(w.message) for w in caught))
 print(model.get_nb_trainable_parameters()[0])
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    gone, warned, trainable = run.stdout.splitlines()
+    gone, warned, trainable = interpreter.run(code).stdout.splitlines()
     assert gone.startswith("peft_sparse builds on peft.tuners.tuners_utils.BaseTuner._inject_parameters, which peft 0.")
     assert (warned, trainable) == ("1", "8")
 

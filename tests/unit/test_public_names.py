@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -31,10 +29,6 @@ EVER_PUBLIC = [
     "start_sparse_phase", "start_weight_phase",
 ]  # fmt: skip
 HOMES, PUBLIC = read_stub(Path(peft_sparse.__file__).with_suffix(".pyi"))
-
-
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 # Public for the first time in the version that is being made.
@@ -71,16 +65,16 @@ def test_an_unknown_name_is_said_to_be_unknown():
         _ = peft_sparse.SparseDPO
 
 
-def test_a_star_import_works_without_trl():
+def test_a_star_import_works_without_trl(interpreter):
     code = (
         "import sys; sys.modules['trl'] = None; from peft_sparse import *; print(SparseTrainer.__name__, SM3.__name__)"
     )
-    assert run(code) == "SparseTrainer SM3"
+    assert interpreter.run(code).stdout.strip() == "SparseTrainer SM3"
 
 
-def test_importing_the_package_and_its_configs_loads_no_trainer():
+def test_importing_the_package_and_its_configs_loads_no_trainer(interpreter):
     code = (
         "import sys, peft_sparse; c = peft_sparse.SparseConfig(method='spiel-ag', density=0.1); "
         "print(type(c).__name__, [m for m in ('transformers.trainer', 'trl', 'datasets') if m in sys.modules])"
     )
-    assert run(code) == "SpielAGConfig []"
+    assert interpreter.run(code).stdout.strip() == "SpielAGConfig []"

@@ -6,14 +6,14 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
+import shutil
 import textwrap
 import threading
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import RandConfig
 from peft_sparse.checkpoints import native
+from tests.support.interpreter import Interpreter
 
 REPO = "some-user/sparse-adapter"
 
@@ -120,8 +121,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -129,6 +130,14 @@ def hub() -> Iterator[Hub]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def hub(server) -> Hub:
+    """The stand-in, empty."""
+    for content in (server.files, server.stored, server.seen):
+        content.clear()
+    return server
 
 
 COMMON = """
@@ -154,12 +163,14 @@ COMMON = """
 """
 
 
-def run(hub: Hub, folder, script: str) -> None:
-    """Run a script with this server as its Hub (huggingface_hub reads the address when it is imported)."""
+@pytest.fixture(scope="module")
+def run(server, tmp_path_factory) -> Iterator[Callable[[Path, str], None]]:
+    """Run a script with this server as its Hub, and nothing downloaded before (libraries read both when imported)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    home = tmp_path_factory.mktemp("home")
     environment.update(
-        HF_ENDPOINT=hub.url,
-        HF_HOME=str(folder / "home"),
+        HF_ENDPOINT=server.url,
+        HF_HOME=str(home),
         HF_TOKEN="hf_stand_in",
         HF_HUB_DISABLE_XET="1",
         HF_HUB_DISABLE_TELEMETRY="1",
@@ -167,11 +178,13 @@ def run(hub: Hub, folder, script: str) -> None:
         no_proxy="127.0.0.1",
         OMP_NUM_THREADS="1",
     )
-    code = textwrap.dedent(COMMON) + textwrap.dedent(script)
-    result = subprocess.run(
-        [sys.executable, "-c", code, REPO, str(folder)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+
+    def run_script(folder: Path, script: str) -> None:
+        shutil.rmtree(home, ignore_errors=True)
+        interpreter.run(textwrap.dedent(COMMON) + textwrap.dedent(script), REPO, folder)
+
+    with Interpreter(environment) as interpreter:
+        yield run_script
 
 
 PEFT = "model.push_to_hub(repo)"
@@ -179,9 +192,8 @@ TRANSFORMERS = "own = base(); own.load_adapter(folder + '/saved'); own.push_to_h
 
 
 @pytest.mark.parametrize("push", [PEFT, TRANSFORMERS], ids=["peft", "transformers"])
-def test_push_to_hub_uploads_an_adapter_that_loads_back(hub, tmp_path, push):
+def test_push_to_hub_uploads_an_adapter_that_loads_back(hub, run, tmp_path, push):
     run(
-        hub,
         tmp_path,
         f"""
         model = get_peft_model(base(), config).eval()
@@ -211,10 +223,9 @@ def test_push_to_hub_uploads_an_adapter_that_loads_back(hub, tmp_path, push):
     assert card.data.library_name == "peft"
 
 
-def test_pushing_again_keeps_the_words_on_the_hub_and_refuses_a_damaged_download(hub, tmp_path):
+def test_pushing_again_keeps_the_words_on_the_hub_and_refuses_a_damaged_download(hub, run, tmp_path):
     hub.files["README.md"] = b"---\nlicense: mit\ntags:\n- mine\n---\n\n# Words on the Hub\n"
     run(
-        hub,
         tmp_path,
         """
         model = get_peft_model(base(), config, adapter_name="german").eval()
@@ -239,8 +250,7 @@ def test_pushing_again_keeps_the_words_on_the_hub_and_refuses_a_damaged_download
     weights[-1] ^= 1
     hub.files["german/adapter_model.safetensors"] = bytes(weights)
     run(
-        hub,
-        tmp_path / "elsewhere",
+        tmp_path,
         """
         from peft_sparse.errors import FormatError
         model = base()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -71,13 +70,13 @@ def test_errors_are_those_of_the_library(folders, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_inspect_does_not_load_matplotlib(folders):
+def test_inspect_does_not_load_matplotlib(folders, interpreter):
     code = (
         "import sys; sys.argv = ['peft-sparse', 'inspect', 'task', 'language']\n"
         "from peft_sparse.cli import main\n"
         "try:\n    main()\nfinally:\n    print('matplotlib' in sys.modules, file=sys.stderr)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = interpreter.run(code)
     assert "task and language" in run.stdout
     assert run.stderr.splitlines()[-1] == "False"
 

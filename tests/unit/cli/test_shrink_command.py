@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 from peft import get_peft_model
@@ -15,9 +13,7 @@ from typer.testing import CliRunner
 from peft_sparse import RandConfig
 from peft_sparse.cli import app
 from peft_sparse.errors import ConfigError, FormatError
-
-sys.path.append(str(Path(__file__).parents[1] / "distillation"))
-from tiny_tokenizers import fast, make_bert, random_texts, word_piece
+from tests.support.tokenizers import fast, make_bert, random_texts, word_piece
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_tokenizers import KINDS, fast, make, make_bert, make_llama, random_texts, unigram, word_piece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +27,7 @@ from transformers import (
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, ConfigError, FormatError, RandConfig
 from peft_sparse.distillation import VocabularyRows, reduce_adapter, reduce_vocabulary
+from tests.support.tokenizers import KINDS, fast, make, make_bert, make_llama, random_texts, unigram, word_piece
 
 TEXTS = ["abab cdc aab", "dcba abba cc"]
 
@@ -122,7 +120,7 @@ def test_a_reload_by_transformers_tokenises_alike(kind, tmp_path):
     assert all(found.share == 1 for found in small.sameness.values())
 
 
-def test_a_process_without_this_library_gets_the_same(tmp_path, bert, reduced):
+def test_a_process_without_this_library_gets_the_same(interpreter, tmp_path, bert, reduced):
     model, tokenizer = bert
     reduced.save_pretrained(tmp_path)
     code = (
@@ -131,7 +129,7 @@ def test_a_process_without_this_library_gets_the_same(tmp_path, bert, reduced):
         "i = t('abab cdc aab', truncation=False, padding=False, return_tensors='pt'); "
         "torch.save(m(**i).logits.detach(), sys.argv[1] + '/logits'); assert 'peft_sparse' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    interpreter.run(code, tmp_path)
     with torch.no_grad():
         expected = model(**ids_of(tokenizer, TEXTS[0])).logits[..., reduced.kept]
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_tokenizers import make_bert, make_llama
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -23,6 +22,7 @@ from transformers import (
 
 from peft_sparse import ConfigError
 from peft_sparse.distillation import make_student
+from tests.support.tokenizers import make_bert, make_llama
 
 IDS = torch.tensor([[1, 5, 7, 9, 2]])
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import SIZES, save, tiny_bert, tiny_classifier, tiny_llama, tune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import extract_adapter
@@ -19,6 +18,7 @@ from peft_sparse.checkpoints.shards import WEIGHTS
 from peft_sparse.errors import ConfigError, FormatError, SelectionError
 from peft_sparse.selection.denoise import denoise
 from peft_sparse.selection.top_k import joint_top_k
+from tests.support.checkpoints import SIZES, save, tiny_bert, tiny_classifier, tiny_llama, tune
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -16,12 +16,12 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import output, save, tiny_bert, tiny_llama
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from peft_sparse import extract_adapter
 from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.errors import FormatError
+from tests.support.checkpoints import output, save, tiny_bert, tiny_llama
 
 ADAPTER = "adapter_model.safetensors"
 

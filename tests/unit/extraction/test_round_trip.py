@@ -8,18 +8,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_checkpoints import (
-    IDS,
-    SIZES,
-    assert_same_weights,
-    bits,
-    output,
-    save,
-    tiny_bert,
-    tiny_classifier,
-    tiny_llama,
-    tune,
-)
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -32,6 +20,18 @@ from transformers import (
 
 from peft_sparse import Extraction, extract_adapter, iter_deltas
 from peft_sparse.checkpoints.files import verify_file
+from tests.support.checkpoints import (
+    IDS,
+    SIZES,
+    assert_same_weights,
+    bits,
+    output,
+    save,
+    tiny_bert,
+    tiny_classifier,
+    tiny_llama,
+    tune,
+)
 
 EVERYTHING = [{"density": 1.0}, {"num_weights": "changed"}]
 

@@ -7,7 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from foreign_files import (
+from peft import PeftModel
+from transformers import AutoModelForTokenClassification, BertForMaskedLM, XLMRobertaForMaskedLM
+
+from peft_sparse import import_adapter, inspect_adapter, merge_checkpoint
+from peft_sparse.checkpoints.adapter_files import read_adapter
+from peft_sparse.checkpoints.shards import Checkpoint
+from peft_sparse.errors import ConfigError, FormatError
+from peft_sparse.importing.composable_sft import read_composable_sft
+from peft_sparse.importing.labels import TASKS, published_base, published_task
+from tests.support.foreign_files import (
     IDS,
     MODELS,
     add,
@@ -19,15 +28,6 @@ from foreign_files import (
     write_diff,
     xlmr,
 )
-from peft import PeftModel
-from transformers import AutoModelForTokenClassification, BertForMaskedLM, XLMRobertaForMaskedLM
-
-from peft_sparse import import_adapter, inspect_adapter, merge_checkpoint
-from peft_sparse.checkpoints.adapter_files import read_adapter
-from peft_sparse.checkpoints.shards import Checkpoint
-from peft_sparse.errors import ConfigError, FormatError
-from peft_sparse.importing.composable_sft import read_composable_sft
-from peft_sparse.importing.labels import TASKS, published_base, published_task
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import zipfile
 
 import pytest
 import torch
-from foreign_files import bert, differences, heads_of, write_diff
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +19,7 @@ from peft_sparse.errors import ConfigError, FormatError
 from peft_sparse.extraction.output import save_adapter
 from peft_sparse.importing.gap_lists import decode_gap_list, encode_gap_list
 from peft_sparse.importing.restricted_pickle import integers
+from tests.support.foreign_files import bert, differences, heads_of, write_diff
 
 
 def of_one(folder, delta: SparseDelta, name: str = "m.w.weight") -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from foreign_files import IDS, SIZES, add, differences, heads_of, write_diff
 from peft import PeftModel
 from transformers import BertConfig, BertModel
 
 from peft_sparse import BiaffineParser, import_adapter
 from peft_sparse.parsing import RELATIONS
+from tests.support.foreign_files import IDS, SIZES, add, differences, heads_of, write_diff
 
 PUBLISHED = {"root": "pooled", "roots": False}
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from foreign_files import bert, write_peft
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_sparse import GivenConfig, import_adapter, import_mask
 from peft_sparse.checkpoints.adapter_files import read_adapter
 from peft_sparse.errors import ConfigError, FormatError
+from tests.support.foreign_files import bert, write_peft
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from foreign_files import bert, write_peft
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -15,6 +14,7 @@ from peft_sparse import import_adapter, merge_checkpoint
 from peft_sparse.checkpoints.adapter_files import read_adapter
 from peft_sparse.checkpoints.shards import Checkpoint
 from peft_sparse.errors import ConfigError, FormatError
+from tests.support.foreign_files import bert, write_peft
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"

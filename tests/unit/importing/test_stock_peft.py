@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from foreign_files import IDS, bert
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peft_sparse import RandConfig, export_adapter
 from peft_sparse.errors import ConfigError
 from peft_sparse.importing.stock_peft import _factors
+from tests.support.foreign_files import IDS, bert
 
 LINEARS = ["query", "value", "intermediate.dense"]
 
@@ -67,7 +65,7 @@ def test_a_head_goes_with_it(tmp_path):
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "out").eval()(IDS).logits, expected)
 
 
-def test_it_loads_where_this_package_is_not_imported(tmp_path):
+def test_it_loads_where_this_package_is_not_imported(interpreter, tmp_path):
     _, expected = trained(tmp_path)
     export_adapter(tmp_path / "ours", tmp_path / "out", to="shira")
     base, out = str(tmp_path / "base"), str(tmp_path / "out")
@@ -77,7 +75,7 @@ def test_it_loads_where_this_package_is_not_imported(tmp_path):
         "assert 'peft_sparse' not in sys.modules\n"
         f"torch.save(model.eval()(torch.arange(2, 12)[None]).logits, {str(tmp_path / 'logits')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    interpreter.run(code)
     assert torch.equal(torch.load(tmp_path / "logits"), expected)
 
 

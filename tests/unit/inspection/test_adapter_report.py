@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from known_adapters import DENSE, NORM, QUERY, WORDS, first, save, second
 from rich.console import Console
 
 from peft_sparse import ConfigError, inspect_adapter
@@ -25,6 +24,7 @@ from peft_sparse.inspection.report import (
 )
 from peft_sparse.inspection.sheets import report_sheets
 from peft_sparse.tables import to_rich
+from tests.support.known_adapters import DENSE, NORM, QUERY, WORDS, first, save, second
 
 
 def test_groups_and_parts():

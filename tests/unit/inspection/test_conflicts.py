@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from known_adapters import first, second
 from peft import get_peft_model
 from rich.console import Console
 from transformers import BertConfig, BertModel
 
 from peft_sparse import ConfigError, RandConfig, conflicts, iter_deltas
+from tests.support.known_adapters import first, second
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from rich.console import Console
@@ -63,9 +60,9 @@ def test_what_cannot_be_shown(tmp_path):
     assert (tmp_path / "kept.txt").read_text() == "kept"
 
 
-def test_matplotlib_is_loaded_for_pictures_only():
+def test_matplotlib_is_loaded_for_pictures_only(interpreter):
     code = (
         "import sys, peft_sparse; peft_sparse.importance_table; peft_sparse.plot_importance; "
         "assert 'matplotlib' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    interpreter.run(code)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from known_adapters import first, save, second
 
 from peft_sparse import ConfigError, conflicts, plot_adapters
 from peft_sparse.inspection.page import save_plot
 from peft_sparse.inspection.reading import read_adapter, read_adapters
+from tests.support.known_adapters import first, save, second
 
 
 @pytest.fixture

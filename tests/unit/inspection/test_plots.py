@@ -9,11 +9,9 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 import torch
-from known_adapters import QUERY, WORDS, delta, first, save, second
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from test_tokens import save_tokenizer
 
 from peft_sparse import ConfigError, inspect_adapter, plot_adapters
 from peft_sparse.inspection import plots
@@ -21,6 +19,8 @@ from peft_sparse.inspection.layer_bars import Bar, distribution, limit_of
 from peft_sparse.inspection.page import save_plot
 from peft_sparse.inspection.reading import Adapter, read_adapter
 from peft_sparse.inspection.report import report_on
+from tests.support.known_adapters import QUERY, WORDS, delta, first, save, second
+from tests.unit.inspection.test_tokens import save_tokenizer
 
 METHOD = {"method": "rand"}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from known_adapters import first, save
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from peft_sparse import BottleneckConfig, ConfigError, FormatError, merge_checkpoint, plot_adapters
 from peft_sparse.cli import app
+from tests.support.known_adapters import first, save
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from known_adapters import DENSE, QUERY, first, save, second
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from peft_sparse import ConfigError, FormatError, RandConfig, iter_deltas
 from peft_sparse.checkpoints import adapter_files
 from peft_sparse.inspection.reading import Head, adapter_of, read_adapter, read_adapters
+from tests.support.known_adapters import DENSE, QUERY, first, save, second
 
 
 def same(one, other) -> bool:

@@ -7,7 +7,6 @@ from math import sqrt
 
 import pytest
 import torch
-from known_adapters import QUERY, WORDS, first, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +14,7 @@ from peft_sparse import ConfigError
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.inspection.reading import Adapter, read_adapter
 from peft_sparse.inspection.tokens import ChangedRow, changed_rows, embedding_matrix, load_tokenizer, token_text
+from tests.support.known_adapters import QUERY, WORDS, first, save
 
 
 def save_tokenizer(folder, words: list[str]) -> None:

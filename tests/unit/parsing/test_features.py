@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_parsers import LABELS, tokenizer
 
 from peft_sparse import ParserCollator, encode_sentences
 from peft_sparse.errors import ConfigError
 from peft_sparse.parsing import RELATIONS
+from tests.support.parsers import LABELS, tokenizer
 
 LABEL2ID = {name: i for i, name in enumerate(LABELS)}
 SENTENCE = {"words": ["the", "dogs", "sees"], "heads": [2, 3, 0], "relations": ["det", "nsubj:pass", "root"]}

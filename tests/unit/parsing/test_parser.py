@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from tiny_parsers import LABELS, encoder, parser, sentences, tokenizer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -38,6 +35,7 @@ from peft_sparse import (
 from peft_sparse.errors import ConfigError
 from peft_sparse.parsing import attachment_metrics, maximum_spanning_tree
 from peft_sparse.parsing.parser import Biaffine
+from tests.support.parsers import LABELS, encoder, parser, sentences, tokenizer
 
 LABEL2ID = {name: i for i, name in enumerate(LABELS)}
 ADAPTER = {"density": 0.2, "target_modules": "all", "modules_to_save": list(BiaffineParser.HEADS)}
@@ -194,11 +192,10 @@ def test_a_pretrained_encoder_gets_heads_at_zero_and_comes_back_from_its_folder(
     )
 
 
-def test_a_pickled_parser_is_read_in_a_new_process(tmp_path):
+def test_a_pickled_parser_is_read_in_a_new_process(interpreter, tmp_path):
     (tmp_path / "parser.pkl").write_bytes(pickle.dumps(parser()))
     code = f"import pickle; print(type(pickle.load(open({str(tmp_path / 'parser.pkl')!r}, 'rb'))).__name__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "BertBiaffineParser"
+    assert interpreter.run(code).stdout.strip() == "BertBiaffineParser"
 
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from test_reselector import batch, make, optimizer_of
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from peft_sparse import AdapterAverage, SpielMAConfig, iter_deltas
 from peft_sparse.errors import ConfigError, SelectionError
 from peft_sparse.training.spiel.reselector import iter_reselectors
+from tests.support.reselection import batch, make, optimizer_of
 
 
 def dense(model, adapter_name="default"):

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 from transformers import Trainer
 
 from peft_sparse import (
@@ -31,6 +30,7 @@ from peft_sparse.training.spiel.callback import STATE_FILE, load_state, save_sta
 from peft_sparse.training.trainer.completeness import Needs
 from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.training.trainer.stored_adapters import load_adapters
+from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 
 CONFIGS = {
     "spiel": SpielAGConfig(density=0.05, target_modules=["query"], reselection_steps=4, estimation_steps=2),

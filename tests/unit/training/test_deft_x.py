@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from tiny_training import assert_same_tensors, base_weights, deltas, make_adapted, make_bert, make_trainer
 from torch import nn
 
 import peft_sparse.training.progress as progress
 from peft_sparse import DeftXConfig, SelectionError
 from peft_sparse.training.phases.lottery import start_dense_phase
+from tests.support.training import assert_same_tensors, base_weights, deltas, make_adapted, make_bert, make_trainer
 
 
 def make_phase(**config):

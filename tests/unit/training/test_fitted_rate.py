@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
 from torch import nn
 from transformers import Trainer
 
@@ -26,6 +25,7 @@ from peft_sparse.errors import ConfigError, FormatError
 from peft_sparse.optim.step_scale import _before
 from peft_sparse.selection.output_energy import step_scale
 from peft_sparse.training.fitted_rate import iter_rate_fits
+from tests.support.training import Labelled, make_args, make_bert
 
 BATCHES = [{"input_ids": row["input_ids"][None], "labels": row["labels"][None]} for row in Labelled(8)]
 

@@ -6,12 +6,12 @@ import gc
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import deltas, make_adapted, make_trainer
 from torch import nn
 
 from peft_sparse import LotteryTicketConfig, RandConfig, iter_deltas
 from peft_sparse.optim import l1 as regularization
 from peft_sparse.training.phases.lottery import start_dense_phase
+from tests.support.training import deltas, make_adapted, make_trainer
 
 L1 = 2.0
 # 5 * 4 + 4 weights in the tuned layer, 4 * 3 + 3 in the head, 7 frozen.

@@ -6,8 +6,6 @@ import shutil
 
 import pytest
 import torch
-from tiny_languages import SIZES, make_languages_and_task, make_sources, stack, train_languages
-from tiny_training import assert_same_tensors, base_weights, deltas
 
 from peft_sparse import (
     ConfigError,
@@ -19,6 +17,8 @@ from peft_sparse import (
     evaluation_batches,
     language_below_task,
 )
+from tests.support.languages import SIZES, make_languages_and_task, make_sources, stack, train_languages
+from tests.support.training import assert_same_tensors, base_weights, deltas
 
 ADAPTERS = {language: f"{language}-adapter" for language in SIZES}
 

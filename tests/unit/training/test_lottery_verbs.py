@@ -7,7 +7,12 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_training import (
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas, resident
+from peft_sparse.training.phases.lottery import DensePhase, select, start_dense_phase, start_sparse_phase
+from tests.support.training import (
     Labelled,
     assert_same_tensors,
     base_weights,
@@ -15,11 +20,6 @@ from tiny_training import (
     make_adapted,
     make_bert,
 )
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas, resident
-from peft_sparse.training.phases.lottery import DensePhase, select, start_dense_phase, start_sparse_phase
 
 
 def train(model, *, steps=3, lr=1e-2, seed=0, optimizer_class=torch.optim.AdamW, **settings):

@@ -7,7 +7,12 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_training import (
+from transformers import Trainer, TrainerCallback
+
+from peft_sparse import AdaSftConfig, ConfigError, FormatError, start_weight_phase
+from peft_sparse.training.trainer.resume import find_resume_point
+from peft_sparse.tuners.ada_sft.iteration import iter_masked
+from tests.support.training import (
     Labelled,
     assert_same_tensors,
     base_weights,
@@ -17,11 +22,6 @@ from tiny_training import (
     make_bert,
     make_trainer,
 )
-from transformers import Trainer, TrainerCallback
-
-from peft_sparse import AdaSftConfig, ConfigError, FormatError, start_weight_phase
-from peft_sparse.training.trainer.resume import find_resume_point
-from peft_sparse.tuners.ada_sft.iteration import iter_masked
 
 SETTINGS = {
     "max_steps": 8,

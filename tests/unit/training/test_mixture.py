@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from tiny_languages import make_languages_and_task, make_sources, stack
 
 from peft_sparse import (
     ConfigError,
@@ -21,6 +20,7 @@ from peft_sparse import (
     few_shot,
     language_below_task,
 )
+from tests.support.languages import make_languages_and_task, make_sources, stack
 
 
 def rows(count: int, start: int = 0) -> list[int]:

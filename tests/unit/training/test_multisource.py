@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_languages import make_sources, stack
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from peft_sparse import ConfigError, MultiSourceCollator, MultiSourceDataset, evaluation_batches
 from peft_sparse.training.languages.multisource import LanguageBatch, sampling_probabilities
+from tests.support.languages import make_sources, stack
 
 
 def made(**changes) -> MultiSourceDataset:

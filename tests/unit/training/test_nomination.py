@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
 from torch import nn
 
 from peft_sparse import (
@@ -20,6 +19,7 @@ from peft_sparse import (
 )
 from peft_sparse.errors import ConfigError
 from peft_sparse.selection import criteria
+from tests.support.training import Labelled, make_args, make_bert
 
 SHAPE = (9, 8)
 FIELDS = {"num_weights": 12, "target_modules": ["layer"], "total_steps": 1000, "reselection_steps": 50}

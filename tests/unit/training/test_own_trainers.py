@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 from transformers import Trainer
 
 from peft_sparse import (
@@ -21,6 +20,7 @@ from peft_sparse import (
     sparse_trainer,
 )
 from peft_sparse.training.phases.one_shot import select_in_trainer
+from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 
 CONFIGS = {
     "ticket": LotteryTicketConfig(num_weights=50, target_modules=["query"]),

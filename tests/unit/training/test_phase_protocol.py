@@ -8,7 +8,6 @@ from typing import ClassVar
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_training import assert_same_tensors, base_weights, deltas, make_bert, make_trainer
 
 from peft_sparse import ConfigError, LotteryTicketConfig, SparseConfig, plan_memory
 from peft_sparse.checkpoints.card_rows import METHOD_FACTS
@@ -17,6 +16,7 @@ from peft_sparse.training.phases.phase import PHASES, Phase, first_phase
 from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.tuners.common.config import TARGETS, Stage
 from peft_sparse.tuners.sparse_ft.configs.base import METHODS, method_name
+from tests.support.training import assert_same_tensors, base_weights, deltas, make_bert, make_trainer
 
 SHORT = {"sequence_length": 8, "task_type": "SEQ_CLS"}
 

@@ -8,7 +8,14 @@ import signal
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import (
+from transformers import Trainer, TrainerCallback, trainer_jit_checkpoint
+
+from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, SparseTrainer, iter_deltas
+from peft_sparse.training.phases import one_shot
+from peft_sparse.training.phases.dense_phase import DensePhase
+from peft_sparse.training.spiel.callback import STATE_FILE
+from peft_sparse.training.trainer.resume import find_resume_point
+from tests.support.training import (
     Labelled,
     assert_same_tensors,
     base_weights,
@@ -18,13 +25,6 @@ from tiny_training import (
     make_bert,
     make_trainer,
 )
-from transformers import Trainer, TrainerCallback, trainer_jit_checkpoint
-
-from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, SparseTrainer, iter_deltas
-from peft_sparse.training.phases import one_shot
-from peft_sparse.training.phases.dense_phase import DensePhase
-from peft_sparse.training.spiel.callback import STATE_FILE
-from peft_sparse.training.trainer.resume import find_resume_point
 
 CONFIGS = {
     "dense": LotteryTicketConfig(num_weights=100, target_modules=["query"], modules_to_save=["classifier"]),

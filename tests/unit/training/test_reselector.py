@@ -7,62 +7,16 @@ import gc
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny_training import Labelled, make_args, make_bert
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Trainer
 
-from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas, resident
+from peft_sparse import SpielAGConfig, iter_deltas, resident
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.training.spiel import callback, gradient_tap, reselector
 from peft_sparse.training.spiel.gradient_tap import GradientTap
 from peft_sparse.training.spiel.reselector import iter_reselectors
-
-METHODS = [SpielAGConfig, SpielMAConfig]
-QUICK = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}
-
-
-def make(cls=SpielAGConfig, **fields):
-    model = make_bert(dropout=0.0)
-    return get_peft_model(model, cls(**{**QUICK, **fields}))
-
-
-def driver(model):
-    (found,) = iter_reselectors(model)
-    return found
-
-
-def batch(step: int, size: int = 4):
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, 40, (size, 6), generator=generator)
-    return {"input_ids": ids, "labels": ids[:, 0] % 3}
-
-
-def train(model, optimizer, steps, *, accumulate=1, clip=None):
-    losses = []
-    for step in steps:
-        for micro in range(accumulate):
-            loss = model(**batch(100 * step + micro)).loss / accumulate
-            loss.backward()
-            losses.append(float(loss.detach()))
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
-
-
-def optimizer_of(model, cls=torch.optim.AdamW, lr=1e-2):
-    return cls([p for p in model.parameters() if p.requires_grad], lr=lr)
-
-
-def adapter(model):
-    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in iter_deltas(model)}
-
-
-def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
+from tests.support.reselection import METHODS, QUICK, adapter, assert_equal, batch, driver, make, optimizer_of, train
+from tests.support.training import Labelled, make_args, make_bert
 
 
 @pytest.mark.parametrize("cls", METHODS)

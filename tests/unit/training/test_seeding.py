@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
 
 from peft_sparse import SparseTrainer, SpielAGConfig, SpielMAConfig, iter_deltas, iter_reselectors
 from peft_sparse.errors import ConfigError
 from peft_sparse.optim.sparse_adamw import SparseAdamW
+from tests.support.training import Labelled, make_args, make_bert
 
 FIELDS = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2, "total_steps": 20}
 BETAS = (0.9, 0.999)

@@ -10,7 +10,6 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_training import Labelled, assert_same_tensors, base_weights, deltas, head, make_bert, make_trainer
 from torch import nn
 from transformers import TrainerCallback
 
@@ -26,6 +25,7 @@ from peft_sparse import (
     start_dense_phase,
 )
 from peft_sparse.training.trainer.trainer import SparseTrainer
+from tests.support.training import Labelled, assert_same_tensors, base_weights, deltas, head, make_bert, make_trainer
 
 BATCHES = [
     {key: torch.stack([Labelled(16)[i][key] for i in range(start, start + 4)]) for key in Labelled(1)[0]}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tiny_training import assert_same_tensors, base_weights, deltas
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, RandConfig
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
+from tests.support.training import assert_same_tensors, base_weights, deltas
 
 trl = pytest.importorskip("trl")
 

@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
 from transformers import Trainer
 
 from peft_sparse import SM3, SparseAdamW, SparseTrainer, SpielAGConfig, SpielMAConfig, iter_deltas, iter_reselectors
+from tests.support.training import Labelled, make_args, make_bert
 
 FIELDS = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2}
 

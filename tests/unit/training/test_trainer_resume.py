@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_training import assert_same_tensors, base_weights, deltas, head, make_adapted, make_trainer
 from transformers import TrainerCallback
 
 from peft_sparse import FormatError, iter_deltas
 from peft_sparse.training.phases.dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
 from peft_sparse.training.phases.lottery import start_dense_phase
 from peft_sparse.training.trainer.resume import find_resume_point
+from tests.support.training import assert_same_tensors, base_weights, deltas, head, make_adapted, make_trainer
 
 
 class Killed(BaseException):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_training import Labelled, make_args, make_bert, make_trainer
 from transformers import Trainer
 
 from peft_sparse import (
@@ -22,6 +19,7 @@ from peft_sparse import (
     start_dense_phase,
     start_weight_phase,
 )
+from tests.support.training import Labelled, make_args, make_bert, make_trainer
 
 TICKET = LotteryTicketConfig(num_weights=100, target_modules=["query"])
 UNSELECTED = [
@@ -99,7 +97,7 @@ def test_a_saved_and_reloaded_one(tmp_path, caplog):
     assert sum(model.peft_config["default"].counts.values()) == 100
 
 
-def test_an_unpickled_one_in_another_process(tmp_path):
+def test_an_unpickled_one_in_another_process(interpreter, tmp_path):
     torch.save(adapted(), tmp_path / "model.pt")
     script = f"""
 import torch
@@ -107,7 +105,7 @@ model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 import transformers.trainer
 print([c.__name__ for c in transformers.trainer.DEFAULT_CALLBACKS])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = interpreter.run(script)
     assert "FirstPhaseCallback" in done.stdout
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_training import Labelled, make_args, make_bert
 from transformers import Trainer
 
 from peft_sparse import RandConfig, SparseAdamW, SparseTrainer, SpielAGConfig, iter_deltas, parameter_groups
+from tests.support.training import Labelled, make_args, make_bert
 
 LR, DECAY = 1e-3, 30.0
 WHAT = {"target_norms": True, "target_biases": True, "modules_to_save": ["classifier"], "init_weights": False}
@@ -95,6 +95,22 @@ def test_groups_of_ones_own_stay(tmp_path):
         [id(p) for p in trained[:5]],
         [id(p) for p in trained[5:]],
     ]
+
+
+def test_a_plain_trainer_of_fixed_supports_takes_them(tmp_path):
+    def run(weight_decay: float):
+        model = make(RandConfig)
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        args = make_args(tmp_path, learning_rate=LR, max_steps=1, lr_scheduler_type="constant")
+        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=LR)
+        Trainer(model=model, args=args, train_dataset=Labelled(), optimizers=(optimizer, None)).train()
+        return model, before
+
+    (decayed, before), (plain, _) = run(DECAY), run(0.0)
+    deltas, other = values_of(plain), dict(plain.named_parameters())
+    for name, start in before.items():
+        pulled = LR * DECAY * start if name in deltas else torch.zeros_like(start)
+        torch.testing.assert_close(decayed.get_parameter(name), other[name] - pulled, rtol=1e-4, atol=1e-7)
 
 
 def test_groups_for_a_loop_of_ones_own():

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_tables import FEATURES, LANGUAGES, NAMES, VALUES, write_csv, write_json, write_npz
 
 from peft_sparse import ConfigError, FormatError, load_typology
+from tests.support.typology import FEATURES, LANGUAGES, NAMES, VALUES, write_csv, write_json, write_npz
 
 WRITERS = {"npz": write_npz, "json": write_json, "csv": write_csv}
 

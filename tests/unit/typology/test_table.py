@@ -9,9 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from made_tables import LANGUAGES, NAMES, VALUES
 
 from peft_sparse import ConfigError, FormatError, Typology
+from tests.support.typology import LANGUAGES, NAMES, VALUES
 
 
 def made(values=VALUES, *, languages=LANGUAGES, names=NAMES, **more) -> Typology:

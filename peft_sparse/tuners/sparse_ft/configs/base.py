@@ -181,9 +181,13 @@ class SparseConfig(WeightConfig):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """With a dense phase two, in the first of which the targets themselves train; see `WeightConfig`."""
+        """With a dense phase two, in the first of which the targets themselves train; where gradients choose the
+        support, their pass comes first; see `WeightConfig`.
+        """
         if self.first_phase == DENSE_PHASE:
             return (Stage("dense phase", trains=TARGETS), Stage("sparse phase"))
+        if self.first_phase == GRADIENTS:
+            return (Stage("selection by gradients", selects=True), *super().stages)
         return super().stages
 
     @staticmethod

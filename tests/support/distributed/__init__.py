@@ -1,0 +1,1 @@
+"""What `tests/distributed` runs in each of several processes."""

@@ -1,0 +1,47 @@
+"""Random supports of adapters with one seed do not lie inside each other, and are the same when made again."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from peft import get_peft_model
+
+from peft_sparse import RandConfig, SpielAGConfig, iter_deltas
+from peft_sparse.composition.chance import shared_positions
+from tests.support.keys import llama
+
+
+def support(config, name="default"):
+    return {path: d.delta for path, _, _, d in iter_deltas(get_peft_model(llama(), config, adapter_name=name), name)}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (RandConfig(density=0.2), "task"),
+        (RandConfig(density=0.3), "default"),
+        (RandConfig(density=0.2, task_type="CAUSAL_LM"), "default"),
+        (SpielAGConfig(density=0.2), "default"),
+        (RandConfig(density=0.2, seed=1), "default"),
+    ],
+)
+def test_draws_are_independent(config, name):
+    shared, expected = shared_positions(support(RandConfig(density=0.2)), support(config, name))
+    assert shared == pytest.approx(expected, abs=0.05)
+
+
+def test_a_draw_can_be_made_again():
+    assert shared_positions(support(RandConfig(density=0.2)), support(RandConfig(density=0.2)))[0] == 1
+
+
+def test_adding_up_the_same_draw_warns(tmp_path, caplog):
+    get_peft_model(llama(), RandConfig(density=0.2)).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), RandConfig(density=0.2))
+    model.load_adapter(tmp_path, "b")
+    model.add_adapter("c", RandConfig(density=0.2))
+    with caplog.at_level(logging.WARNING, "peft_sparse"):
+        model.base_model.add_weighted_adapter(["default", "c"], [1, 1], "fine")
+        assert not caplog.records
+        model.base_model.add_weighted_adapter(["default", "b"], [1, 1], "sum")
+    assert "share 100 % of their weights, where two independent draws would share 20 %" in caplog.text
