@@ -1,4 +1,4 @@
-"""Generate a language adapter from typological features alone, for a language that the training has not seen.
+"""Generate a language adapter from typological features alone, for a language that training has not seen.
 
     python examples/language_adapters_from_typology.py
 
@@ -59,7 +59,7 @@ def main(
     language_column: Annotated[str, typer.Option(help="Column of language codes, of data in one table.")] = "",
     model: Annotated[str, typer.Option(help="Encoder for real text: a directory or hub id.")] = "",
     typology: Annotated[Path | None, typer.Option(help="File of typological features, with --data.")] = None,
-    unseen: Annotated[str, typer.Option(help="Language left out of the training. \\[default: an invented one]")] = "",
+    unseen: Annotated[str, typer.Option(help="Language left out of training. \\[default: an invented one]")] = "",
     pivot: Annotated[str, typer.Option(help="Language whose adapter is the baseline, with --data.")] = "eng",
     steps: Annotated[int, typer.Option(help="Steps of training the hypernetwork.")] = 1500,
     rate: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +32,10 @@ def lazy(package: str, homes: Mapping[str, tuple[str, str]]) -> Callable[[str], 
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            # With its name and object Python says which attribute may be meant.
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules.get(package)
+            )
         module, attribute = homes[name]
         return getattr(import_module(f"{package}.{module}"), attribute)
 

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from ..checks import nearest
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
@@ -65,6 +66,11 @@ def read_adapter(where: str | os.PathLike[str]) -> AdapterFiles:
     digest = stored_digest(named.pop(DIGEST_KEY), source=str(path))
     others = {name: tensor for name, tensor in named.items() if parameter_of(name) is None}
     return AdapterFiles(os.fspath(where), path.parent, config, deltas, others, digest)
+
+
+def in_list(adapters: Any) -> list[Any]:
+    """Adapters as a list; one that is given alone is a list of one, not of the letters of its name."""
+    return [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
 
 
 def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
@@ -178,7 +184,9 @@ def _fetch(where: str | os.PathLike[str], name: str, revision: str | None) -> Pa
         raise ConfigError(f"'{given}' is a file. Give the folder that holds {CONFIG_FILE} and {SOURCE}.")
     found = _HUB_ID.fullmatch(given)
     if found is None:
-        raise ConfigError(f"There is no folder '{given}', and it is no id of the Hub (owner/name[/folder][@revision]).")
+        raise ConfigError(
+            f"There is no folder '{given}', and it is no id of the Hub (owner/name[/folder][@revision]).{_nearby(path)}"
+        )
     if revision is not None and found["revision"] not in (None, revision):
         raise ConfigError(f"'{given}' names a revision, and another one is given beside it, {revision!r}. Give one.")
     revision = found["revision"] or revision
@@ -194,4 +202,13 @@ def _not_on_hub(where: str | os.PathLike[str], name: str, error: Exception) -> C
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConfigError(
         f"There is no folder '{os.fspath(where)}', and {name} of that name cannot be had from the Hub: {reason}"
+        f"{_nearby(Path(where).expanduser())}"
     )
+
+
+def _nearby(path: Path) -> str:
+    """The sentence, behind a blank, that names a folder beside the missing one with nearly its name; else nothing."""
+    try:
+        return nearest(path.name, [one.name for one in path.absolute().parent.iterdir() if one.is_dir()])
+    except OSError:  # no such folder either, or one that may not be listed
+        return ""

@@ -63,7 +63,7 @@ def canonical_name(key: str, *, adapter_name: str | None = None) -> str:
 
     Args:
         key: key of a state dict, with or without PEFT's prefix `base_model.model.`.
-        adapter_name: the adapter whose name stands in the key; None for checkpoint keys, which have none.
+        adapter_name: the adapter whose name is in the key; None for checkpoint keys, which have none.
     """
     name = unwrapped(key) if adapter_name is None else without_adapter(key, adapter_name)
     return name.removeprefix(PREFIX)
@@ -146,7 +146,7 @@ def finish(
             digest that it already holds is replaced.
         heads: fully trained tensors (`modules_to_save`) that PEFT itself adds to the file: covered by the digest, not
             part of the result.
-        adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
+        adapter_name: the adapter whose name is in the keys; None for checkpoint keys.
         values_dtype: dtype of the values in the file; None leaves them as they are.
 
     Returns:
@@ -244,7 +244,7 @@ def verify(
         vocabularies: parameters with a row for each token. The model may have more rows of them than the file knows:
             flat row-major indices mean the same weights there.
         left_out: parameters that the model does not have and need not have. They are checked and not returned.
-        adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
+        adapter_name: the adapter whose name is in the keys; None for checkpoint keys.
         source: what errors call the file.
         verified: what an earlier check of the same file found. If the tensors still have its digest they are not
             decoded again.
@@ -313,7 +313,7 @@ def stored_digest(tensor: Tensor, *, source: str = SOURCE) -> str:
         source: what errors call the file.
 
     Raises:
-        FormatError: the tensor is none of ours.
+        FormatError: the tensor is no digest of this format.
     """
     return _parse_digest(tensor, source)[1].hex()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 PREFIX = "base_model.model."
 # Path components that stand for a wrapper, not for a module of the model.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
-# What DDP and its like call the model that they stand around.
+# What DDP and its like call the model that they wrap.
 _WRAPPED = "module."
 _HEADS = "modules_to_save"
 # The containers that hold one entry per adapter, by its name: those of all tuner types here, and PEFT's own.

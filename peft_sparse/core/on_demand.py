@@ -22,7 +22,7 @@ class OnDemand(Tensor):
     Args:
         like: has its shape, dtype and device.
         make: gives its numbers, outside of autograd.
-        refusal: what to say to whoever writes into it.
+        refusal: the error of writing into it.
     """
 
     _make: Callable[[], Tensor]
@@ -106,7 +106,7 @@ def on_demand(
         make: computes it from `leaves` and from what needs no gradient, by differentiable operations; called once if
             its numbers are wanted, and once more in the backward.
         leaves: what may require a gradient.
-        refusal: what to say to whoever writes into it.
+        refusal: the error of writing into it.
         device: where it will be, if that is another one.
 
     Cost: nothing until an operation needs the numbers; then what `make` costs, held as long as the tensor is.

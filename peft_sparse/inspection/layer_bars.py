@@ -61,15 +61,16 @@ def distribution_of_other(report: OtherReport) -> tuple[str, list[Bar]]:
 
     The squared change, where the adapter is a difference of weights; else the squared norm of its tensors.
     """
-    is_change = all(group.change is not None for group in report.groups)
-    sizes = [(group.change if is_change else group.norm) ** 2 for group in report.groups]
+    changed = [group for group in report.groups if group.change is not None]  # of heads there is no change
+    groups = changed or report.groups
+    sizes = [(group.change if changed else group.norm) ** 2 for group in groups]
     total = sum(sizes) or 1
     bars = []
-    for group, size in zip(report.groups, sizes, strict=True):
+    for group, size in zip(groups, sizes, strict=True):
         stack, _, number = group.name.rpartition(".")
         in_layer = stack if number.isdigit() else ""
         bars.append(Bar(number if in_layer else group.name, in_layer, 0, size / total))
-    return "squared change" if is_change else "tensors' squared norm", bars
+    return "squared change" if changed else "tensors' squared norm", bars
 
 
 def _sizes(group: LayerGroup, *, of_change: bool) -> Mapping[str, float]:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.adapter_files import in_list
 from ..errors import ConfigError
 from ..files import write_atomically
 from ..tables import Sheet
@@ -36,7 +37,7 @@ caption { text-align: left; font-weight: bold; padding: 1rem 0 .3rem; } p.note {
 
 
 def plot_adapters(
-    adapters: Sequence[str | os.PathLike[str] | Adapter],
+    adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str],
     *,
     kind: str = ALL,
     tokenizer: str | None = None,
@@ -48,7 +49,7 @@ def plot_adapters(
     (LoRA, SHiRA, Super-Tuning), or of the norm of their tensors.
 
     Args:
-        adapters: folders or Hub ids (or what `read_adapter` gave).
+        adapters: folders or Hub ids (or what `read_adapter` gave), or one alone.
         kind: "distribution", "overlap" (two or more sparse adapters), "tokens" (of sparse ones), or "all" that apply.
         tokenizer: folder or Hub id; None looks into the adapters' folders and base models on this machine.
         top: how many tokens are shown at most.
@@ -66,7 +67,7 @@ def plot_adapters(
 
 
 def save_plot(
-    adapters: Sequence[str | os.PathLike[str] | Adapter],
+    adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
     kind: str = ALL,
@@ -103,7 +104,8 @@ def save_plot(
     write_atomically(target, content)
 
 
-def _read(adapters: Sequence[str | os.PathLike[str] | Adapter]) -> list[Adapter | OtherReport]:
+def _read(adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str]) -> list[Adapter | OtherReport]:
+    adapters = [adapters] if isinstance(adapters, Adapter) else in_list(adapters)
     if not adapters:
         raise ConfigError("at least one adapter is needed, got none")
     is_other = [not isinstance(adapter, Adapter) and not is_sparse(adapter) for adapter in adapters]

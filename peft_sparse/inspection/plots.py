@@ -35,7 +35,7 @@ class Panel:
 
     Attributes:
         kind: one of `KINDS`.
-        title: what stands above it.
+        title: what is above it.
         height: in inches.
         draw: draws it into a figure or a part of one.
     """
@@ -180,7 +180,7 @@ def render(figure: Figure, file_format: str, *, id_prefix: str = "id") -> bytes:
     Args:
         figure: of `figure_of`.
         file_format: "png", or "svg" with its text as text.
-        id_prefix: what the ids of an SVG begin with, so that several can stand in one page.
+        id_prefix: what the ids of an SVG begin with, so that several can be in one page.
     """
     buffer = io.BytesIO()
     with _style({"svg.fonttype": "none"}):

@@ -49,7 +49,7 @@ _REQUEST = (
 
 @dataclass(frozen=True)
 class Workload:
-    """What a training is planned for; see `plan_memory`."""
+    """What a training run is planned for; see `plan_memory`."""
 
     batch_size: int
     sequence_length: int
@@ -63,7 +63,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """The most memory that one phase of a training needs at a time, in bytes.
+    """The most memory that one phase of a training run needs at a time, in bytes.
 
     Attributes:
         name: "training"; "estimating gradients" (SpIEL-AG); "selection by gradients" (one-shot criteria of gradients,
@@ -125,7 +125,7 @@ def _with_candidates(first: PhaseMemory, training: PhaseMemory, config: Any, num
     return max(first, later, key=lambda phase: phase.total)
 
 
-# The kinds of training
+# The kinds of runs
 
 
 def _other_method(

@@ -37,7 +37,7 @@ from .window import is_clear, read_estimates, saved_estimates, tap_gradients
 
 
 class Reselector:
-    """Drives one SpIEL adapter. Made by itself when the adapter is added; an optimizer-step hook calls it.
+    """Drives one SpIEL adapter. Made automatically when the adapter is added; an optimizer-step hook calls it.
 
     Args:
         model: the base model, with its sparse layers.
@@ -51,7 +51,7 @@ class Reselector:
         total_steps: T, all updates of the run; None while it is unknown.
         max_grad_norm: what the training loop clips gradients to; None if it does not, or if that is unknown.
         history: what every reselection did, oldest first.
-        is_restored: whether it stands where `load_state_dict` put it.
+        is_restored: whether it is where `load_state_dict` put it.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
@@ -87,7 +87,7 @@ class Reselector:
         return {key: value for key, value in vars(self).items() if key != "_updates"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied model, or one from a file, reselects by itself, and goes on with the window that was open.
+        # A copied model, or one from a file, reselects on its own, and goes on with the window that was open.
         vars(self).update(state)
         for name, tap in self._taps.items():
             self.deltas[name].observer = tap
@@ -235,7 +235,7 @@ class Reselector:
         return is_clear(self._taps, wanted, uncertain_share=self.config.uncertain_share)
 
     def stop(self) -> None:
-        """Leave the adapter as it stands and never touch it again."""
+        """Leave the adapter as it is and never touch it again."""
         self._close_window()
         stepping.discard(self)
         stepped.discard(self)
@@ -339,7 +339,7 @@ class Reselector:
         return {name: self._record.grown_at(name).clone() for name in self.deltas}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a training needs to go on exactly as if it had not stopped, beside adapter and optimizer.
+        """All that a run needs to go on exactly as if it had not stopped, beside adapter and optimizer.
 
         Taken between two updates, as checkpoints are. Tensors only, by names that `load_state_dict` knows.
         """

@@ -27,7 +27,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether a forward that was given to this very module may read its parameters past whoever calls it."""
+    """Whether a forward that was given to this very module may read its parameters past its caller."""
     given = own_forward(module)
     return given is not None and not (isinstance(given, MethodType) and given.__self__ is module)
 

@@ -71,7 +71,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
 
 
 def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not
+    """Modules of the model itself, by path: tuner layers count as the module that they wrap, their insides do not
     count.
     """
     # Modules come before what is inside of them, and that before all else, so the last tuner layer alone matters.

@@ -19,6 +19,9 @@ def saved(tmp_path_factory):
     folders, models = {}, {}
     for name, config in {
         "lora": LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False),
+        "headed": LoraConfig(
+            r=2, target_modules=["query", "value"], init_lora_weights=False, modules_to_save=["pooler"]
+        ),
         "bottleneck": BottleneckConfig(reduction_factor=2),
     }.items():
         torch.manual_seed(0)
@@ -43,9 +46,10 @@ def heights(axes) -> dict[str, float]:
     return found
 
 
-def test_bars_of_a_lora_adapter_are_its_change(saved):
+@pytest.mark.parametrize("name", ["lora", "headed"])
+def test_bars_of_a_lora_adapter_are_its_change(saved, name):
     folders, models = saved
-    layers = {n: m for n, m in models["lora"].named_modules() if hasattr(m, "get_delta_weight")}
+    layers = {n: m for n, m in models[name].named_modules() if hasattr(m, "get_delta_weight")}
     squares = {
         str(number): sum(
             float(m.get_delta_weight("default").double().square().sum())
@@ -54,7 +58,7 @@ def test_bars_of_a_lora_adapter_are_its_change(saved):
         )
         for number in range(2)
     }
-    (axes,) = plot_adapters([folders["lora"]]).axes
+    (axes,) = plot_adapters([folders[name]]).axes
     assert axes.get_ylabel() == "share of its squared change"
     total = sum(squares.values())
     assert heights(axes) == pytest.approx({name: square / total for name, square in squares.items()}, rel=1e-5)

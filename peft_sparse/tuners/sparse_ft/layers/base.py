@@ -32,11 +32,11 @@ _NUM_OVERLAYS = 4
 
 @dataclass
 class Written:
-    """A delta that stands in a base parameter right now, and what undoes it.
+    """A delta that is in a base parameter right now, and what undoes it.
 
     Attributes:
         key: the adapters and the versions of their supports.
-        overlay: where it stands.
+        overlay: where it is.
         originals: [u] the parameter's own entries there; None when the whole parameter was exchanged.
         parameter: the exchanged parameter; None when the entries were written in place.
         shape: of what was written into.
@@ -129,7 +129,7 @@ class SparseLayer(WeightLayer):
         return [held[name] for name in names if name in held and held[name].takes_part]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this layer, out of the base parameters first if it stands there."""
+        """Remove an adapter from this layer, out of the base parameters first if it is there."""
         if not self.merged:
             self.restore()
         super().delete_adapter(adapter_name)
@@ -245,7 +245,7 @@ class SparseLayer(WeightLayer):
         return overlay.take(flat(self.base_tensor(parameter)))
 
     def write(self, parameter: str, adapters: Sequence[str]) -> None:
-        """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
+        """Put the adapters' deltas into the base parameter, or bring what is there up to date."""
         values = [d.values for d in self.active_deltas(parameter, adapters)]
         if values:
             self.write_entries(parameter, *self.overlay(parameter, adapters), values)

@@ -73,7 +73,7 @@ class Linear(SparseLayer):
         return active if active.holds(weight, adapters) else None
 
     def _bring_up_to_date(self, active: ActiveWeights) -> None:
-        """Write the active deltas into the base weight, unless just they stand there."""
+        """Write the active deltas into the base weight, unless just they are there."""
         own, values, written = active.weight, active.values, self._written.get("weight")
         snapshot = written.snapshot if written and written.key == active.key and written.target is own else None
         if snapshot is not None and snapshot.is_current(own, values):
@@ -123,7 +123,7 @@ class Linear(SparseLayer):
 
     @staticmethod
     def measure(x: Tensor, deltas: Sequence[AdapterDelta]) -> None:
-        """Show the inputs of a training forward to whoever fits steps to them."""
+        """Show the inputs of a training forward to what fits steps to them."""
         for delta in deltas:
             if delta.meter is not None and torch.is_grad_enabled() and delta.values.requires_grad:
                 delta.meter.see(x)

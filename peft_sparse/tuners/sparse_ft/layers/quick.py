@@ -66,8 +66,8 @@ class Snapshot:
     """What was written into a weight, to tell whether it is up to date.
 
     Contents are compared and not versions, for what is written by `.data` leaves no version behind: of the values all,
-    of the weight some entries, spread over the support. (Who writes into a weight in which deltas stand replaces all of
-    it, or asks for what cannot last: leaving restores what stood there before.)
+    of the weight some entries, spread over the support. (Code that writes into a weight while deltas are in it
+    replaces all of it, or asks for what cannot last: leaving restores what was there before.)
 
     Args:
         weight: the parameter, just written into.
