@@ -397,9 +397,7 @@ def test_both_phases_of_a_lottery_ticket_go_by_the_teacher(order, tmp_path):
 
 TICKETS = {
     "LT-SFT": lambda **fields: LotteryTicketConfig(**fields),
-    "SC-SFT": lambda **fields: LotteryTicketConfig(
-        **fields, budget={r".*layer\.0\..*": 0.75, r"(?!.*layer\.0\.).*": 0.25}
-    ),
+    "SC-SFT": lambda **fields: LotteryTicketConfig(**fields, budget={r"layer\.0\.": 0.75, r"^(?!.*layer\.0\.)": 0.25}),
     "DeFT-X": lambda **fields: DeftXConfig(**fields, rank=2, residual_density=0.3),
 }
 
