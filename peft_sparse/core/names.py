@@ -51,3 +51,13 @@ def without_adapter(key: str, adapter_name: str) -> str:
         # An adapter may itself be called like a container.
         is_name = part in SLOTS and len(kept) > 1
     return ".".join(kept)
+
+
+def is_above_encoder(path: str, root: str) -> bool:
+    """Whether a module is of a head, or the pooler below it: what one class over a base model has and another has not.
+
+    Args:
+        path: of the module.
+        root: path of the base model inside the class, with its dot ("bert.").
+    """
+    return not path.startswith(root) or path.removeprefix(root).partition(".")[0] == "pooler"

@@ -23,7 +23,7 @@ def translate_file(
     output: str | os.PathLike[str],
     *,
     model: str,
-    fields: Sequence[str] = (TEXT,),
+    fields: Sequence[str] | str = (TEXT,),
     adapter: str | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
@@ -53,6 +53,7 @@ def translate_file(
         raise ConfigError(f"the output {os.fspath(output)!r} is the file of rows itself. Name another file.")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be >= 1 rows, got {limit}.")
+    fields = [fields] if isinstance(fields, str) else list(fields)
     found = read_rows(rows)[:limit]
     # Before gigabytes are loaded.
     missing = next(((i, f) for i, row in enumerate(found, 1) for f in fields if not isinstance(row.get(f), str)), None)

@@ -50,7 +50,7 @@ class AdaSftModel(WeightTuner):
         self._request = copy.copy(config)
         self._targets = find_targets(self._request, model)
         held = config.held_in_file if state_dict is None else state_dict
-        if config.awaits_file and held:
+        if held:
             self._targets = state.fit_head(config, model, adapter_name, self._targets, state.modules_of(held))
         modules = dict(named_targets(model))
         refused: dict[str, ConfigError] = {}

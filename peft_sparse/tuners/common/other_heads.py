@@ -7,9 +7,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from ...core.names import is_above_encoder
 from .targets import base_prefix, named_targets
-
-_POOLER = "pooler"
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ def parts_of_other_heads(paths: Collection[str], model: nn.Module) -> list[str]:
     if not root or not any(path.startswith(root) for path in paths):
         return []
     known = {path for path, _ in named_targets(model)}
-    return sorted(path for path in paths if _is_head(path, root) and path not in known)
+    return sorted(path for path in paths if is_above_encoder(path, root) and path not in known)
 
 
 def heads_without_part(paths: Collection[str], held: Collection[str], model: nn.Module) -> list[str]:
@@ -42,11 +41,7 @@ def heads_without_part(paths: Collection[str], held: Collection[str], model: nn.
     root = base_prefix(model)
     if not root or not any(path.startswith(root) for path in held):
         return []
-    return sorted(path for path in paths if _is_head(path, root) and path not in held)
-
-
-def _is_head(path: str, root: str) -> bool:
-    return not path.startswith(root) or path.removeprefix(root).partition(".")[0] == _POOLER
+    return sorted(path for path in paths if is_above_encoder(path, root) and path not in held)
 
 
 def warn_of_other_head(

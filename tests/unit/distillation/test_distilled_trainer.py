@@ -325,15 +325,20 @@ def test_a_student_of_a_resident_teacher_learns_the_same(adapters, tmp_path):
         teacher = Teacher(make_bert(40, cls=BertForSequenceClassification, num_labels=3), languages=languages)
         student = make_student(make_bert(40, cls=BertModel), stride=2)
         batches = MultiSourceDataset({"ind": rows(6), "jav": rows(6)}, num_batches=6, batch_size=3, exponent=0.0)
-        args = make_args(tmp_path, max_steps=6, per_device_train_batch_size=1, learning_rate=1e-3)
+        # Adam would divide what rounding leaves of a gradient of zero by its own size.
+        args = make_args(tmp_path, max_steps=6, per_device_train_batch_size=1, learning_rate=0.1, optim="sgd")
         collate = MultiSourceCollator(torch.utils.data.default_collate)
         with resident(teacher.model) if is_resident else nullcontext():
             DistillationTrainer(
                 model=student, teacher=teacher, args=args, train_dataset=batches, data_collator=collate
             ).train()
         ends.append(student.state_dict())
+    start = make_student(make_bert(40, cls=BertModel), stride=2).state_dict()
+    assert not torch.allclose(
+        ends[0]["encoder.layer.1.output.dense.weight"], start["encoder.layer.1.output.dense.weight"]
+    )
     for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_of_two_languages_train_a_full_student_in_phase_one(adapters, tmp_path):
@@ -392,18 +397,22 @@ def test_both_phases_of_a_lottery_ticket_go_by_the_teacher(order, tmp_path):
 
 TICKETS = {
     "LT-SFT": lambda **fields: LotteryTicketConfig(**fields),
-    "SC-SFT": lambda **fields: LotteryTicketConfig(
-        **fields, budget={r".*layer\.0\..*": 0.75, r"(?!.*layer\.0\.).*": 0.25}
-    ),
+    "SC-SFT": lambda **fields: LotteryTicketConfig(**fields, budget={r"layer\.0\.": 0.75, r"^(?!.*layer\.0\.)": 0.25}),
     "DeFT-X": lambda **fields: DeftXConfig(**fields, rank=2, residual_density=0.3),
 }
+
+
+# Changes as large as gradients: Adam's first steps are all of one size.
+PLAIN_STEPS = {"optim": "sgd", "learning_rate": 0.1}
 
 
 def selected_by_hand(name: str, folder, base, teacher) -> dict[str, list[int]]:
     """What a full-rank run under the distillation loss says of a ticket's 60 weights."""
     student = make_student(base, stride=2)
     before = {name: tensor.clone() for name, tensor in student.named_parameters()}
-    trainer = make_trainer(folder, student, Teacher(teacher), labels=True, loss="teacher_forcing", max_steps=3)
+    trainer = make_trainer(
+        folder, student, Teacher(teacher), labels=True, loss="teacher_forcing", **PLAIN_STEPS, max_steps=3
+    )
     trainer.train()
     moved = {n: (p.detach() - before[n]) for n, p in student.named_parameters() if n.startswith("bert.")}
     scores = {}
@@ -414,7 +423,7 @@ def selected_by_hand(name: str, folder, base, teacher) -> dict[str, list[int]]:
             rest = change.double() - leading
             kept = rest.abs().flatten().topk(round(0.3 * rest.numel())).indices
             whole = leading.flatten()
-            whole[kept] += rest.flatten()[kept]
+            whole[kept] = change.double().flatten()[kept]
             change = whole.reshape(change.shape)
         scores[key] = change.double().abs().flatten()
     groups = [(60, list(scores))]
@@ -439,7 +448,7 @@ def test_every_ticket_is_drawn_by_the_distillation_loss(name, tmp_path):
     student = get_peft_model(make_student(base, stride=2), config)
     trainer = make_trainer(
         tmp_path, student, Teacher(teacher), cls=distilled_trainer(SparseTrainer), labels=True,
-        loss="teacher_forcing", dense_args={"max_steps": 3},
+        loss="teacher_forcing", **PLAIN_STEPS, dense_args={"max_steps": 3},
     )  # fmt: skip
     trainer.train()
     found = {key: delta.indices.tolist() for key, _, _, delta in iter_deltas(student, "default")}

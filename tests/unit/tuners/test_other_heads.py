@@ -23,9 +23,9 @@ from peft_sparse import (
     BottleneckConfig,
     ConfigError,
     FormatError,
-    LotteryTicketConfig,
     MadGConfig,
     RandConfig,
+    merge_checkpoint,
 )
 
 SIZES = {
@@ -154,11 +154,38 @@ def test_what_is_missing_from_the_encoder_is_refused(tmp_path):
         PeftModel.from_pretrained(made(RobertaForTokenClassification), tmp_path / "adapter")
 
 
-def test_a_request_that_names_a_head_is_not_bent(tmp_path):
-    config = LotteryTicketConfig(density=0.1, target_modules="all-linear")
-    config.counts = {f"{HEAD}.weight": 3, "bert.encoder.layer.0.attention.self.query.weight": 2}
-    with pytest.raises(ConfigError, match="which this model does not have"):
-        get_peft_model(made(BertForTokenClassification), config)
+@pytest.mark.parametrize("kind", ["sparse", "ada"])
+def test_transformers_own_loader_takes_it_too(kind, tmp_path):
+    expected = saved(tmp_path / "adapter", BertForMaskedLM, CONFIGS[kind]())
+    model = made(BertForTokenClassification)
+    model.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(states(model.eval()), expected, rtol=0, atol=0)
+
+
+def test_on_disk_it_is_merged_below_a_task_with_a_head(tmp_path, caplog):
+    saved(tmp_path / "language", BertForMaskedLM, CONFIGS["sparse"]())
+    config = RandConfig(density=0.1, init_weights=False, modules_to_save=["classifier"])
+    get_peft_model(made(BertForTokenClassification), config).save_pretrained(tmp_path / "task")
+    made(BertForMaskedLM).save_pretrained(tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", [tmp_path / "language", tmp_path / "task"], tmp_path / "merged")
+    assert "has no such parts of a head; they are left out" in caplog.text
+    assert f"{HEAD}.weight" in caplog.text
+    model = PeftModel.from_pretrained(made(BertForTokenClassification), tmp_path / "language", adapter_name="language")
+    model.load_adapter(tmp_path / "task", "task")
+    model.base_model.set_adapter(["language", "task"])
+    merged = BertForTokenClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, model.eval()(IDS).logits)
+    # Under the class that it was trained on nothing is left out.
+    caplog.clear()
+    merge_checkpoint(tmp_path / "base", [tmp_path / "language"], tmp_path / "whole")
+    assert "left out" not in caplog.text
+    whole = BertForMaskedLM.from_pretrained(tmp_path / "whole")
+    assert not torch.equal(whole.get_parameter(f"{HEAD}.weight"), made(BertForMaskedLM).get_parameter(f"{HEAD}.weight"))
+    made(RobertaForTokenClassification).save_pretrained(tmp_path / "other")
+    with pytest.raises(FormatError, match="has no parameters of these names"):
+        merge_checkpoint(tmp_path / "other", [tmp_path / "language"], tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_masked_adapter_leaves_the_new_head_alone(tmp_path, caplog):
