@@ -242,12 +242,14 @@ def _selection(model: PreTrainedModel, config: SparseConfig, workload: Workload,
     step = measure_step(
         tuned, _loss_of(model, tuned, workload), first_update=end_batch, update=end_batch, device_type=workload.device
     )
-    kept = [use for use in uses if use != WEIGHT]
+    means = sum(use != WEIGHT for use in uses)
+    heads = nbytes(p for p in tuned.parameters() if p.requires_grad)
     return PhaseMemory(
         name,
         {
             "base weights": base,
-            "sums of gradients": step.kept + 4 * (1 + len(kept)) * sum(looked_up),
+            **({"heads": heads} if heads else {}),
+            "sums of gradients": step.kept + 4 * (1 + means) * sum(looked_up),
             "weights that lead": _CHOSEN_BYTES * total,
             "gradients": step.gradients,
             "activations": step.activations,

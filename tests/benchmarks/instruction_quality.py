@@ -266,7 +266,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="8 steps of 2 short rows, to see that all methods run")
     options = parser.parse_args(arguments)
     if options.verdict:
-        vars(options).update(VERDICT)
+        parser.set_defaults(**VERDICT)
+        options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.batch_size, options.max_length, options.valid_rows = 8, 2, 48, 4
         options.learning_rates = [f"{name}=1e-3" for name in options.methods]

@@ -104,3 +104,4 @@ def test_the_verdict_has_the_settings_of_the_published_rows():
     assert json.loads(json.dumps(settings("lora"))) == settings("lora")
     assert options.methods[0] == "lora"
     assert (options.seeds, options.seeds_first) == ([0, 1, 2], True)
+    assert quality.parse(["--verdict", "--methods", "rand", "--steps", "9"]).methods == ["rand"]

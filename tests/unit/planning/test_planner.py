@@ -393,6 +393,8 @@ def test_a_selection_counts_embeddings_and_comes_before_spiel_too():
     spiel = plan_memory(LLAMA, SpielAGConfig(density=0.1, initial_support="gradient"), sequence_length=8)
     names = [phase.name for phase in spiel.phases]
     assert names == ["selection by gradients", "training", "estimating gradients"]
+    head = OneShotConfig(density=0.1, criterion="fisher", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert plan_memory(LLAMA, head, sequence_length=8).phases[0].parts["heads"] == 4 * 50 * 16
     chosen = SpielAGConfig(density=0.1, initial_support="gradient", counts={"model.layers.0.mlp.up_proj.weight": 9})
     assert [phase.name for phase in plan_memory(LLAMA, chosen, sequence_length=8).phases] == names[1:]
 
