@@ -2,68 +2,64 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from _data import read_set, split_file, with_columns
+from _readers import bad
 
 HOUSE_STYLE = Path(__file__).parent / "house_style"
-READERS = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
-QUESTION, ANSWER = ("instruction", "question", "prompt"), ("output", "answer", "response")
+USUAL = {"question": ("instruction", "question", "prompt"), "answer": ("output", "answer", "response")}
 
 
-def read_pairs(data: str, *, max_held_out: int = 64) -> tuple[list[dict], list[dict]]:
-    """(train, held out) rows {"question", "answer"}: of a .jsonl file or a set on the hub, or the built-in ones.
+def read_pairs(
+    data: str, *, columns: Mapping[str, str] | None = None, max_held_out: int = 64
+) -> tuple[list[dict], list[dict]]:
+    """(train, held out) rows {"question", "answer"}: of a file, a folder or a set of the Hub, or the built-in ones.
 
-    The built-in answers are one short sentence and a subject in square brackets. From other data the last tenth, at
-    most `max_held_out` rows, is held out.
+    The built-in answers are one short sentence and a subject in square brackets. Of a folder without a file for it the
+    last tenth is held out, at most `max_held_out` rows. `columns` says what the data call "question" and "answer", or
+    "text": that is learnt as it is, without a question, and so are the lines of a text file.
     """
     if not data:
-        train, held_out = (_jsonl(HOUSE_STYLE / f"{split}.jsonl") for split in ("train", "heldout"))
-        return [_pair(row) for row in train], [_pair(row) for row in held_out]
-    rows = _rows(data)
-    pairs = [_pair(row) for row in rows]
+        train, held_out = (read_set(str(HOUSE_STYLE / f"{split}.jsonl")) for split in ("train", "heldout"))
+        return _pairs(train, {}, "house style"), _pairs(held_out, {}, "house style")
+    columns = {"text": "text"} if Path(data).suffix.lower() == ".txt" else dict(columns or {})
+    if "text" in columns and len(columns) > 1:
+        raise bad("a text has no question: --text-column goes without --question-column and --answer-column", "--data")
+    pairs = _pairs(read_set(data), columns, data)
+    folder = Path(data).expanduser()
+    other = next((found for s in ("valid", "test") if folder.is_dir() and (found := split_file(folder, s))), None)
+    if other is not None:
+        return pairs, _pairs(read_set(str(other)), columns, str(other))[:max_held_out]
     if len(pairs) < 2:
-        raise SystemExit(f"{data} holds {len(pairs)} rows: give at least two, one to train on and one to hold out")
+        raise bad(f"{data} holds {len(pairs)} rows: give at least two, one to train on and one to hold out", "--data")
     cut = len(pairs) - max(1, min(max_held_out, len(pairs) // 10))
     return pairs[:cut], pairs[cut:]
 
 
-def _rows(data: str) -> list[dict]:
-    """Rows of a file, by its ending, or of a set on the hub."""
-    path = Path(data)
-    if path.suffix == ".jsonl":
-        return _jsonl(path)
-    from datasets import load_dataset
-
-    if path.suffix not in READERS:
-        return list(load_dataset(data, split="train"))
-    if not path.is_file():
-        raise SystemExit(f"there is no file {data}")
-    return list(load_dataset(READERS[path.suffix], data_files=str(path), split="train"))
+def _pairs(rows: list[dict], columns: Mapping[str, str], name: str) -> list[dict]:
+    return [_pair(row, columns) for row in with_columns(rows, columns, (), name=name)]
 
 
-def _jsonl(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise SystemExit(f"there is no file {path}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row = line
-        if row is not None and not isinstance(row, dict):
-            raise SystemExit(f"{path}, line {number} is no JSON object. A file of comma-separated values ends in .csv.")
-        rows += [row] if row else []
-    return rows
+def _pair(row: dict, columns: Mapping[str, str]) -> dict:
+    if "text" in columns:
+        return {"question": "", "answer": str(row["text"])}
+    names = {field: (field,) if field in columns else usual for field, usual in USUAL.items()}
+    pair = {field: next((str(row[name]) for name in own if row.get(name)), None) for field, own in names.items()}
+    if None in pair.values():
+        raise bad(
+            f"a row needs one of {USUAL['question']} and one of {USUAL['answer']}; this one has {sorted(row)}. "
+            "--question-column and --answer-column say what they are called; --text-column takes text as it is",
+            "--data",
+        )
+    return {**pair, "question": "\n".join(filter(None, [pair["question"], row.get("input")]))}
 
 
-def _pair(row: dict) -> dict:
-    question = next((row[name] for name in QUESTION if row.get(name)), None)
-    answer = next((row[name] for name in ANSWER if row.get(name)), None)
-    if question is None or answer is None:
-        raise SystemExit(f"a row needs one of {QUESTION} and one of {ANSWER}; this one has {sorted(row)}")
-    return {"question": "\n".join(filter(None, [question, row.get("input")])), "answer": answer}
+def opening(pair: dict) -> str:
+    """What a model goes on from: the question, or the first words of a text."""
+    return pair["question"] or " ".join(pair["answer"].split()[:8])
 
 
 def encode_prompt(tokenizer, question: str) -> list[int]:
@@ -78,11 +74,12 @@ def encode(tokenizer, pairs: list[dict], *, max_length: int = 512) -> list[dict]
     """Rows with `input_ids` and `labels`, -100 on the question."""
     rows = []
     for pair in pairs:
-        prompt = encode_prompt(tokenizer, pair["question"])
+        prompt = encode_prompt(tokenizer, pair["question"]) if pair["question"] else []
         answer = tokenizer(" " + pair["answer"] if tokenizer.chat_template is None else pair["answer"])["input_ids"]
         answer = [*answer, tokenizer.eos_token_id]
         ids = (prompt + answer)[:max_length]
-        rows.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]})
+        if len(prompt) < max_length:  # else the answer is cut off, and there is nothing to learn
+            rows.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]})
     return rows
 
 
@@ -119,10 +116,13 @@ def logits(model, rows: list[dict]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answers(model, tokenizer, questions: list[str], *, max_new_tokens: int = 32) -> list[str]:
-    """The model's most likely continuation of each question, all in one batch padded on the left."""
+def answers(model, tokenizer, pairs: list[dict], *, max_new_tokens: int = 32) -> list[str]:
+    """How the model most likely goes on from each question or text, all in one batch padded on the left."""
     model.eval()
-    prompts = [encode_prompt(tokenizer, question) for question in questions]
+    prompts = [
+        encode_prompt(tokenizer, pair["question"]) if pair["question"] else tokenizer(opening(pair))["input_ids"]
+        for pair in pairs
+    ]
     length = max(map(len, prompts))
     mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
     made = model.generate(

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from _data import read_texts
 from _worlds import pretrained_bert
 from rich.console import Console
 
@@ -22,19 +23,18 @@ class Corpus:
     typology: Typology
 
 
-def read_corpus(folder: Path, typology: Path | None, pivot: str, console: Console) -> Corpus:
-    """Text from <code>.txt or <code>_<anything>.txt, a sentence a line; files of one language are joined."""
+def read_corpus(
+    data: str, typology: Path | None, pivot: str, console: Console, *, column: str = "text", language_column: str = ""
+) -> Corpus:
+    """Text of all languages that `read_texts` finds in `data` and the typology knows."""
     vectors = load_typology(typology)
     vectors.resolve(pivot)
-    found: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*.txt")):
-        code = path.stem.partition("_")[0]
-        if code in vectors:
-            lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-            found.setdefault(code, []).extend(filter(None, lines))
-        else:
-            console.print(f"{path.name} is left out: the typology has no language {code!r}")
-    return _split(pivot, {code: sentences for code, sentences in found.items() if len(sentences) > 1}, vectors)
+    found = read_texts(str(data), column=column, language_column=language_column)
+    for code in found:
+        if code not in vectors:
+            console.print(f"text of {code!r} is left out: the typology has no language {code!r}")
+    known = {code: text for code, text in found.items() if code in vectors and len(text) > 1}
+    return _split(pivot, known, vectors)
 
 
 def _split(pivot: str, text: dict[str, list[str]], typology: Typology, *, max_held_out: int = 200) -> Corpus:

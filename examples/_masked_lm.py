@@ -52,7 +52,7 @@ class MaskedLM:
             tokens += count
         return total / tokens
 
-    def encoder(self, base: Path, text: Text, *, steps: int, console: Console) -> torch.nn.Module:
+    def encoder(self, base: str | Path, text: Text, *, steps: int, console: Console) -> torch.nn.Module:
         """The pretrained encoder. If its checkpoint lacks the head that predicts words, one is fitted and saved."""
         model, loading = AutoModelForMaskedLM.from_pretrained(base, output_loading_info=True)
         if not loading["missing_keys"]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _data import read_rows, read_text
+from _readers import bad
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForPreTraining, DataCollatorWithPadding, PreTrainedTokenizerFast
@@ -31,30 +33,30 @@ class World:
     test: list[Row]
 
 
-def read_world(directory: Path, source: str, target: str) -> World:
-    """A world in a folder: `text/<language>.txt` (a sentence a line), `nusax_senti/<language>/{train,test}.jsonl`."""
+def read_world(
+    data: str, source: str, target: str, *, text: str = "", columns: Mapping[str, str] | None = None
+) -> World:
+    """Real data: labelled rows of both languages as `read_rows` finds them, raw text as `read_text` does.
 
-    def text(language: str) -> list[str]:
-        paths = [directory / "text" / name for name in (f"{language}.txt", f"nusax_train_{language}.txt")]
-        found = next((path for path in paths if path.exists()), None)
-        if found is None:
-            raise SystemExit(f"no raw text of {language!r}: neither of {', '.join(map(str, paths))} exists")
-        return found.read_text(encoding="utf-8").splitlines()
-
-    texts = {language: text(language) for language in (target, source)}
-
-    def rows(language: str, split: str) -> list[dict]:
-        path = directory / "nusax_senti" / language / f"{split}.jsonl"
-        if not path.is_file():
-            raise SystemExit(f"no labelled rows of {language!r}: there is no file {path}")
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise SystemExit(f"{path} is no JSONL file, a JSON object a line ({error})") from error
-
-    train, test = rows(source, "train"), rows(target, "test")
-    labels = sorted({row["label"] for row in train})
-    pairs = [[(row["text"], labels.index(row["label"])) for row in part] for part in (train, test)]
+    Without `text` a folder `text` in the folder `data` has it, or that folder itself. `columns` says what the data call
+    "text" and "label".
+    """
+    data, columns, folder = str(data), columns or {}, Path(data).expanduser()
+    if not text and not folder.is_dir():
+        raise bad(f"{data} is no folder that could have raw text: say where that is", "--text")
+    where, option = (text, "--text") if text else (str(max(folder / "text", folder, key=Path.is_dir)), "--data")
+    texts = {
+        code: read_text(where, code, column=columns.get("text", "text"), option=option) for code in (target, source)
+    }
+    named_by = "--{}-column NAME".format
+    train, test = (
+        read_rows(data, code, split, columns=columns, needed=("text", "label"), named_by=named_by)
+        for code, split in ((source, "train"), (target, "test"))
+    )
+    labels = sorted({str(row["label"]) for row in train})
+    if unknown := sorted({str(row["label"]) for row in test} - {*labels}):
+        raise bad(f"{target!r} has the label {unknown[0]!r}, which {source!r} has not: {labels}", "--data")
+    pairs = [[(str(row["text"]), labels.index(str(row["label"]))) for row in part] for part in (train, test)]
     return World(source, target, labels, texts, *pairs)
 
 

@@ -3,9 +3,9 @@
     python examples/instruction_tuning.py
 
 tunes SmolLM2-135M-Instruct by SpIEL-AG on 180 built-in questions, whose answers are one short sentence and a subject
-in brackets. `--model` and `--data` take your own; `--method` compares SpIEL-MA, Rand-SFT, LT-SFT, DeFT-X and LoRA at
-the same number of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were
-grown.
+in brackets. `--model` and `--data` take your own (questions and answers, or with `--text-column` just text);
+`--method` compares SpIEL-MA, Rand-SFT, LT-SFT, DeFT-X and LoRA at the same number of weights; `--load-in-4bit`
+quantises the base; `--plot ages.png` shows when the tuned weights were grown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
-from _instructions import answers, encode, held_out_loss, logits, read_pairs
+from _instructions import answers, encode, held_out_loss, logits, opening, read_pairs
 from _methods import LEARNING_RATE, LEARNING_RATES, TWO_PHASES, Method, adapter_config, four_bit, plot_ages, train
 from _models import multiplies_bfloat16, smollm2
 from peft import PeftModel, get_peft_model
@@ -45,8 +45,15 @@ def agrees(name: str, found: torch.Tensor, expected: torch.Tensor, *, tolerance:
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id. \\[default: SmolLM2-135M-Instruct]")] = "",
     data: Annotated[
-        str, typer.Option(help="A .jsonl, .csv or .parquet file, or a hub id. \\[default: a built-in house style]")
+        str,
+        typer.Option(
+            help="A file (CSV, JSONL, Parquet, text), a folder with train.*, or a Hub id, also as id:configuration. "
+            "\\[default: a built-in house style]"
+        ),
     ] = "",
+    question_column: Annotated[str, typer.Option(help="What the data call the question.")] = "",
+    answer_column: Annotated[str, typer.Option(help="What the data call the answer.")] = "",
+    text_column: Annotated[str, typer.Option(help="Of data without questions: their text, learnt as it is.")] = "",
     method: Annotated[Method, typer.Option(help="How the trained weights are chosen.")] = Method.spiel_ag,
     density: Annotated[float, typer.Option(help="Share of the linear layers' weights to train.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Optimizer steps; LT-SFT and DeFT-X take them in each phase.")] = 40,
@@ -66,6 +73,9 @@ def main(
     """Fine-tune on instructions; show held-out loss and answers before and after; save, reload, compose, merge."""
     start = time.perf_counter()
     set_seed(seed)
+    columns = {"question": question_column, "answer": answer_column, "text": text_column}
+    columns = {field: name for field, name in columns.items() if name}
+    pairs, held_out_pairs = read_pairs(data, columns=columns)
     source = model or smollm2()
     # A dense phase moves the weights themselves, by steps too small for bfloat16.
     in_float32 = method in TWO_PHASES or not multiplies_bfloat16()
@@ -76,11 +86,10 @@ def main(
         loading |= {"quantization_config": four_bit(loading["dtype"]), "device_map": device}
     base = AutoModelForCausalLM.from_pretrained(source, **loading)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    pairs, held_out_pairs = read_pairs(data)
     rows, held_out = encode(tokenizer, pairs), encode(tokenizer, held_out_pairs)
-    questions = [pair["question"] for pair in held_out_pairs[:: max(1, len(held_out_pairs) // samples)][:samples]]
+    asked = held_out_pairs[:: max(1, len(held_out_pairs) // samples)][:samples]
     console.print(f"{source} in {dtype.value}: {len(rows)} rows to train on, {len(held_out)} held out")
-    loss_before, before = held_out_loss(base, held_out), answers(base, tokenizer, questions)
+    loss_before, before = held_out_loss(base, held_out), answers(base, tokenizer, asked)
 
     if load_in_4bit:
         # On some processors bitsandbytes packs 4-bit weights anew when it first evaluates them, and rounds scales.
@@ -124,7 +133,7 @@ def main(
     same &= agrees("merged", logits(merged, held_out[:4]), expected, tolerance=tolerance)
 
     table = Table("question", "before", "after", title="answers to held-out questions", show_lines=True)
-    for row in zip(questions, before, answers(merged, tokenizer, questions), strict=True):
+    for row in zip(map(opening, asked), before, answers(merged, tokenizer, asked), strict=True):
         table.add_row(*map(escape, row))
     console.print(table)
     if plot is not None and plot_ages(tuned, plot):

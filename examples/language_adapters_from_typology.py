@@ -1,4 +1,4 @@
-"""Generate a language adapter from typological features alone, for a language that the training has not seen.
+"""Generate a language adapter from typological features alone, for a language that training has not seen.
 
     python examples/language_adapters_from_typology.py
 
@@ -7,7 +7,9 @@ Without arguments eighteen invented languages and a tiny BERT stand in for real 
 
     python examples/language_adapters_from_typology.py --data DIR --model MODEL --typology FILE --unseen quy
 
-takes real ones: DIR/<language>.txt, a sentence a line, and lang2vec's features, which FILE holds or pip installed.
+takes real ones: DIR/<language>.txt, a sentence a line, and lang2vec's features, which FILE holds or pip installed. Text
+may also be in CSV, JSONL or Parquet files; in one file or data set of the Hub with a column of languages
+(`--language-column`); or in a set of the Hub whose configurations are the languages.
 """
 
 from __future__ import annotations
@@ -50,10 +52,14 @@ def show(losses: dict[str, dict[str, float]], unseen: str) -> None:
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="Folder of real text. \\[default: invented languages]")] = None,
+    data: Annotated[
+        str, typer.Option(help="Real text: a folder, pattern, file or Hub id. \\[default: invented languages]")
+    ] = "",
+    text_column: Annotated[str, typer.Option(help="What the data call the text.")] = "text",
+    language_column: Annotated[str, typer.Option(help="Column of language codes, of data in one table.")] = "",
     model: Annotated[str, typer.Option(help="Encoder for real text: a directory or hub id.")] = "",
     typology: Annotated[Path | None, typer.Option(help="File of typological features, with --data.")] = None,
-    unseen: Annotated[str, typer.Option(help="Language left out of the training. \\[default: an invented one]")] = "",
+    unseen: Annotated[str, typer.Option(help="Language left out of training. \\[default: an invented one]")] = "",
     pivot: Annotated[str, typer.Option(help="Language whose adapter is the baseline, with --data.")] = "eng",
     steps: Annotated[int, typer.Option(help="Steps of training the hypernetwork.")] = 1500,
     rate: Annotated[
@@ -68,10 +74,10 @@ def main(
 ) -> None:
     """Train MAD-G-LS without one language, generate that language's adapter, and compare losses on its text."""
     set_seed(seed)
-    if data is None:
+    if not data:
         corpus, unseen = invented_corpus(seed), unseen or UNSEEN
     elif model and unseen:
-        corpus = read_corpus(data, typology, pivot, console)
+        corpus = read_corpus(data, typology, pivot, console, column=text_column, language_column=language_column)
     else:
         raise typer.BadParameter("--data needs an encoder, --model, and a language to leave out, --unseen")
     others = {code: sentences for code, sentences in corpus.text.items() if code != unseen}
@@ -80,7 +86,7 @@ def main(
             f"must be one of several languages with text ({', '.join(corpus.text)}) and not the pivot, got {unseen!r}",
             param_hint="--unseen",
         )
-    base = tiny_multilingual_bert(output / "tiny_bert", unseen, seed=seed) if data is None else Path(model)
+    base = tiny_multilingual_bert(output / "tiny_bert", unseen, seed=seed) if not data else model
     lm = MaskedLM(AutoTokenizer.from_pretrained(base), corpus.held_out, output)
     encoder = lm.encoder(base, others, steps=steps, console=console)
     losses = {"none": {code: lm.loss(encoder, code) for code in track(corpus.text, "no adapter")}}
@@ -90,7 +96,7 @@ def main(
     mad_g = get_peft_model(copy.deepcopy(encoder), config)
     # Every batch names its language, which the model takes as an input: there is nothing to activate.
     # A step of Adam moves generated weights many times as far as weights of their own; see MadGConfig.
-    rate = rate or (2e-3 if data is None else 3e-4)
+    rate = rate or (2e-3 if not data else 3e-4)
     lm.fit(mad_g, others, steps=steps, rate=rate, activate=None)
     mad_g.save_pretrained(output / "mad_g")
     losses |= generated_losses(lm, mad_g, corpus)

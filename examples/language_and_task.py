@@ -9,8 +9,10 @@ of 0.1. Without arguments two invented languages and a tiny BERT stand in for re
 
     python examples/language_and_task.py --data DIR --model MODEL --source ind --target jav --density 0.08
 
-takes real ones: DIR/text/<language>.txt of both languages, a sentence a line, and
-DIR/nusax_senti/<language>/{train,test}.jsonl with the fields "text" and "label".
+takes real ones: DIR/text/<language>.txt of both languages, a sentence a line, and DIR/<language>/{train,test}.jsonl (or
+in one folder of DIR) with the fields "text" and "label". Other places are patterns, as in
+`--data 'rows/{language}-{split}.csv' --text 'raw/{language}.parquet'`, or Hub ids whose configurations are the
+languages; `--text-column` and `--label-column` say what other data call the fields.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def fit(model, rows: list[dict], collator, schedule: Schedule, output: Path, *, 
     trainer_class(model=model, args=args, train_dataset=rows, data_collator=collator, **dense).train()
 
 
-def language_adapter(base: Path, tokenizer, text: list[str], config, schedule: Schedule, output: Path) -> None:
+def language_adapter(base: str | Path, tokenizer, text: list[str], config, schedule: Schedule, output: Path) -> None:
     """Masked-word prediction on raw text. The head that predicts words stays behind: it is in no file."""
     model, loading = AutoModelForMaskedLM.from_pretrained(base, output_loading_info=True)
     rows = [{"input_ids": ids} for ids in tokenizer(text, truncation=True, max_length=64)["input_ids"]]
@@ -82,7 +84,7 @@ def language_adapter(base: Path, tokenizer, text: list[str], config, schedule: S
 
 
 def task_adapter(
-    base: Path, tokenizer, world: World, language: Path, density: float, schedule: Schedule, output: Path
+    base: str | Path, tokenizer, world: World, language: Path, density: float, schedule: Schedule, output: Path
 ) -> None:
     """Classification in the source language, whose adapter is active below the task's, and frozen.
 
@@ -102,7 +104,12 @@ def task_adapter(
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="Folder of real data. \\[default: invented languages]")] = None,
+    data: Annotated[
+        str, typer.Option(help="Labelled rows: a folder, pattern or Hub id. \\[default: invented languages]")
+    ] = "",
+    text: Annotated[str, typer.Option(help="Raw text: the same. \\[default: text/ in the folder --data]")] = "",
+    text_column: Annotated[str, typer.Option(help="What the data call the text.")] = "",
+    label_column: Annotated[str, typer.Option(help="What the data call the label.")] = "",
     model: Annotated[str, typer.Option(help="Encoder for real data: a directory or hub id.")] = "",
     source: Annotated[str, typer.Option(help="Language of the labelled rows, with --data.")] = "ind",
     target: Annotated[str, typer.Option(help="Language of the raw text and of the test, with --data.")] = "jav",
@@ -114,13 +121,14 @@ def main(
 ) -> None:
     """Train language adapters and a task adapter, add two up, and test neither, each and both in both languages."""
     set_seed(seed)
-    if data is None:
+    if not data:
         base, world = tiny_bert(output / "tiny_bert", seed=seed), invented_world(seed)
         languages = Schedule(language_steps, 32, dense=3e-3, sparse=3e-3)
         tasks = Schedule(task_steps, 16, dense=1e-3, sparse=1e-3)
         targets = ["word_embeddings"]  # the invented languages differ in their words alone
     elif model:
-        base, world = Path(model), read_world(data, source, target)
+        columns = {field: name for field, name in (("text", text_column), ("label", label_column)) if name}
+        base, world = model, read_world(data, source, target, text=text, columns=columns)
         languages = Schedule(language_steps, 16, dense=1e-4, sparse=5e-4)
         tasks = Schedule(task_steps, 16, dense=2e-4, sparse=5e-4)
         targets = "all"

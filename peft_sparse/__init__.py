@@ -6,12 +6,10 @@ trainers import transformers' trainer, which is slow, and `SparseSFTTrainer` imp
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from ._names import read_stub
+from ._names import lazy, read_stub
 from ._peft_bridge import register
 from .training import fitted_rate as _fitted_rate  # noqa: F401
 from .training.phases import unfinished as unfinished
@@ -40,11 +38,7 @@ register("MAD_G", MadGConfig, MadGModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(f"{__name__}.{module}"), attribute)
+__getattr__ = lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

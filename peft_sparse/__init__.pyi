@@ -145,7 +145,7 @@ from .training.languages.translate import Translated as Translated
 from .training.languages.translate import add_language_code as add_language_code
 from .training.phases.dense_phase import DensePhase as DensePhase
 from .training.phases.lottery import select as select
-from .training.spiel.reselector import Reselection as Reselection
+from .training.spiel.history import Reselection as Reselection
 from .training.spiel.reselector import Reselector as Reselector
 from .tuners.ada_sft.model import AdaSftModel as AdaSftModel
 from .tuners.bottleneck.adapter import BottleneckWeights as BottleneckWeights

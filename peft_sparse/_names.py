@@ -1,9 +1,13 @@
-"""Where the names of the package live, read from its stub: they are written once, for type checkers and for Python."""
+"""Names that are loaded when asked for; those of the package are in its stub, for type checkers and Python alike."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 def read_stub(path: Path) -> tuple[dict[str, tuple[str, str]], list[str]]:
@@ -16,3 +20,23 @@ def read_stub(path: Path) -> tuple[dict[str, tuple[str, str]], list[str]]:
         elif isinstance(node, ast.Assign):
             public = list(ast.literal_eval(node.value))
     return homes, public
+
+
+def lazy(package: str, homes: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
+    """A package's `__getattr__`, which imports a name of one of its modules when that is asked for.
+
+    Args:
+        package: `__name__` of the package.
+        homes: {name: (module in the package, name there)}.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in homes:
+            # With its name and object Python says which attribute may be meant.
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules.get(package)
+            )
+        module, attribute = homes[name]
+        return getattr(import_module(f"{package}.{module}"), attribute)
+
+    return __getattr__

@@ -20,11 +20,11 @@ class Sheet:
     """A table: the first column and those without a heading are text, the others are numbers.
 
     Attributes:
-        title: what stands above it.
+        title: what is above it.
         columns: their headings.
         rows: one text per column.
         has_total: whether the last row is a sum of the others.
-        note: what stands below it.
+        note: what is below it.
     """
 
     title: str
@@ -44,12 +44,12 @@ class FittingTable:
     """A table of which a narrow terminal shows some columns at a time: a number that is cut is of no use.
 
     Attributes:
-        title: what stands above it.
+        title: what is above it.
         columns: their headings; the first column and those without a heading are text, the others are numbers.
         rows: one text per column.
         bold: numbers of rows that are sums of others.
         sections: numbers of rows below which a line is drawn.
-        is_framed: whether lines stand around it and between its columns.
+        is_framed: whether there are lines around it and between its columns.
     """
 
     title: str
@@ -95,7 +95,7 @@ class FittingTable:
 
 
 def _fitting(label: int, widths: Sequence[int], available: int) -> list[list[int]]:
-    """Which columns stand side by side behind the labels: as many as fit, at least one."""
+    """Which columns are side by side behind the labels: as many as fit, at least one."""
     parts: list[list[int]] = [[]]
     used = label
     for position, width in enumerate(widths):

@@ -38,7 +38,7 @@ def check_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None)
     """Refuse what is not a file with an end: opening a pipe or reading a device would never return.
 
     Args:
-        path: the file; one that is not there is left to whoever opens it.
+        path: the file; one that is not there is left to the code that opens it.
         max_bytes: the size that a file of its kind may have.
 
     Raises:

@@ -19,11 +19,13 @@ class Difference:
     Attributes:
         mean: the difference.
         low, high: ends of its 95 % interval.
+        error: its standard error.
     """
 
     mean: float
     low: float
     high: float
+    error: float
 
 
 def paired_bootstrap(
@@ -43,7 +45,8 @@ def paired_bootstrap(
         chosen = [rows[i] for i in drawn]
         found.append(score(chosen, [answers[i] for i in drawn]) - score(chosen, [others[i] for i in drawn]))
     low, high = np.percentile(found, [2.5, 97.5])
-    return Difference(100 * (score(rows, answers) - score(rows, others)), 100 * float(low), 100 * float(high))
+    mean = score(rows, answers) - score(rows, others)
+    return Difference(*(100 * float(value) for value in (mean, low, high, np.std(found))))
 
 
 def table(

@@ -41,6 +41,7 @@ class Task:
         predict: (model, tokenizer, rows, labels, longest) -> an answer for each row.
         score: (rows, answers) -> in [0, 1].
         clean: what rows are before anything else.
+        lists: fields that are lists.
     """
 
     fields: tuple[str, ...]
@@ -52,6 +53,7 @@ class Task:
     predict: Callable[..., list[Any]]
     score: Callable[[Sequence[Row], Sequence[Any]], float]
     clean: Callable[[Row], Row] = dict
+    lists: tuple[str, ...] = ()
 
 
 def batched(model, features: list[dict], collate: Callable):
@@ -139,7 +141,8 @@ def entity_f1(rows, answers) -> float:
 
 def without_dropped(row: Row) -> Row:
     """MasakhaNER's dates and CoNLL's miscellany are no entities, in training and test."""
-    return {**row, "tags": ["O" if tag.rpartition("-")[2] in DROPPED_ENTITIES else tag for tag in row["tags"]]}
+    tags = map(str, row["tags"])
+    return {**row, "tags": ["O" if tag.rpartition("-")[2] in DROPPED_ENTITIES else tag for tag in tags]}
 
 
 def token_model(where: str, labels):
@@ -157,10 +160,15 @@ def of_words(field: str, metric: str, score: Callable, clean: Callable = dict) -
         predict=lambda *given: predict_words(*given, field=field),
         score=score,
         clean=clean,
+        lists=("tokens", field),
     )
 
 
 # ---- dependency trees ------------------------------------------------------------------------------
+
+
+def with_numbers(row: Row) -> Row:
+    return {**row, "heads": [int(head) for head in row["heads"]]}
 
 
 def encode_trees(tokenizer, rows, labels, longest) -> list[dict]:
@@ -221,8 +229,9 @@ def text_model(where: str, labels):
 
 
 def of_texts(fields: tuple[str, ...], metric: str, score: Callable) -> Task:
+    named = (*fields, "label")
     return Task(
-        fields=(*fields, "label"),
+        fields=named,
         metric=metric,
         labels=lambda rows: sorted({row["label"] for row in rows}),
         load=text_model,
@@ -230,6 +239,8 @@ def of_texts(fields: tuple[str, ...], metric: str, score: Callable) -> Task:
         collator=DataCollatorWithPadding,
         predict=lambda *given: predict_texts(*given, fields=fields),
         score=score,
+        # A label that is a number is its name, whichever kind of file it is from.
+        clean=lambda row: {**row, **{field: str(row[field]) for field in named}},
     )
 
 
@@ -253,11 +264,24 @@ def answer_f1(rows, answers) -> float:
 
 
 def squad_row(row: Row) -> Row:
-    """Rows of SQuAD have their answers in a list."""
-    if isinstance(row.get("answers"), dict):
-        answers = row["answers"]
-        return {**row, "answer": answers["text"][0], "answer_start": answers["answer_start"][0]}
-    return dict(row)
+    """A question with its first answer; rows of SQuAD have their answers in a list."""
+    answers = row.get("answers")
+    if isinstance(answers, dict):
+        texts, starts = answers["text"], answers["answer_start"]
+        row = {**row, "answer": texts[0], "answer_start": starts[0]} if len(texts) else row
+    if row.get("answer") is None or row.get("answer_start") is None:
+        raise typer.BadParameter(
+            f"the question {row['question']!r} has no 'answer' with its 'answer_start', and no 'answers'; its row has "
+            f"{sorted(row)}",
+            param_hint="--data",
+        )
+    first = int(row["answer_start"])
+    if not row["context"].startswith(row["answer"], first):
+        raise typer.BadParameter(
+            f"the answer {row['answer']!r} of {row['question']!r} is not at character {first} of its context",
+            param_hint="--data",
+        )
+    return {**row, "answer_start": first}
 
 
 TASKS = {
@@ -272,11 +296,13 @@ TASKS = {
         collator=ParserCollator,
         predict=predict_trees,
         score=labelled_attachment,
+        clean=with_numbers,
+        lists=("tokens", "heads", "relations"),
     ),
     "nli": of_texts(("premise", "hypothesis"), "accuracy", text_accuracy),
     "sentiment": of_texts(("text",), "macro F1", macro_f1),
     "qa": Task(
-        fields=("question", "context", "answer", "answer_start"),
+        fields=("question", "context"),
         metric="F1",
         labels=lambda rows: None,
         load=lambda where, labels: AutoModelForQuestionAnswering.from_pretrained(where),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from _adapters import METHODS, Request
@@ -21,6 +21,7 @@ from peft_sparse import (
     SparseTrainer,
     batches_of_an_epoch,
     language_below_task,
+    sparse_trainer,
 )
 
 TASK = "task"
@@ -28,7 +29,11 @@ TASK = "task"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and peak learning rate of a training run; the dense phase of a two-phase method has its own length."""
+    """Length and peak learning rate of a training run; the dense phase of a two-phase method has its own.
+
+    Attributes:
+        dense_rate: None for that of the rest.
+    """
 
     steps: int
     dense_steps: int
@@ -38,6 +43,7 @@ class Schedule:
     max_length: int
     l1: float = 0.0
     targets: str | list[str] = "all"
+    dense_rate: float | None = None
 
 
 class Workshop:
@@ -51,6 +57,10 @@ class Workshop:
         output: folder of what is saved.
     """
 
+    # The trainer of raw text, without its phases, and further arguments of runs on rows of one language.
+    language_trainer: ClassVar[type[Trainer]] = Trainer
+    arguments: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, base: str, tokenizer: Any, method: str, *, seed: int, output: Path) -> None:
         self.base, self.tokenizer, self.method = base, tokenizer, METHODS[method]
         self.seed, self.output = seed, output
@@ -62,17 +72,21 @@ class Workshop:
         folder = self.output / f"language-{code}"
         set_seed(self.seed)
         model, loading = AutoModelForMaskedLM.from_pretrained(self.base, output_loading_info=True)
-        ids = self.tokenizer(list(text), truncation=True, max_length=schedule.max_length)["input_ids"]
-        rows, collator = [{"input_ids": one} for one in ids], DataCollatorForLanguageModeling(self.tokenizer)
+        rows, collator = self.rows(text, schedule.max_length), DataCollatorForLanguageModeling(self.tokenizer)
         if loading["missing_keys"]:
             # No head that predicts words: it is fitted first, with all else frozen.
             model.base_model.requires_grad_(False)
-            self._fit(model, rows, collator, schedule, trainer=Trainer)
+            self._fit(model, rows, collator, schedule, trainer=self.language_trainer, rate=10 * schedule.rate)
             model.requires_grad_(True)
         tuned = get_peft_model(model, self._config(model, schedule, head=[], seed=self.seed + 1000))
-        self._fit(tuned, rows, collator, schedule)
+        self._fit(tuned, rows, collator, schedule, trainer=sparse_trainer(self.language_trainer))
         tuned.save_pretrained(folder)
         return folder
+
+    def rows(self, text: Sequence[str], longest: int) -> list[dict]:
+        """Raw text as a trainer takes it; of a long line, all of its pieces."""
+        cut = {"truncation": True, "max_length": longest, "return_overflowing_tokens": True}
+        return [{"input_ids": ids} for ids in self.tokenizer(list(text), **cut)["input_ids"]]
 
     # ---- the task ----------------------------------------------------------------------------------
 
@@ -83,6 +97,8 @@ class Workshop:
         labels: list[str] | None,
         languages: Mapping[str, Path],
         schedule: Schedule,
+        *,
+        trainer: Callable[..., Trainer] = SparseTrainer,
     ) -> Path:
         """The task adapter, trained with the adapter of each batch's language active and frozen below it."""
         model = self._task_model(task, labels)
@@ -102,7 +118,7 @@ class Workshop:
         activate(tuned, next(iter(sources.values())).language)
         if len(sources) == 1:
             rows = next(iter(sources.values())).examples
-            self._fit(tuned, rows, task.collator(self.tokenizer), schedule)
+            self._fit(tuned, rows, task.collator(self.tokenizer), schedule, trainer=trainer)
         else:
             batches = MultiSourceDataset(
                 sources, num_batches=max(schedule.steps, schedule.dense_steps), batch_size=schedule.batch_size,
@@ -110,7 +126,7 @@ class Workshop:
             )  # fmt: skip
             collator = MultiSourceCollator(task.collator(self.tokenizer))
             with LanguageSwitch(tuned, batches.languages, activate=activate, sources=batches.names) as switch:
-                self._fit(tuned, batches, collator, schedule, callbacks=[switch])
+                self._fit(tuned, batches, collator, schedule, trainer=trainer, callbacks=[switch])
         tuned.save_pretrained(self.output, selected_adapters=[TASK])
         return self.output / TASK
 
@@ -137,18 +153,29 @@ class Workshop:
     # ---- both --------------------------------------------------------------------------------------
 
     def _fit(
-        self, model: Any, rows: Any, collator: Any, schedule: Schedule, *, trainer=SparseTrainer, callbacks=()
+        self,
+        model: Any,
+        rows: Any,
+        collator: Any,
+        schedule: Schedule,
+        *,
+        trainer: Callable[..., Trainer] = SparseTrainer,
+        rate: float | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         is_mixed = isinstance(rows, MultiSourceDataset)
         args = TrainingArguments(
             output_dir=str(self.output / "run"), max_steps=schedule.steps,
             per_device_train_batch_size=1 if is_mixed else schedule.batch_size,
-            learning_rate=schedule.rate * (self.method.rate_factor if trainer is SparseTrainer else 10),
+            learning_rate=schedule.rate * self.method.rate_factor if rate is None else rate,
             weight_decay=0.0, logging_steps=max(1, schedule.steps // 2), save_strategy="no", report_to="none",
-            seed=self.seed, dataloader_pin_memory=torch.cuda.is_available(),
+            seed=self.seed, dataloader_pin_memory=torch.cuda.is_available(), **({} if is_mixed else self.arguments),
         )  # fmt: skip
         phases = [getattr(config, "first_phase", None) for config in getattr(model, "peft_config", {}).values()]
-        dense = {"dense_args": {"max_steps": schedule.dense_steps}} if "dense" in phases else {}
+        dense = {}
+        if "dense" in phases:
+            own_rate = {} if schedule.dense_rate is None else {"learning_rate": schedule.dense_rate}
+            dense = {"dense_args": {"max_steps": schedule.dense_steps, **own_rate}}
         trainer(
             model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=list(callbacks), **dense
         ).train()

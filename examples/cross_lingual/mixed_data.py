@@ -15,9 +15,9 @@ Without `--data` two invented languages stand in for real ones.
 
     python examples/cross_lingual/mixed_data.py --model MODEL --data DIR --source ind --target ace
 
-takes NusaX: DIR/nusax_senti/<language>/{train,test}.jsonl (rows with one id are translations of each other),
-DIR/nusax_lexicon/<target>.jsonl (fields "ind" and "x", so the source is Indonesian) and DIR/text/<language>.txt or
-DIR/text/nusax_train_<language>.txt.
+takes real ones: rows as for `run.py`, of which those of both languages with one "id" are translations of each other;
+`--lexicon`, a file with a column for each language or those that `--lexicon-columns` names (without it there is no such
+arm); and raw text, by default in DIR/text.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _data import read_file, read_rows, read_text
+from _data import field_names, read_rows, read_set, read_text, with_columns
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _recipes import LANGUAGE
 from _report import paired_bootstrap, plot, save, table
@@ -57,7 +57,7 @@ class Mixture:
         labelled: rows of the source language.
         gold: rows of the target language, to draw few of them from; those of one place are translations of `labelled`.
         test: rows of the target language.
-        lexicon: {word of the source: word of the target}.
+        lexicon: {word of the source: word of the target}; empty if there is none.
         text: {language: sentences}.
     """
 
@@ -84,8 +84,9 @@ def arms(mixture: Mixture, shots: Sequence[int], *, seed: int, upsampling: float
         for factor in (1, upsampling):
             name = f"few-shot {k}" + (f" x{factor:g}" if factor != 1 else "")
             found[name] = {**own, f"{mixture.target} gold": Source(few, mixture.target, upsampling=factor)}
-    translated = word_by_word(mixture.labelled, mixture.lexicon)
-    found["lexicon"] = {**own, f"{mixture.target} lexicon": Source(translated, mixture.target, origin="lexicon")}
+    if mixture.lexicon:
+        translated = word_by_word(mixture.labelled, mixture.lexicon)
+        found["lexicon"] = {**own, f"{mixture.target} lexicon": Source(translated, mixture.target, origin="lexicon")}
     found["gold"] = {**own, f"{mixture.target} gold": Source(mixture.gold, mixture.target)}
     return found
 
@@ -101,37 +102,42 @@ def invented(seed: int) -> tuple[Mixture, World]:
     return Mixture(SOURCE, TARGET, rows[SOURCE], rows[TARGET], test, lexicon, text), world
 
 
-def nusax(folder: Path, source: str, target: str) -> Mixture:
-    """NusaX and its lexicon, from a folder."""
-    where = str(folder / "nusax_senti" / "{language}" / "{split}.jsonl")
-    how = {"columns": {}, "needed": ("id", "text", "label")}
-    labelled, gold = (read_rows(where, code, "train", **how) for code in (source, target))
-    ids = {row["id"]: row for row in gold}
-    if missing := [row["id"] for row in labelled if row["id"] not in ids]:
+def real(
+    data: str, source: str, target: str, *, text: str = "", columns: Mapping[str, str] | None = None, **lexicon: Any
+) -> Mixture:
+    """Rows, raw text and `read_lexicon`'s words; each row of the source has its translation in the target language."""
+    how = {"columns": columns or {}, "needed": ("id", *TASK.fields)}
+    parts = ((source, "train"), (target, "train"), (target, "test"))
+    labelled, gold, test = ([TASK.clean(row) for row in read_rows(data, *part, **how)] for part in parts)
+    ids = {str(row["id"]): row for row in gold}
+    if missing := [row["id"] for row in labelled if str(row["id"]) not in ids]:
         raise typer.BadParameter(f"{target!r} has no translation of {source!r}'s row {missing[0]}", param_hint="--data")
-    path = folder / "nusax_lexicon" / f"{target}.jsonl"
-    if source != "ind" or not path.is_file():
-        raise typer.BadParameter(f"no lexicon from {source!r}: it is in {path}, from 'ind'", param_hint="--data")
-    lexicon = {row["ind"].lower(): row["x"] for row in read_file(path)}
-    pattern = folder / "text" / "{language}.txt"
+    where = text or str(Path(data.partition("{")[0]).expanduser() / "text")
+    texts = {code: read_text(where, code) for code in (source, target)}
+    translations = [ids[str(row["id"])] for row in labelled]
+    return Mixture(source, target, labelled, translations, test, read_lexicon(source, target, **lexicon), texts)
 
-    def text(code: str) -> list[str]:
-        own = Path(str(pattern).replace("{language}", code))
-        return read_text(str(pattern if own.is_file() else pattern.with_name("nusax_train_{language}.txt")), code)
 
-    return Mixture(
-        source,
-        target,
-        labelled,
-        [ids[row["id"]] for row in labelled],
-        read_rows(where, target, "test", **how),
-        lexicon,
-        {code: text(code) for code in (source, target)},
+def read_lexicon(source: str, target: str, *, file: str = "", words: tuple[str, str] | None = None) -> dict[str, str]:
+    """{word: translation} of a file whose columns are `words`, or the languages."""
+    if not file:
+        return {}
+    columns = dict(zip(("from", "to"), words or (source, target), strict=True))
+    rows = read_set(file.replace("{language}", target), option="--lexicon")
+    rows = with_columns(
+        rows, columns, (), name=file, option="--lexicon", named_by=lambda field: "--lexicon-columns SOURCE TARGET"
     )
+    return {str(row["from"]).lower(): str(row["to"]) for row in rows}
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="Folder of NusaX. \\[default: invented languages]")] = None,
+    data: Annotated[str, typer.Option(help="Rows: a pattern, folder or Hub id. \\[default: invented languages]")] = "",
+    text: Annotated[str, typer.Option(help="Raw text, as for run.py. \\[default: text/ in the folder --data]")] = "",
+    lexicon: Annotated[str, typer.Option(help="File of word pairs, or a pattern with {language}, the target.")] = "",
+    lexicon_columns: Annotated[
+        tuple[str, str] | None, typer.Option(help="Its columns. \\[default: the languages]")
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="FIELD=NAME: what the data call a field; repeat it.")] = None,
     model: Annotated[str, typer.Option(help="Encoder for real data: a folder or Hub id.")] = "",
     source: Annotated[str, typer.Option(help="Language with labels, with --data.")] = "ind",
     target: Annotated[str, typer.Option(help="Language to transfer to, with --data.")] = "ace",
@@ -148,11 +154,12 @@ def main(
     output: Annotated[Path, typer.Option(help="Where all is saved.")] = Path("outputs/mixed_data"),
 ) -> None:
     """Train a task adapter on each mixture, and test it in the target language under that language's adapter."""
-    if data is None:
+    if not data:
         mixture, world = invented(seed)
         base = str(tiny_bert(output / "tiny_bert", world, seed=seed))
     elif model:
-        mixture, base = nusax(data, source, target), model
+        columns, words = field_names(column), {"file": lexicon, "words": lexicon_columns}
+        mixture, base = real(data, source, target, text=text, columns=columns, **words), model
     else:
         raise typer.BadParameter(
             "give an encoder for the languages in --data: a folder or Hub id", param_hint="--model"
@@ -160,9 +167,9 @@ def main(
     if rows is not None:
         parts = {name: getattr(mixture, name)[:rows] for name in ("labelled", "gold", "test")}
         mixture = Mixture(**{**vars(mixture), **parts})
-    rate = rate or (2e-3 if data is None else 2e-4)
+    rate = rate or (2e-3 if not data else 2e-4)
     of_language = Schedule(language_steps, language_steps, 16, 1.5 * rate, 0.2, 64, LANGUAGE.l1)
-    of_task = Schedule(steps, steps, 16, rate, 0.2 if data is None else 0.08, 64)
+    of_task = Schedule(steps, steps, 16, rate, 0.2 if not data else 0.08, 64)
     tokenizer = AutoTokenizer.from_pretrained(base)
     labels = TASK.labels(mixture.labelled)
     known = arms(mixture, shots or [20, 100], seed=seed)

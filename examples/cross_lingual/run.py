@@ -9,8 +9,8 @@ adapter active; the target language's adapter and the task adapter together do t
     python examples/cross_lingual/run.py --task ner --model FacebookAI/xlm-roberta-base --source eng --target hau \\
         --data 'ner/{language}/{split}.jsonl' --text 'text/{language}.txt'
 
-takes real ones, with the recipe of the thesis (`_recipes.py`). Rows are JSONL, CSV, TSV, Parquet or CoNLL-U, or a data
-set of the Hub; their fields by task: pos tokens, upos; ner tokens, tags; dp tokens, heads, relations; nli premise,
+takes real ones, with the recipe of the thesis (`_recipes.py`). Rows are JSON, JSONL, CSV, TSV, Parquet or CoNLL-U, or a
+data set of the Hub; their fields by task: pos tokens, upos; ner tokens, tags; dp tokens, heads, relations; nli premise,
 hypothesis, label; sentiment text, label; qa question, context, answer, answer_start. It differs from the thesis in that
 the last weights are taken, not the best on validation rows.
 """
@@ -27,11 +27,11 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _adapters import METHODS
-from _data import read_rows, read_text
+from _data import field_names, read_rows, read_text
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _recipes import LANGUAGE, RECIPES
 from _report import paired_bootstrap, plot, save, table
-from _tasks import TASKS
+from _tasks import TASKS, Task
 from _training import Schedule, Workshop, steps_of, use
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -61,12 +61,27 @@ def schedules(task: str, sources: dict[str, Source], steps: int | None, language
     return of_language, of_task
 
 
+def read_tables(task: Task, data: str, test_data: str, source: list[str], target: list[str], columns: dict[str, str]):
+    """{language: rows} of the sources' training split and of the targets' test split."""
+    for place, codes, option in ((data, source, "--data"), (test_data or data, target, "--test-data")):
+        if Path(place).is_file() and (len(codes) > 1 or not test_data):
+            raise typer.BadParameter(
+                f"{place} is one file, so of one language and split: give a pattern with {{language}} and {{split}}, "
+                "or --data for one source and --test-data for one target",
+                param_hint=option,
+            )
+    how = {"columns": columns, "needed": task.fields, "lists": task.lists}
+    train = {code: read_rows(data, code, "train", **how) for code in source}
+    return train, {code: read_rows(test_data or data, code, "test", **how) for code in target}
+
+
 def main(
     task: Annotated[TaskName, typer.Option(help="What to transfer.")],
     method: Annotated[MethodName, typer.Option(help="Of language and task adapters.")] = MethodName.lt_sft,
     data: Annotated[str, typer.Option(help="Rows: a pattern with {language} and {split}, a folder, or a Hub id.")] = "",
     test_data: Annotated[str, typer.Option(help="The same for the targets' rows. \\[default: --data]")] = "",
-    text: Annotated[str, typer.Option(help="Raw text: a pattern with {language}, or a folder.")] = "",
+    text: Annotated[str, typer.Option(help="Raw text: a pattern with {language}, a folder, or a Hub id.")] = "",
+    text_column: Annotated[str, typer.Option(help="What raw text that is no text file calls its text.")] = "text",
     model: Annotated[str, typer.Option(help="Encoder for real data: a folder or Hub id.")] = "",
     source: Annotated[list[str] | None, typer.Option(help="Language with labels; several give multi-source.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Language to transfer to; repeat it.")] = None,
@@ -86,7 +101,7 @@ def main(
 ) -> None:
     """Train language adapters and a task adapter, put them together, and test in the target languages."""
     chosen = TASKS[task.value]
-    columns = dict(_pair(one) for one in column or [])
+    columns = field_names(column)
     if not data:
         if source or target or text or model:
             raise typer.BadParameter("--source, --target, --text and --model are for real data: give --data")
@@ -100,10 +115,10 @@ def main(
             raise typer.BadParameter("--data needs an encoder (--model), --source and --target")
         if language and not text:
             raise typer.BadParameter("language adapters need raw text: --text, or --no-language")
-        how = {"columns": columns, "needed": () if task.value == "qa" else chosen.fields}
-        train = {code: read_rows(data, code, "train", **how)[:rows] for code in source}
-        tests = {code: read_rows(test_data or data, code, "test", **how)[:rows] for code in target}
-        texts = {code: read_text(text, code) for code in dict.fromkeys([*source, *target])} if language else {}
+        train, tests = read_tables(chosen, data, test_data, source, target, columns)
+        train, tests = ({code: own[:rows] for code, own in part.items()} for part in (train, tests))
+        codes = dict.fromkeys([*source, *target]) if language else ()
+        texts = {code: read_text(text, code, column=text_column) for code in codes}
         base = model
     train, tests = ({code: [chosen.clean(row) for row in own] for code, own in part.items()} for part in (train, tests))
     labels = chosen.labels([row for own in train.values() for row in own])
@@ -156,13 +171,6 @@ def _report(task: str, method: str, tests: dict, answers: dict, *, resamples: in
         {"scores": scores, "differences": {code: vars(d) for code, d in differences.items()}, "answers": answers},
     )
     console.print(f"adapters, scores.png and results.json: {output}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    own, equals, theirs = text.partition("=")
-    if not (own and equals and theirs):
-        raise typer.BadParameter(f"--column takes FIELD=NAME, got {text!r}")
-    return own, theirs
 
 
 def _with(schedule: Schedule, steps: int | None) -> Schedule:

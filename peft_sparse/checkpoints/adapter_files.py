@@ -13,10 +13,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from ..checks import nearest
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
-from .foreign import COMPOSABLE_SFT, way_in
+from .foreign import COMPOSABLE_SFT, way_in, way_out
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,6 +68,11 @@ def read_adapter(where: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(os.fspath(where), path.parent, config, deltas, others, digest)
 
 
+def in_list(adapters: Any) -> list[Any]:
+    """Adapters as a list; one that is given alone is a list of one, not of the letters of its name."""
+    return [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+
+
 def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
     """The configuration of a sparse adapter, field by field, with its `counts` (None before weights are selected).
 
@@ -82,8 +88,7 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
         raise FormatError(
             way_in(where, config)
             or f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
-            "peft_type 'SPARSE_FT' say which of the model's own weights they change. Others can be used with PEFT: "
-            "PeftModel.from_pretrained(...), merge_and_unload()."
+            f"peft_type 'SPARSE_FT' say which of the model's own weights they change. {way_out(where, kind)}"
         )
     counts = config.setdefault("counts", None)
     is_map = isinstance(counts, dict) and all(type(count) is int and count >= 0 for count in counts.values())
@@ -179,7 +184,9 @@ def _fetch(where: str | os.PathLike[str], name: str, revision: str | None) -> Pa
         raise ConfigError(f"'{given}' is a file. Give the folder that holds {CONFIG_FILE} and {SOURCE}.")
     found = _HUB_ID.fullmatch(given)
     if found is None:
-        raise ConfigError(f"There is no folder '{given}', and it is no id of the Hub (owner/name[/folder][@revision]).")
+        raise ConfigError(
+            f"There is no folder '{given}', and it is no id of the Hub (owner/name[/folder][@revision]).{_nearby(path)}"
+        )
     if revision is not None and found["revision"] not in (None, revision):
         raise ConfigError(f"'{given}' names a revision, and another one is given beside it, {revision!r}. Give one.")
     revision = found["revision"] or revision
@@ -195,4 +202,13 @@ def _not_on_hub(where: str | os.PathLike[str], name: str, error: Exception) -> C
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConfigError(
         f"There is no folder '{os.fspath(where)}', and {name} of that name cannot be had from the Hub: {reason}"
+        f"{_nearby(Path(where).expanduser())}"
     )
+
+
+def _nearby(path: Path) -> str:
+    """The sentence, behind a blank, that names a folder beside the missing one with nearly its name; else nothing."""
+    try:
+        return nearest(path.name, [one.name for one in path.absolute().parent.iterdir() if one.is_dir()])
+    except OSError:  # no such folder either, or one that may not be listed
+        return ""

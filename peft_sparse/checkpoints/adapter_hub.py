@@ -73,7 +73,7 @@ _POSITIONS = {"mh_adapter": "attention", "cross_adapter": "cross", "output_adapt
 
 
 class Place(NamedTuple):
-    """Where in a model a bottleneck stands, in terms that no architecture's names enter.
+    """Where in a model a bottleneck lies, in terms that no architecture's names enter.
 
     Attributes:
         stack: "decoder" in the decoder of an encoder-decoder model, "" anywhere else.
@@ -334,7 +334,7 @@ def _write_all(root: Path, adapter: HubAdapter, path_of: Callable[[Place], str])
     _write_pair(root, (WEIGHTS[0], tensors), (CONFIG, {**about, "config": adapter.config}))
     if adapter.head is None:
         return
-    # A dropout stands before each of the head's layers, and an activation behind each but the last.
+    # A dropout comes before each of the head's layers, and an activation behind each but the last.
     layers = {f"heads.{adapter.name}.{1 + 3 * i}": pair for i, pair in enumerate(adapter.head_tensors)}
     head = {f"{name}.weight": weight for name, (weight, _) in layers.items()}
     head |= {f"{name}.bias": bias for name, (_, bias) in layers.items() if bias is not None}

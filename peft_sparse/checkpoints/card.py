@@ -104,9 +104,9 @@ def update_card(
     sizes: Mapping[str, int] | None = None,
     adapter_name: str = DEFAULT,
 ) -> None:
-    """Write the library's part into the model card of a saved adapter, and keep everything else that stands there.
+    """Write the library's part into the model card of a saved adapter, and keep everything else that is there.
 
-    The part stands between two comments, so that saving again replaces it. PEFT saves an adapter that is not called
+    The part is between two comments, so that saving again replaces it. PEFT saves an adapter that is not called
     "default" into a folder of that name; its part then also goes into the card one level up, which the Hub shows.
 
     Args:

@@ -41,7 +41,7 @@ def without_empty_sections(text: str) -> str:
 
 
 def _sections(text: str) -> list[tuple[int, list[str]]]:
-    """(level of the heading, its line and those below it), level 0 for what stands above the first."""
+    """(level of the heading, its line and those below it), level 0 for what is above the first."""
     sections: list[tuple[int, list[str]]] = [(0, [])]
     is_code = False
     for line in text.splitlines(keepends=True):

@@ -44,3 +44,33 @@ def way_in(where: str | os.PathLike[str], config: Mapping[str, Any] | None = Non
     if isinstance(kind, str) and kind in _FORKS:
         return f"'{given}' is an adapter of {_FORKS[kind]} (peft_type {kind!r}). {_IMPORT.format(where=given)}"
     return None
+
+
+_WITH_PEFT = "PeftModel.from_pretrained(...), merge_and_unload()"
+_AS_DIFFERENCE = (
+    "Make a sparse adapter of it: peft-sparse diff BASE {where} -o OUTPUT (or extract_adapter); or merge it with PEFT: "
+    f"{_WITH_PEFT}, save_pretrained(...)."
+)
+# {peft_type: what to do with it where a sparse adapter is wanted}
+_WAYS_OUT = {
+    "BOTTLENECK": "A bottleneck adapter computes beside the weights, so no checkpoint of the base model can hold it. "
+    f"Load it with PEFT; {_WITH_PEFT} builds it into the model in memory.",
+    "MAD_G": "MAD-G generates bottleneck adapters, which compute beside the weights. Load it with PEFT; "
+    "generate_adapter(model, LANGUAGE) gives the adapter of a language.",
+    "ADA_SFT": "Load it with PEFT: sparse_from_ada(model, density=..., save_directory=...) makes its largest changes a "
+    f"sparse adapter; or merge all of it: {_WITH_PEFT}, save_pretrained(...).",
+    "LORA": _AS_DIFFERENCE,
+    "SHIRA": _AS_DIFFERENCE,
+    "SUPERTUNING": _AS_DIFFERENCE,
+}
+
+
+def way_out(where: str | os.PathLike[str], kind: Any) -> str:
+    """What can be done with an adapter of another type of PEFT's or of ours where a sparse one is wanted.
+
+    Args:
+        where: the folder or id that was given.
+        kind: its peft_type.
+    """
+    known = _WAYS_OUT.get(kind) if isinstance(kind, str) else None
+    return (known or f"Others can be used with PEFT: {_WITH_PEFT}.").format(where=os.fspath(where))

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from ..composition.chance import warn_of_coinciding_draws
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
-from .adapter_files import read_adapter
+from .adapter_files import in_list, read_adapter
 from .merge_plan import Change, MergePlan, Part
 from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
 
@@ -43,7 +43,7 @@ class Merged:
 
 def merge_checkpoint(
     base: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
+    adapters: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
@@ -62,7 +62,7 @@ def merge_checkpoint(
 
     Args:
         base: the base model's checkpoint: a directory or a repository on the Hub, in safetensors.
-        adapters: at least one sparse adapter: directories, or ids of the Hub, which may go on with a folder and a
+        adapters: one sparse adapter or several: directories, or ids of the Hub, which may go on with a folder and a
             revision ("owner/name/folder@revision").
         output: directory to write into.
         weights: one factor per adapter, of any sign, as for `add_weighted_adapter`; None adds all of them as they are,
@@ -82,7 +82,7 @@ def merge_checkpoint(
 
     Cost: the memory of the adapters, one shard of the result and the largest tensor.
     """
-    parts = [_read_part(adapter) for adapter in adapters]
+    parts = [_read_part(adapter) for adapter in in_list(adapters)]
     factors = _check_factors(parts, weights)
     head = _choose_head(parts, None if head_from is None else os.fspath(head_from))
     checkpoint = Checkpoint(base, revision=revision)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
+from ..core.names import is_above_encoder
 from ..core.overlay import Overlay
 from ..errors import ConfigError, FormatError
 from .architecture import (
@@ -112,7 +113,7 @@ class MergePlan:
         self._checkpoint = checkpoint
         self._config = read_config(checkpoint.folder)
         self._num_labels: int | None = None
-        self._model, self._class_name = self._fitting_model(parts, head)
+        self._model, self._class_name, parts = self._fitting_model(parts, head)
         self._tied = tied_groups(self._model)
         self._has_head = head is not None
         names = Names(self._model)
@@ -172,8 +173,11 @@ class MergePlan:
             changed.update(id2label=labels, label2id={label: i for i, label in labels.items()})
         return changed
 
-    def _fitting_model(self, parts: list[Part], head: Part | None) -> tuple[PreTrainedModel, str]:
-        """The architecture on the meta device: the checkpoint's own, or an adapter's if a head or a name needs it."""
+    def _fitting_model(self, parts: list[Part], head: Part | None) -> tuple[PreTrainedModel, str, list[Part]]:
+        """The architecture on the meta device: the checkpoint's own, or an adapter's if a head or a name needs it.
+
+        If no class has all that the adapters tune, one that lacks the heads of others alone; these are left out.
+        """
         own = [name for name in self._config.architectures or () if hasattr(transformers, name)][:1]
         trained_on = [
             name for part in ([head] if head else parts) if (name := class_trained_on(part.config, self._config))
@@ -182,6 +186,7 @@ class MergePlan:
         candidates = candidates or [class_name_of(self._config)]
         wanted = {name for part in parts for name in part.deltas} | set(head.heads if head else ())
         failures = []
+        without_heads: tuple[PreTrainedModel, str, set[str]] | None = None
         for class_name in candidates:
             model = skeleton(self._config, class_name)
             shapes = {name: tuple(tensor.shape) for name, tensor in (head.heads if head else {}).items()}
@@ -192,8 +197,21 @@ class MergePlan:
             names = Names(model)
             unknown = sorted(name for name in wanted if names.of_adapter(name) not in names.parameters)
             if not unknown:
-                return model, type(model).__name__
+                return model, type(model).__name__, parts
+            if without_heads is None and unknown == _of_other_heads(unknown, wanted, model, head):
+                without_heads = model, type(model).__name__, set(unknown)
             failures.append(f"{class_name} has no parameters of these names:{listed(unknown)}")
+        if without_heads is not None:
+            model, class_name, left_out = without_heads
+            logger.warning("%s has no such parts of a head; they are left out:%s", class_name, listed(sorted(left_out)))
+            return (
+                model,
+                class_name,
+                [
+                    replace(part, deltas={name: d for name, d in part.deltas.items() if name not in left_out})
+                    for part in parts
+                ],
+            )
         raise FormatError(
             f"the adapters do not fit {self._checkpoint.source}. Nothing was written. " + "\n".join(failures)
         )
@@ -294,3 +312,14 @@ def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
 def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:
     combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
     return SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)
+
+
+def _of_other_heads(
+    unknown: Collection[str], wanted: Collection[str], model: PreTrainedModel, head: Part | None
+) -> list[str]:
+    """Of the names that a model does not have, those of heads that the result does not get anyway."""
+    root = f"{model.base_model_prefix}."
+    if not hasattr(model, model.base_model_prefix) or not any(name.startswith(root) for name in wanted):
+        return []
+    heads = {} if head is None else head.heads
+    return [name for name in unknown if is_above_encoder(name.rpartition(".")[0], root) and name not in heads]

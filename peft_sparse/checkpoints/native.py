@@ -63,7 +63,7 @@ def canonical_name(key: str, *, adapter_name: str | None = None) -> str:
 
     Args:
         key: key of a state dict, with or without PEFT's prefix `base_model.model.`.
-        adapter_name: the adapter whose name stands in the key; None for checkpoint keys, which have none.
+        adapter_name: the adapter whose name is in the key; None for checkpoint keys, which have none.
     """
     name = unwrapped(key) if adapter_name is None else without_adapter(key, adapter_name)
     return name.removeprefix(PREFIX)
@@ -146,7 +146,7 @@ def finish(
             digest that it already holds is replaced.
         heads: fully trained tensors (`modules_to_save`) that PEFT itself adds to the file: covered by the digest, not
             part of the result.
-        adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
+        adapter_name: the adapter whose name is in the keys; None for checkpoint keys.
         values_dtype: dtype of the values in the file; None leaves them as they are.
 
     Returns:
@@ -227,6 +227,7 @@ def verify(
     heads: Mapping[str, Sequence[int]] | None = None,
     passengers: Collection[str] | None = None,
     vocabularies: Collection[str] = (),
+    left_out: Collection[str] = (),
     adapter_name: str | None = None,
     source: str = SOURCE,
     verified: Verified | None = None,
@@ -242,7 +243,8 @@ def verify(
             `save_embedding_layers` adds after the digest was made; None accepts any.
         vocabularies: parameters with a row for each token. The model may have more rows of them than the file knows:
             flat row-major indices mean the same weights there.
-        adapter_name: the adapter whose name stands in the keys; None for checkpoint keys.
+        left_out: parameters that the model does not have and need not have. They are checked and not returned.
+        adapter_name: the adapter whose name is in the keys; None for checkpoint keys.
         source: what errors call the file.
         verified: what an earlier check of the same file found. If the tensors still have its digest they are not
             decoded again.
@@ -265,14 +267,15 @@ def verify(
     deltas = known if known is not None and found_digest == known_digest else _READERS[version](covered, source)
     # What does not fit the model or the config is told before the digest: it names the tensor, the digest cannot.
     check_names(deltas, counts, "adapter_config.json ('counts')", source)
-    check_names(deltas, shapes, "the model", source)
+    own = {parameter: delta for parameter, delta in deltas.items() if parameter not in left_out}
+    check_names(own, shapes, "the model", source)
     check_counts(deltas, counts or {}, source)
-    check_shapes(deltas, shapes or {}, vocabularies, source)
+    check_shapes(own, shapes or {}, vocabularies, source)
     if heads is not None:
         check_heads({name: named[name] for name in others}, heads, source)
     if (found_digest or bytes(digest(covered).tolist())) != expected_digest:
         raise FormatError(f"{source}: '{DIGEST_KEY}' does not fit the tensors, which have changed. {REMEDY} {_RESEAL}")
-    return deltas
+    return own
 
 
 def _parse_digest(tensor: Tensor | None, source: str) -> tuple[int, bytes, set[str]]:
@@ -310,7 +313,7 @@ def stored_digest(tensor: Tensor, *, source: str = SOURCE) -> str:
         source: what errors call the file.
 
     Raises:
-        FormatError: the tensor is none of ours.
+        FormatError: the tensor is no digest of this format.
     """
     return _parse_digest(tensor, source)[1].hex()
 

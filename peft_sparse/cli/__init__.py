@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from .. import __version__
 from ..errors import SparseError
 
 # Modules of this package, each of which adds its command to `app`, in the order in which --help lists them.
@@ -25,6 +27,7 @@ COMMANDS: tuple[str, ...] = (
     "merge",
     "plan",
     "shrink",
+    "translate",
 )
 
 app = typer.Typer(
@@ -36,9 +39,19 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"peft-sparse {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Make, look at, plan and merge sparse adapters."""
+def _commands(
+    asks_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make, look at, plan and merge sparse adapters; shrink models; translate rows."""
 
 
 for _command in COMMANDS:

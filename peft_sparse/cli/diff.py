@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,13 +13,14 @@ from ..extraction.extract import CHANGED, extract_adapter
 from ..extraction.tables import to_rich
 from ..selection.budget import Budget
 from . import app
+from ._options import AsJson, BaseRevision, Output, Overwrite
 
 
 @app.command()
 def diff(
     base: Annotated[str, typer.Argument(help="The model that was fine-tuned: directory or Hub id.")],
     tuned: Annotated[str, typer.Argument(help="What became of it; or a LoRA, SHiRA or Super-Tuning adapter.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write the adapter into.")],
+    output: Output,
     density: Annotated[float | None, typer.Option(help="Share of the targeted weights to keep, in (0, 1].")] = None,
     num_weights: Annotated[int | None, typer.Option(help="Number of weights to keep.")] = None,
     equivalent_rank: Annotated[int | None, typer.Option(help="As many weights as LoRA of this rank trains.")] = None,
@@ -45,10 +45,10 @@ def diff(
     values_dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or float64. What is needed by default.")
     ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")] = None,
+    base_revision: BaseRevision = None,
     tuned_revision: Annotated[str | None, typer.Option(help="Revision of the tuned model on the Hub.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a sparse adapter out of two checkpoints, without training: where they differ most, and by how much."""
     if changed and num_weights is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..importing.export_adapter import export_adapter
 from . import app
+from ._options import Output, Overwrite, say
 
 
 @app.command()
@@ -17,7 +16,7 @@ def export(
     adapter: Annotated[
         str, typer.Argument(help="The sparse adapter: folder, or Hub id (owner/name[/folder][@revision]).")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write into.")],
+    output: Output,
     to: Annotated[
         str,
         typer.Option(
@@ -29,7 +28,7 @@ def export(
         str | None, typer.Option(help="Base model, for PEFT's types. \\[default: what the adapter says]")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, for lora.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a sparse adapter in the format of another library, or as one that PEFT loads without this package."""
     exported = export_adapter(adapter, output, to=to, base=base, rank=rank, overwrite=overwrite)
@@ -38,4 +37,4 @@ def export(
         lines.append(f"{exported.padding:,} weights beside them are in it with a difference of zero, as {to} demands.")
     if exported.error:
         lines.append(f"The difference is off by {exported.error:.1%} of its norm.")
-    Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    say(*lines)

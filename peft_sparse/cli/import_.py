@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..importing.import_adapter import import_adapter
 from . import app
+from ._options import AsJson, BaseRevision, Output, Overwrite, say
 
 
 @app.command(name="import")
@@ -23,11 +22,11 @@ def import_to_folder(
             "(owner/name[/folder][@revision]).",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write the adapter into.")],
+    output: Output,
     base: Annotated[
         str | None, typer.Option(help="The base model: folder or Hub id. What the adapter says by default.")
     ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")] = None,
+    base_revision: BaseRevision = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the adapter on the Hub.")] = None,
     head: Annotated[
         bool | None,
@@ -39,8 +38,8 @@ def import_to_folder(
     labels: Annotated[
         str | None, typer.Option(help="Labels of the head with commas between them, in the order of their ids.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an adapter of another library into one of this, without its model."""
     imported = import_adapter(
@@ -64,5 +63,4 @@ def import_to_folder(
     lines += [f"heads: {', '.join(imported.heads)}"] if imported.heads else []
     lines += [f"labels: {', '.join(imported.labels)}"] if imported.labels else []
     lines += [f"left out: {', '.join(imported.left_out)} (--head imports them)"] if imported.left_out else []
-    for line in lines:
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    say(*lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,17 +13,13 @@ from ..inspection.report import document, pairwise, report_on
 from ..inspection.sheets import report_sheets
 from ..tables import to_rich
 from . import app
+from ._options import Adapters, AsJson
 
 
 @app.command(name="inspect")
 def inspect_adapters(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADAPTER...", help="Folders, or Hub ids such as owner/name, owner/name/folder, owner/name@revision."
-        ),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    adapters: Adapters,
+    as_json: AsJson = False,
 ) -> None:
     """Show where an adapter's weights lie, how large they are and where it comes from.
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..checkpoints.merge import merge_checkpoint
 from ..errors import ConfigError
 from . import app
+from ._options import BaseRevision, Output, Overwrite, say
 from ._values import parse_dtype, parse_size
 
 
@@ -21,15 +20,15 @@ def merge(
     adapters: Annotated[
         list[str], typer.Argument(help="Sparse adapters: folders, or Hub ids (owner/name[/folder][@revision]).")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write the merged checkpoint into.")],
+    output: Output,
     weights: Annotated[
         str | None, typer.Option(help="A factor per adapter, such as 1,0.5 or -1,1. As they are by default.")
     ] = None,
     head_from: Annotated[str | None, typer.Option(help="The adapter whose head to keep, if several have one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. As stored by default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")] = None,
+    revision: BaseRevision = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of the files, and so of the memory used.")] = "1GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Add adapters to a model's weights on disk, one tensor at a time."""
     merged = merge_checkpoint(
@@ -44,11 +43,7 @@ def merge(
         overwrite=overwrite,
         show_progress=True,
     )
-    Console().print(
-        f"Merged {merged.num_weights:,} weights into {len(merged.changed)} tensors: {merged.directory}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"Merged {merged.num_weights:,} weights into {len(merged.changed)} tensors: {merged.directory}")
 
 
 def _parse_weights(text: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""`peft-sparse plan`: memory of a training, before it."""
+"""`peft-sparse plan`: memory of a training run, before it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.bottleneck.config import BottleneckConfig
 from ..tuners.sparse_ft.configs.base import METHODS, SparseConfig, method_called
 from . import app
+from ._options import AsJson
 from ._values import parse_dtype, parse_size
 
 _LORA, _BOTTLENECK, _ADA_SFT, _FULL = "lora", "bottleneck", "ada_sft", "full"
@@ -54,9 +55,9 @@ def plan(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     task: Annotated[str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS, ... The model's own class by default.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Memory there is, such as 24GB. Says what fits.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Say how much memory a training will need, and for what."""
+    """Say how much memory a training run will need, and for what."""
     limit = None if gpu is None else parse_size(gpu, name="--gpu")
     targets = _parse_targets(target_modules)
     plan_with = partial(
@@ -113,7 +114,7 @@ def _config(
     if method == _ADA_SFT:
         return AdaSftConfig(target_modules=linear)
     if method == _BOTTLENECK:
-        # They stand where their kind says, not at the weights that other methods tune.
+        # They lie where their kind says, not at the weights that other methods tune.
         return BottleneckConfig(bottleneck_size=bottleneck_size)
     # Of these two the weights are given, and no density says how many.
     methods = METHODS.keys() - {"fixed", "given"}

@@ -6,21 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..errors import ConfigError
 from ..inspection.page import save_plot
 from . import app
+from ._options import Adapters, say
 
 
 @app.command(name="plot")
 def plot_to_file(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADAPTER...", help="Folders, or Hub ids such as owner/name, owner/name/folder, owner/name@revision."
-        ),
-    ],
+    adapters: Adapters,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .svg or .html.")],
     kind: Annotated[str, typer.Option(help="distribution, overlap, tokens, or all.")] = "all",
     tokenizer: Annotated[
@@ -34,4 +29,4 @@ def plot_to_file(
     except ImportError as error:
         # Nothing is broken: an optional package is missing, and the message says which.
         raise ConfigError(str(error)) from error
-    Console(stderr=True).print(f"wrote {output}", markup=False, highlight=False)
+    say(f"wrote {output}", on_stderr=True)

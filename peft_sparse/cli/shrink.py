@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..errors import ConfigError
 from . import app
+from ._options import Output, Overwrite, say
 
 
 @app.command()
@@ -17,7 +17,7 @@ def shrink(
     model: Annotated[
         str, typer.Argument(help="A model with its tokenizer: directory or Hub id. Or an adapter: --like.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write into.")],
+    output: Output,
     more_texts: Annotated[
         list[str] | None, typer.Argument(metavar="[TEXTS]...", help="More files for --texts.")
     ] = None,
@@ -35,7 +35,7 @@ def shrink(
         Path | None, typer.Option(help="Instead of texts: a model that shrink wrote, whose vocabulary an adapter gets.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Cut a model down to the tokens that some texts use, which it goes on tokenising as before."""
     files = [*(texts or ()), *(more_texts or ())]
@@ -59,7 +59,7 @@ def shrink(
         min_probability=min_probability,
         keep_characters=not drop_characters,
     )
-    _print(
+    say(
         f"Tokens:     {shrunk.tokens_before:,} -> {shrunk.tokens_after:,}",
         f"Layers:     {shrunk.layers_before} -> {shrunk.layers_after}",
         f"Parameters: {shrunk.parameters_before:,} -> {shrunk.parameters_after:,}",
@@ -68,8 +68,8 @@ def shrink(
     for language, found in shrunk.counted.items():
         new = shrunk.new.get(language)
         held_out = "" if new is None else f"; of new texts about {new.share:.1%}, with {_more(new):+.2%} tokens"
-        _print(f"{language}: {found.share:.1%} of {found.texts:,} texts tokenised as before{held_out}")
-    _print(f"Written to {output}")
+        say(f"{language}: {found.share:.1%} of {found.texts:,} texts tokenised as before{held_out}")
+    say(f"Written to {output}")
 
 
 def _more(found) -> float:
@@ -81,8 +81,8 @@ def _shrink_adapter(adapter: str, output: Path, like: Path, overwrite: bool) -> 
 
     reduced = reduce_adapter(adapter, output, vocabulary=like, overwrite=overwrite)
     for name, lost in reduced.lost.items():
-        _print(f"{name}: {reduced.kept[name]:,} numbers kept, {lost:,} of tokens that went are lost")
-    _print(f"Written to {output}" if reduced.lost else f"Nothing in it depends on the vocabulary. Written to {output}")
+        say(f"{name}: {reduced.kept[name]:,} numbers kept, {lost:,} of tokens that went are lost")
+    say(f"Written to {output}" if reduced.lost else f"Nothing in it depends on the vocabulary. Written to {output}")
 
 
 def _read(files: list[str]) -> dict[str, list[str]]:
@@ -95,8 +95,3 @@ def _read(files: list[str]) -> dict[str, list[str]]:
             language, path = Path(given).stem, given
         found.setdefault(language, []).extend(read_texts(path))
     return found
-
-
-def _print(*lines: str) -> None:
-    for line in lines:
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -67,7 +67,7 @@ class GapHeader:
         return _PREFIX.size + _WORD * (len(self.shape) + 1)
 
     def pack(self) -> bytes:
-        """The header as it stands in the file."""
+        """The header as it is in the file."""
         words = (*self.shape, self.count)
         return _PREFIX.pack(VERSION, self.parameter, len(self.shape)) + struct.pack(f"<{len(words)}Q", *words)
 

@@ -54,7 +54,7 @@ def union(supports: Sequence[Tensor]) -> Tensor:
 
 
 def positions(support: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each query stands in a sorted support.
+    """Where each query lies in a sorted support.
 
     Args:
         support: [k] sorted and unique.

@@ -7,7 +7,7 @@ from __future__ import annotations
 PREFIX = "base_model.model."
 # Path components that stand for a wrapper, not for a module of the model.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
-# What DDP and its like call the model that they stand around.
+# What DDP and its like call the model that they wrap.
 _WRAPPED = "module."
 _HEADS = "modules_to_save"
 # The containers that hold one entry per adapter, by its name: those of all tuner types here, and PEFT's own.
@@ -51,3 +51,13 @@ def without_adapter(key: str, adapter_name: str) -> str:
         # An adapter may itself be called like a container.
         is_name = part in SLOTS and len(kept) > 1
     return ".".join(kept)
+
+
+def is_above_encoder(path: str, root: str) -> bool:
+    """Whether a module is of a head, or the pooler below it: what one class over a base model has and another has not.
+
+    Args:
+        path: of the module.
+        root: path of the base model inside the class, with its dot ("bert.").
+    """
+    return not path.startswith(root) or path.removeprefix(root).partition(".")[0] == "pooler"

@@ -1,4 +1,4 @@
-"""Watching the gradient of a weight that itself gets none: what a backward pass hands to whoever asks."""
+"""Watching the gradient of a weight that itself gets none: what a backward pass hands to observers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 class GradientObserver(Protocol):
     """Sees the gradient of one tuned tensor, at positions of its choice, in every backward pass that it is given to.
 
-    A layer that is used several times hands over the gradient of each use by itself: their sum is the tensor's.
+    A layer that is used several times hands over the gradient of each use separately: their sum is the tensor's.
     """
 
     def wanted(self) -> Tensor | None:

@@ -22,7 +22,7 @@ class OnDemand(Tensor):
     Args:
         like: has its shape, dtype and device.
         make: gives its numbers, outside of autograd.
-        refusal: what to say to whoever writes into it.
+        refusal: the error of writing into it.
     """
 
     _make: Callable[[], Tensor]
@@ -106,7 +106,7 @@ def on_demand(
         make: computes it from `leaves` and from what needs no gradient, by differentiable operations; called once if
             its numbers are wanted, and once more in the backward.
         leaves: what may require a gradient.
-        refusal: what to say to whoever writes into it.
+        refusal: the error of writing into it.
         device: where it will be, if that is another one.
 
     Cost: nothing until an operation needs the numbers; then what `make` costs, held as long as the tensor is.
@@ -129,13 +129,19 @@ class _OnDemand(torch.autograd.Function):
         device: torch.device | None,
         *leaves: Tensor,
     ) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(*leaves)
+        # Not by save_for_backward, whose tensors are gone after one pass: reentrant checkpointing makes several through
+        # what its segments share, as through any parameter.
+        ctx.make, ctx.leaves, ctx.versions = make, leaves, [leaf._version for leaf in leaves]
         return OnDemand(like, make, refusal, device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        leaves = ctx.saved_tensors
+        leaves = ctx.leaves
+        if [leaf._version for leaf in leaves] != ctx.versions:
+            raise RuntimeError(
+                "a weight that the model has read, or an adapter's values in it, was written into between the forward "
+                "and its backward. Run the backward first."
+            )
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
         twice = torch.is_grad_enabled()
         with torch.enable_grad():

@@ -36,7 +36,7 @@ class Overlay:
         return self._union.long()
 
     def entries(self, originals: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """What stands at `indices` once all deltas are added: [u], in the dtype of `originals`.
+        """What is at `indices` once all deltas are added: [u], in the dtype of `originals`.
 
         Args:
             originals: [u] the weight's own entries at `indices`.
@@ -63,15 +63,15 @@ class Overlay:
         return result
 
     def write_(self, flat: Tensor, values: Sequence[Tensor], *, originals: Tensor | None = None) -> None:
-        """Write `entries` into a weight's memory; with `originals`, only where something else stands.
+        """Write `entries` into a weight's memory; with `originals`, only where there is something else.
 
         Args:
             flat: [numel] contiguous, written in place; no gradient is recorded.
             values: one [k_i] tensor per support.
-            originals: [u] the weight's own entries; what stands in `flat` if None.
+            originals: [u] the weight's own entries; what is in `flat` if None.
 
         Cost: with `originals`, on a CPU, a look at every entry, and nothing more if all of them are up to date. What
-            stands there is compared, not a version, for writing by `.data` leaves no version behind. Elsewhere looking
+            is there is compared, not a version, for writing by `.data` leaves no version behind. Elsewhere looking
             would mean waiting for the device, so all of them are written.
         """
         if originals is not None and flat.device.type == "cpu":
@@ -95,7 +95,7 @@ class Overlay:
             flat[indices] = wanted
 
     def take(self, flat: Tensor) -> Tensor:
-        """[u] what stands at `indices` in a weight's memory."""
+        """[u] what is at `indices` in a weight's memory."""
         native = kernels(flat, dtypes=_MOVED)
         return flat[self.indices] if native is None else native.take(flat, self._union)
 
@@ -109,6 +109,8 @@ class Overlay:
 
     def total(self, values: Sequence[Tensor]) -> Tensor:
         """[u] float32 (float64 if any are), the sum of the deltas at the union of their supports."""
+        if self._slots is None and values[0].dtype is torch.float32:
+            return values[0].detach()
         return self._total(values, reduce(torch.promote_types, [v.dtype for v in values], torch.float32))
 
     def _total(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

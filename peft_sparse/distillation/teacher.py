@@ -12,6 +12,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..training.languages.multisource import LANGUAGE
+from ..tuners.madg.config import MAD_G
+from ..tuners.madg.model import set_language
 from .attention import inner_model
 
 
@@ -23,7 +25,8 @@ class Teacher:
     Args:
         base: a model of transformers, which then belongs to the teacher, or a PeftModel that holds the adapters.
         languages: {language: its adapter}: folders, Hub ids, or names in the PeftModel. With several, batches name
-            theirs under "language".
+            theirs under "language". Languages may share an adapter, which is loaded once; a MAD-G adapter generates
+            each one's own, so the languages are then the codes of its typology.
         task: the task's adapter, likewise, active above the language's.
 
     Attributes:
@@ -45,12 +48,16 @@ class Teacher:
     ) -> None:
         inner_model(base)
         self.model = base
-        self.languages = {
-            language: self._add(where, f"language{place}")
-            for place, (language, where) in enumerate((languages or {}).items())
+        adapters = {language: os.fspath(where) for language, where in (languages or {}).items()}
+        names = {
+            where: self._add(where, f"language{place}") for place, where in enumerate(dict.fromkeys(adapters.values()))
         }
+        self.languages = {language: names[where] for language, where in adapters.items()}
         self.task = None if task is None else self._add(task, "task")
         self._active: list[str] | None = None
+        self._generates = any(self.model.peft_config[name].peft_type == MAD_G for name in self.languages.values())
+        for language in self.languages if self._generates else ():
+            self.activate(language)  # one that the typology does not have is refused here
         self.model.eval().requires_grad_(False)
 
     def _add(self, where: str | os.PathLike[str], name: str) -> str:
@@ -81,6 +88,8 @@ class Teacher:
             self.model.base_model.set_adapter(wanted)
             self.model.requires_grad_(False)
             self._active = wanted
+        if self._generates and language is not None:
+            set_language(self.model, language)
 
     @torch.no_grad()
     def __call__(self, language: str | None = None, **inputs: Any) -> Any:

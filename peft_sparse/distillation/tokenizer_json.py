@@ -93,7 +93,7 @@ def with_ancestors(spec: Mapping[str, Any], seen: Iterable[int]) -> set[int]:
     """Some ids, and those of every token that a merge on the way to one of them may make.
 
     Of BPE these are the parts of all merges that give a token, not only of the first: which of them a text takes
-    depends on what stands around it. The other kinds have no merges.
+    depends on what is around it. The other kinds have no merges.
     """
     closed = set(seen)
     model = spec["model"]

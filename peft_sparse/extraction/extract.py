@@ -80,7 +80,7 @@ def extract_adapter(
         budget: how the total is spread, see `SparseConfig`; "global" ranks all tensors together.
         target_modules, exclude_modules, target_biases, target_norms, target_parameters: as in `SparseConfig`, but
             without any of them everything is targeted that both checkpoints have. A tied output layer counts beside its
-            embedding, because an adapter acts on each by itself.
+            embedding, because an adapter acts on each separately.
         values_dtype: "float32", "bfloat16", "float16" or "float64". By default float32, and float64 where all that
             differs is kept and no float32 would give some of the tuned weights back bit for bit.
         base_revision, tuned_revision: branch, tag or commit on the Hub.

@@ -87,7 +87,7 @@ class Skeleton:
         """The parameters that a sparse adapter can hold, in the order of the model, each with those it stands for.
 
         Of embeddings that share one matrix the first stands for all, as in the tuner. An output layer tied to it is
-        listed beside it, for an adapter acts on each of the two uses by itself.
+        listed beside it, for an adapter acts on each of the two uses separately.
         """
         modules = dict(self.model.named_modules())
         found: dict[str, tuple[str, ...]] = {}

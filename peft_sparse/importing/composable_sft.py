@@ -5,9 +5,7 @@ Source of the format: cambridgeltl/composable-sft and parovicm/bistil. No code o
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from ..core.delta import SparseDelta
 from ..errors import FormatError
+from ..files import atomic_file
 from .foreign import COMPOSABLE_SFT, Foreign, check_holdable
 from .gap_lists import decode_gap_list, encode_gap_list
 from .restricted_pickle import integers
@@ -177,10 +176,6 @@ def write_composable_sft(directory: Path, deltas: Mapping[str, SparseDelta], hea
     content[_HEADS] = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in heads.items()}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / DIFF_FILE
-    temporary = directory / f".{DIFF_FILE}.{uuid.uuid4().hex[:8]}"
-    try:
+    with atomic_file(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -30,7 +30,7 @@ class Foreign:
         task_type: PEFT's, if the file says it.
         base: the base model, if the file says it.
         base_revision: its revision, if the file says it.
-        settings: what the file's own configuration says of the training, for the record.
+        settings: what the file's own configuration says of the training run, for the record.
     """
 
     kind: str

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 from ..checkpoints.native import SOURCE, build
 from ..core.names import PREFIX
 from ..extraction.output import save_adapter
+from ..files import AtomicFolder
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .foreign import Foreign
 from .rosa import LowRank
@@ -56,22 +55,14 @@ def write_both(
         the two folders, None for a part that there is not; bytes of the sparse adapter's file.
     """
     sparse, lora, size = None, None, 0
-    target = output.resolve()
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    try:
+    parts = (SPARSE_FOLDER, LORA_FOLDER)
+    with AtomicFolder(output, overwrite=True, what="adapters", is_replaced=lambda name: name in parts) as folder:
         if config is not None:
-            size = write_sparse(staging / SPARSE_FOLDER, foreign, config, overwrite=False)
+            size = write_sparse(folder.staging / SPARSE_FOLDER, foreign, config, overwrite=False)
             sparse = os.fspath(output / SPARSE_FOLDER)
         if low_rank is not None:
-            _save_lora(staging / LORA_FOLDER, low_rank, foreign.heads if config is None else {}, common)
+            _save_lora(folder.staging / LORA_FOLDER, low_rank, foreign.heads if config is None else {}, common)
             lora = os.fspath(output / LORA_FOLDER)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (SPARSE_FOLDER, LORA_FOLDER):
-            shutil.rmtree(target / name, ignore_errors=True)
-        for folder in staging.iterdir():
-            os.replace(folder, target / folder.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return sparse, lora, size
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..checkpoints.adapter_files import in_list
 from ..composition.overlap import Deltas, Interference, Overlap, interference, overlap
 from ..errors import ConfigError
 from ..selection.anatomy import by_group
 from ..tables import Sheet
-from .reading import adapter_of, read_adapter
+from .reading import adapter_of, read_adapter, read_adapters
 from .sheets import NOTHING, layer_labels, pairs_sheet, percent
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Conflicts:
 
 
 def conflicts(
-    model: nn.Module | Mapping[str, Deltas | str | os.PathLike[str]],
+    model: nn.Module | Mapping[str, Deltas | str | os.PathLike[str]] | Sequence[str | os.PathLike[str]],
     adapters: Sequence[str] | None = None,
     *,
     weights: Sequence[float] | None = None,
@@ -62,7 +63,7 @@ def conflicts(
 
     Args:
         model: a PeftModel that holds the adapters, whichever are active; or {name: adapter}, each adapter the folder or
-            Hub id of its files or {parameter name: SparseDelta}.
+            Hub id of its files or {parameter name: SparseDelta}; or a list of folders or Hub ids.
         adapters: names of two or more of them; all if None.
         weights: one factor per adapter, of any sign, as for `add_weighted_adapter`; 1 each if None.
 
@@ -73,8 +74,10 @@ def conflicts(
 
     Cost: O(k log k) for k weights in all; the dense weights are not touched.
     """
+    if isinstance(model, (str, os.PathLike, Sequence)):
+        model = {adapter.name: adapter.deltas for adapter in read_adapters(in_list(model))}
     known = list(model) if isinstance(model, Mapping) else list(getattr(model, "peft_config", {}))
-    names = known if adapters is None else list(adapters)
+    names = known if adapters is None else in_list(adapters)
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"adapters must name two or more different ones of {known}, got {names}")

@@ -8,10 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.adapter_files import in_list
 from ..errors import ConfigError
 from ..files import write_atomically
 from ..tables import Sheet
 from . import plots
+from .other_types import OtherReport, is_sparse, report_on_other
 from .reading import Adapter, read_adapters
 from .report import pairwise, report_on
 from .sheets import report_sheets
@@ -35,7 +37,7 @@ caption { text-align: left; font-weight: bold; padding: 1rem 0 .3rem; } p.note {
 
 
 def plot_adapters(
-    adapters: Sequence[str | os.PathLike[str] | Adapter],
+    adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str],
     *,
     kind: str = ALL,
     tokenizer: str | None = None,
@@ -43,9 +45,12 @@ def plot_adapters(
 ) -> Figure:
     """Picture adapters: how their weights are spread over layers, how far they overlap, which tokens they changed.
 
+    Adapters of other types (bottleneck, MAD-G, Ada-SFT, PEFT's own) have a distribution: of their change to the weights
+    (LoRA, SHiRA, Super-Tuning), or of the norm of their tensors.
+
     Args:
-        adapters: folders or Hub ids (or what `read_adapter` gave).
-        kind: "distribution", "overlap" (two or more adapters), "tokens", or "all" of them that apply.
+        adapters: folders or Hub ids (or what `read_adapter` gave), or one alone.
+        kind: "distribution", "overlap" (two or more sparse adapters), "tokens" (of sparse ones), or "all" that apply.
         tokenizer: folder or Hub id; None looks into the adapters' folders and base models on this machine.
         top: how many tokens are shown at most.
 
@@ -54,7 +59,7 @@ def plot_adapters(
 
     Raises:
         ConfigError: an unknown kind, one that these adapters do not have, or an adapter that is not found.
-        FormatError: a file is damaged or no sparse adapter.
+        FormatError: a file is damaged, or that of another library.
         ImportError: matplotlib is not installed.
     """
     plots.require_matplotlib()
@@ -62,7 +67,7 @@ def plot_adapters(
 
 
 def save_plot(
-    adapters: Sequence[str | os.PathLike[str] | Adapter],
+    adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
     kind: str = ALL,
@@ -91,36 +96,55 @@ def save_plot(
         figures = [
             plots.render(plots.figure_of([panel]), "svg", id_prefix=f"{panel.kind}-").decode() for panel in panels
         ]
-        sheets = report_sheets([report_on(adapter) for adapter in read], pairwise(read))
+        sparse, others = _sparse(read), [adapter for adapter in read if isinstance(adapter, OtherReport)]
+        sheets = report_sheets([report_on(adapter) for adapter in sparse], pairwise(sparse), others)
         content = html_page([adapter.name for adapter in read], figures, sheets).encode()
     else:
         content = plots.render(plots.figure_of(panels), file_format)
     write_atomically(target, content)
 
 
-def _read(adapters: Sequence[str | os.PathLike[str] | Adapter]) -> list[Adapter]:
+def _read(adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str]) -> list[Adapter | OtherReport]:
+    adapters = [adapters] if isinstance(adapters, Adapter) else in_list(adapters)
     if not adapters:
         raise ConfigError("at least one adapter is needed, got none")
-    places = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
+    is_other = [not isinstance(adapter, Adapter) and not is_sparse(adapter) for adapter in adapters]
+    places = [a for a, other in zip(adapters, is_other, strict=True) if not other and not isinstance(a, Adapter)]
     read = iter(read_adapters(places))
-    found = [adapter if isinstance(adapter, Adapter) else next(read) for adapter in adapters]
+    found: list[Adapter | OtherReport] = []
+    for adapter, other in zip(adapters, is_other, strict=True):
+        found.append(report_on_other(adapter) if other else adapter if isinstance(adapter, Adapter) else next(read))
     names = [adapter.name for adapter in found]
     if len(set(names)) < len(names):
         raise ConfigError(f"adapters must have different names, got {names}. Use read_adapter(..., name=...)")
     return found
 
 
-def _panels(adapters: Sequence[Adapter], *, kind: str, tokenizer: str | None, top: int) -> list[plots.Panel]:
+def _sparse(adapters: Sequence[Adapter | OtherReport]) -> list[Adapter]:
+    return [adapter for adapter in adapters if isinstance(adapter, Adapter)]
+
+
+def _panels(
+    adapters: Sequence[Adapter | OtherReport], *, kind: str, tokenizer: str | None, top: int
+) -> list[plots.Panel]:
     if kind not in (*plots.KINDS, ALL):
         raise ConfigError(f"kind must be one of {[*plots.KINDS, ALL]}, got {kind!r}")
+    sparse = _sparse(adapters)
+    others = [adapter for adapter in adapters if isinstance(adapter, OtherReport)]
+    if others and kind in ("overlap", "tokens"):
+        raise ConfigError(
+            f"a picture of kind {kind!r} is of sparse adapters, and {others[0].name!r} is of type "
+            f"{others[0].peft_type}. Leave it out, or take kind='distribution'"
+        )
     panels = []
     if kind in ("distribution", ALL):
-        panels.append(plots.distribution_panel([report_on(adapter) for adapter in adapters]))
-    if kind == "overlap" or (kind == ALL and len(adapters) > 1):
-        counts = [sum(delta.count for delta in adapter.deltas.values()) for adapter in adapters]
-        panels.append(plots.overlap_panel([adapter.name for adapter in adapters], counts, pairwise(adapters)))
+        reports = [report_on(adapter) if isinstance(adapter, Adapter) else adapter for adapter in adapters]
+        panels.append(plots.distribution_panel(reports))
+    if kind == "overlap" or (kind == ALL and len(sparse) > 1):
+        counts = [sum(delta.count for delta in adapter.deltas.values()) for adapter in sparse]
+        panels.append(plots.overlap_panel([adapter.name for adapter in sparse], counts, pairwise(sparse)))
     if kind in ("tokens", ALL):
-        found = [bars for adapter in adapters if (bars := _token_bars(adapter, tokenizer, top)) is not None]
+        found = [bars for adapter in sparse if (bars := _token_bars(adapter, tokenizer, top)) is not None]
         if found:
             panels.append(plots.token_panel(found))
         elif kind == "tokens":

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..composition.overlap import Overlap
 from ..errors import ConfigError
-from ..selection.anatomy import ATTENTION
-from .report import AdapterReport, LayerGroup
+from .layer_bars import ATTENTION_COLOURS, LINE, Bar, distribution, distribution_of_other, draw_bars, limit_of
+from .other_types import OtherReport
+from .report import AdapterReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,41 +23,10 @@ KINDS = ("distribution", "overlap", "tokens")
 
 _WIDTH = 9.0
 _DPI = 150
-# Told apart by lightness and hatching, so that a grey print shows the same.
-_ATTENTION = {"facecolor": "#1f4e79", "edgecolor": "#12304b"}
-_REST = {"facecolor": "#f6d7a7", "edgecolor": "#8a5a1c", "hatch": "////"}
-_OUTSIDE = {"facecolor": "#e3e3e3", "edgecolor": "#707070", "hatch": ".."}
-_LINE = "#505050"
-# Behind a number that a line may cross.
-_BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-_MAX_NUMBERED_BARS = 26
 # Letters that fit above a picture as wide as the figure, and beside the matrix of overlaps.
 _TITLE_LENGTH, _LABEL_LENGTH = 75, 30
 # Fonts that know more scripts than matplotlib's own, used where they are installed.
 _FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Segoe UI")
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar of the distribution plot.
-
-    Attributes:
-        group: a layer's number, or "embeddings", or "other".
-        stack: path of the list of layers; "" outside of layers.
-        attention: share that the layer's attention has of the adapter's weights, or of its squared change; 0 outside
-            of layers.
-        rest: share that its other parts have, and everything outside of layers.
-    """
-
-    group: str
-    stack: str
-    attention: float
-    rest: float
-
-    @property
-    def height(self) -> float:
-        """Share of the whole adapter."""
-        return self.attention + self.rest
 
 
 @dataclass(frozen=True)
@@ -65,7 +35,7 @@ class Panel:
 
     Attributes:
         kind: one of `KINDS`.
-        title: what stands above it.
+        title: what is above it.
         height: in inches.
         draw: draws it into a figure or a part of one.
     """
@@ -91,45 +61,45 @@ class TokenBars:
     width: int
 
 
-def distribution(report: AdapterReport) -> list[Bar]:
-    """Shares of an adapter's weights by layer, attention apart from the rest (SC-SFT, Fig. 1 and 2).
-
-    Where a uniform budget makes the layers equal, shares of the squared change.
-    """
-    sizes = [_sizes(group, of_change=report.shows_change) for group in report.groups]
-    total = sum(sum(by_part.values()) for by_part in sizes) or 1
-    return [_bar(group, by_part, total) for group, by_part in zip(report.groups, sizes, strict=True)]
-
-
-def _sizes(group: LayerGroup, *, of_change: bool) -> Mapping[str, float]:
-    return group.squares if of_change else {part: tally.count for part, tally in group.parts.items()}
-
-
-def _bar(group: LayerGroup, sizes: Mapping[str, float], total: float) -> Bar:
-    attention = sizes.get(ATTENTION, 0) if group.layer is not None else 0
-    label = group.name if group.layer is None else str(group.layer)
-    return Bar(label, group.stack, attention / total, (sum(sizes.values()) - attention) / total)
-
-
 # Panels
 
 
-def distribution_panel(reports: Sequence[AdapterReport]) -> Panel:
-    """How each adapter's weights are spread over the layers."""
+def distribution_panel(reports: Sequence[AdapterReport | OtherReport]) -> Panel:
+    """How each adapter's weights, or its change, are spread over the layers."""
 
     def draw(figure: Figure | SubFigure) -> None:
         axes = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
-        bars = [distribution(report) for report in reports]
-        limit = _limit([bar for row in bars for bar in row])
-        for ax, row, report in zip(axes, bars, reports, strict=True):
-            _draw_bars(ax, row, limit, of_what="squared change" if report.shows_change else "weights")
-            density = report.total.density
-            size = f"{report.total.count:,} weights" + ("" if density is None else f", density {density:.2%}")
-            _title(ax, report.name, f"{report.method}, {size}")
+        rows = [_row(report) for report in reports]
+        limit = limit_of([bar for row in rows for bar in row.bars])
+        for ax, row, report in zip(axes, rows, reports, strict=True):
+            draw_bars(ax, row.bars, limit, of_what=row.of_what, by_part=row.by_part)
+            _title(ax, report.name, row.details)
 
-    change, weights = "How the change is spread over the layers", "Where the tuned weights lie"
-    title = change if all(report.shows_change for report in reports) else weights
+    # Under a uniform budget all layers have equally many weights, and what is shown is the change.
+    shows_weights = {isinstance(report, AdapterReport) and not report.shows_change for report in reports}
+    what = "weights or the change are" if True in shows_weights else "the change is"
+    title = f"How {what} spread over the layers" if False in shows_weights else "Where the tuned weights lie"
     return Panel("distribution", title, 0.3 + 2.7 * len(reports), draw)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The bars of one adapter: shares `of_what`, with attention apart or not, and what its title says."""
+
+    bars: Sequence[Bar]
+    of_what: str
+    by_part: bool
+    details: str
+
+
+def _row(report: AdapterReport | OtherReport) -> _Row:
+    if isinstance(report, OtherReport):
+        of_what, bars = distribution_of_other(report)
+        return _Row(bars, of_what, False, f"{report.peft_type}, {report.numel:,} numbers")
+    density = report.total.density
+    size = f"{report.total.count:,} weights" + ("" if density is None else f", density {density:.2%}")
+    of_what = "squared change" if report.shows_change else "weights"
+    return _Row(distribution(report), of_what, True, f"{report.method}, {size}")
 
 
 def overlap_panel(names: Sequence[str], counts: Sequence[int], pairs: Mapping[tuple[str, str], Overlap]) -> Panel:
@@ -210,7 +180,7 @@ def render(figure: Figure, file_format: str, *, id_prefix: str = "id") -> bytes:
     Args:
         figure: of `figure_of`.
         file_format: "png", or "svg" with its text as text.
-        id_prefix: what the ids of an SVG begin with, so that several can stand in one page.
+        id_prefix: what the ids of an SVG begin with, so that several can be in one page.
     """
     buffer = io.BytesIO()
     with _style({"svg.fonttype": "none"}):
@@ -256,100 +226,13 @@ def _title(ax: Axes, name: str, details: str) -> None:
     # One line above the details, where both do not fit beside each other: all titles of a picture share a baseline.
     raised = "\n " if len(name) + 0.7 * len(details) > _TITLE_LENGTH else ""
     ax.set_title(shortened(name, _TITLE_LENGTH) + raised, loc="left", fontweight="bold", fontsize=10)
-    ax.set_title(details, loc="right", fontsize=8, color=_LINE)
+    ax.set_title(details, loc="right", fontsize=8, color=LINE)
 
 
 def shortened(name: str, length: int) -> str:
     """A name that is too long without its middle: adapters' names differ at the beginning or at the end."""
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[len(name) - half :]}"
-
-
-def _draw_bars(ax: Axes, bars: Sequence[Bar], limit: float, *, of_what: str) -> None:
-    places = _places(bars)
-    for bar, x in zip(bars, places, strict=True):
-        if bar.stack:
-            ax.bar(x, bar.attention, 0.8, **_ATTENTION)
-            ax.bar(x, bar.rest, 0.8, bottom=bar.attention, **_REST)
-        else:
-            ax.bar(x, min(bar.rest, limit), 0.8, **_OUTSIDE)
-        top = min(bar.height, limit)
-        if bar.height > limit:
-            _break_bar(ax, x, limit)
-        if len(bars) <= _MAX_NUMBERED_BARS or bar.height > limit:
-            ax.text(
-                x, top + 0.015 * limit, f"{bar.height:.1%}", ha="center", va="bottom", fontsize=7, bbox=_BLANK, zorder=5
-            )
-    ax.set_ylim(0, 1.1 * limit)
-    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if limit >= 0.05 else f"{share:.1%}")
-    ax.set_ylabel(f"share of its {of_what}")
-    _label_places(ax, bars, places)
-    _label_segments(ax, bars, places, limit)
-
-
-def _places(bars: Sequence[Bar]) -> list[float]:
-    """Positions of the bars, with a gap where one list of layers ends."""
-    gap = 1.3 + len(bars) / 20
-    places: list[float] = []
-    for position, bar in enumerate(bars):
-        step = 1.0 if position and bars[position - 1].stack == bar.stack else gap
-        places.append(places[-1] + step if places else 0.0)
-    return places
-
-
-def _limit(bars: Sequence[Bar]) -> float:
-    """Where the axis ends: embeddings that would flatten all layers are cut off, and their number tells the rest."""
-    layers = max((bar.height for bar in bars if bar.stack), default=0.0)
-    highest = max((bar.height for bar in bars), default=0.0)
-    return (highest if highest < 2 * layers or not layers else 1.25 * layers) or 1.0
-
-
-def _break_bar(ax: Axes, x: float, limit: float) -> None:
-    steps = [-0.5, -0.3, -0.1, 0.1, 0.3, 0.5]
-    heights = [limit * (0.86 + 0.02 * (-1) ** number) for number in range(len(steps))]
-    ax.plot([x + step for step in steps], heights, color="white", linewidth=5, solid_capstyle="butt", zorder=3)
-    for shift in (-0.012, 0.012):
-        ax.plot([x + s for s in steps], [h + shift * limit for h in heights], color=_LINE, linewidth=0.6, zorder=4)
-
-
-def _label_places(ax: Axes, bars: Sequence[Bar], places: Sequence[float]) -> None:
-    stacks = list(dict.fromkeys(bar.stack for bar in bars if bar.stack))
-    for stack in stacks:
-        inside = [x for bar, x in zip(bars, places, strict=True) if bar.stack == stack]
-        middle = (inside[0] + inside[-1]) / 2
-        where = {"xy": (middle, 0), "xycoords": ("data", "axes fraction"), "ha": "center", "va": "top"}
-        ax.annotate(f"layers ({stack})", xytext=(0, -20), textcoords="offset points", **where)
-    every = -(-len(bars) // _MAX_NUMBERED_BARS)
-    shown = [
-        (x, bar.group) for bar, x in zip(bars, places, strict=True) if not bar.stack or int(bar.group) % every == 0
-    ]
-    ax.set_xticks([x for x, _ in shown], [text for _, text in shown])
-    ax.tick_params(axis="x", length=0)
-
-
-def _label_segments(ax: Axes, bars: Sequence[Bar], places: Sequence[float], limit: float) -> None:
-    """Names of the two parts of a layer, written beside the last bar that shows them."""
-    last_x = places[-1] + 0.4
-    lowest = 0.0
-    for text, size, middle in (
-        ("attention", lambda bar: bar.attention, lambda bar: bar.attention / 2),
-        ("feed-forward,\nnorms, other", lambda bar: bar.rest, lambda bar: bar.attention + bar.rest / 2),
-    ):
-        shown = [(bar, x) for bar, x in zip(bars, places, strict=True) if bar.stack and size(bar)]
-        if not shown:
-            continue
-        bar, x = shown[-1]
-        y = middle(bar)
-        at = max(y, lowest)
-        lowest = at + 0.22 * limit
-        ax.annotate(
-            text,
-            (x + 0.4, y),
-            (last_x + 0.5, at),
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": _LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0},
-        )
 
 
 def _draw_matrix(
@@ -364,7 +247,7 @@ def _draw_matrix(
         for column, b in enumerate(names):
             if a == b:
                 ax.add_patch(_square(row))
-                ax.text(column, row, f"{counts[row]:,}\nweights", ha="center", va="center", fontsize=8, color=_LINE)
+                ax.text(column, row, f"{counts[row]:,}\nweights", ha="center", va="center", fontsize=8, color=LINE)
                 continue
             color = "white" if shares[row][column] > 0.75 * darkest else "black"
             lines = _cell(found[a, b], brief=size > 6)
@@ -404,7 +287,13 @@ def _square(position: int) -> Any:
 
 def _draw_tokens(ax: Axes, tokens: TokenBars) -> None:
     texts, norms = [text for text, _, _ in tokens.bars], [norm for _, norm, _ in tokens.bars]
-    ax.barh(range(len(norms)), norms, 0.75, facecolor=_ATTENTION["facecolor"], edgecolor=_ATTENTION["edgecolor"])
+    ax.barh(
+        range(len(norms)),
+        norms,
+        0.75,
+        facecolor=ATTENTION_COLOURS["facecolor"],
+        edgecolor=ATTENTION_COLOURS["edgecolor"],
+    )
     longest = max(norms, default=0.0) or 1.0
     for position, (_, norm, count) in enumerate(tokens.bars):
         ax.text(norm + 0.02 * longest, position, f"{count} of {tokens.width}", va="center", fontsize=7)

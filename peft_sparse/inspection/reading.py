@@ -97,6 +97,7 @@ def read_adapters(places: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
         ConfigError: a place occurs twice; and as `read_adapter`.
         FormatError: as `read_adapter`.
     """
+    places = adapter_files.in_list(places)
     whole = [os.path.normpath(place) for place in places]
     for place in whole:
         if whole.count(place) > 1:
@@ -107,7 +108,7 @@ def read_adapters(places: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
 
 
 def adapter_of(model: nn.Module, adapter_name: str = "default") -> Adapter:
-    """An adapter that stands in a model, as `read_adapter` gives one that stands in a file.
+    """An adapter of a model, as `read_adapter` gives that of a file.
 
     Args:
         model: a PeftModel, or its tuner.

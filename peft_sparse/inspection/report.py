@@ -22,7 +22,7 @@ from .reading import Adapter, Head, adapter_of, read_adapter
 
 JSON_FORMAT = 1
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-# Fields of the config that stand elsewhere in a report, or that only PEFT itself has a use for.
+# Fields of the config that are elsewhere in a report, or that only PEFT itself has a use for.
 _TOLD_ELSEWHERE = {
     *("counts", "budget", "peft_type", "auto_mapping", "inference_mode", "init_weights"),
     *("method", "base_model_name_or_path", "revision", "peft_version", "modules_to_save"),

@@ -18,7 +18,7 @@ NOTHING = "-"
 def report_sheets(
     reports: Sequence[AdapterReport], pairs: Mapping[tuple[str, str], Overlap], others: Sequence[OtherReport] = ()
 ) -> list[Sheet]:
-    """Everything about some adapters: each by itself, then each two together."""
+    """Everything about some adapters: each on its own, then each two together."""
     sheets = [sheet for report in reports for sheet in adapter_sheets(report)]
     sheets += [sheet for report in others for sheet in other_sheets(report)]
     return [*sheets, pairs_sheet(pairs)] if pairs else sheets

@@ -45,7 +45,7 @@ class Pulled(Protocol):
     """Anything with penalised parameters: an adapter's delta, or a dense phase."""
 
     def pulls(self) -> Iterable[Pull]:
-        """The penalties as they stand now."""
+        """The penalties as they are now."""
 
 
 def _before_step(watched: tuple[Pulled, ...], step: Step) -> Any:

@@ -1,15 +1,14 @@
-"""Carrying an optimizer's state to a new support: the only file that knows what optimizers call their state.
+"""Carrying an optimizer's state to a new support: the only file that writes into it.
 
-Whatever has one entry per tuned weight moves with its weight. What a grown weight starts from depends on what the
-optimizer does with the state, so every known optimizer is a row of a table: state name -> initial value.
+Whatever has one entry per tuned weight moves with its weight. What that of a grown weight starts from, `grown_state.py`
+says for every known optimizer.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,41 +17,12 @@ from torch import Tensor, optim
 from ..core.sharded import is_sharded, overwrite, sharded_like, whole
 from ..errors import ConfigError
 from ..selection.replacement import Replacement
+from .grown_state import Initial, Known, Seeds, initial_values_of, is_bitsandbytes, sum_of_squares, zero
 from .quantized_state import dequantize, quantize
 from .sm3 import SM3
 from .sparse_adamw import SparseAdamW
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Seeds:
-    """What is known of the gradients of grown weights.
-
-    Attributes:
-        mean: [n] mean gradient, in the order of `Replacement.grown`, as the optimizer would have seen it.
-        mean_square: [n] mean of the squared gradients.
-        samples: gamma >= 1, the number of updates that both are means over.
-    """
-
-    mean: Tensor
-    mean_square: Tensor
-    samples: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What an initial value may depend on."""
-
-    seeds: Seeds
-    group: Mapping[str, Any]
-    step: float
-
-    def beta(self, i: int) -> float:
-        return float(self.group["betas"][i])
-
-
-_Initial = Callable[[_Known], Tensor | float]
 
 
 def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: Seeds | None = None) -> None:
@@ -90,7 +60,7 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
     state = optimizer.state.get(values)
     if not state or not replacement.num_grown + replacement.num_dropped:
         return
-    known = _Known(seeds or _no_seeds(replacement, values), group, float(state.get("step", 0)))
+    known = Known(seeds or _no_seeds(replacement, values), group, float(state.get("step", 0)))
     if isinstance(optimizer, SparseAdamW) and state["age"].dim() == 0:
         state["age"] = sharded_like(state["age"].to(values.device).expand(replacement.old_count), values)
     with torch.no_grad():
@@ -190,123 +160,31 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-# ---- what grown weights start from -----------------------------------------------------------------------------------
+# ---- which state is carried ------------------------------------------------------------------------------------------
 
 
-def _zero(_: _Known) -> float:
-    return 0.0
-
-
-def _mean(known: _Known) -> Tensor:
-    return known.seeds.mean
-
-
-def _mean_square(known: _Known) -> Tensor:
-    return known.seeds.mean_square
-
-
-def _root_mean_square(known: _Known) -> Tensor:
-    return known.seeds.mean_square.sqrt()
-
-
-def _sum_of_squares(known: _Known) -> Tensor:
-    return known.seeds.mean_square * known.seeds.samples + known.group.get("initial_accumulator_value", 0.0)
-
-
-# The correction of Adam divides an average after n gradients by 1 - beta**n, so a mean times that comes out of it as
-# the mean. With a gradient g in the next update, beta * mean * (1 - beta**n) + (1 - beta) * g is divided by
-# 1 - beta**(n + 1): for equal gradients that is g again, exactly what a weight gets that has seen n + 1 of them. So n
-# is the number of gradients before the next update: gamma where each weight has its age, t where all share a count.
-def _aged_mean(known: _Known) -> Tensor:
-    return known.seeds.mean * (1 - known.beta(0) ** known.seeds.samples)
-
-
-def _aged_mean_square(known: _Known) -> Tensor:
-    return known.seeds.mean_square * (1 - known.beta(1) ** known.seeds.samples)
-
-
-def _fast_and_slow_mean(known: _Known) -> Tensor:
-    """AdEMAMix stacks two means of gradients; the slow one is not corrected for its start from zero."""
-    fast = _shared_mean(known)
-    return torch.stack([fast, torch.zeros_like(fast)])
-
-
-def _age(known: _Known) -> float:
-    return float(known.seeds.samples)
-
-
-def _shared_mean(known: _Known) -> Tensor:
-    return known.seeds.mean * (1 - known.beta(0) ** known.step)
-
-
-def _shared_mean_square(known: _Known) -> Tensor:
-    return known.seeds.mean_square * (1 - known.beta(1) ** known.step)
-
-
-def _learning_rate(known: _Known) -> float:
-    return float(known.group["lr"])
-
-
-_ADAM: dict[str, _Initial] = {
-    "exp_avg": _shared_mean,
-    "exp_avg_sq": _shared_mean_square,
-    "max_exp_avg_sq": _shared_mean_square,
-}
-_TABLE: dict[type, dict[str, _Initial]] = {
-    SparseAdamW: {"age": _age, "exp_avg": _aged_mean, "exp_avg_sq": _aged_mean_square},
-    optim.Adam: _ADAM,
-    optim.AdamW: _ADAM,
-    optim.RAdam: _ADAM,
-    # NAdam corrects its first moment by a product of its own, which tends to 0 within the first updates.
-    optim.NAdam: {"exp_avg": _mean, "exp_avg_sq": _shared_mean_square},
-    optim.Adamax: {"exp_avg": _shared_mean, "exp_inf": _root_mean_square},
-    optim.RMSprop: {"square_avg": _mean_square, "grad_avg": _mean, "momentum_buffer": _zero},
-    optim.Adadelta: {"square_avg": _mean_square, "acc_delta": _zero},
-    optim.Adagrad: {"sum": _sum_of_squares},
-    optim.Adafactor: {"variance": _mean_square},
-    optim.Rprop: {"prev": _zero, "step_size": _learning_rate},
-    optim.SGD: {"momentum_buffer": _zero},
-    optim.ASGD: {"ax": _zero},
-}
-# Optimizers that are not imported to be recognised: module and name of the class -> as above.
-_TABLE_BY_NAME: dict[str, dict[str, _Initial]] = {
-    "transformers.optimization.Adafactor": {"exp_avg_sq": _mean_square, "exp_avg": _zero},
-}
-# bitsandbytes runs several optimizers through two classes and tells them apart by a name.
-_BITSANDBYTES: dict[str, dict[str, _Initial]] = {
-    "adam": {"state1": _shared_mean, "state2": _shared_mean_square},
-    "lamb": {"state1": _shared_mean, "state2": _shared_mean_square},
-    "ademamix": {"state1": _fast_and_slow_mean, "state2": _shared_mean_square},
-    "lion": {"state1": _mean},
-    "momentum": {"state1": _zero},
-    "lars": {"state1": _zero},
-    "rmsprop": {"state1": _mean_square},
-    "adagrad": {"state1": _sum_of_squares},
-}
-
-
-def _initial_values(optimizer: optim.Optimizer, state: dict[str, Any], count: int) -> Iterable[tuple[str, _Initial]]:
+def _initial_values(optimizer: optim.Optimizer, state: dict[str, Any], count: int) -> Iterable[tuple[str, Initial]]:
     """The state tensors with one entry per weight, and what grown weights start from."""
-    table = _table_of(optimizer)
+    table = initial_values_of(optimizer)
     if table is not None:
         known = [(key, initial) for key, initial in table.items() if isinstance(state.get(key), Tensor)]
-        if _is_bitsandbytes(optimizer):
+        if is_bitsandbytes(optimizer):
             return known
         # A subclass may add state of its own.
         more = [key for key in _entries_per_weight(state, count) if key not in table]
         if more:
             _warn_of_unknown(optimizer, more, [])
-        return [*known, *((key, _zero) for key in more)]
+        return [*known, *((key, zero) for key in more)]
     if isinstance(optimizer, SM3):
         # With rows and columns the accumulators belong to the weight, whatever their number.
-        per_weight: dict[str, _Initial] = {"momentum_buffer": _zero}
+        per_weight: dict[str, Initial] = {"momentum_buffer": zero}
         if "accumulator_1" not in state:
-            per_weight["accumulator_0"] = _sum_of_squares
+            per_weight["accumulator_0"] = sum_of_squares
         return [(key, initial) for key, initial in per_weight.items() if key in state]
     carried = _entries_per_weight(state, count)
     left = sorted(str(key) for key, t in state.items() if isinstance(t, Tensor) and key not in (*carried, "step"))
     _warn_of_unknown(optimizer, carried, left)
-    return [(key, _zero) for key in carried]
+    return [(key, zero) for key in carried]
 
 
 def _entries_per_weight(state: Mapping[str, Any], count: int) -> list[str]:
@@ -330,20 +208,6 @@ def _warn_of_unknown(optimizer: optim.Optimizer, carried: list[str], left: list[
         " and ".join(carried) or "tensors (there are none with one entry per weight)",
         f"; its {' and '.join(left)} are left as they are" if left else "",
     )
-
-
-def _is_bitsandbytes(optimizer: optim.Optimizer) -> bool:
-    return any(cls.__module__.startswith("bitsandbytes.optim") for cls in type(optimizer).__mro__)
-
-
-def _table_of(optimizer: optim.Optimizer) -> dict[str, _Initial] | None:
-    for cls in type(optimizer).__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if cls in _TABLE or name in _TABLE_BY_NAME:
-            return _TABLE.get(cls) or _TABLE_BY_NAME[name]
-        if cls.__module__.startswith("bitsandbytes.optim"):
-            return _BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""))
-    return None
 
 
 # ---- carrying --------------------------------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ Names are loaded when asked for.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from .._names import lazy
 
-_LAZY = {
+_HOMES = {
     "RELATIONS": "relations",
     "BiaffineParser": "parser",
     "ParserCollator": "features",
@@ -18,10 +17,6 @@ _LAZY = {
     "maximum_spanning_tree": "trees",
 }
 
-__all__ = sorted(_LAZY)
+__all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, {name: (module, name) for name, module in _HOMES.items()})

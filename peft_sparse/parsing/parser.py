@@ -155,7 +155,7 @@ class BiaffineParser:
             labels: names of the relations, in the order of their ids. Universal Dependencies' 37 and "_" by default.
             root: "cls" (the state of the first token is the root's vector, as in BiStil) or "pooled" (the pooler's
                 output, as in composable-sft: the one for its published parsers).
-            decode: "greedy" (the best head of each word by itself, as published) or "mst" (the best tree with one
+            decode: "greedy" (the best head of each word on its own, as published) or "mst" (the best tree with one
                 root); what evaluation predicts with unless the call says otherwise.
             roots: False leaves words on the root out of the loss. A saved parser knows all four.
 

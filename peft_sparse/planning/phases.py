@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,27 +17,39 @@ from transformers import PreTrainedModel
 
 from ..core.indices import index_dtype
 from ..errors import ConfigError
+from ..selection.criteria import WEIGHT, resolve_criterion
+from ..training.fitted_rate import InputMeter
+from ..training.phases.gradient_means import GradientSums
+from ..training.phases.one_shot import split_in_parts
+from ..training.phases.targets import targets_of_adapter
 from ..training.phases.untying import Ties
+from ..training.spiel.gradient_tap import TRACKED
 from ..tuners.common.config import TARGETS, Stage, WeightConfig
 from ..tuners.common.targets import find_targets, named_targets
 from ..tuners.sparse_ft.allocation import Allocation, allocate, plan_groups
 from ..tuners.sparse_ft.configs.base import WEIGHTS, SparseConfig
-from ..tuners.sparse_ft.configs.one_shot import RandConfig
+from ..tuners.sparse_ft.configs.one_shot import OneShotConfig, RandConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
-from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.embedding import Embedding
+from ..tuners.sparse_ft.layers.linear import Linear
 from ..tuners.sparse_ft.resident import resident
 from .base_weights import base_bytes, multiply_as_packed, nbytes, tensors_of
 from .dry_run import StepMemory, measure_step
+from .nomination import CANDIDATE_BYTES, watch_for_candidates
 from .optimizer import PlannedOptimizer
 
-# What a window of SpIEL-AG keeps of a growth candidate: its index, whether it was nominated, and three sums.
-_CANDIDATE_BYTES = 1 + 3 * 4
+# What a selection by gradients keeps of a weight that leads so far: its score and its place.
+_CHOSEN_BYTES = 4 + 8
+# The fields of a config that say what it targets.
+_REQUEST = (
+    "target_modules", "exclude_modules", "target_biases", "target_norms", "target_parameters", "layers_to_transform",
+    "layers_pattern", "modules_to_save", "values_dtype", "task_type",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a training is planned for; see `plan_memory`."""
+    """What a training run is planned for; see `plan_memory`."""
 
     batch_size: int
     sequence_length: int
@@ -51,11 +63,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """The most memory that one phase of a training needs at a time, in bytes.
+    """The most memory that one phase of a training run needs at a time, in bytes.
 
     Attributes:
-        name: "training"; "estimating gradients" (SpIEL-AG); "dense phase" and "sparse phase" (LT-SFT); "mask phase" and
-            "weight phase" (Ada-SFT).
+        name: "training"; "estimating gradients" (SpIEL-AG); "selection by gradients" (one-shot criteria of gradients,
+            SpIEL's `initial_support`); "dense phase" and "sparse phase" (LT-SFT); "mask phase" and "weight phase"
+            (Ada-SFT).
         parts: {what takes it: bytes} at the moment when most is taken, so that they add up to the peak. "activations"
             is what the forward pass takes, logits and loss included; "temporaries" what is taken and given back.
         all_gradients: bytes of the gradients when all of them are there, at the end of the backward pass.
@@ -86,7 +99,9 @@ def phases_of(
     num_trained, phases = 0, []
     for stage in config.stages if isinstance(config, WeightConfig) else (Stage("training"),):
         own = replace(config, **stage.fields) if stage.fields else config
-        if stage.trains == TARGETS:
+        if stage.selects:
+            phases.append(_selection(make(), own, workload, name=stage.name))
+        elif stage.trains == TARGETS:
             phases.append(_dense_phase(make(), own, workload, name=stage.name))
         elif isinstance(own, SparseConfig):
             watches = stage.watches_gradients
@@ -99,13 +114,18 @@ def phases_of(
 
 
 def _with_candidates(first: PhaseMemory, training: PhaseMemory, config: Any, num_trained: int) -> PhaseMemory:
-    """What a window takes that watches gradients: its first micro-batch, or a later one beside the candidates."""
-    candidates = round(num_trained * config.candidates_per_weight) * (_CANDIDATE_BYTES + 4)
+    """What a window takes that watches gradients: its first micro-batch, or a later one beside the candidates.
+
+    Where whole updates nominate, each of their micro-batches sees whole gradients beside what is tracked of the others.
+    """
+    candidates = round(num_trained * config.candidates_per_weight) * (CANDIDATE_BYTES + 4)
     later = replace(first, parts={**training.parts, "growth candidates": candidates})
+    if config.nomination_updates:
+        first = replace(first, parts={**first.parts, "growth candidates": TRACKED * candidates})
     return max(first, later, key=lambda phase: phase.total)
 
 
-# The kinds of training
+# The kinds of runs
 
 
 def _other_method(
@@ -161,7 +181,8 @@ def _sparse_training(
     _take_out_embeddings(tuned)
     optimizer.has_ages = config.grows_weights
     ratio = getattr(config, "candidates_per_weight", 1.0)
-    watch = partial(_watch, [delta for layer, delta in deltas if not isinstance(layer, Embedding)], ratio)
+    watched = [delta for layer, delta in deltas if not isinstance(layer, Embedding)]
+    fitted = _measure_inputs(tuned) if config.fitted_rate else []
     step = _measure(
         model,
         tuned,
@@ -169,11 +190,13 @@ def _sparse_training(
         workload,
         unseen=[delta.values for delta in lookups],
         is_resident=not workload.load_in_4bit,
-        watch=watch if nominates else None,
+        watch=partial(watch_for_candidates, watched, config) if nominates else None,
+        scaled=fitted,
     )
+    values = nbytes(delta.values for _, delta in deltas)
     parts = {
         "base weights": base,
-        "adapter values": nbytes(delta.values for _, delta in deltas),
+        "adapter values": values,
         "adapter indices": sum(delta.count * index_dtype(delta.numel).itemsize for _, delta in deltas),
         **_parts_of(step, optimizer),
     }
@@ -181,13 +204,67 @@ def _sparse_training(
     heads = nbytes(p for p in trained if id(p) not in own)
     if heads:
         parts["heads"] = heads
+    if getattr(config, "drop_by", None) == "change_since_reselection":
+        parts["values of the last reselection"] = values
     if nominates and lookups:
         # The whole gradient of an embedding, its magnitudes, and two masks of it. It comes last in the backward pass.
-        candidates = round(sum(delta.count for _, delta in deltas) * ratio) * _CANDIDATE_BYTES
+        candidates = round(sum(delta.count for _, delta in deltas) * ratio) * CANDIDATE_BYTES
         largest = max(delta.numel for delta in lookups)
         at_the_end = {"activations": 0, "gradients": nbytes(trained), "temporaries": 10 * largest + candidates}
         parts = max(parts, {**parts, **at_the_end}, key=lambda moment: sum(moment.values()))
     return sum(p.numel() for p in trained), PhaseMemory(name, parts, nbytes(trained))
+
+
+def _selection(model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str) -> PhaseMemory:
+    """The sums of the largest part of the targets, beside the backward passes that they are of."""
+    base = base_bytes(model, load_in_4bit=workload.load_in_4bit)
+    total = sum(group.count for group in plan_groups(config, find_targets(config, model), model))
+    # SpIEL's own would open a window beside it, which it does when its support is chosen.
+    request = {name: getattr(config, name) for name in _REQUEST}
+    own = OneShotConfig(**request, num_weights=total, criterion=config.criterion)
+    tuned = get_peft_model(model, own, low_cpu_mem_usage=True)
+    uses = resolve_criterion(config.criterion).uses
+    parts = split_in_parts(targets_of_adapter(tuned, "default"), config.selection_passes)
+    largest = max(parts, key=lambda part: sum(target.delta.numel for target in part))
+    looked_up = [target.delta.numel for target in largest if isinstance(target.layer, Embedding)]
+    sums = [GradientSums(t.name, t.delta, uses) for t in largest if not isinstance(t.layer, Embedding)]
+    for one in sums:
+        one.delta.indices = one.delta.indices.to("meta")
+        one.delta.observer = one
+    _take_out_embeddings(tuned)
+    _checkpoint(model, workload)
+
+    def end_batch() -> None:
+        tuned.zero_grad()
+        for one in sums:
+            one.end_batch("a batch")
+
+    step = measure_step(
+        tuned, _loss_of(model, tuned, workload), first_update=end_batch, update=end_batch, device_type=workload.device
+    )
+    means = sum(use != WEIGHT for use in uses)
+    heads = nbytes(p for p in tuned.parameters() if p.requires_grad)
+    return PhaseMemory(
+        name,
+        {
+            "base weights": base,
+            **({"heads": heads} if heads else {}),
+            "sums of gradients": step.kept + 4 * (1 + means) * sum(looked_up),
+            "weights that lead": _CHOSEN_BYTES * total,
+            "gradients": step.gradients,
+            "activations": step.activations,
+            "temporaries": step.temporaries,
+        },
+        0,
+    )
+
+
+def _measure_inputs(tuned: nn.Module) -> list[nn.Parameter]:
+    """Have the inputs of linear layers measured, as `fitted_rate` does at first; the values whose steps it scales."""
+    fitted = [delta for _, layer, which, delta in iter_deltas(tuned) if isinstance(layer, Linear) and which == "weight"]
+    for delta in fitted:
+        delta.meter = InputMeter()
+    return [delta.values for delta in fitted]
 
 
 def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
@@ -201,11 +278,7 @@ def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
 
 
 def _rand_of(config: SparseConfig, **answer: Any) -> RandConfig:
-    names = (
-        "target_modules", "exclude_modules", "target_biases", "target_norms", "target_parameters",
-        "layers_to_transform", "layers_pattern", "modules_to_save", "values_dtype", "task_type",
-    )  # fmt: skip
-    return RandConfig(**{name: getattr(config, name) for name in names}, **answer)
+    return RandConfig(**{name: getattr(config, name) for name in _REQUEST}, **answer)
 
 
 # A step
@@ -220,13 +293,9 @@ def _measure(
     unseen: Iterable[nn.Parameter] = (),
     is_resident: bool = False,
     watch: Callable[[], object] | None = None,
+    scaled: Sequence[nn.Parameter] = (),
 ) -> StepMemory:
-    if workload.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
-        # Its name from transformers 5.24 on, which warns of the older one.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
+    _checkpoint(model, workload)
     hidden = list(unseen)
 
     def first_update() -> None:
@@ -234,16 +303,34 @@ def _measure(
             values.grad = torch.empty_like(values)
         optimizer.first_step()
 
+    def scaled_step() -> None:
+        """What scaling a step takes: the values from before it, and how far it moved them."""
+        before = [values.detach().clone() for values in scaled]
+        if optimizer.takes_memory:
+            optimizer.step()
+        torch._foreach_sub([values.detach() for values in scaled], before)
+
     return measure_step(
         tuned,
         _loss_of(model, tuned, workload),
         first_update=first_update,
-        update=optimizer.step if optimizer.takes_memory else None,
+        update=scaled_step if scaled else optimizer.step if optimizer.takes_memory else None,
         watch=watch,
         keep_gradients=workload.gradient_accumulation,
         around=resident(tuned) if is_resident else nullcontext(),
         device_type=workload.device,
     )
+
+
+def _checkpoint(model: PreTrainedModel, workload: Workload) -> None:
+    """Recompute activations, if the workload does."""
+    if not workload.gradient_checkpointing:
+        return
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing.")
+    # Its name from transformers 5.24 on, which warns of the older one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _parts_of(step: StepMemory, optimizer: PlannedOptimizer) -> dict[str, int]:
@@ -287,27 +374,3 @@ def _take_out_embeddings(tuned: nn.Module) -> None:
             setattr(tuned.get_submodule(parent), child, base)
             # The backward pass goes all the way down, as it does for the delta.
             base.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-
-
-class _Nominator:
-    """Watches a gradient as the first micro-batch of SpIEL-AG's window does: all of it, to choose candidates."""
-
-    def __init__(self, num_candidates: int) -> None:
-        self._num_candidates = num_candidates
-        self._kept: list[Tensor] = []
-
-    def wanted(self) -> Tensor | None:
-        return None
-
-    def receive(self, gradient: Tensor) -> None:
-        bool(torch.isfinite(gradient).all())
-        sizes = gradient.abs()
-        # The integer images of a piece of the scores, see `top_k`.
-        images = torch.empty(2 * min(sizes.numel(), 2**24), dtype=torch.int32, device=sizes.device)
-        del images
-        self._kept = [gradient.new_empty(self._num_candidates * _CANDIDATE_BYTES, dtype=torch.uint8)]
-
-
-def _watch(deltas: list[AdapterDelta], candidates_per_weight: float) -> None:
-    for delta in deltas:
-        delta.observer = _Nominator(round(delta.count * candidates_per_weight))

@@ -47,7 +47,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes that the training needs at most."""
+        """Bytes that the run needs at most."""
         return max(phase.total for phase in self.phases)
 
     def fits(self, limit: int) -> bool:
@@ -91,7 +91,7 @@ def plan_memory(
     device: str = "cuda",
     task_type: str | None = None,
 ) -> MemoryPlan:
-    """Say how much memory a training will need, and for what.
+    """Say how much memory a training run will need, and for what.
 
     Nothing is guessed: the model is made on the meta device, with the adapter in it, and takes real training steps
     there, whose every allocation is booked. That needs the model's config alone, and no weights.

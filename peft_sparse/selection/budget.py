@@ -59,7 +59,7 @@ def round_density(density: float, numel: int) -> int:
 def check_request(
     *, density: float | None, num_weights: int | None, equivalent_rank: int | None, density_of: str
 ) -> None:
-    """Check a request by itself, before any model is known.
+    """Check a request on its own, before any model is known.
 
     Raises:
         ConfigError: not exactly one of the three is given, or a value is out of range.
@@ -78,7 +78,7 @@ def check_request(
 
 
 def check_budget(budget: Budget) -> None:
-    """Check a budget by itself, before any model is known.
+    """Check a budget on its own, before any model is known.
 
     Raises:
         ConfigError: an unknown name, an invalid regex, a share outside [0, 1], or shares that do not sum to 1.
@@ -218,7 +218,7 @@ def draw_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int)
 
 
 def bernoulli_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int) -> dict[str, int]:
-    """Counts per tensor when every weight is drawn by itself, with the probability count / size of its group.
+    """Counts per tensor when every weight is drawn independently, with the probability count / size of its group.
 
     Args:
         groups: of `groups_of`.

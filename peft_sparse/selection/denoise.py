@@ -47,7 +47,7 @@ class Denoised:
 
 
 def check_denoising(*, rank: float, residual_density: float) -> None:
-    """Check a request by itself, before any matrix is known.
+    """Check a request on its own, before any matrix is known.
 
     Raises:
         ConfigError: `rank` is neither a float in (0, 1] nor an int >= 1, or `residual_density` is outside [0, 1].
@@ -120,7 +120,7 @@ def denoise_matrix(
     extremes = torch.stack(matrix.aminmax()).tolist() if matrix.numel() else [0.0]
     if not all(map(math.isfinite, extremes)):
         raise SelectionError(
-            f"{name} contains NaN or infinity, so it has no singular directions; look for a training that diverged "
+            f"{name} contains NaN or infinity, so it has no singular directions; look for a run that diverged "
             "(lower the learning rate, or clip gradients)"
         )
     full = min(matrix.shape)

@@ -66,7 +66,7 @@ def grow_candidates(rows: Tensor, columns: Tensor, active_indices: Tensor, num: 
     for name, accumulator in (("rows", rows), ("columns", columns)):
         if not bool((torch.isfinite(accumulator) & (accumulator >= 0)).all()):
             raise SelectionError(
-                f"accumulators of the {name} must be finite and >= 0: look for a training that diverged "
+                f"accumulators of the {name} must be finite and >= 0: look for a run that diverged "
                 "(lower the learning rate, or clip gradients)"
             )
     best = _Outer(rows, columns, active_indices).best(num)

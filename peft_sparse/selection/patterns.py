@@ -14,7 +14,7 @@ _LONGEST = 10_000
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """Check a regular expression by itself.
+    """Check a regular expression on its own.
 
     Args:
         field: what holds it, for errors.

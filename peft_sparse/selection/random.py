@@ -82,9 +82,9 @@ def random_counts(sizes: Sequence[int], k: int, *, seed: int, name: str) -> list
 
 
 def bernoulli_count(numel: int, probability: float, *, seed: int, name: str) -> int:
-    """How many of a tensor's weights are drawn if each is drawn by itself: an exact draw from the binomial.
+    """How many of a tensor's weights are drawn if each is drawn independently: an exact draw from the binomial.
 
-    A uniformly random set of so many positions (`random_indices`) is then a draw of each weight by itself.
+    A uniformly random set of so many positions (`random_indices`) is then an independent draw of each weight.
 
     Args:
         numel: number of elements of the tensor.

@@ -236,7 +236,7 @@ def _assemble(indices: Tensor, leaving: Tensor, candidates: Candidates, entering
 def count_uncertain(
     mean: Tensor, mean_squared: Tensor, *, samples: int, num_grown: int, num_deviations: float = 2.0
 ) -> int:
-    """How many candidates could as well stand on the other side of the cut.
+    """How many candidates could as well be on the other side of the cut.
 
     A candidate is uncertain if the cut, halfway between the weakest grown and the strongest refused mean magnitude,
     lies within `num_deviations` standard errors of its own.

@@ -22,7 +22,7 @@ from .top_k import top_k
 
 
 def check_support_rows(share: object) -> None:
-    """Check the share by itself.
+    """Check the share on its own.
 
     Raises:
         ConfigError: neither None nor a number in (0, 1].

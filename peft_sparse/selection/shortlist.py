@@ -12,7 +12,7 @@ from .top_k import Best
 
 
 class Shortlist:
-    """A joint top-k over tensors whose scores come one part after the other: `streamed_top_k` for whoever cannot wait.
+    """A joint top-k over tensors whose scores come part by part: `streamed_top_k` for callers that cannot wait.
 
     Parts of several groups of tensors come mixed, so that each group has a shortlist that is added to. The result is
     that of `joint_top_k` over all scores at once, ties included, if the tensors come in their order.

@@ -174,7 +174,7 @@ class Best:
     """The k largest of the scores so far, and up to as many more.
 
     Attributes:
-        positions: name -> [c] where they stand in their tensors.
+        positions: name -> [c] where they lie in their tensors.
         scores: name -> [c] what they are, on the CPU.
     """
 
@@ -296,7 +296,7 @@ def _checked_keys(scores: Tensor, name: str) -> Iterator[Tensor]:
 def _check_nan(scores: Tensor, name: str) -> None:
     if bool(scores.isnan().any()):
         raise SelectionError(
-            f"scores of {name} contain NaN, so no order is defined; look for a training that diverged "
+            f"scores of {name} contain NaN, so no order is defined; look for a run that diverged "
             "(lower the learning rate, or clip gradients)"
         )
 

@@ -1,4 +1,4 @@
-"""The average of an adapter over a training, position by position, though its support changes."""
+"""The average of an adapter over a training run, position by position, though its support changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tuners.sparse_ft.iteration import iter_deltas
 
 
 class AdapterAverage:
-    """Averages an adapter's delta (SWA, or EMA with `decay`) by the weights that its values stand at.
+    """Averages an adapter's delta (SWA, or EMA with `decay`) by the weights that its values belong to.
 
     What averages parameters entry by entry (`torch.optim.swa_utils.AveragedModel`, EMA callbacks) mixes values of
     different weights once SpIEL has moved some to another place. This goes by position: a weight that is not tuned at
@@ -59,7 +59,7 @@ class AdapterAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the adapter as it stands into the average; after an optimizer's step."""
+        """Take the adapter as it is into the average; after an optimizer's step."""
         self.updates += 1
         share = 1 / self.updates if self._decay is None or self.updates == 1 else 1 - self._decay
         for name, delta in self._deltas.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import Trainer
@@ -26,3 +27,9 @@ def derived_trainer(trainer_class: type[Trainer], mixin: type, *, prefix: str) -
         return trainer_class
     body = {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
     return type(f"{prefix}{trainer_class.__name__}", (mixin, trainer_class), body)
+
+
+def takes_argument(cls: type, name: str) -> bool:
+    """Whether the constructor of a class, or of one that it is derived from, has an argument of this name."""
+    own = (vars(base)["__init__"] for base in cls.__mro__ if inspect.isfunction(vars(base).get("__init__")))
+    return any(name in inspect.signature(init).parameters for init in own)

@@ -13,7 +13,7 @@ from ..core.sharded import in_several_processes
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar on stderr that is gone afterwards: in the first process alone, and only where stderr is a terminal.
 
     Args:
@@ -21,11 +21,11 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
         total: how many steps it takes.
 
     Returns:
-        a function to call after each step.
+        a function to call after each step, or with a number after several.
     """
     console = Console(stderr=True)
     is_hidden = not console.is_terminal or (in_several_processes() and dist.get_rank() > 0)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda count=1: progress.advance(task, count)

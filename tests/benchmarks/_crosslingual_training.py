@@ -41,7 +41,7 @@ class Corpus:
         name: "task" or a language.
         rows: to train on.
         collator: of its batches.
-        load: the model to train, of a seed.
+        load: the model to train, of a method and a seed.
         steps: in each phase.
         dense_rate: learning rate of the shared dense phase.
         budget: the layer budget of SC-SFT.
@@ -50,7 +50,7 @@ class Corpus:
     name: str
     rows: list[dict]
     collator: Any
-    load: Callable[[int], nn.Module]
+    load: Callable[[str, int], nn.Module]
     steps: int
     dense_rate: float
     budget: str
@@ -85,11 +85,12 @@ class Bench:
             "task",
             task.train,
             collator,
-            self.classifier,
+            self.task_model,
             options.task_steps,
             options.rates[FULL][0],
             source.budget,
         )
+        self.source = source.language
         self._texts: dict[str, tuple[list[dict], list[dict]]] = {}
         self._start_losses: dict[str, float] = {}
 
@@ -101,6 +102,28 @@ class Bench:
         return AutoModelForSequenceClassification.from_pretrained(
             self.options.model, num_labels=self._labels, dtype=torch.float32
         ).to(DEVICE)
+
+    def has_source_adapter(self, name: str) -> bool:
+        """Whether a method's task adapters are trained above the source language's adapter."""
+        return not self.options.bare and METHODS[name].language_rate is not None
+
+    def task_model(self, name: str, seed: int) -> nn.Module:
+        """What a task adapter is trained on: the classifier with the source language's adapter, which is frozen.
+
+        It is merged: training above a frozen adapter and on the weights that it makes is the same function.
+        """
+        model = self.classifier(seed)
+        if not self.has_source_adapter(name):
+            return model
+        adapter = self.language_adapter(name, self.source)
+        if name == FULL:
+            _overwrite(model, load_file(adapter))
+            return model
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+    def language_adapter(self, name: str, language: str) -> Path:
+        """A method's adapter of a language, of the first seed."""
+        return self.adapter(name, self.language(language), METHODS[name].language_rate or 0.0, self.options.seeds[0])
 
     @cached_property
     def head(self) -> list[str]:
@@ -116,7 +139,7 @@ class Bench:
             name,
             self._text(name)[0],
             language_collator(self.tokenizer, masked=self.masks),
-            lambda seed: self.language_model(name),
+            lambda method, seed: self.language_model(name),
             self.options.language_steps,
             METHODS[FULL].language_rate or 0.0,
             "sc_sft_mlm",
@@ -181,25 +204,30 @@ class Bench:
         """The adapter of a method; trained now if it is not in the folder."""
         method = METHODS[name]
         if method.config is None:
-            return self._dense(corpus, seed)
+            return self._dense(corpus, seed, name)
         path = self.folder / corpus.name / f"{name}_{rate:g}_{seed}"
         if not path.exists():
-            model = corpus.load(seed)
+            model = corpus.load(name, seed)
             # LoRA draws its matrices; how much loading drew depends on what was there already.
             set_seed(seed)
             tuned = get_peft_model(model, method.config(self._request(model, corpus, seed)))
             if method.selects:
-                self._select(tuned, self._dense(corpus, seed))
+                self._select(tuned, self._dense(corpus, seed, name))
             trainer = partial(SparseTrainer, mask_args=method.mask_args or None) if method.is_ours else Trainer
             self._fit(tuned, corpus.rows, corpus.collator, corpus.steps, rate, seed, trainer=trainer)
             write_whole(path, tuned.save_pretrained)
         return path
 
-    def _dense(self, corpus: Corpus, seed: int) -> Path:
-        """The weights after the dense phase, which is full fine-tuning. Three methods select by what it changed."""
-        path = self.folder / corpus.name / f"{FULL}_{corpus.dense_rate:g}_{seed}.safetensors"
+    def _dense(self, corpus: Corpus, seed: int, name: str) -> Path:
+        """The weights after the dense phase, which is full fine-tuning. Three methods select by what it changed.
+
+        They share it, but where each has an adapter of its own below it.
+        """
+        below = name if corpus.name == self.task.name and self.has_source_adapter(name) else FULL
+        above = "" if below == FULL else f"_above_{below}"
+        path = self.folder / corpus.name / f"{FULL}_{corpus.dense_rate:g}_{seed}{above}.safetensors"
         if not path.exists():
-            model = corpus.load(seed)
+            model = corpus.load(name, seed)
             start = time.process_time()
             config = LotteryTicketConfig(**self._request(model, corpus, seed).everything)
             tuned = get_peft_model(model, config)
@@ -217,7 +245,7 @@ class Bench:
         method = METHODS[name]
         if not method.selects and method.config is not None:
             return 0.0
-        with safe_open(self._dense(corpus, seed), framework="pt") as file:
+        with safe_open(self._dense(corpus, seed, name), framework="pt") as file:
             return float(file.metadata()["seconds"])
 
     @torch.no_grad()
@@ -260,8 +288,8 @@ class Bench:
     # ---- results ---------------------------------------------------------------------------------------
 
     def with_task(self, name: str, adapter: Path) -> nn.Module:
-        """The classifier that a task adapter makes."""
-        model = self.classifier(0)
+        """The classifier that a task adapter makes, above the source language's adapter if it was trained so."""
+        model = self.task_model(name, 0)
         if name == FULL:
             _overwrite(model, load_file(adapter))
             return model
@@ -271,7 +299,7 @@ class Bench:
         """The classifier with both changes added to the pretrained weights."""
         model = self.classifier(0)
         if name == FULL:
-            start, moved = dict(model.named_parameters()), load_file(language)
+            start, moved = dict(self.task_model(name, 0).named_parameters()), load_file(language)
             sums = load_file(task)
             for parameter in moved:
                 sums[parameter] += moved[parameter] - start[parameter].detach().cpu()

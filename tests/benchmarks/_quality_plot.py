@@ -32,7 +32,9 @@ def draw(searched: dict[str, dict[float, dict]], untuned: dict | None, path: Pat
         axes.set_ylabel("held-out loss of the task, nats")
         axes.grid(alpha=0.3)
     left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    rates = sorted({rate for runs in curves.values() for rate, _ in runs})
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    left.minorticks_off()
     left.set_xlabel("learning rate")
     right.set_xlabel("loss on other text, nats")
     if untuned and "general" in untuned:

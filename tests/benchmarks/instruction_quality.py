@@ -18,7 +18,17 @@ worse one on either side; the other seeds run at the best, methods with the lowe
 of `--output`; the next call with the same settings goes on from there. The seed draws order, random supports and LoRA's
 matrices alike; differences to LoRA are taken seed by seed.
 
-Methods on trial are in `_quality_methods.py`; `--methods` takes them by name.
+Methods on trial are in `_quality_methods.py`; `--methods` takes them by name. Several data sets run side by side.
+
+**The next verdict** is one call on a GPU with 16 cores, in under nine minutes:
+
+    python tests/benchmarks/instruction_quality.py --verdict --model PATH --data gsm8k alpaca --general TEXT \\
+        --threads 1 --workers 14 --minutes 5 --output verdict.jsonl --plot verdict.png
+
+It runs all seeds at each method's first rate, which is no search, LoRA first; then the other rates of the first seed,
+so that each is bracketed. A run of 400 updates took 130 to 210 s there beside 13 others, and no run starts after
+`--minutes`; what is left runs in the next call. Several processes share a GPU better under CUDA MPS
+(`nvidia-cuda-mps-control -d`).
 """
 
 from __future__ import annotations
@@ -34,18 +44,18 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 
 import torch
 import transformers
-from _bench_runs import Results, spread
+from _bench_runs import Results
 from _instruction_rows import collate, read_rows, read_texts, row_losses
 from _quality_methods import EXTRAS, LORA, LOTTERY, METHODS, UNTUNED, Method, Run, input_energies, linear_layers
+from _quality_runs import rates_run, table, wanted
 from peft import get_peft_model
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -55,8 +65,17 @@ from peft_sparse import LotteryTicketConfig, SparseTrainer
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca"
 MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "smollm2"
 ALL = METHODS | EXTRAS
-# A search over learning rates ends here, bracketed or not.
-MOST_RATES = 6
+# What the next verdict takes: the settings of RESULTS.md, so that its rows count; and these methods.
+VERDICT = {
+    "methods": [LORA, "one_shot_fitted", "spiel_ag_mended_fitted", "rand", "spiel_ma"],
+    "steps": 400,
+    "batch_size": 8,
+    "max_length": 256,
+    "valid_rows": 128,
+    "reselection_steps": 20,
+    "estimation_steps": 5,
+    "seeds_first": True,
+}
 
 
 @dataclass(frozen=True)
@@ -156,56 +175,6 @@ def mean_loss(rows: list[tuple[float, int]]) -> float:
     return sum(loss for loss, _ in rows) / sum(count for _, count in rows)
 
 
-def finite(loss: float) -> float:
-    """A loss to sort by: a run that diverged comes last."""
-    return loss if math.isfinite(loss) else math.inf
-
-
-# ---- which runs, and in which order ----------------------------------------------------------------
-
-
-def rates_run(results: Results, name: str, seed: int) -> dict[float, dict]:
-    """{learning rate: run} of a method and a seed."""
-    return {rate: run for (method, rate, s), run in results.items() if method == name and s == seed}
-
-
-def best_rate(results: Results, name: str, seed: int) -> float | None:
-    """The learning rate with the lowest loss at this seed, of those that have run."""
-    found = rates_run(results, name, seed)
-    return min(found, key=lambda rate: finite(found[rate]["loss"])) if found else None
-
-
-def next_rates(rates: tuple[float, ...], results: Results, name: str, seed: int, *, search: bool = True) -> list[float]:
-    """What a method's search still wants: its own rates, then one beyond the best where that lies at an end."""
-    found = rates_run(results, name, seed)
-    if missing := [rate for rate in rates if rate not in found]:
-        return missing
-    best = best_rate(results, name, seed)
-    assert best is not None
-    if not search or len(found) >= MOST_RATES or min(found) < best < max(found):
-        return []
-    return [best * 2 if best == max(found) else best / 2]
-
-
-def wanted(
-    methods: dict[str, Method], seeds: list[int], results: Results, *, search: bool = True
-) -> list[tuple[str, float, int]]:
-    """(method, learning rate, seed) of all runs that can start now, the most telling first."""
-    first = [] if results.get(UNTUNED, 0.0, seeds[0]) else [(UNTUNED, 0.0, seeds[0])]
-    searched, beyond, others = [], [], []
-    for name, method in methods.items():
-        missing = next_rates(method.learning_rates, results, name, seeds[0], search=search)
-        given = [rate for rate in missing if rate in method.learning_rates]
-        searched += [(method.learning_rates.index(rate), (name, rate, seeds[0])) for rate in given]
-        beyond += [(name, rate, seeds[0]) for rate in missing if rate not in method.learning_rates]
-        best = best_rate(results, name, seeds[0])
-        if not missing and best is not None:
-            loss = finite(results.get(name, best, seeds[0])["loss"])
-            others += [((name != LORA, loss), (name, best, s)) for s in seeds[1:] if not results.get(name, best, s)]
-    in_order = [run for _, run in sorted(searched, key=lambda item: item[0])]
-    return first + in_order + beyond + [run for _, run in sorted(others, key=lambda item: item[0])]
-
-
 def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], dict]:
     """{method: all that its result depends on beside learning rate and seed}."""
 
@@ -215,7 +184,7 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
             fields += ["reselection_steps", "estimation_steps"]
         if name == LOTTERY:
             fields += ["dense_learning_rate"]
-        if name not in METHODS or "one_shot" in name:
+        if name != UNTUNED and (name not in METHODS or "one_shot" in name):
             fields += ["selection_batches"]
         found = {field: getattr(options, field) for field in fields}
         return {"model": Path(options.model).name, "data": checksum, **found}
@@ -223,94 +192,56 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
     return settings
 
 
-# ---- the table -------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------
 
 
-def paired(runs: list[dict], others: list[dict]) -> str:
-    """Mean difference of runs with the same seeds, its spread over them, and its standard error over held-out rows."""
-    differences = [run["loss"] - other["loss"] for run, other in zip(runs, others, strict=True)]
-    counts = [count for _, count in runs[0]["rows"]]
-    rows = [
-        mean(run["rows"][i][0] - other["rows"][i][0] for run, other in zip(runs, others, strict=True))
-        for i in range(len(counts))
-    ]
-    total, n = sum(counts), len(counts)
-    ratio = sum(rows) / total
-    squares = sum((row - ratio * count) ** 2 for row, count in zip(rows, counts, strict=True))
-    error = math.sqrt(squares * n / max(1, n - 1)) / total
-    return f"{mean(differences):+.4f} ({spread(differences)}; {error:.4f})"
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What there is to run on one data set: its name, the methods, what has run, and the rows."""
+
+    name: str
+    methods: dict[str, Method]
+    results: Results
+    tasks: Tasks
 
 
-def general(*runs: dict) -> str:
-    """Mean loss on other text, where it was measured."""
-    found = [run["general"] for run in runs if "general" in run]
-    return f"{mean(found):.4f}" if found else ""
+def waiting(works: list[Work], options: argparse.Namespace) -> list[tuple[Work, tuple[str, float, int]]]:
+    """What can start now, of all data sets in turn."""
+    how = {"search": not options.rates, "seeds_first": options.seeds_first}
+    queues = [[(work, run) for run in wanted(work.methods, options.seeds, work.results, **how)] for work in works]
+    return [item for items in zip_longest(*queues) for item in items if item is not None]
 
 
-def table(methods: dict[str, Method], seeds: list[int], results: Results, options: argparse.Namespace) -> Table:
-    """What has run so far, best first."""
-    caption = "loss: mean (standard deviation over seeds). - LoRA: mean (same, over seeds; standard error over rows)"
-    title = (
-        f"{Path(options.model).name}, {options.steps} steps of {options.batch_size} rows, density {options.density:g}"
-    )
-    shown = Table(title=title, caption=caption)
-    shown.add_column("method")
-    for heading in ("trained", "learning rate", "first seed by rate", "seeds", "loss", "- LoRA", "other text", "s/run"):
-        shown.add_column(heading, justify="right")
-    if untuned := results.get(UNTUNED, 0.0, 0):
-        shown.add_row(UNTUNED, "0", "", "", "", f"{untuned['loss']:.4f}", "", general(untuned), "")
-
-    def runs_of(name: str) -> dict[int, dict]:
-        rate = best_rate(results, name, seeds[0])
-        return {seed: run for seed in seeds if rate is not None and (run := results.get(name, rate, seed))}
-
-    found = {name: runs for name in methods if (runs := runs_of(name))}
-    base = found.get(LORA, {})
-    for name, runs in sorted(found.items(), key=lambda item: finite(mean(run["loss"] for run in item[1].values()))):
-        losses = [run["loss"] for run in runs.values()]
-        searched = sorted(rates_run(results, name, seeds[0]).items())
-        common = [seed for seed in runs if seed in base]
-        last = next(iter(runs.values()))
-        shown.add_row(
-            name,
-            f"{last['trained']:,}",
-            f"{last['learning_rate']:g}",
-            " ".join(f"{rate:g}: {run['loss']:.4f}" for rate, run in searched),
-            str(len(losses)),
-            f"{mean(losses):.4f} ({spread(losses)})",
-            paired([runs[s] for s in common], [base[s] for s in common]) if common and name != LORA else "",
-            general(*runs.values()),
-            f"{mean(run['seconds'] for run in runs.values()):.0f}",
-        )
-    return shown
-
-
-def run_all(methods: dict[str, Method], results: Results, tasks: Tasks, options, console: Console) -> None:
+def run_all(works: list[Work], options: argparse.Namespace, console: Console) -> None:
     """Run what is wanted, `--workers` at a time, until nothing is or the time is up."""
     end = time.monotonic() + 60 * options.minutes
-    running: dict[Future, tuple[str, float, int]] = {}
+    running: dict[Future, tuple[Work, tuple[str, float, int]]] = {}
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=quiet) as pool:
         while True:
-            runs = wanted(methods, options.seeds, results, search=not options.rates)
-            free = [run for run in runs if run not in running.values()]
+            free = [item for item in waiting(works, options) if item not in running.values()]
             while free and len(running) < options.workers and time.monotonic() < end:
-                run = free.pop(0)
-                running[pool.submit(measure, *run, tasks, options)] = run
+                work, run = free.pop(0)
+                running[pool.submit(measure, *run, work.tasks, options)] = work, run
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[done]
-                run = done.result()
-                results.add(run)
-                console.print("{method} {learning_rate:g} seed {seed}: {loss:.4f} in {seconds:.0f} s".format(**run))
+                work, _ = running.pop(done)
+                found = done.result()
+                work.results.add(found)
+                told = "{method} {learning_rate:g} seed {seed}: {loss:.4f} in {seconds:.0f} s".format(**found)
+                console.print(f"{work.name}: {told}")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="directory or hub id")
-    parser.add_argument("--data", default=str(DATA), help="a .jsonl file, or a folder with train.jsonl and valid.jsonl")
+    parser.add_argument(
+        "--data", nargs="+", default=[str(DATA)], help=".jsonl files, or folders with train.jsonl and valid.jsonl"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(ALL), default=list(METHODS))
     parser.add_argument("--rates", type=int, help="so many of each method's rates, best guess first, and no search")
+    parser.add_argument("--seeds-first", action="store_true", help="all seeds at each first rate, then other rates")
+    parser.add_argument("--verdict", action="store_true", help="the methods and settings of the next verdict")
     parser.add_argument("--extras", action="store_true", help=f"also {', '.join(EXTRAS)}")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -333,7 +264,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/instruction_quality.jsonl"))
     parser.add_argument("--quick", action="store_true", help="8 steps of 2 short rows, to see that all methods run")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.verdict:
+        parser.set_defaults(**VERDICT)
+        options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.batch_size, options.max_length, options.valid_rows = 8, 2, 48, 4
         options.learning_rates = [f"{name}=1e-3" for name in options.methods]
@@ -364,29 +298,40 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    quiet()
-    methods = chosen_methods(options)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    train_rows, valid_rows, checksum = read_rows(
-        Path(options.data), tokenizer, max_length=options.max_length, valid_rows=options.valid_rows
-    )
+def read_work(data: Path, tokenizer, options: argparse.Namespace) -> Work:
+    how = {"max_length": options.max_length, "valid_rows": options.valid_rows}
+    train_rows, valid_rows, checksum = read_rows(data, tokenizer, **how)
     other = read_texts(options.general, tokenizer, options.max_length, options.general_rows) if options.general else []
     results = Results(options.output, ("method", "learning_rate", "seed"), settings_of(options, checksum))
+    return Work(data.stem, chosen_methods(options), results, Tasks(train_rows, valid_rows, other))
+
+
+def plot_path(options: argparse.Namespace, work: Work) -> Path:
+    """Of one data set as it was given, else with its name in it."""
+    return options.plot if len(options.data) == 1 else options.plot.with_stem(f"{options.plot.stem}_{work.name}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    quiet()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    works = [read_work(Path(data), tokenizer, options) for data in options.data]
     # Wide enough for the table also where the output is a file.
     console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(f"{len(train_rows)} rows to train on, {len(valid_rows)} held out; results in {options.output}")
+    for work in works:
+        counts = f"{len(work.tasks.train)} rows to train on, {len(work.tasks.valid)} held out"
+        console.print(f"{work.name}: {counts}; results in {options.output}")
     try:
-        run_all(methods, results, Tasks(train_rows, valid_rows, other), options, console)
+        run_all(works, options, console)
     finally:
-        console.print(table(methods, options.seeds, results, options))
-    if options.plot:
+        for work in works:
+            console.print(table(work.methods, work.results, options, work.name))
+    for work in works if options.plot else ():
         from _quality_plot import draw
 
-        searched = {name: rates_run(results, name, options.seeds[0]) for name in methods}
-        draw(searched, results.get(UNTUNED, 0.0, options.seeds[0]), options.plot)
+        searched = {name: rates_run(work.results, name, options.seeds[0]) for name in work.methods}
+        draw(searched, work.results.get(UNTUNED, 0.0, options.seeds[0]), plot_path(options, work))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ pretraining of a multilingual one. Only then are compared, on the same masks:
   first thousand words of its text.
 
 Learning rates are one for each kind of training, with linear decay after warm-up over a tenth, no weight decay, and
-bfloat16 autocast over float32 weights. What is trained is stored in the folder of `--output`, and its losses as a line
-of the file: a call with the same settings goes on where the last one stopped. The table lies beside it as markdown,
-with a plot.
+bfloat16 autocast over float32 weights where that is fast. What is trained is stored in the folder of `--output`, and
+its losses as a line of the file: a call with the same settings goes on where the last one stopped. The table lies
+beside it as markdown, with a plot.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from pathlib import Path
 import torch
 import transformers
 from _bench_runs import DEVICE, Results, train, write_whole
-from _crosslingual_data import MASKED, batches, read_text
+from _crosslingual_data import MASKED, read_text
 from _madg_report import GENERATED, KINDS, MEAN, NEW, NONE, OWN, PARTS, report
+from _masked_training import MaskedTrainer, masked_loss
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
-    Trainer,
     set_seed,
 )
 
@@ -74,25 +74,6 @@ UNSEEN = ["sun", "ace", "quy", "cni"]
 FILES = ("{}.txt", "{}_*.txt", "nusax_train_{}.txt")
 WORDS = 1000
 Rows = list[dict]
-
-
-def masked_nll(model: nn.Module, batch: dict) -> tuple[Tensor, int]:
-    """(sum of the losses, number) of the masked tokens. Only they reach the output matrix, the dearest of all."""
-    labels = batch.pop("labels")
-    masked = labels >= 0
-    output = model.get_output_embeddings()
-    handle = output.register_forward_pre_hook(lambda _, args: (args[0][masked],))
-    try:
-        logits = model(**batch).logits
-    finally:
-        handle.remove()
-    return nn.functional.cross_entropy(logits.float(), labels[masked], reduction="sum"), int(masked.sum())
-
-
-class MaskedTrainer(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, count = masked_nll(model, dict(inputs))
-        return loss / max(1, count)
 
 
 class Bench:
@@ -189,17 +170,9 @@ class Bench:
 
     # ---- measuring -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def loss(self, model: nn.Module, language: str) -> float:
         """Mean loss per masked token (nats) on a language's held-out text."""
-        model.eval()
-        total, count = 0.0, 0
-        collate = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED, seed=0)
-        for _, batch in batches(self.held_out[language], collate, model.device):
-            with torch.autocast(DEVICE, dtype=torch.bfloat16):
-                found, tokens = masked_nll(model, batch)
-            total, count = total + float(found), count + tokens
-        return total / max(1, count)
+        return masked_loss(model, self.held_out[language], self.tokenizer)
 
     def measure(self, name: str, languages: list[str], model_of: Callable[[str], nn.Module]) -> None:
         """Losses of one row of the table, those that are not there yet."""

@@ -38,6 +38,7 @@ from peft_sparse import (
     AdaSftConfig,
     BottleneckConfig,
     LotteryTicketConfig,
+    OneShotConfig,
     RandConfig,
     SparseAdamW,
     SparseConfig,
@@ -46,6 +47,7 @@ from peft_sparse import (
     iter_deltas,
     plan_memory,
     resident,
+    select_by_gradients,
     start_dense_phase,
     start_weight_phase,
 )
@@ -83,6 +85,9 @@ SIZES = {"small": (512, 1376, 4), "one layer": (512, 1376, 1)}
 SPIEL = {"density": 0.02, "total_steps": 10_000}
 METHODS: dict[str, PeftConfig | None] = {
     "rand": RandConfig(density=0.02, target_modules="all-linear"),
+    "rand fitted": RandConfig(density=0.02, target_modules="all-linear", fitted_rate=True),
+    "one_shot": OneShotConfig(density=0.02, target_modules="all-linear", criterion="fisher", selection_passes=1),
+    "spiel_ag updates": SpielAGConfig(**SPIEL, target_modules="all-linear", nomination_updates=2),
     "rand all": RandConfig(density=0.02, target_modules="all"),
     "spiel_ag": SpielAGConfig(**SPIEL, target_modules="all-linear"),
     "spiel_ag all": SpielAGConfig(**SPIEL, target_modules="all"),
@@ -153,13 +158,17 @@ def optimizer_for(model: nn.Module, method: str) -> Optimizer:
     return AdamW(trained, lr=1e-4, fused=True)
 
 
+def batch_for(model: nn.Module) -> dict[str, torch.Tensor]:
+    config = getattr(model, "base_model", model).config
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
+    return {"input_ids": ids, "labels": torch.zeros(BATCH, dtype=torch.long) if config.model_type == "bert" else ids}
+
+
 def train(model: nn.Module, method: str, steps: int) -> None:
     optimizer = optimizer_for(model, method)
-    base = getattr(model, "base_model", model)
-    ids = torch.randint(base.config.vocab_size, (BATCH, LENGTH))
-    labels = torch.zeros(BATCH, dtype=torch.long) if base.config.model_type == "bert" else ids
+    batch = batch_for(model)
     for _ in range(steps):
-        model(input_ids=ids, labels=labels).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -171,6 +180,8 @@ def run(case: str, size: str) -> None:
     config = copy.deepcopy(METHODS[method])
     tuned = model if config is None else get_peft_model(model, config)
     with ExitStack() as stack:
+        if isinstance(config, OneShotConfig):
+            select_by_gradients(tuned, [batch_for(tuned)] * 2)
         if isinstance(config, LotteryTicketConfig):
             phase = stack.enter_context(start_dense_phase(tuned))
         elif isinstance(config, SparseConfig) and not way.get("load_in_4bit"):

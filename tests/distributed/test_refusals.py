@@ -75,7 +75,7 @@ def test_a_sharded_model_saves_loads_and_switches_but_does_not_merge(tmp_path):
 
 
 def test_an_adapter_comes_before_the_shards(tmp_path):
-    assert_told(run(cases.sharded_before_the_adapter, tmp_path), "ConfigError", "sharded already")
+    assert_told(run(cases.sharded_before_the_adapter, tmp_path), "NotInThisStateError", "sharded already")
 
 
 def test_a_dense_phase_needs_whole_weights(tmp_path):

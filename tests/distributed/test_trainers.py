@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.distributed.comparison import assert_joined, assert_replicas
-from tests.support.distributed.trainers import train
+from tests.support.distributed.trainers import distil, train
 from tests.support.processes import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -75,3 +75,19 @@ def test_fsdp2(tmp_path, method, own_trainer, fsdp):
         assert all(tensor.dtype in (torch.float32, torch.uint8) for tensor in file.values())
         config = json.loads((checkpoint / "adapter_config.json").read_text())
         assert sum(config["counts"].values()) == sum(t.numel() for key, t in file.items() if key.endswith(".values"))
+
+
+def test_two_processes_learn_from_a_teacher_what_one_does(tmp_path):
+    both = run(distil, tmp_path / "two", folder=str(tmp_path / "two"))
+    (one,) = run(distil, tmp_path / "one", world=1, folder=str(tmp_path / "one"))
+    assert {process["wrapper"] for process in both} == {"DistributedDataParallel"}
+    for process in (*both, one):
+        assert not process["teacher is wrapped"]
+        assert not process["teacher moved"]
+    assert_replicas([process["end"] for process in both])
+    assert sum(t.numel() for name, t in one["end"].items() if name.startswith("values.")) == 60
+    assert_joined(both[0]["end"], one["end"])
+    # What is logged is the mean over both processes.
+    assert len(one["logs"]) == 6
+    for found, expected in zip(both[0]["logs"], one["logs"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)

@@ -173,7 +173,7 @@ def test_data_of_all_kinds(run, modules, encoder, tmp_path, task, suffix):
     assert len(found["answers"]["far"]["target + task"]) == 12
     if task == "dp":
         gold = modules("_invented").World(0).rows("dp", "far", 12, seed=2)
-        read = modules("_data").read_file(tmp_path / "data" / "far" / "test.conllu")
+        read = modules("_readers").read_file(tmp_path / "data" / "far" / "test.conllu")
         assert [row["heads"] for row in read] == [row["heads"] for row in gold]
         assert [row["tokens"] for row in read] == [row["tokens"] for row in gold]
 
@@ -329,10 +329,10 @@ def test_mixed_data_runs_on_the_invented_world(run, modules, monkeypatch, encode
     assert (tmp_path / "out" / "few-shot-10-x10" / "task" / "adapter_config.json").is_file()
 
 
-def test_mixed_data_reads_nusax_and_refuses_what_does_not_fit(run, modules, tmp_path):
+def test_mixed_data_reads_translations_and_a_lexicon(run, modules, tmp_path):
     mixed = modules("mixed_data")
     for language, ids in (("ind", [3, 1, 2]), ("ace", [1, 2, 3])):
-        folder = tmp_path / "nusax_senti" / language
+        folder = tmp_path / "rows" / language
         folder.mkdir(parents=True)
         rows = [{"id": i, "text": f"{language} {i}", "label": "positive"} for i in ids]
         for split in ("train", "test"):
@@ -340,14 +340,19 @@ def test_mixed_data_reads_nusax_and_refuses_what_does_not_fit(run, modules, tmp_
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "ind.txt").write_text("satu\n")
     (tmp_path / "text" / "nusax_train_ace.txt").write_text("sa\n")
-    with pytest.raises(BadParameter, match="no lexicon from 'ind'"):
-        mixed.nusax(tmp_path, "ind", "ace")
-    (tmp_path / "nusax_lexicon").mkdir()
-    (tmp_path / "nusax_lexicon" / "ace.jsonl").write_text('{"ind": "Ind", "x": "aceh"}\n')
-    found = mixed.nusax(tmp_path, "ind", "ace")
+    lexicon = tmp_path / "words.csv"
+    with pytest.raises(BadParameter, match=r"there is no file .*words\.csv; .* has rows/, text/"):
+        mixed.real(str(tmp_path), "ind", "ace", file=str(lexicon))
+    lexicon.write_text("ind,x\nInd,aceh\n")
+    with pytest.raises(BadParameter, match=r"row 1: no 'ace'\. It has \['ind', 'x'\]; --lexicon-columns SOURCE TARGET"):
+        mixed.real(str(tmp_path), "ind", "ace", file=str(lexicon))
+    found = mixed.real(str(tmp_path), "ind", "ace", file=str(lexicon), words=("ind", "x"))
     assert [row["id"] for row in found.gold] == [row["id"] for row in found.labelled] == [3, 1, 2]
     assert [row["text"] for row in mixed.word_by_word(found.labelled, found.lexicon)] == ["aceh 3", "aceh 1", "aceh 2"]
     assert found.text == {"ind": ["satu"], "ace": ["sa"]}
+    # Without a lexicon that arm is missing, and the others are there.
+    plain = mixed.real(str(tmp_path / "rows"), "ind", "ace", text=str(tmp_path / "text"))
+    assert list(mixed.arms(plain, [1], seed=0)) == ["zero-shot", "few-shot 1", "few-shot 1 x10", "gold"]
     code, output = run("--data", tmp_path, name="mixed_data")
     assert code == 2
     assert "give an encoder" in output

@@ -20,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from typer import BadParameter
 
 from tests.support import examples
 from tests.support.examples import EXAMPLES
@@ -128,7 +129,7 @@ def test_built_in_instructions_follow_their_style(run):
 def test_rows_that_are_no_instructions_are_refused(run, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "hello"}\n', encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"needs one of .*'instruction'.* this one has \['text'\]"):
+    with pytest.raises(BadParameter, match=r"needs one of .*'instruction'.* this one has \['text'\]"):
         importlib.import_module("_instructions").read_pairs(str(path))
 
 
@@ -208,7 +209,7 @@ def test_language_and_task_reads_real_data(run, tmp_path):
 
 
 def test_missing_text_is_an_error(run, tmp_path):
-    with pytest.raises(SystemExit, match="no raw text of 'far'"):
+    with pytest.raises(BadParameter, match="no raw text of 'far'"):
         importlib.import_module("_worlds").read_world(tmp_path, "near", "far")
 
 
@@ -268,7 +269,7 @@ def test_language_adapters_from_typology_of_real_text(run, tmp_path):
     options += ["--pivot", "piv", "--unseen", "dor", "--steps", 2, "--words", 50, "--fine-tuning-steps", 2]
     code, output = run("language_adapters_from_typology", *options)
     assert code == 0, output
-    assert "unknown.txt is left out: the typology has no language 'unknown'" in output
+    assert "text of 'unknown' is left out: the typology has no language 'unknown'" in output
     assert "fitting one first" in output
     assert list(masked_lm_losses(output)) == WAYS + FEW_WORDS
     saved = json.loads((tmp_path / "out" / "generated" / "adapter_config.json").read_text())

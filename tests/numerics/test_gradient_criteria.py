@@ -127,12 +127,12 @@ def test_a_weight_of_zero_gradient_is_never_chosen():
     assert {position // 8 for position in chosen["transformer.wte.weight"]} <= seen
 
 
-def _square_each_call(self, gradient, receive=gradient_means._Sums.receive):
+def _square_each_call(self, gradient, receive=gradient_means.GradientSums.receive):
     receive(self, gradient)
     self.end_batch("a batch")
 
 
-def _lose_a_batch(self, batch, end_batch=gradient_means._Sums.end_batch):
+def _lose_a_batch(self, batch, end_batch=gradient_means.GradientSums.end_batch):
     if not batch.startswith("batch 2"):
         end_batch(self, batch)
 
@@ -143,7 +143,7 @@ def _lose_a_batch(self, batch, end_batch=gradient_means._Sums.end_batch):
     [("t5", "fisher", "receive", _square_each_call), ("bert", "fisher", "end_batch", _lose_a_batch)],
 )
 def test_the_oracle_notices(kind, criterion, attribute, bug, monkeypatch):
-    monkeypatch.setattr(gradient_means._Sums, attribute, bug)
+    monkeypatch.setattr(gradient_means.GradientSums, attribute, bug)
     _, chosen = selected(kind, criterion)
     assert chosen != oracle(kind, criterion, list(chosen), sum(map(len, chosen.values())))
 

@@ -38,3 +38,37 @@ def test_a_dense_path_after_a_resident_forward(tuned, change):
         assert not torch.equal(weight, pristine)
         torch.testing.assert_close(change(tuned)(x), expected)
     assert torch.equal(weight, pristine)
+
+
+@pytest.fixture
+def without_biases() -> nn.Module:
+    torch.manual_seed(0)
+    config = RandConfig(density=0.1, target_modules=["0"], init_weights=False)
+    return get_peft_model(nn.Sequential(nn.Linear(256, 128)), config).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def test_a_weight_whose_dtype_is_exchanged_inside(without_biases):
+    weight = without_biases.base_model.model[0].get_base_layer().weight
+    bias = without_biases.base_model.model[0].get_base_layer().bias
+    pristine, x = weight.detach().clone(), torch.randn(5, 256)
+    with resident(without_biases):
+        without_biases(x)
+        weight.data, bias.data = weight.data.double(), bias.data.double()
+        with_delta = pristine + without_biases.base_model.model[0].get_delta_weight("default")
+        expected = torch.nn.functional.linear(x.double(), with_delta.double(), bias)
+        torch.testing.assert_close(without_biases(x.double()), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(weight, pristine.double())
+
+
+@torch.no_grad()
+def test_a_weight_whose_layout_is_exchanged_inside(without_biases):
+    weight = without_biases.base_model.model[0].get_base_layer().weight
+    x, contiguous = torch.randn(5, 256), weight.data
+    with resident(without_biases):
+        expected = without_biases(x)
+        weight.data = contiguous.t().contiguous().t()
+        with pytest.raises(ValueError, match="contiguous"):
+            without_biases(x)
+        weight.data = contiguous
+        assert torch.equal(without_biases(x), expected)

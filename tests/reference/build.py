@@ -1,16 +1,20 @@
-"""Build the API reference from the docstrings, with README and guides as pages: python tests/reference/build.py FOLDER
+"""Build the API reference from the docstrings, with README, guides and pictures: python tests/reference/build.py FOLDER
 
-Fails if a public name of the package has no entry, so that a broken reference is seen in CI. Needs the extra `docs`.
+Fails if a public name of the package has no entry, a page links to one that is not there, or a plot cannot be drawn, so
+that a broken reference is seen in CI. Needs the extra `docs`.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import markdown2
 import pdoc
+from pictures import PICTURES, draw
 
 import peft_sparse
 
@@ -21,13 +25,27 @@ pre{{background:#f4f4f4;padding:.7rem;overflow:auto}}</style><p>{menu}</p>{body}
 
 
 def pages(folder: Path) -> None:
-    """Write README and guides as HTML, with links to each other."""
+    """Write README and guides as HTML, with links to each other, and a page with a picture of each plot."""
     guides = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]}
-    menu = " | ".join([*(f'<a href="{name}.html">{name}</a>' for name in guides), '<a href="peft_sparse.html">API</a>'])
+    bodies = {}
     for name, path in guides.items():
         body = markdown2.markdown(path.read_text("utf-8"), extras=["fenced-code-blocks", "tables", "cuddled-lists"])
-        body = re.sub(r'href="(?:\.\./|examples/)?(\w+)\.md"', r'href="\1.html"', body)
+        bodies[name] = re.sub(r'href="(?:\.\./|examples/)?(\w+)\.md"', r'href="\1.html"', body)
+    bodies["pictures"] = "<h1>Pictures</h1>" + "".join(
+        f"<h2>{one.name}</h2><p>{one.caption}</p><pre>{html.escape(one.call)}</pre>"
+        f'<img src="pictures/{one.name}.svg" alt="{html.escape(one.caption)}" style="max-width:100%">'
+        for one in PICTURES
+    )
+    menu = " | ".join([*(f'<a href="{name}.html">{name}</a>' for name in bodies), '<a href="peft_sparse.html">API</a>'])
+    for name, body in bodies.items():
         (folder / f"{name}.html").write_text(PAGE.format(title=name, menu=menu, body=body), encoding="utf-8")
+
+
+def pictures(folder: Path) -> None:
+    """Draw what the page of pictures shows."""
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        draw(folder, Path(scratch))
 
 
 def main(folder: Path) -> None:
@@ -37,7 +55,16 @@ def main(folder: Path) -> None:
     missing = [name for name in peft_sparse.__all__ if f'id="{name}"' not in html]
     if missing:
         raise SystemExit(f"the reference lacks {', '.join(missing)}")
+    pictures(folder / "pictures")
     pages(folder)
+    broken = [
+        f"{page.name}: {link}"
+        for page in folder.glob("*.html")
+        for link in re.findall(r'(?:href|src)="([\w/]+\.(?:html|svg))"', page.read_text("utf-8"))
+        if not (folder / link).is_file()
+    ]
+    if broken:
+        raise SystemExit(f"pages lead nowhere: {', '.join(broken)}")
     print(f"{len(peft_sparse.__all__)} names in {folder / 'peft_sparse.html'}")
 
 

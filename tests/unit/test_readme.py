@@ -55,7 +55,7 @@ TASK_ON_SOURCE, ZERO_SHOT = (
 SWITCHING, MERGING = snippet("adapter_names="), snippet("merged = model.merge_and_unload()\nmerged.save")
 SOFT_MASKS, LOOKING = snippet("AdaSftConfig("), snippet("conflicts(")
 EXTRACTING, IMPORTING = snippet("extract_adapter("), snippet("import_adapter(")
-ONE_SHOT, FITTED, DECAY = (snippet(part) for part in ("select_by_gradients", "fitted_rate=True", "parameter_groups"))
+ONE_SHOT, FITTED, DECAY = (snippet(part) for part in ("select_by_gradients", "fitted_rate=True))", "parameter_groups"))
 STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("switch = LanguageSwitch(")

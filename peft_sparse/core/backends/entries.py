@@ -18,7 +18,7 @@ def add_entries_(flat: Tensor, indices: Tensor, values: Tensor, originals: Tenso
         flat: [numel] contiguous, written in place; no gradient is recorded.
         indices: [u] int32 or int64, unique.
         values: [u] floating point.
-        originals: [u] in the dtype of `flat`; what stands in the weight if None.
+        originals: [u] in the dtype of `flat`; what is in the weight if None.
 
     Cost: on CUDA, where triton is installed, one pass over the four and nothing in between.
     """

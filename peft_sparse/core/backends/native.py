@@ -161,7 +161,7 @@ class Kernels:
         )
 
     def bring_up_to_date_(self, flat: Tensor, indices: Tensor, originals: Tensor, values: Tensor) -> int:
-        """Write `originals + values` where something else stands; returns in how many places.
+        """Write `originals + values` where there is something else; returns in how many places.
 
         Args:
             flat: [numel] contiguous, float32 or bfloat16.

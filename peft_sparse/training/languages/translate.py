@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from ...errors import ConfigError, FormatError
 from ...files import write_atomically
+from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def translate_rows(
     batch_size: int = 16,
     max_length: int = 256,
     generation: Mapping[str, Any] | None = None,
+    show_progress: bool = False,
 ) -> Translated:
     """Translate fields of labelled rows into a JSONL file; labels, ids and all other fields go along as they are.
 
@@ -76,6 +79,7 @@ def translate_rows(
         batch_size: texts at a time.
         max_length: longest text and longest translation, in subwords.
         generation: more arguments of `generate`, such as {"num_beams": 4}.
+        show_progress: show a bar on stderr, if that is a terminal.
 
     Returns:
         the rows, and how many were cut.
@@ -119,18 +123,22 @@ def translate_rows(
     was_training = model.training
     model.eval()
     write_atomically(partial, _lines(done))
+    bar = progress_bar("translating", len(rows)) if show_progress else nullcontext(lambda _: None)
     try:
-        for first in range(start, len(rows), per_batch):
-            batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
-            texts = [prefix + row[field] for row in batch for field in fields]
-            found, cut, unfinished = _generate(model, tokenizer, texts, max_length, arguments)
-            num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
-            new = [
-                {**row, **dict(zip(fields, found[i * len(fields) : (i + 1) * len(fields)], strict=True))}
-                for i, row in enumerate(batch)
-            ]
-            _append(partial, new)
-            done += new
+        with bar as advance:
+            advance(start)
+            for first in range(start, len(rows), per_batch):
+                batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
+                texts = [prefix + row[field] for row in batch for field in fields]
+                found, cut, unfinished = _generate(model, tokenizer, texts, max_length, arguments)
+                num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
+                new = [
+                    {**row, **dict(zip(fields, found[i * len(fields) : (i + 1) * len(fields)], strict=True))}
+                    for i, row in enumerate(batch)
+                ]
+                _append(partial, new)
+                done += new
+                advance(len(batch))
     finally:
         model.train(was_training)
     os.replace(partial, output)

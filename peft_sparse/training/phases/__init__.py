@@ -1,1 +1,1 @@
-"""The phases before a sparse training: what they train, how they end, and how they are saved."""
+"""The phases before the sparse one: what they train, how they end, and how they are saved."""

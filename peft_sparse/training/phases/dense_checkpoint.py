@@ -34,8 +34,8 @@ class OpenPhase(Protocol):
 def save_dense_phase(phase: OpenPhase, directory: str | os.PathLike[str]) -> None:
     """Write the state of a dense phase into `directory`, under a temporary name first.
 
-    The targets are stored as they stand, with a digest of where they started (that is the base model, which is at hand
-    when training resumes); heads and buffers are stored both as they stand and as they started, because a random start
+    The targets are stored as they are, with a digest of where they started (that is the base model, which is at hand
+    when training resumes); heads and buffers are stored both as they are and as they started, because a random start
     is nowhere else.
 
     Cost: the size of the targeted parameters on disk.

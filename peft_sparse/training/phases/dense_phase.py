@@ -114,7 +114,7 @@ class DensePhase(Phase):
         Computed when asked for, one tensor at a time, and not kept.
 
         Raises:
-            SelectionError: (when a tensor is asked for) the training diverged to an infinite weight.
+            SelectionError: (when a tensor is asked for) the run diverged to an infinite weight.
         """
         self._check_open("score")
         return self._scores(self._new_denoiser())

@@ -19,7 +19,7 @@ from ..distributed import means_over_ranks
 LossFunction = Callable[[Any, Any], Tensor]
 
 
-class _Sums:
+class GradientSums:
     """Sums over batches of the gradient of one tensor, and of its square (`core.observer.GradientObserver`).
 
     What the backward passes of one batch give is added up before it is squared: a layer may be called several times,
@@ -28,7 +28,7 @@ class _Sums:
 
     def __init__(self, name: str, delta: AdapterDelta, uses: Sequence[str]) -> None:
         self._name = name
-        self._delta = delta
+        self.delta = delta
         self._uses = uses
         self._current: Tensor | None = None
         self._total: Tensor | None = None
@@ -73,7 +73,7 @@ class _Sums:
         """Their means over so many batches, in the tensor's shape; the sums are given up."""
 
         def mean(total: Tensor | None) -> Tensor:
-            return (self._zeros() if total is None else total.div_(batches)).view(self._delta.shape)
+            return (self._zeros() if total is None else total.div_(batches)).view(self.delta.shape)
 
         found = GradientMeans(
             mean(self._total) if MEAN in self._uses else None,
@@ -84,7 +84,7 @@ class _Sums:
         return found
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(self._delta.numel, dtype=torch.float32, device=self._delta.indices.device)
+        return torch.zeros(self.delta.numel, dtype=torch.float32, device=self.delta.indices.device)
 
 
 def gradient_means(
@@ -119,7 +119,7 @@ def gradient_means(
     Cost: a forward and backward pass per batch; per number of these tensors one float32 number for the batch, and one
         for each of `uses`.
     """
-    sums = {name: _Sums(name, delta, uses) for name, delta in deltas.items()}
+    sums = {name: GradientSums(name, delta, uses) for name, delta in deltas.items()}
     with _left_as_it_was(model), _observed(deltas, sums), torch.enable_grad():
         for number, batch in enumerate(batches, 1):
             loss_fn(model, batch).backward()
@@ -138,7 +138,7 @@ def gradient_means(
 
 
 @contextmanager
-def _observed(deltas: Mapping[str, AdapterDelta], sums: Mapping[str, _Sums]) -> Iterator[None]:
+def _observed(deltas: Mapping[str, AdapterDelta], sums: Mapping[str, GradientSums]) -> Iterator[None]:
     for name, delta in deltas.items():
         delta.observer = sums[name]
     try:

@@ -28,9 +28,9 @@ FILE_NAME = "mask_phase.json"
 
 
 def start_weight_phase(model: nn.Module, adapter_name: str = "default") -> int:
-    """Fix an adapter's masks as they stand, and let the weights under them train from the pretrained ones.
+    """Fix an adapter's masks as they are, and let the weights under them train from the pretrained ones.
 
-    Call it between two trainings of your own; `SparseTrainer` does so itself. Make a new optimizer: what the old one
+    Call it between two runs of your own; `SparseTrainer` does so itself. Make a new optimizer: what the old one
     holds is frozen now. Heads (`modules_to_save`) go on from where the first phase left them: the masks were learnt
     together with them, and the paper says nothing of starting anew.
 

@@ -213,7 +213,7 @@ def _select(
         if group.count:
             shortlist = Shortlist(group.count, name=group.name, min_score=criterion.min_score)
             shortlists.update(dict.fromkeys(group.members, shortlist))
-    parts = _split([by_name[name] for name in by_name if name in shortlists], config.selection_passes)
+    parts = split_in_parts([by_name[name] for name in by_name if name in shortlists], config.selection_passes)
     with progress_bar("selecting weights by gradients", len(parts) * len(batches)) as advance:
         for part in parts:
             means = gradient_means(
@@ -249,7 +249,7 @@ def _nothing(target: Target) -> Tensor:
     return torch.empty(0, dtype=index_dtype(target.delta.numel), device=target.delta.indices.device)
 
 
-def _split(targets: Sequence[Target], parts: int) -> list[list[Target]]:
+def split_in_parts(targets: Sequence[Target], parts: int) -> list[list[Target]]:
     """Consecutive parts of about equal size; fewer where single tensors are large."""
     total = sum(target.delta.numel for target in targets)
     middles, before = [], 0

@@ -41,7 +41,7 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The base parameter as it stands now."""
+        """The base parameter as it is now."""
         return getattr(self.module, self.which)
 
 
@@ -49,7 +49,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
     """The model's own copy of an adapter's config.
 
     Raises:
-        ConfigError: the model has no such adapter, or it is none of ours.
+        ConfigError: the model has no such adapter, or it is of another library's type.
     """
     configs = peft_configs(model)
     if adapter_name not in configs:
@@ -79,7 +79,7 @@ def refuse_wrapper(model: nn.Module) -> None:
 
 
 def check_active(adapter_name: str, target: Target) -> None:
-    """Raise a ConfigError if an adapter does not act on a target, or another one stands in its weights."""
+    """Raise a ConfigError if an adapter does not act on a target, or another one is in its weights."""
     layer: Any = target.layer
     if adapter_name not in layer.active_adapters or layer.disable_adapters:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a Hugging Face trainer has to tell SpIEL, and what it has to keep for it: any trainer gets this by itself."""
+"""What a Hugging Face trainer has to tell SpIEL, and what it keeps for it: any trainer gets this automatically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATE_FILE = "sparse_training_state.safetensors"
 
 
 class ReselectionCallback(TrainerCallback):
-    """Gives the length of the training to reselecting adapters, and their training state to checkpoints.
+    """Gives the length of the run to reselecting adapters, and their training state to checkpoints.
 
     `install` puts it into the default callbacks of transformers, so that a plain `Trainer`, or TRL's, needs no word.
     """

@@ -1,8 +1,8 @@
-"""Which tuned weights are weak: what `drop_by` of a SpIEL config names."""
+"""What a reselection replaces: weights that are weak by the config's `drop_by`, in every tensor or in all together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from ...core.sharded import whole
 from ...errors import ConfigError
 from ...optim.reindex import moment_ratios
+from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 
 
 def drop_scores(
@@ -51,3 +52,28 @@ def drop_scores(
             f"and {names} has none. Use SparseAdamW or torch's Adam, or drop_by='delta'."
         )
     return values.abs()
+
+
+def choose_replacements(
+    indices: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    candidates: Mapping[str, Candidates],
+    *,
+    budget: str,
+    num_replaced: Callable[[int], int],
+) -> dict[str, Replacement]:
+    """What is dropped and grown in the tensors that have candidates.
+
+    Args:
+        indices, scores: {parameter name: [k] the tuned positions, and how much each weight counts}.
+        candidates: {parameter name: candidates}.
+        budget: of the config: with "global" weights move between tensors.
+        num_replaced: k -> how many of k weights are to be replaced.
+    """
+    if budget == "global":
+        total = sum(own.numel() for own in indices.values())
+        return redistribute(indices, scores, candidates, num_replaced=num_replaced(total))
+    return {
+        name: drop_and_grow(own, scores[name], candidates[name], num_replaced=num_replaced(own.numel()))
+        for name, own in indices.items()
+    }

@@ -136,7 +136,7 @@ class GradientTap:
         """Count what the uses in a pass add up to, choosing the candidates if it is the first pass of the window.
 
         Raises:
-            SelectionError: the processes are in different layers, or a different part of the training.
+            SelectionError: the processes are in different layers, or at different points of the run.
         """
         gradient, self._uses = self._uses, None
         if gradient is None:

@@ -104,7 +104,7 @@ class MomentumCovers:
 
         Args:
             state: what it gave.
-            updates: of the training so far, for states of older versions, which do not say over how many they are.
+            updates: of the run so far, for states of older versions, which do not say over how many they are.
         """
         self._covers, self._updates = {}, {}
         for name, delta in self._deltas.items():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
@@ -18,9 +15,7 @@ from ...errors import ConfigError
 from ...optim.reindex import reindex, state_holders
 from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
-from ...selection.criteria import CRITERIA, WEIGHT
-from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
-from ...selection.rows import num_rows
+from ...selection.replacement import Candidates, Replacement
 from ...selection.schedule import Schedule
 from ...tuners.common.announcements import ON_START, announce
 from ...tuners.common.base_model import base_model_of
@@ -29,37 +24,20 @@ from ...tuners.sparse_ft.drivers import iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .clock import check_clock
-from .dropping import drop_scores
-from .estimate import ESTIMATE_PARTS, Estimate
+from .dropping import choose_replacements, drop_scores
+from .estimate import Estimate
 from .gradient_tap import GradientTap, end_update, not_finite
-from .growth_weights import GrowthWeights
+from .history import Reselection, log_reselection, warn_without_candidates, warn_without_total
 from .momentum_covers import MomentumCovers
 from .saved_state import check_state
 from .seeding import clip_factor, seeds_of
 from .updates import Updates, first_not_finite
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reselection:
-    """What one reselection did.
-
-    Attributes:
-        update: after which optimizer update, counted from 1.
-        share_replaced: of all tuned weights.
-        mean_age: updates since a weight was last grown, mean over all tuned weights after the reselection.
-        mean_abs_delta: mean |value| before it.
-    """
-
-    update: int
-    share_replaced: float
-    mean_age: float
-    mean_abs_delta: float
+from .weight_record import WeightRecord
+from .window import is_clear, read_estimates, saved_estimates, tap_gradients
 
 
 class Reselector:
-    """Drives one SpIEL adapter. Made by itself when the adapter is added; an optimizer-step hook calls it.
+    """Drives one SpIEL adapter. Made automatically when the adapter is added; an optimizer-step hook calls it.
 
     Args:
         model: the base model, with its sparse layers.
@@ -70,10 +48,10 @@ class Reselector:
         adapter_name, config: as given.
         deltas: {parameter name: delta} of the adapter.
         update: optimizer updates so far.
-        total_steps: T, all updates of the training; None while it is unknown.
+        total_steps: T, all updates of the run; None while it is unknown.
         max_grad_norm: what the training loop clips gradients to; None if it does not, or if that is unknown.
         history: what every reselection did, oldest first.
-        is_restored: whether it stands where `load_state_dict` put it.
+        is_restored: whether it is where `load_state_dict` put it.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
@@ -93,8 +71,7 @@ class Reselector:
         self._continues = False
         # The update after which a reselection was due that waits for clearer gradients.
         self._due: int | None = None
-        self._grown_at = {name: torch.zeros(d.count, dtype=torch.int32) for name, d in self.deltas.items()}
-        self._last_values: dict[str, Tensor] = {}
+        self._record = WeightRecord(self.deltas, keeps_values=config.drop_by == "change_since_reselection")
         self._taps: dict[str, GradientTap] = {}
         self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
         self._open_window()
@@ -110,7 +87,7 @@ class Reselector:
         return {key: value for key, value in vars(self).items() if key != "_updates"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied model, or one from a file, reselects by itself, and goes on with the window that was open.
+        # A copied model, or one from a file, reselects on its own, and goes on with the window that was open.
         vars(self).update(state)
         for name, tap in self._taps.items():
             self.deltas[name].observer = tap
@@ -238,7 +215,9 @@ class Reselector:
         if schedule.selects_after(self.update):
             self._due = self.update
         if may_reselect and self._due is not None and (self._must_select(schedule) or self._is_clear(schedule)):
-            self._warn_without_total()
+            if self.total_steps is None and not self._warned:
+                self._warned = True
+                warn_without_total(self.adapter_name, self.config.initial_reselection_rate)
             self._reselect(schedule)
             self._close_window()
             self._due = None
@@ -252,14 +231,11 @@ class Reselector:
         return share is None or is_last or schedule.is_first_of_window(self.update + 1)
 
     def _is_clear(self, schedule: Schedule) -> bool:
-        """Whether the cut between grown and refused candidates is as sure as `uncertain_share` asks."""
-        counts = [
-            tap.uncertain(schedule.num_replaced(self._due, self.deltas[name].count)) for name, tap in self._taps.items()
-        ]
-        return sum(u for u, _ in counts) <= self.config.uncertain_share * sum(g for _, g in counts)
+        wanted = {name: schedule.num_replaced(self._due, self.deltas[name].count) for name in self._taps}
+        return is_clear(self._taps, wanted, uncertain_share=self.config.uncertain_share)
 
     def stop(self) -> None:
-        """Leave the adapter as it stands and never touch it again."""
+        """Leave the adapter as it is and never touch it again."""
         self._close_window()
         stepping.discard(self)
         stepped.discard(self)
@@ -274,57 +250,16 @@ class Reselector:
     def _open_window(self, estimates: dict[str, Estimate] | None = None) -> None:
         if not isinstance(self.config, SpielAGConfig):
             return
-        if estimates is None and not self.schedule.is_first_of_window(self.update + 1):
+        schedule, following = self.schedule, self.update + 1
+        if estimates is None and not schedule.is_first_of_window(following):
             return
-        end = self.schedule.window_end(self.update + 1)
-        total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in self.deltas.values()), strict=True))
-        for name, delta in self.deltas.items():
-            # Where weights move between tensors, a tensor that has lost all of its own may still win others.
-            count = total * delta.numel / numel if self.config.budget == "global" else delta.count
-            num_candidates = ceil(self.config.candidates_per_weight * count)
-            estimate = (estimates or {}).get(name)
-            self._taps[name] = GradientTap(
-                name,
-                delta,
-                num_candidates=num_candidates,
-                nomination_updates=self.config.nomination_updates,
-                weigh=self._weights_of_growth(name),
-                estimate=estimate,
-                num_rows=num_rows(self.config.support_rows, delta.shape),
-                rows_anew=end is not None and self.schedule.rate(end) == 1,
-            )
-            delta.observer = self._taps[name]
-
-    def _weights_of_growth(self, name: str) -> GrowthWeights | None:
-        criterion = CRITERIA[self.config.grow_by]
-        if WEIGHT not in criterion.uses:
-            return None
-        layer, which = self._places[name]
-        return GrowthWeights(layer, which, criterion)
+        how = {"until": schedule.window_end(following), "schedule": schedule, "estimates": estimates or {}}
+        self._taps = tap_gradients(self.config, self.deltas, self._places, **how)
 
     def _close_window(self) -> None:
         for name in self._taps:
             self.deltas[name].observer = None
         self._taps = {}
-
-    def _warn_without_total(self) -> None:
-        if self.total_steps is None and not self._warned:
-            self._warned = True
-            logger.warning(
-                "The reselection rate of adapter %r stays at %s, for the length of the training is not known. Give "
-                "total_steps=... in its config (a Hugging Face trainer says it by itself).",
-                self.adapter_name,
-                self.config.initial_reselection_rate,
-            )
-
-    def _warn_without_candidates(self) -> None:
-        overflowed = any(tap.met_infinity for tap in self._taps.values())
-        logger.warning(
-            "No gradient of adapter %r was seen in the window before update %d (%s): no weight was replaced.",
-            self.adapter_name,
-            self.update,
-            "all held NaN or infinity" if overflowed else "torch.compile hides them",
-        )
 
     # ---- the reselection -----------------------------------------------------------------------
 
@@ -332,10 +267,17 @@ class Reselector:
         # A gradient that another optimizer is about to use must not be wiped away.
         candidates = {name: c for name, c in self._candidates(schedule).items() if not self._updates.waits(name)}
         if not candidates:
-            self._warn_without_candidates()
+            overflowed = any(tap.met_infinity for tap in self._taps.values())
+            warn_without_candidates(self.adapter_name, self.update, overflowed=overflowed)
             return
         values = {name: whole(d.held_values).to(d.indices.device) for name, d in self.deltas.items()}
-        replacements = self._replacements(schedule, candidates, values)
+        replacements = choose_replacements(
+            {name: self.deltas[name].indices for name in candidates},
+            {name: self._drop_scores(name, values[name]) for name in candidates},
+            candidates,
+            budget=self.config.budget,
+            num_replaced=lambda count: schedule.num_replaced(self._due, count),
+        )
         total = sum(delta.count for delta in self.deltas.values())
         mean_abs = sum(float(v.abs().sum(dtype=torch.float64)) for v in values.values()) / total
         old = {"deltas": self.deltas, "replacements": replacements, "estimates": self._estimates()}
@@ -344,18 +286,9 @@ class Reselector:
             self._apply(name, replacement, values[name], factor)
         supports = {name: delta.indices for name, delta in self.deltas.items()}
         check_same_supports(supports, when=f"after update {self.update} of adapter {self.adapter_name!r}")
-        ages = sum(float((self.update - grown).sum()) for grown in self._grown_at.values())
         replaced = sum(r.num_grown for r in replacements.values())
-        self.history.append(Reselection(self.update, replaced / total, ages / total, mean_abs))
-        logger.info(
-            "reselection of %r after update %d: %.2f%% of %d weights replaced, mean age %.1f, mean |delta| %.3g",
-            self.adapter_name,
-            self.update,
-            100 * replaced / total,
-            total,
-            ages / total,
-            mean_abs,
-        )
+        self.history.append(Reselection(self.update, replaced / total, self._record.mean_age(self.update), mean_abs))
+        log_reselection(self.adapter_name, self.history[-1], total=total)
 
     def _candidates(self, schedule: Schedule) -> dict[str, Candidates]:
         if self._covers is not None:
@@ -373,31 +306,12 @@ class Reselector:
     def _estimates(self) -> dict[str, Estimate]:
         return {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
 
-    def _replacements(
-        self, schedule: Schedule, candidates: dict[str, Candidates], values: dict[str, Tensor]
-    ) -> dict[str, Replacement]:
-        deltas = {name: self.deltas[name] for name in candidates}
-        scores = {name: self._drop_scores(name, values[name]) for name in deltas}
-        if self.config.budget == "global":
-            total = sum(delta.count for delta in deltas.values())
-            indices = {name: delta.indices for name, delta in deltas.items()}
-            return redistribute(indices, scores, candidates, num_replaced=schedule.num_replaced(self._due, total))
-        return {
-            name: drop_and_grow(
-                delta.indices,
-                scores[name],
-                candidates[name],
-                num_replaced=schedule.num_replaced(self._due, delta.count),
-            )
-            for name, delta in deltas.items()
-        }
-
     def _drop_scores(self, name: str, values: Tensor) -> Tensor:
         held = self.deltas[name].held_values
         return drop_scores(
             self.config.drop_by,
             values,
-            before=self._last_values.get(name),
+            before=self._record.last_values(name),
             held=held,
             optimizers=self._updates.optimizers_of(held),
             adapter_name=self.adapter_name,
@@ -409,44 +323,30 @@ class Reselector:
         seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
         if self._covers is not None:
             seeds = self._covers.seeds(name, replacement.new_indices)
-        values, ages = replacement.carry(values), replacement.carry(self._ages(name), self.update)
+        values = replacement.carry(values)
+        self._record.replace(name, replacement, values, update=self.update)
         for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
             reindex(optimizer, delta.held_values, replacement, seeds)
         delta.set_support(replacement.indices, values)
         self._random_versions[name] = delta.support_version
-        self._grown_at[name] = ages
-        if self.config.drop_by == "change_since_reselection":
-            self._last_values[name] = values.clone()
         if self.config.counts is not None:
             self.config.counts[name] = delta.count
-
-    def _ages(self, name: str) -> Tensor:
-        """`_grown_at` of one tensor, begun anew if a load gave it another number of weights."""
-        count = self.deltas[name].count
-        if self._grown_at[name].numel() != count:
-            self._grown_at[name] = torch.zeros(count, dtype=torch.int32)
-        return self._grown_at[name]
 
     # ---- resuming ------------------------------------------------------------------------------
 
     def grown_at(self) -> dict[str, Tensor]:
         """{parameter: [k] the update after which each weight was last grown; 0 for those of the first support}."""
-        return {name: self._ages(name).clone() for name in self._grown_at}
+        return {name: self._record.grown_at(name).clone() for name in self.deltas}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a training needs to go on exactly as if it had not stopped, beside adapter and optimizer.
+        """All that a run needs to go on exactly as if it had not stopped, beside adapter and optimizer.
 
         Taken between two updates, as checkpoints are. Tensors only, by names that `load_state_dict` knows.
         """
         state = {"update": torch.tensor(self.update), "continues": torch.tensor(self._continues or self._was_loaded())}
         if self._due is not None:
             state["due"] = torch.tensor(self._due)
-        for name in self.deltas:
-            state[f"grown_at.{name}"] = self._ages(name).clone()
-            if name in self._last_values:
-                state[f"last_values.{name}"] = self._last_values[name].clone()
-            if (estimate := self._estimates().get(name)) is not None:
-                state.update({f"window.{part}.{name}": tensor for part, tensor in estimate.state_dict().items()})
+        state |= self._record.state_dict() | saved_estimates(self._taps)
         if self._covers is not None:
             state.update({f"covers.{key}": tensor for key, tensor in self._covers.state_dict().items()})
         return state
@@ -463,23 +363,13 @@ class Reselector:
         self._due = int(state["due"]) if "due" in state else None
         self._continues = bool(state["continues"])
         self._random_versions = {name: delta.support_version for name, delta in self.deltas.items()}
-        estimates: dict[str, Estimate] = {}
-        for name, delta in self.deltas.items():
-            device = delta.values.device
-            self._grown_at[name] = state[f"grown_at.{name}"].clone()
-            self._last_values.pop(name, None)
-            if f"last_values.{name}" in state:
-                self._last_values[name] = state[f"last_values.{name}"].to(device, copy=True)
-            if f"window.indices.{name}" in state:
-                parts = {part: f"window.{part}.{name}" for part in ESTIMATE_PARTS}
-                window = {part: state[key] for part, key in parts.items() if key in state}
-                estimates[name] = Estimate.from_state_dict(window, device)
+        self._record.load_state_dict(state)
         if self._covers is not None:
             self._covers.load_state_dict(
                 {k.removeprefix("covers."): v for k, v in state.items() if k.startswith("covers.")},
                 updates=self.update,
             )
-        self._open_window(estimates or None)
+        self._open_window(read_estimates(state, self.deltas) or None)
 
 
 def _before_step(watched: tuple[Reselector, ...], step: Step) -> None:

@@ -22,7 +22,7 @@ from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..decay import decay_deltas_only
-from ..derived import derived_trainer
+from ..derived import derived_trainer, takes_argument
 from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
@@ -41,13 +41,13 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
     the rewind and the sparse phase run one after the other; if it is one of Ada-SFT that has yet to learn its masks,
     the mask phase and the weight phase do (see `start_weight_phase`). If gradients are to choose its weights
-    (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as ever,
+    (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as usual,
     only in `resident` mode.
 
     Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
     sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
     "phase") and progress bar. Checkpoints of the dense phase lie in `_dense/checkpoint-N` in the output folder, the
-    selection in `_dense/selection`, and those of the sparse phase in `checkpoint-N` as ever; `resume_from_checkpoint`
+    selection in `_dense/selection`, and those of the sparse phase in `checkpoint-N` as usual; `resume_from_checkpoint`
     finds the phase. `load_best_model_at_end` works in each phase: the best dense weights are what the selection looks
     at. A callback that stops the first phase (early stopping) ends it: weights are selected from what it has learnt by
     then, and the log says how many of its steps were made. SIGTERM under `enable_jit_checkpoint` stops the whole run,
@@ -57,7 +57,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
     Args:
         args, kwargs: of the trainer class.
         dense_args: {field: value}, where the training arguments of the dense phase differ from `args`: learning_rate,
-            max_steps, num_train_epochs, lr_scheduler_type, ... Weight decay is 0 in the dense phase unless it stands
+            max_steps, num_train_epochs, lr_scheduler_type, ... Weight decay is 0 in the dense phase unless it is set
             here.
         mask_args: the same for the mask phase of Ada-SFT.
 
@@ -80,6 +80,11 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
         self._phase: Phase | None = None
         self._phase_name: str | None = None
         self._was_preempted = False
+        if "peft_config" in kwargs and not takes_argument(type(self), "peft_config"):
+            raise ConfigError(
+                f"{type(self).__name__} takes a model that has its adapter: model=get_peft_model(model, config). "
+                "peft_config=... is an argument of TRL's trainers, as SparseSFTTrainer."
+            )
         own = {kind.args_name: kwargs.pop(kind.args_name, None) for kind in PHASES.values() if kind.args_name}
         for kind in PHASES.values():
             if kind.trains:

@@ -49,6 +49,9 @@ class AdaSftModel(WeightTuner):
             config.phase = state.phase_of(state_dict)
         self._request = copy.copy(config)
         self._targets = find_targets(self._request, model)
+        held = config.held_in_file if state_dict is None else state_dict
+        if held:
+            self._targets = state.fit_head(config, model, adapter_name, self._targets, state.modules_of(held))
         modules = dict(named_targets(model))
         refused: dict[str, ConfigError] = {}
         for name in self._targets:
@@ -141,7 +144,8 @@ class AdaSftModel(WeightTuner):
         cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state.before_loading(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = state.without_left_out(config, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
 
     # ---- composition -----------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from ...checkpoints.native import SOURCE, canonical_name
 from ...checkpoints.native_checks import REMEDY
 from ...errors import FormatError
 from ..common.files import discard
+from ..common.other_heads import heads_without_part, parts_of_other_heads, warn_of_other_head
+from ..common.targets import Targets
 from .config import HELD, AdaSftConfig
 from .iteration import iter_masked
 
@@ -56,7 +58,8 @@ def before_loading(model: nn.Module, config: AdaSftConfig, adapter_name: str, te
     """
     own = {name: masked for name, _, masked in iter_masked(model, adapter_name)}
     try:
-        found = {canonical_name(key): tensor for key, tensor in tensors.items() if _is_own(key)}
+        placed = without_left_out(config, tensors)
+        found = {canonical_name(key): tensor for key, tensor in placed.items() if _is_own(key)}
         phase = phase_of(found, source=SOURCE)
         module_of = {name: name.rpartition(".")[0] for name in own}
         _check(found, {f"{module_of[n]}.{SLOT}.{part}": own[n].shape for n in own for part in HELD[phase]})
@@ -68,6 +71,32 @@ def before_loading(model: nn.Module, config: AdaSftConfig, adapter_name: str, te
         masked.enter(phase)
     config.phase = phase
     config.awaits_file = False
+
+
+def without_left_out(config: AdaSftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file but those of a head that the model does not have."""
+    return {key: tensor for key, tensor in tensors.items() if not modules_of([key]) & config.left_out.keys()}
+
+
+def modules_of(keys: Iterable[str]) -> set[str]:
+    """The modules that the adapter with these tensors tunes, by their path in the base model."""
+    return {canonical_name(key).partition(f".{SLOT}.")[0] for key in keys if f".{SLOT}." in key}
+
+
+def fit_head(config: AdaSftConfig, model: nn.Module, adapter_name: str, targets: Targets, held: set[str]) -> Targets:
+    """The targets without those parts of the model's head that an adapter's file does not hold.
+
+    Args:
+        config: its copy of the config, which notes what the file holds of another head.
+        model: the base model.
+        adapter_name: the adapter.
+        targets: what the config targets on the model.
+        held: the modules in the file.
+    """
+    left_out, lacking = parts_of_other_heads(held, model), heads_without_part(targets, held, model)
+    config.left_out = dict.fromkeys(left_out, 0)
+    warn_of_other_head(adapter_name, model, left_out=left_out, lacking=lacking)
+    return {name: parts for name, parts in targets.items() if name not in lacking}
 
 
 def _is_own(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""What adapters do where they stand: one rule for the tuned layer and for the plain module that is left of it."""
+"""What adapters do where they lie: one rule for the tuned layer and for the plain module that is left of it."""
 
 from __future__ import annotations
 

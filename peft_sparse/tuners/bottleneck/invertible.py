@@ -115,7 +115,7 @@ class _Subnet(nn.Module):
 
 
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """The linear map, whoever holds its weight: the inverse acts when FSDP2 has cut up the embeddings' unit again."""
+    """The linear map, whatever holds its weight: the inverse acts when FSDP2 has cut up the embeddings' unit again."""
     if is_sharded(linear.weight):
         return F.linear(x, gathered(linear.weight), gathered(linear.bias))
     return linear(x)

@@ -21,7 +21,7 @@ from .placement import INVERTIBLE, Site
 
 # The attribute that holds a layer's adapters; transformers looks for the prefix of the tuner type in it.
 ADAPTERS = "bottleneck_adapters"
-# Attribute of the parameters that are an adapter's own; what stands in their place for a while does not have it.
+# Attribute of the parameters that are an adapter's own; what takes their place for a while does not have it.
 _OWN = "_peft_sparse_own"
 
 

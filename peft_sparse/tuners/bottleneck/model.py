@@ -32,7 +32,7 @@ class BottleneckModel(AdapterTuner):
         adapter_name: name of the first adapter.
 
     Every adapter's config is a copy of the user's, in which `target_modules`, `placement` and `invertible_module` say
-    where its modules stand.
+    where its modules lie.
     """
 
     prefix = "bottleneck_"

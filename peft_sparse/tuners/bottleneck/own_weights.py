@@ -14,7 +14,7 @@ from .layer import BottleneckLayer
 
 
 def iter_layers(model: nn.Module) -> Iterator[tuple[str, BottleneckLayer]]:
-    """(path in the base model, layer) of every site that adapters may stand at."""
+    """(path in the base model, layer) of every site where adapters may lie."""
     return iter_tuned(model, BottleneckLayer)
 
 

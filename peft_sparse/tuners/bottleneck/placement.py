@@ -1,4 +1,4 @@
-"""Where in a model adapters stand: a table of architectures, and what `target_modules` says for all others.
+"""Where in a model adapters lie: a table of architectures, and what `target_modules` says for all others.
 
 What happens at a site is its placement:
 
@@ -76,7 +76,7 @@ _LLAMA = Anatomy(
     parallel=(r"layers\.\d+\.mlp", PARALLEL),
     invertible="embed_tokens",
 )
-# A norm stands between each sublayer and its residual.
+# A norm lies between each sublayer and its residual.
 _GEMMA2 = Anatomy(
     pfeiffer=(r"layers\.\d+\.mlp", BLOCK),
     houlsby=(r"layers\.\d+\.post_(attention|feedforward)_layernorm", OUTPUT),

@@ -30,7 +30,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
 
 
 def _is_wrapper(model: nn.Module) -> bool:
-    """Whether a model stands around another one: DDP, or an engine that hands on the attributes of what is inside."""
+    """Whether a model wraps another one: DDP, or an engine that hands on the attributes of what is inside."""
     inside = getattr(model, "module", None)
     return isinstance(inside, (PeftModel, BaseTuner)) or (
         isinstance(inside, nn.Module) and not hasattr(model, "config")

@@ -27,7 +27,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether a forward that was given to this very module may read its parameters past whoever calls it."""
+    """Whether a forward that was given to this very module may read its parameters past its caller."""
     given = own_forward(module)
     return given is not None and not (isinstance(given, MethodType) and given.__self__ is module)
 
@@ -60,14 +60,15 @@ def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything runs around a module's forward: hooks of torch's, or accelerate's."""
     own = vars(module)
-    return "_hf_hook" in own or any(own[hooks] for hooks in _HOOKS)
+    return "_hf_hook" in own or any(map(own.__getitem__, _HOOKS))
 
 
 def called(module: nn.Module, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`compute(*args, **kwargs)` in the place of a module's forward: with the hooks that are on the module, and its
     weights on the device where accelerate computes.
     """
-    own = vars(module)
+    # `__dict__`: torch 2.8 exports a model strictly where it is read, and refuses `vars`.
+    own = module.__dict__
     if any(own[hooks] for hooks in _HOOKS):
         view = seen_through(module, {})
         for hooks in _HOOKS:
@@ -82,7 +83,7 @@ def _as_if_on(module: nn.Module, hook: Callable[..., Any], view: nn.Module, *arg
 
 
 def _aligned(module: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    hook = vars(module).get("_hf_hook")
+    hook = module.__dict__.get("_hf_hook")
     if hook is None:
         return compute(*args, **kwargs)
     output = None

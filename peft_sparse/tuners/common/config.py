@@ -39,12 +39,14 @@ class Stage:
         trains: `ADAPTER` or `TARGETS`.
         fields: {field of the config: its value in this stage}, where they differ.
         watches_gradients: whether candidates for growth are nominated by whole gradients in it (SpIEL-AG).
+        selects: whether nothing trains in it, and gradients over batches choose the support.
     """
 
     name: str
     trains: str = ADAPTER
     fields: Mapping[str, Any] = field(default_factory=dict)
     watches_gradients: bool = False
+    selects: bool = False
 
 
 class WeightConfig(PeftConfig):
@@ -59,6 +61,8 @@ class WeightConfig(PeftConfig):
     # Canonical names of the tensors in that file, and what of `modules_to_save` was written into the config with it.
     held_in_file: ClassVar[frozenset[str] | None] = None
     saved_heads: ClassVar[frozenset[str] | None] = None
+    # {parameter or module of that file: its number of weights} that this model has no place for (`other_heads`).
+    left_out: ClassVar[Mapping[str, int]] = {}
     # {what other libraries call a field: what to write here}
     elsewhere: ClassVar[Mapping[str, str]] = _ELSEWHERE
 

@@ -160,7 +160,7 @@ def _put_back_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given:
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Module]:
-    """The input and output embeddings that a model names, and what they stand around."""
+    """The input and output embeddings that a model names, and what they wrap."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:

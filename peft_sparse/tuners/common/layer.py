@@ -30,7 +30,7 @@ READ_ALONE = (
 
 
 class WeightLayer(nn.Module, BaseTunerLayer):
-    """Base class of tuner layers that change the parameters of the module they stand around.
+    """Base class of tuner layers that change the parameters of the module that they wrap.
 
     To the model such a layer is its base layer with other weights: `weight` and `bias` are what the active adapters
     make of them, with their gradient, and every other attribute is the base layer's own.
@@ -101,7 +101,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
 
     def pristine(self, parameter: str) -> Tensor:
         """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
-        raise TypeError(f"{type(self).__name__} does not say what stands in its base parameters")
+        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -139,8 +139,8 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         raise TypeError(f"{type(self).__name__} does not say which adapters act")
 
     def restore(self) -> None:
-        """Take whatever stands in the base parameters out of them, bit for bit."""
-        raise TypeError(f"{type(self).__name__} does not say what stands in its base parameters")
+        """Take whatever is in the base parameters out of them, bit for bit."""
+        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
 
     def check_finite(self, adapters: Sequence[str]) -> None:
         """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""

@@ -5,11 +5,14 @@ weights are, and how a packed weight is put away and back unharmed.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 from typing import Any, NoReturn
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +21,8 @@ from ...errors import ConfigError
 from .base_module import home_of
 from .target_checks import NotInThisStateError
 
+# pyproject.toml asks for it, but only where the extra "quantization" is installed.
+OLDEST_BITSANDBYTES = "0.50"
 # What bitsandbytes keeps beside a packed weight, outside its parameters.
 _STATE = "state"
 _QUANT_STATE = "quant_state"
@@ -63,6 +68,22 @@ def check_tunable(module: nn.Module, backend: QuantizationBackend, name: str) ->
         raise NotInThisStateError(
             f"{name} has 8-bit products over 16-bit weights, which bitsandbytes quantises anew in every forward. Load "
             f"the base model with llm_int8_has_fp16_weight=False, or {leave_out}."
+        )
+    if backend.backend_name.startswith("bnb"):
+        warn_of_old_bitsandbytes()
+
+
+@cache
+def warn_of_old_bitsandbytes(installed: str | None = None) -> None:
+    """Warn once of a bitsandbytes that is older than those that the tests pass with."""
+    if installed is None:
+        from bitsandbytes import __version__ as installed
+    if Version(installed) < Version(OLDEST_BITSANDBYTES):
+        warnings.warn(
+            f"bitsandbytes {installed} is older than {OLDEST_BITSANDBYTES}, the oldest that peft_sparse is tested "
+            "with. On a CPU older ones fail: 4-bit models of type FP4 (0.46), 8-bit models that were saved and loaded "
+            f'(to 0.48), 8-bit optimizers (to 0.49). pip install "bitsandbytes>={OLDEST_BITSANDBYTES}".',
+            stacklevel=2,
         )
 
 

@@ -71,7 +71,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
 
 
 def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the model itself, by path: tuner layers count as the module they stand around, their insides do not
+    """Modules of the model itself, by path: tuner layers count as the module that they wrap, their insides do not
     count.
     """
     # Modules come before what is inside of them, and that before all else, so the last tuner layer alone matters.
@@ -121,7 +121,7 @@ def _module_rule(config: TargetRequest, model: nn.Module, modules: dict[str, nn.
     parts = PARAMETERS if config.target_biases else ("weight",)
     target = config.target_modules
     if target == ALL_PARAMETERS:
-        root = _base_prefix(model)
+        root = base_prefix(model)
         seen: set[int] = set()
         # Fixed tables, which files of the model never hold (Marian's sines): a merged model would lose their change.
         unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -212,7 +212,7 @@ def _in_layers(config: TargetRequest, name: str) -> bool:
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def _base_prefix(model: nn.Module) -> str:
+def base_prefix(model: nn.Module) -> str:
     """Path of the model without its head, with a dot; empty if the model is not split that way."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""

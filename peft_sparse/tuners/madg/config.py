@@ -40,7 +40,7 @@ class MadGConfig(BottleneckConfig):
         saved_typology: filled in by the tuner: source, version, digest, names of the features, and the vectors of the
             languages used so far.
 
-    All other fields are those of `BottleneckConfig` and say where the adapters stand and what they compute. Generated
+    All other fields are those of `BottleneckConfig` and say where the adapters lie and what they compute. Generated
     adapters have no biases (thesis 3.3.1). `invertible` and a learned `scaling` are not generated and are refused.
 
     Initial values: entries of V have variance 1/F, so that a language embedding has entries of variance |t|^2/F, at
@@ -56,7 +56,7 @@ class MadGConfig(BottleneckConfig):
 
     In several processes each may see languages of its own: every parameter takes part whatever the language, so DDP
     needs no `find_unused_parameters`. The process that writes the adapter saves the vectors of the languages that it
-    knows: give `LanguageSwitch`, or `set_language` once before the training, the list of all. FSDP1 shows the shared
+    knows: give `LanguageSwitch`, or `set_language` once before the run, the list of all. FSDP1 shows the shared
     parameters to one layer only; where layers are units of their own it is refused.
 
     Cost: in evaluation without gradients a single process keeps the generated weights of one language, 2hm for each

@@ -28,7 +28,7 @@ from .saved_typology import as_typology, digest_of, save_vector, saved_vectors
 class GenerateAndPassOn(torch.autograd.Function):
     """(e W', W). The second is for the next site, so that in the backward one gradient of W goes from site to site.
 
-    Each site adds its part to it in place. If W gave its gradient to every site by itself, autograd would allocate,
+    Each site adds its part to it in place. If W gave its gradient to every site separately, autograd would allocate,
     fill and add up a tensor of W's size at each, which takes longer than the adapter there.
     """
 

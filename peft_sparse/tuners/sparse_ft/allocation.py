@@ -40,7 +40,7 @@ class Allocation:
 def allocate(config: SparseConfig, model: nn.Module) -> Allocation:
     """The targets of a config on a model and, where they are known before training, counts and indices.
 
-    A support that the user gives is put into `counts` of the config, which then says by itself what is targeted.
+    A support that the user gives is put into `counts` of the config, which alone then says what is targeted.
 
     Raises:
         ConfigError: whatever can be refused before the model is touched.

@@ -18,7 +18,7 @@ class Driver(Protocol):
     """Something that reselects an adapter's weights while it trains, or scales their steps."""
 
     def stop(self) -> None:
-        """Leave the adapter as it stands and never touch it again."""
+        """Leave the adapter as it is and never touch it again."""
 
 
 Maker = Callable[[nn.Module, str, SparseConfig], Driver]

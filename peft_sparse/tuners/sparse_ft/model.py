@@ -49,6 +49,8 @@ class SparseModel(WrappedInTraining, WeightTuner):
     ) -> None:
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
+        if config.counts is not None:
+            state.leave_out_other_heads(config, model, adapter_name)
         self._planned = allocate(config, model)
         self._targets, self._counts = self._planned.targets, self._planned.counts or {}
 

@@ -1,4 +1,4 @@
-"""Resident mode: active deltas stand in the base weights, so that a forward costs what the base model's costs."""
+"""Resident mode: active deltas are in the base weights, so that a forward costs what the base model's costs."""
 
 from __future__ import annotations
 

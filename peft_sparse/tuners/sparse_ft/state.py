@@ -17,6 +17,7 @@ from ...errors import FormatError
 from ..common.base_model import base_model_of
 from ..common.files import discard, gather
 from ..common.keys import embeddings_of
+from ..common.other_heads import parts_of_other_heads, warn_of_other_head
 from .configs.base import SparseConfig
 from .iteration import iter_deltas
 from .layers.delta import with_support
@@ -53,6 +54,16 @@ def for_saving(
     return native.finish(own, heads, adapter_name=adapter_name)
 
 
+def leave_out_other_heads(config: SparseConfig, model: nn.Module, adapter_name: str) -> None:
+    """Take out of a config's `counts` what belongs to a head that the model does not have."""
+    counts = config.counts or {}
+    heads = parts_of_other_heads({name.rpartition(".")[0] for name in counts}, model)
+    if heads:
+        config.left_out = {name: count for name, count in counts.items() if name.rpartition(".")[0] in heads}
+        config.counts = {name: count for name, count in counts.items() if name not in config.left_out}
+        warn_of_other_head(adapter_name, model, left_out=heads, lacking=())
+
+
 def for_loading(
     model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -69,11 +80,12 @@ def for_loading(
     try:
         loaded = native.verify(
             state_dict,
-            counts=config.counts if is_new else None,
+            counts={**(config.counts or {}), **config.left_out} if is_new and config.counts is not None else None,
             shapes={name: delta.shape for name, delta in deltas.items()},
             heads=_head_shapes(model, adapter_name),
             passengers=_embedding_names(model, adapter_name),
             vocabularies=_vocabularies(model, adapter_name),
+            left_out=config.left_out,
             adapter_name=adapter_name,
             verified=config.verified,
         )
@@ -103,14 +115,19 @@ def for_loading(
 
 
 def _decoded(state_dict: dict[str, Tensor], loaded: dict[str, SparseDelta]) -> dict[str, Tensor]:
-    """What is left to load of a checked file: no digest, and supports that need not be decoded once more."""
+    """What is left to load of a checked file: no digest, nothing that was left out, and supports that need not be
+    decoded once more.
+    """
     left = {}
     for key, tensor in state_dict.items():
         name = native.canonical_name(key)
         if name == native.DIGEST_KEY:
             continue
-        parameter = native.parameter_of(name) if name.endswith(f".{native.INDICES}") else None
-        left[key] = tensor if parameter is None else with_support(tensor, loaded[parameter].indices)
+        parameter = native.parameter_of(name)
+        if parameter is not None and parameter not in loaded:
+            continue
+        is_support = parameter is not None and name.endswith(f".{native.INDICES}")
+        left[key] = with_support(tensor, loaded[parameter].indices) if is_support else tensor
     return left
 
 

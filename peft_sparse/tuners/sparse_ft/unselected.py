@@ -1,4 +1,4 @@
-"""Adapters whose weights are yet to be selected: until then nothing of them trains, and whoever tries is told so."""
+"""Adapters whose weights are yet to be selected: until then nothing of them trains, and an attempt is an error."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from peft_sparse import OneShotConfig, SparseTrainer
+from peft_sparse import LotteryTicketConfig, OneShotConfig, SparseTrainer
+from peft_sparse.distillation import Teacher, distilled_trainer, make_student
 from peft_sparse.training.spiel import callback
 from tests.support.distributed.training import make_config, rank_and_world, result
 from tests.support.training import Labelled, make_args, make_bert, make_trainer
@@ -119,3 +120,36 @@ def train_one_shot(folder: str) -> dict[str, Any]:
     )
     trainer.train()
     return {**result(trainer.model), "wrapper": type(trainer.model_wrapped).__name__}
+
+
+def distil(folder: str) -> dict[str, Any]:
+    """A lottery ticket that a teacher draws, two rows in each step of all processes together; and what DDP holds."""
+    _, world = rank_and_world()
+    student = make_student(make_bert(dropout=0.0, dtype=torch.float64), stride=2)
+    config = LotteryTicketConfig(num_weights=60, target_modules="all", modules_to_save=["classifier"])
+    teacher = Teacher(make_bert(seed=1, dropout=0.0, dtype=torch.float64))
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    trainer = distilled_trainer(SparseTrainer)(
+        model=get_peft_model(student, config, autocast_adapter_dtype=False),
+        teacher=teacher,
+        loss="teacher_forcing",
+        args=make_args(
+            folder,
+            max_steps=3,
+            per_device_train_batch_size=4 // world,
+            ddp_backend="gloo" if world > 1 else None,
+        ),
+        train_dataset=Labelled(24),
+        dense_args={"max_steps": 3},
+    )
+    trainer.train()
+    records = [*trainer.dense_state.log_history, *trainer.state.log_history]
+    terms = ("loss", "loss_attention", "loss_hidden", "loss_prediction")
+    wrapped = {id(parameter) for parameter in trainer.model_wrapped.parameters()}
+    return {
+        "end": result(trainer.model),
+        "logs": [{name: record[name] for name in terms} for record in records if "loss_hidden" in record],
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "teacher is wrapped": any(id(parameter) in wrapped for parameter in teacher.model.parameters()),
+        "teacher moved": any(not torch.equal(t, before[name]) for name, t in teacher.model.state_dict().items()),
+    }

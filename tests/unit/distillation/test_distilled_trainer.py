@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -19,7 +21,9 @@ from transformers import (
 
 from peft_sparse import (
     ConfigError,
+    DeftXConfig,
     LotteryTicketConfig,
+    MadGConfig,
     MultiSourceCollator,
     MultiSourceDataset,
     OneShotConfig,
@@ -27,6 +31,7 @@ from peft_sparse import (
     SparseTrainer,
     evaluation_batches,
     iter_deltas,
+    resident,
     sparse_trainer,
 )
 from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teacher, distilled_trainer, make_student
@@ -272,6 +277,70 @@ def test_a_teacher_speaks_each_language_below_the_task(adapters):
     torch.testing.assert_close(alone(**BATCH).logits, merged(adapters, "ind"))
 
 
+@torch.no_grad()
+def test_a_teacher_whose_languages_are_generated(tmp_path):
+    vectors = {"ind": torch.tensor([1.0, 0.0, 1.0]), "jav": torch.tensor([0.0, 1.0, 1.0])}
+    config = MadGConfig(bottleneck_size=3, language_dim=4, typology=vectors, language="ind", init_weights=False)
+    torch.manual_seed(4)
+    tuned = get_peft_model(classifier(), config).eval()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    expected = {}
+    for language in vectors:
+        with tuned.base_model.set_language(language):
+            expected[language] = tuned(**BATCH).logits
+    tuned.base_model.set_language("jav")
+    tuned.base_model.set_language("ind")
+    tuned.save_pretrained(tmp_path / "madg")
+    assert not torch.allclose(expected["ind"], expected["jav"])
+    teacher = Teacher(classifier(), languages=dict.fromkeys(vectors, tmp_path / "madg"))
+    assert len(teacher.model.peft_config) == 1
+    for language in ("jav", "ind", "jav"):
+        assert torch.equal(teacher(language, **BATCH).logits, expected[language])
+    with pytest.raises(ConfigError, match="got 'min'"):
+        teacher("min", **BATCH)
+    with pytest.raises(ConfigError, match="min"):
+        Teacher(classifier(), languages={"ind": tmp_path / "madg", "min": tmp_path / "madg"})
+
+
+@torch.no_grad()
+def test_a_resident_teacher_switches_exactly(adapters):
+    base = classifier()
+    teacher = Teacher(base, languages={"ind": adapters / "ind", "jav": adapters / "jav"}, task=adapters / "task")
+    expected = {language: teacher(language, **BATCH).logits for language in ("ind", "jav")}
+    pristine = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    with resident(teacher.model):
+        for language in ("jav", "ind", "jav", "ind") * 5:
+            torch.testing.assert_close(teacher(language, **BATCH).logits, expected[language])
+    assert all(torch.equal(tensor, pristine[name]) for name, tensor in teacher.model.state_dict().items())
+    for language, logits in expected.items():
+        assert torch.equal(teacher(language, **BATCH).logits, logits)
+
+
+def test_a_student_of_a_resident_teacher_learns_the_same(adapters, tmp_path):
+    ends = []
+    for is_resident in (False, True):
+        languages = {"ind": adapters / "ind", "jav": adapters / "jav"}
+        teacher = Teacher(make_bert(40, cls=BertForSequenceClassification, num_labels=3), languages=languages)
+        student = make_student(make_bert(40, cls=BertModel), stride=2)
+        batches = MultiSourceDataset({"ind": rows(6), "jav": rows(6)}, num_batches=6, batch_size=3, exponent=0.0)
+        # Adam would divide what rounding leaves of a gradient of zero by its own size.
+        args = make_args(tmp_path, max_steps=6, per_device_train_batch_size=1, learning_rate=0.1, optim="sgd")
+        collate = MultiSourceCollator(torch.utils.data.default_collate)
+        with resident(teacher.model) if is_resident else nullcontext():
+            DistillationTrainer(
+                model=student, teacher=teacher, args=args, train_dataset=batches, data_collator=collate
+            ).train()
+        ends.append(student.state_dict())
+    start = make_student(make_bert(40, cls=BertModel), stride=2).state_dict()
+    assert not torch.allclose(
+        ends[0]["encoder.layer.1.output.dense.weight"], start["encoder.layer.1.output.dense.weight"]
+    )
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_batches_of_two_languages_train_a_full_student_in_phase_one(adapters, tmp_path):
     teacher = Teacher(make_bert(40, cls=BertForSequenceClassification, num_labels=3),
                       languages={"ind": adapters / "ind", "jav": adapters / "jav"})  # fmt: skip
@@ -324,6 +393,69 @@ def test_both_phases_of_a_lottery_ticket_go_by_the_teacher(order, tmp_path):
     plain = PeftModel.from_pretrained(make_student(classifier(), stride=2), tmp_path / "task").eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(**BATCH).logits, student.eval()(**BATCH).logits)
+
+
+TICKETS = {
+    "LT-SFT": lambda **fields: LotteryTicketConfig(**fields),
+    "SC-SFT": lambda **fields: LotteryTicketConfig(**fields, budget={r"layer\.0\.": 0.75, r"^(?!.*layer\.0\.)": 0.25}),
+    "DeFT-X": lambda **fields: DeftXConfig(**fields, rank=2, residual_density=0.3),
+}
+
+
+# Changes as large as gradients: Adam's first steps are all of one size.
+PLAIN_STEPS = {"optim": "sgd", "learning_rate": 0.1}
+
+
+def selected_by_hand(name: str, folder, base, teacher) -> dict[str, list[int]]:
+    """What a full-rank run under the distillation loss says of a ticket's 60 weights."""
+    student = make_student(base, stride=2)
+    before = {name: tensor.clone() for name, tensor in student.named_parameters()}
+    trainer = make_trainer(
+        folder, student, Teacher(teacher), labels=True, loss="teacher_forcing", **PLAIN_STEPS, max_steps=3
+    )
+    trainer.train()
+    moved = {n: (p.detach() - before[n]) for n, p in student.named_parameters() if n.startswith("bert.")}
+    scores = {}
+    for key, change in moved.items():
+        if name == "DeFT-X" and change.dim() == 2 and "embeddings" not in key:
+            left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
+            leading = (left[:, :2] * values[:2]) @ right[:2]
+            rest = change.double() - leading
+            kept = rest.abs().flatten().topk(round(0.3 * rest.numel())).indices
+            whole = leading.flatten()
+            whole[kept] = change.double().flatten()[kept]
+            change = whole.reshape(change.shape)
+        scores[key] = change.double().abs().flatten()
+    groups = [(60, list(scores))]
+    if name == "SC-SFT":
+        first = [key for key in scores if "layer.0." in key]
+        groups = [(45, first), (15, [key for key in scores if key not in first])]
+    chosen: dict[str, list[int]] = {key: [] for key in scores}
+    for count, keys in groups:
+        every = torch.cat([scores[key] for key in keys])
+        places = [(key, index) for key in keys for index in range(scores[key].numel())]
+        for place in every.topk(count).indices.tolist():
+            chosen[places[place][0]].append(places[place][1])
+    return {key: sorted(indices) for key, indices in chosen.items()}
+
+
+@pytest.mark.parametrize("name", TICKETS)
+def test_every_ticket_is_drawn_by_the_distillation_loss(name, tmp_path):
+    base, teacher = classifier(), classifier(initializer_range=0.5)
+    config = TICKETS[name](
+        num_weights=60, target_modules="all", target_biases=True, target_norms=True, modules_to_save=["classifier"]
+    )
+    student = get_peft_model(make_student(base, stride=2), config)
+    trainer = make_trainer(
+        tmp_path, student, Teacher(teacher), cls=distilled_trainer(SparseTrainer), labels=True,
+        loss="teacher_forcing", **PLAIN_STEPS, dense_args={"max_steps": 3},
+    )  # fmt: skip
+    trainer.train()
+    found = {key: delta.indices.tolist() for key, _, _, delta in iter_deltas(student, "default")}
+    expected = selected_by_hand(name, tmp_path, classifier(), teacher)
+    assert {key: indices for key, indices in found.items() if indices} == {k: v for k, v in expected.items() if v}
+    labels = selected_by_hand(name, tmp_path, classifier(), classifier(initializer_range=0.2))
+    assert labels != expected  # another teacher, other weights
 
 
 def test_gradients_of_the_distillation_loss_choose_weights(tmp_path):

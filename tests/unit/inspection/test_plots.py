@@ -15,11 +15,11 @@ from matplotlib.text import Text
 
 from peft_sparse import ConfigError, inspect_adapter, plot_adapters
 from peft_sparse.inspection import plots
+from peft_sparse.inspection.layer_bars import Bar, distribution, limit_of
 from peft_sparse.inspection.page import save_plot
-from peft_sparse.inspection.plots import Bar, distribution
 from peft_sparse.inspection.reading import Adapter, read_adapter
 from peft_sparse.inspection.report import report_on
-from tests.support.known_adapters import QUERY, WORDS, first, save, second
+from tests.support.known_adapters import QUERY, WORDS, delta, first, save, second
 from tests.unit.inspection.test_tokens import save_tokenizer
 
 METHOD = {"method": "rand"}
@@ -95,11 +95,11 @@ def test_parts_are_told_apart_without_colour(folders):
 
 def test_embeddings_that_dwarf_the_layers_are_cut_off():
     report = report_on(Adapter("a", "", METHOD, {WORDS: first()[WORDS], QUERY: first()[QUERY]}))
-    assert plots._limit(distribution(report)) == pytest.approx(3 / 5)
+    assert limit_of(distribution(report)) == pytest.approx(3 / 5)
     flat = [Bar("embeddings", "", 0.0, 0.9), Bar("0", "layers", 0.04, 0.06)]
-    assert plots._limit(flat) == pytest.approx(0.125)
-    assert plots._limit(flat[:1]) == 0.9
-    assert plots._limit([]) == 1.0
+    assert limit_of(flat) == pytest.approx(0.125)
+    assert limit_of(flat[:1]) == 0.9
+    assert limit_of([]) == 1.0
 
 
 def test_overlap_is_written_into_the_cells(folders):
@@ -239,3 +239,17 @@ def test_titles_of_long_names_do_not_collide(length):
 def test_a_shortened_name_keeps_both_ends():
     assert plots.shortened("abcdefghij", 10) == "abcdefghij"
     assert plots.shortened("abcdefghijk", 7) == "abc…ijk"
+
+
+def test_a_picture_of_weights_and_of_changes_says_both(tmp_path):
+    uniform, given = tmp_path / "uniform", tmp_path / "given"
+    save(uniform, {QUERY: delta(QUERY, {0: 1.0, 3: -2.0})}, budget="uniform")
+    save(given, first(), budget="global")
+    titles = {
+        "How the change is spread over the layers": [uniform],
+        "Where the tuned weights lie": [given],
+        "How weights or the change are spread over the layers": [uniform, given],
+    }
+    for title, adapters in titles.items():
+        (part,) = plot_adapters(adapters, kind="distribution").subfigs
+        assert part.get_suptitle() == title

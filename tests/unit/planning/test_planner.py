@@ -41,6 +41,8 @@ from peft_sparse import (
 from peft_sparse.core.backends import products, sddmm
 from peft_sparse.errors import ConfigError
 from peft_sparse.planning.fitting import fitting_methods, largest_density
+from peft_sparse.planning.phases import PhaseMemory
+from peft_sparse.selection.criteria import Criterion
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
@@ -356,7 +358,92 @@ def test_criteria_are_planned_though_there_is_no_weight_to_rank(criterion):
     plan = plan_memory(LLAMA, config, batch_size=2, sequence_length=8)
     rand = plan_memory(LLAMA, RandConfig(density=0.1, budget="global"), batch_size=2, sequence_length=8)
     assert plan.num_trained == rand.num_trained
-    assert [phase.name for phase in plan.phases] == ["training"]
+    selection = ["selection by gradients"] if criterion == "fisher" else []
+    assert [phase.name for phase in plan.phases] == [*selection, "training"]
+
+
+# The linear layers of LLAMA: queries, keys, values and outputs, and the three of the feed-forward part, in two layers.
+LINEAR = 2 * (4 * 16 * 16 + 3 * 16 * 24)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "means"), [("fisher", 1), ("gradient", 1), ("weight_times_gradient", 1), ("signal", 2)]
+)
+def test_a_selection_by_gradients_holds_sums_of_a_part_of_the_targets(criterion, means):
+    if criterion == "signal":
+        criterion = Criterion(lambda weight, g: g.mean.square() / g.mean_squared, ("mean", "mean_squared"))
+
+    def selection(**options) -> PhaseMemory:
+        config = OneShotConfig(density=0.1, criterion=criterion, **options)
+        return plan_memory(LLAMA, config, batch_size=1, sequence_length=8).phases[0]
+
+    whole, quarters = selection(selection_passes=1), selection(selection_passes=4)
+    assert whole.parts["sums of gradients"] == 4 * means * LINEAR
+    # Parts are cut between tensors; the largest has at most a tensor more than its share.
+    most = 4 * means * (LINEAR / 4 + 16 * 24)
+    assert 4 * means * LINEAR / 4 <= quarters.parts["sums of gradients"] <= most
+    # Beside them, at the end of a backward pass, lies the batch's own gradient.
+    assert whole.total >= whole.parts["base weights"] + 4 * (means + 1) * LINEAR
+    assert whole.total > quarters.total
+
+
+def test_a_selection_counts_embeddings_and_comes_before_spiel_too():
+    config = OneShotConfig(density=0.1, criterion="fisher", target_modules=["embed_tokens"], selection_passes=1)
+    assert plan_memory(LLAMA, config, sequence_length=8).phases[0].parts["sums of gradients"] == 2 * 4 * 50 * 16
+    spiel = plan_memory(LLAMA, SpielAGConfig(density=0.1, initial_support="gradient"), sequence_length=8)
+    names = [phase.name for phase in spiel.phases]
+    assert names == ["selection by gradients", "training", "estimating gradients"]
+    head = OneShotConfig(density=0.1, criterion="fisher", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert plan_memory(LLAMA, head, sequence_length=8).phases[0].parts["heads"] == 4 * 50 * 16
+    chosen = SpielAGConfig(density=0.1, initial_support="gradient", counts={"model.layers.0.mlp.up_proj.weight": 9})
+    assert [phase.name for phase in plan_memory(LLAMA, chosen, sequence_length=8).phases] == names[1:]
+
+
+def test_scaled_steps_hold_the_values_from_before_and_how_far_they_moved():
+    def training(**options) -> PhaseMemory:
+        config = RandConfig(density=0.5, **options)
+        return plan_memory(LLAMA, config, batch_size=1, sequence_length=1).phases[0]
+
+    fitted = training(fitted_rate=True)
+    # So short a sequence that the optimizer's step is when most is taken.
+    assert fitted.parts["temporaries"] == 2 * fitted.parts["adapter values"]
+    assert fitted.parts["gradients"] == fitted.parts["adapter values"]
+    # The mean squared inputs of each layer: of 16 columns, but for the 24 of the last.
+    energies = 4 * 2 * (6 * 16 + 24)
+    assert fitted.parts["originals"] == training().parts["originals"] + energies
+
+
+def test_nominating_over_whole_updates_tracks_more():
+    def window(**options) -> PhaseMemory:
+        return plan_memory(LLAMA, SpielAGConfig(density=0.1, **options), batch_size=1, sequence_length=64).phases[-1]
+
+    plain, tracking = window(), window(nomination_updates=1)
+    # An index, whether it was nominated, and three float32 sums; twice as many positions while updates nominate.
+    assert plain.parts["growth candidates"] == 17 * round(0.1 * LINEAR)
+    assert tracking.parts["growth candidates"] == 2 * plain.parts["growth candidates"]
+    before = window(drop_by="change_since_reselection")
+    assert before.parts["values of the last reselection"] == before.parts["adapter values"]
+    assert "values of the last reselection" not in plain.parts
+
+
+def test_growth_by_the_weights_too_holds_sizes_and_products_while_updates_nominate():
+    def temporaries(grow_by: str) -> int:
+        big = LlamaConfig(**{**SMALL, "intermediate_size": 40_000}, architectures=["LlamaForCausalLM"])
+        config = SpielAGConfig(density=1e-4, target_modules=["down_proj"], grow_by=grow_by, nomination_updates=1)
+        return plan_memory(big, config, batch_size=1, sequence_length=1).phases[-1].parts["temporaries"]
+
+    assert temporaries("fisher") == temporaries("gradient")
+    more = temporaries("weight_times_gradient") - temporaries("gradient")
+    assert more == pytest.approx(4 * 16 * 40_000, rel=1e-4)
+
+
+def test_a_selection_recomputes_activations_where_training_does():
+    def activations(**options) -> int:
+        config = OneShotConfig(density=0.1, criterion="fisher")
+        plan = plan_memory(LLAMA, config, batch_size=4, sequence_length=32, **options)
+        return plan.phases[0].parts["activations"]
+
+    assert activations(gradient_checkpointing=True) < activations()
 
 
 def test_more_tokens_than_the_model_has_positions():

@@ -97,6 +97,22 @@ def test_groups_of_ones_own_stay(tmp_path):
     ]
 
 
+def test_a_plain_trainer_of_fixed_supports_takes_them(tmp_path):
+    def run(weight_decay: float):
+        model = make(RandConfig)
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        args = make_args(tmp_path, learning_rate=LR, max_steps=1, lr_scheduler_type="constant")
+        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=LR)
+        Trainer(model=model, args=args, train_dataset=Labelled(), optimizers=(optimizer, None)).train()
+        return model, before
+
+    (decayed, before), (plain, _) = run(DECAY), run(0.0)
+    deltas, other = values_of(plain), dict(plain.named_parameters())
+    for name, start in before.items():
+        pulled = LR * DECAY * start if name in deltas else torch.zeros_like(start)
+        torch.testing.assert_close(decayed.get_parameter(name), other[name] - pulled, rtol=1e-4, atol=1e-7)
+
+
 def test_groups_for_a_loop_of_ones_own():
     model = make()
     named = {id(p): n for n, p in model.named_parameters()}

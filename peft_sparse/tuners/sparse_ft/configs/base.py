@@ -15,6 +15,7 @@ from ....checkpoints.native import Verified
 from ....checks import check_one_of, dtype_name, is_whole, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
+from ....selection.criteria import CRITERIA
 from ....selection.rows import check_support_rows
 from ...common.config import TARGETS, Stage, WeightConfig
 
@@ -28,6 +29,16 @@ _LARGEST_L1 = 1e300
 VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
+# {what papers call a method, as `method_called` compares names: its name here}
+_PUBLISHED = {"ltsft": "lottery_ticket", "randsft": "rand"}
+# {what may be given for a method: what is meant}
+_MEANT = {
+    "spiel": "SpIEL is 'spiel_ag' or 'spiel_ma'.",
+    "adasft": "Ada-SFT has a config of its own: AdaSftConfig.",
+    "madg": "MAD-G has a config of its own: MadGConfig.",
+    "madx": "MAD-X are bottleneck adapters: BottleneckConfig.",
+    "bottleneck": "Bottleneck adapters have a config of their own: BottleneckConfig.",
+}
 
 
 def method_name(name: str):
@@ -151,8 +162,8 @@ class SparseConfig(WeightConfig):
             method = method_called(kwargs.get("method", cls.default_method))
             if not isinstance(method, str) or method not in METHODS:
                 raise ConfigError(
-                    f"method must be one of {sorted(METHODS)}, got {method!r}.{nearest(method, METHODS)} A file that "
-                    "says so was written by a newer peft-sparse: pip install -U peft-sparse"
+                    f"method must be one of {sorted(METHODS)}, got {method!r}.{_meant(method)} A file that says so was "
+                    "written by a newer peft-sparse: pip install -U peft-sparse"
                 )
             cls = METHODS[method]
         return super().__new__(cls, *args, **kwargs)
@@ -170,9 +181,13 @@ class SparseConfig(WeightConfig):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """With a dense phase two, in the first of which the targets themselves train; see `WeightConfig`."""
+        """With a dense phase two, in the first of which the targets themselves train; where gradients choose the
+        support, their pass comes first; see `WeightConfig`.
+        """
         if self.first_phase == DENSE_PHASE:
             return (Stage("dense phase", trains=TARGETS), Stage("sparse phase"))
+        if self.first_phase == GRADIENTS:
+            return (Stage("selection by gradients", selects=True), *super().stages)
         return super().stages
 
     @staticmethod
@@ -245,11 +260,26 @@ class SparseConfig(WeightConfig):
 
 
 def method_called(given: Any) -> Any:
-    """The name of a method as `METHODS` spells it: "spiel-ag" and "SpIEL AG" are "spiel_ag"."""
+    """The name of a method as `METHODS` spells it: "SpIEL-AG" is "spiel_ag", and "LT-SFT" is "lottery_ticket"."""
     if not isinstance(given, str):
         return given
-    bare = {name.replace("_", ""): name for name in METHODS}
-    return bare.get(re.sub(r"[-_\s]", "", given).lower(), given)
+    bare = {name.replace("_", ""): name for name in METHODS} | _PUBLISHED
+    return bare.get(_bare(given), given)
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[-_\s]", "", name).lower()
+
+
+def _meant(method: object) -> str:
+    """The sentence, behind a blank, that says what an unknown method may mean; else nothing."""
+    bare = _bare(str(method))
+    if bare in _MEANT:
+        return f" {_MEANT[bare]}"
+    criterion = next((name for name in CRITERIA if _bare(name) == bare), None)
+    if criterion is not None:
+        return f" {criterion!r} is a criterion: method='one_shot', criterion={criterion!r}."
+    return nearest(method, METHODS)
 
 
 def _check_counts(counts: object) -> None:

@@ -31,7 +31,7 @@ class RandConfig(SparseConfig):
         seed: the support is a function of this number, the method, `task_type`, the density (or number), the adapter's
             name and the parameters' names alone. Adapters to be added up must differ in one of these: two language
             adapters that are both called "default" need seeds of their own, or else they change the same weights.
-        draw: "exact" draws as many weights as were asked for; "bernoulli" draws each weight by itself, with the
+        draw: "exact" draws as many weights as were asked for; "bernoulli" draws each weight independently, with the
             probability that gives as many in the mean, so that `counts` tells how many it were.
 
     Source: the random baseline of Ansell et al. 2022, arXiv:2110.07560, section 4, and of the SC-SFT report, sections
@@ -58,7 +58,7 @@ class OneShotConfig(SparseConfig):
     """Tune the weights that score best by a criterion, chosen once.
 
     Criteria of the weights alone choose when the adapter is made. Those of gradients choose before training, from the
-    first batches: `SparseTrainer` (or `sparse_trainer(YourTrainer)`) does it by itself, and
+    first batches: `SparseTrainer` (or `sparse_trainer(YourTrainer)`) does it automatically, and
     `select_by_gradients(model, batches)` in a loop of your own; until then the adapter holds no weight. The default
     budget is one joint selection over all targets; Super-Tuning's is budget="uniform".
 

@@ -14,7 +14,7 @@ from ...common.config import Stage
 from .base import CHANCE, GRADIENTS, SparseConfig, method_name
 
 RANDOM = "random"
-# Criteria that a position has by itself, whatever the others of its tensor are.
+# Criteria that a position has on its own, whatever the others of its tensor are.
 GROW_BY = ("gradient", "fisher", "weight_times_gradient", "gradient_on_small_weights")
 DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient", "moment_ratio")
 
@@ -24,9 +24,9 @@ class SpielConfig(SparseConfig):
     """What SpIEL-AG and SpIEL-MA share: weights are dropped and regrown while training, at first random ones.
 
     Every `reselection_steps` optimizer updates the weights that changed least are reset and frozen, and as many others
-    unfrozen in their place. It happens by itself in any training loop; memory is linear in the number of tuned weights.
-    SpIEL-MA is published with the optimizer SM3, which `SparseTrainer` takes by itself; a loop of your own gives it
-    the adapter's deltas: `SM3(parameters, deltas=[d for *_, d in iter_deltas(model)])`.
+    unfrozen in their place. It happens automatically in any training loop; memory is linear in the number of tuned
+    weights. SpIEL-MA is published with the optimizer SM3, which `SparseTrainer` takes unless told otherwise; a loop of
+    your own gives it the adapter's deltas: `SM3(parameters, deltas=[d for *_, d in iter_deltas(model)])`.
 
     Args:
         seed: of the random support to start from, which also depends on the method, `task_type` and the adapter's name:

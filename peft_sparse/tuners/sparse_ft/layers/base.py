@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,33 +23,11 @@ from ...common.layer import PARAMETERS, WeightLayer, beyond_range, not_finite, n
 from ...common.packed import parameter_device, parameter_shape
 from ...common.shown_state import ShownState
 from .delta import AdapterDelta
-from .quick import ActiveWeights, Snapshot
+from .quick import ActiveWeights
+from .written import Written, flat, is_all_there, is_another
 
 # How many unions of supports a tensor remembers, for sets of adapters that take turns.
 _NUM_OVERLAYS = 4
-
-
-@dataclass
-class Written:
-    """A delta that stands in a base parameter right now, and what undoes it.
-
-    Attributes:
-        key: the adapters and the versions of their supports.
-        overlay: where it stands.
-        originals: [u] the parameter's own entries there; None when the whole parameter was exchanged.
-        parameter: the exchanged parameter; None when the entries were written in place.
-        shape: of what was written into.
-        target: the parameter that was written into in place.
-        snapshot: tells whether it is up to date; None if nobody asked yet.
-    """
-
-    key: tuple[Any, ...]
-    overlay: Overlay
-    originals: Tensor | None = None
-    parameter: nn.Parameter | None = None
-    shape: tuple[int, ...] = ()
-    target: Tensor | None = None
-    snapshot: Snapshot | None = None
 
 
 class SparseLayer(WeightLayer):
@@ -129,7 +106,7 @@ class SparseLayer(WeightLayer):
         return [held[name] for name in names if name in held and held[name].takes_part]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this layer, out of the base parameters first if it stands there."""
+        """Remove an adapter from this layer, out of the base parameters first if it is there."""
         if not self.merged:
             self.restore()
         super().delete_adapter(adapter_name)
@@ -245,7 +222,7 @@ class SparseLayer(WeightLayer):
         return overlay.take(flat(self.base_tensor(parameter)))
 
     def write(self, parameter: str, adapters: Sequence[str]) -> None:
-        """Put the adapters' deltas into the base parameter, or bring what stands there up to date."""
+        """Put the adapters' deltas into the base parameter, or bring what is there up to date."""
         values = [d.values for d in self.active_deltas(parameter, adapters)]
         if values:
             self.write_entries(parameter, *self.overlay(parameter, adapters), values)
@@ -257,7 +234,7 @@ class SparseLayer(WeightLayer):
         base = self.get_base_layer()
         with self._lock:
             written = self._written.get(parameter)
-            if written is None or written.key != key or _is_another(written.target, getattr(base, parameter)):
+            if written is None or written.key != key or is_another(written.target, getattr(base, parameter)):
                 self.restore(parameter)
                 self._shown.keep(parameter)
                 written = self._begin_write(parameter, key, overlay)
@@ -295,10 +272,10 @@ class SparseLayer(WeightLayer):
             setattr(self.get_base_layer(), name, written.parameter)
             return
         own = getattr(self.get_base_layer(), name)
-        if written.target is not own and _is_all_there(written.target, written.shape):
+        if written.target is not own and is_all_there(written.target, written.shape):
             # Another tensor has taken its place (torch.func.functional_call, a parameter assigned by the user).
             own = written.target
-        if _is_all_there(own, written.shape):
+        if is_all_there(own, written.shape):
             # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
             base = flat(own)
             written.overlay.put_(base, written.originals.to(device=base.device, dtype=base.dtype))
@@ -355,7 +332,7 @@ class SparseLayer(WeightLayer):
             own = getattr(self.get_base_layer(), parameter, None)
             for delta in self.active_deltas(parameter, adapters):
                 how = how_sharded(own)
-                if is_sharded(own) or (how is not None and not _is_all_there(own, delta.shape)):
+                if is_sharded(own) or (how is not None and not is_all_there(own, delta.shape)):
                     raise not_whole(f"{parameter} of {name}", how)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
@@ -402,30 +379,9 @@ class SparseLayer(WeightLayer):
         return False
 
 
-def _is_another(target: Tensor | None, own: Tensor) -> bool:
-    return target is not None and target is not own
-
-
 def _show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
     """Hand a dense gradient, or what is wanted of it, to an observer."""
     remember_outer(made_in)
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])
-
-
-def _is_all_there(parameter: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is in this process's memory as a whole."""
-    return not is_sharded(parameter) and tuple(parameter.shape) == shape and parameter.untyped_storage().size() > 0
-
-
-def flat(parameter: Tensor) -> Tensor:
-    """A one-dimensional view of a parameter's memory, row-major, outside autograd."""
-    data = parameter.data
-    if not data.is_contiguous():
-        raise ValueError(
-            "a delta can only be written into a contiguous tensor, "
-            f"got shape {tuple(data.shape)} with strides {data.stride()}. "
-            "Make it contiguous first: module.weight.data = module.weight.data.contiguous()"
-        )
-    return data.view(-1)

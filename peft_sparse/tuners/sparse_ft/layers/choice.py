@@ -37,7 +37,7 @@ def wrapper_for(
     """What puts the right `SparseLayer` around a module.
 
     Args:
-        module: the module to tune, or a tuner layer of PEFT's that stands around it.
+        module: the module to tune, or a tuner layer of PEFT's that wraps it.
         name: its path in the model, for the error.
         quantization: what PEFT's `get_quantization_kwargs` finds in the model.
 

@@ -1,4 +1,4 @@
-"""The trainable part of one adapter on one tensor: values, and the indices that they stand at."""
+"""The trainable part of one adapter on one tensor: values, and the indices that they belong to."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class AdapterDelta(NeverOffloaded):
 
     @property
     def held_values(self) -> nn.Parameter:
-        """The parameter that optimizers hold: `values`, or what stands in its place outside of FSDP2's passes."""
+        """The parameter that optimizers hold: `values`, or what takes its place outside of FSDP2's passes."""
         return self._shards[0] if self._shards else self.values
 
     @property
@@ -214,7 +214,7 @@ class AdapterDelta(NeverOffloaded):
         return self
 
     def await_selection(self, selection: unselected.Selection) -> None:
-        """Tell whoever trains before a selection is made that there is nothing to train."""
+        """Say, when training starts before a selection is made, that there is nothing to train."""
         self.selection = selection
         unselected.unselected.add(self)
         announce()

@@ -51,32 +51,30 @@ class Linear(SparseLayer):
 
     def _active_weights(self, x: Tensor) -> ActiveWeights | None:
         """The active deltas, if a forward that records nothing needs no more than the base layer and them."""
-        base = self.base_layer
-        if self._disable_adapters or self.merged_adapters or type(x) is not Tensor or x.device.type != "cpu":
+        if self._disable_adapters or self.merged_adapters or type(x) is not Tensor or not x.is_cpu:
             return None
-        weight = base._parameters.get("weight")
-        if type(weight) is not nn.Parameter or has_hooks(base) or isinstance(base, BaseTunerLayer):
+        base, adapters, active = self._modules["base_layer"], self.active_adapters, self._active
+        if has_hooks(base) or "weight" in self.tied_parameters or ops.is_recorded():
             return None
-        if "weight" in self.tied_parameters or ops.is_recorded():
+        if active is None or not active.holds(base._parameters.get("weight"), adapters):
+            active = self._active = self._find_active(base, adapters)
+        return active
+
+    def _find_active(self, base: nn.Module, adapters: list[str]) -> ActiveWeights | None:
+        weight, deltas = base._parameters.get("weight"), self.active_deltas("weight", adapters)
+        if type(weight) is not nn.Parameter or isinstance(base, BaseTunerLayer):
             return None
-        active, adapters = self._active, self.active_adapters
-        if active is None or not active.holds(adapters):
-            if self.active_deltas("bias", adapters) or not self.active_deltas("weight", adapters):
-                return None
-            deltas = self.active_deltas("weight", adapters)
-            if weight.device.type != "cpu" or not weight.is_contiguous():
-                return None
-            held = [self.deltas_of(part) for part in PARAMETERS]
-            watched = [part[name] for part in held for name in adapters if name in part]
-            active = self._active = ActiveWeights(list(adapters), deltas, *self.overlay("weight", adapters), watched)
-            if not active.holds(adapters):
-                return None
-        return active if tuple(weight.shape) == active.deltas[0].shape else None
+        if not deltas or self.active_deltas("bias", adapters):
+            return None
+        held = [self.deltas_of(part) for part in PARAMETERS]
+        watched = [part[name] for part in held for name in adapters if name in part]
+        key, overlay = self.overlay("weight", adapters)
+        active = ActiveWeights(weight, deltas[0].shape, list(adapters), deltas, key, overlay, watched)
+        return active if active.holds(weight, adapters) else None
 
     def _bring_up_to_date(self, active: ActiveWeights) -> None:
-        """Write the active deltas into the base weight, unless just they stand there."""
-        own, values = self.base_layer.weight, active.values
-        written = self._written.get("weight")
+        """Write the active deltas into the base weight, unless just they are there."""
+        own, values, written = active.weight, active.values, self._written.get("weight")
         snapshot = written.snapshot if written and written.key == active.key and written.target is own else None
         if snapshot is not None and snapshot.is_current(own, values):
             return
@@ -85,8 +83,7 @@ class Linear(SparseLayer):
 
     def _with_few_rows(self, active: ActiveWeights, x: Tensor) -> Tensor | None:
         """The base layer's output and what the deltas add to it, where that is cheaper than forming the weight."""
-        values = active.values
-        parts = Parts(self.base_layer.weight, active.overlay.support, active.overlay.total(values).contiguous())
+        parts = Parts(active.weight, active.overlay.support, active.overlay.total(active.values).contiguous())
         if not takes_parts(x, parts):
             return None
         return add_parts_(self.base_layer(x), x, parts, fan_in_fan_out=self.fan_in_fan_out)
@@ -126,7 +123,7 @@ class Linear(SparseLayer):
 
     @staticmethod
     def measure(x: Tensor, deltas: Sequence[AdapterDelta]) -> None:
-        """Show the inputs of a training forward to whoever fits steps to them."""
+        """Show the inputs of a training forward to what fits steps to them."""
         for delta in deltas:
             if delta.meter is not None and torch.is_grad_enabled() and delta.values.requires_grad:
                 delta.meter.see(x)

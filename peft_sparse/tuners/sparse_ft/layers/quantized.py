@@ -18,8 +18,9 @@ from ...._peft_bridge import QuantizationBackend, quantization_extra_repr
 from ....core import ops
 from ....core.overlay import Overlay
 from ...common.packed import Packed, dequantize, is_transposed
-from .base import PARAMETERS, flat
+from .base import PARAMETERS
 from .linear import Linear
+from .written import flat
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,16 @@ class ActiveWeights:
     """The active deltas on a layer's weight, and their union.
 
     Attributes:
+        weight: the base layer's.
+        shape: the deltas'.
         adapters: the active adapters.
         deltas: those of them that take part.
         key, overlay: see `SparseLayer.overlay`.
         watched: all deltas of the active adapters, also those that hold no weights now.
     """
 
+    weight: nn.Parameter
+    shape: tuple[int, ...]
     adapters: list[str]
     deltas: list[AdapterDelta]
     key: tuple[Any, ...]
@@ -41,11 +45,13 @@ class ActiveWeights:
     def __post_init__(self) -> None:
         self._versions = [delta.support_version for delta in self.watched]
 
-    def holds(self, adapters: list[str]) -> bool:
-        """Whether all of it is still so, for these active adapters."""
-        if adapters != self.adapters:
+    def holds(self, weight: Tensor | None, adapters: list[str]) -> bool:
+        """Whether all of it is still so, for this weight and these active adapters."""
+        if weight is not self.weight or adapters != self.adapters:
             return False
-        for delta, version in zip(self.watched, self._versions, strict=True):
+        if weight.shape != self.shape or not (weight.is_cpu and weight.is_contiguous()):
+            return False
+        for delta, version in zip(self.watched, self._versions):  # noqa: B905 -- of one length, and hot
             if delta.support_version != version or delta._copied is not None:
                 return False
         return True
@@ -53,15 +59,15 @@ class ActiveWeights:
     @property
     def values(self) -> list[Tensor]:
         """The values of each delta, as they are now."""
-        return [delta.values for delta in self.deltas]
+        return [delta._parameters["values"] for delta in self.deltas]  # type: ignore[misc]
 
 
 class Snapshot:
     """What was written into a weight, to tell whether it is up to date.
 
     Contents are compared and not versions, for what is written by `.data` leaves no version behind: of the values all,
-    of the weight some entries, spread over the support. (Who writes into a weight in which deltas stand replaces all of
-    it, or asks for what cannot last: leaving restores what stood there before.)
+    of the weight some entries, spread over the support. (Code that writes into a weight while deltas are in it
+    replaces all of it, or asks for what cannot last: leaving restores what was there before.)
 
     Args:
         weight: the parameter, just written into.
@@ -73,20 +79,22 @@ class Snapshot:
         support = overlay.support
         step = max(1, support.numel() // _NUM_PROBES)
         self._places = support[::step].long()
-        flat = weight.data.view(-1)
-        self._entries = flat[self._places]
+        self._entries = weight.data.view(-1)[self._places]
         self._values = [value.detach().clone() for value in values]
+        self._native = kernels(weight, *values)
 
     def is_current(self, weight: nn.Parameter, values: Sequence[Tensor]) -> bool:
         """Whether a weight holds these values already."""
-        flat = weight.detach()
+        if weight.dtype is not self._entries.dtype:
+            return False
         for value, before in zip(values, self._values, strict=True):
-            if value.shape != before.shape or (value.dtype, value.device) != (before.dtype, before.device):
+            if value.dtype is not before.dtype or value.shape != before.shape or value.device != before.device:
                 return False
-            native = kernels(value, weight) if value.is_contiguous() else None
-            if native is not None:
-                if not native.are_unchanged(value, before, flat, self._places, self._entries):
+            if self._native is not None and value.is_contiguous():
+                if not self._native.are_unchanged(value, before, weight, self._places, self._entries):
                     return False
-            elif not (same_bits(value.detach(), before) and same_bits(flat.view(-1)[self._places], self._entries)):
+            elif not (
+                same_bits(value.detach(), before) and same_bits(weight.detach().view(-1)[self._places], self._entries)
+            ):
                 return False
         return True

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,6 +13,7 @@ from peft.utils import quantization_utils
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
 
+import peft_sparse
 from peft_sparse import ConfigError, RandConfig, iter_deltas
 from peft_sparse.tuners.common import packed
 from peft_sparse.tuners.common.targets import model_numel
@@ -184,6 +189,36 @@ def test_a_weight_that_cannot_be_dequantised_yet(backends):
     model = tune(Net(Stubborn(torch.randn(10, 16), None)))
     with pytest.raises(ConfigError, match="weight of a Stubborn cannot be dequantised by fifths: not yet"):
         model(X)
+
+
+def four_bit():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the weights of these tests")
+    return bnb, nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+
+
+def test_an_old_bitsandbytes_is_told_of_once(monkeypatch):
+    bnb, net = four_bit()
+    monkeypatch.setattr(bnb, "__version__", "0.49.2")
+    packed.warn_of_old_bitsandbytes.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(net, RandConfig(density=0.1, target_modules=["0"]))
+        model.add_adapter("other", RandConfig(density=0.1, seed=1, target_modules=["0"]))
+    packed.warn_of_old_bitsandbytes.cache_clear()
+    said = [str(w.message) for w in caught if "bitsandbytes" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("bitsandbytes 0.49.2 is older than 0.50, ")
+    assert 'pip install "bitsandbytes>=0.50"' in said[0]
+
+
+def test_nothing_is_said_of_the_oldest_declared_bitsandbytes():
+    declared = (Path(peft_sparse.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    oldest = re.search(r'"bitsandbytes>=([\d.]+)"', declared)[1]
+    assert oldest == packed.OLDEST_BITSANDBYTES
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed.warn_of_old_bitsandbytes(oldest)
+        packed.warn_of_old_bitsandbytes("0.51.0.dev0")
 
 
 def test_hqq():
