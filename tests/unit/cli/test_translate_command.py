@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartForConditionalGeneration
 from typer.testing import CliRunner
 
 from peft_sparse import RandConfig, add_language_code, translate_rows
 from peft_sparse.cli import app
 from peft_sparse.errors import ConfigError, FormatError
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import test_translate as tiny
+from tests.support import translators as tiny
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +94,7 @@ def test_stopped_it_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     arguments = (folder / "rows.jsonl", folder / "model", "-o", tmp_path / "out.jsonl", "--max-length", 8)
     small = ("--batch-size", 2)
     calls = []
-    generate = tiny.BartForConditionalGeneration.generate
+    generate = BartForConditionalGeneration.generate
 
     def dying(self, **inputs):
         calls.append(len(inputs["input_ids"]))
@@ -105,7 +102,7 @@ def test_stopped_it_goes_on_where_it_was(folder, tmp_path, monkeypatch):
             raise SystemExit(143)  # what SIGTERM becomes
         return generate(self, **inputs)
 
-    monkeypatch.setattr(tiny.BartForConditionalGeneration, "generate", dying)
+    monkeypatch.setattr(BartForConditionalGeneration, "generate", dying)
     assert run(*arguments, *small).exit_code == 143
     assert not (tmp_path / "out.jsonl").exists()
     result = run(*arguments, *small)
