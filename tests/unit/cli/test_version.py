@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-
 import pytest
 from typer.testing import CliRunner
 
@@ -17,9 +15,8 @@ def test_the_version_is_the_packages():
 
 
 def test_a_misspelt_name_is_answered_with_the_one_that_is_meant():
-    with pytest.raises(AttributeError) as error:
+    message = r"module 'peft_sparse' has no attribute 'SpielAgConfig'\. Did you mean 'SpielAGConfig'\?"
+    with pytest.raises(AttributeError, match=message):
         peft_sparse.SpielAgConfig  # noqa: B018
-    text = "".join(traceback.TracebackException.from_exception(error.value).format_exception_only())
-    assert "module 'peft_sparse' has no attribute 'SpielAgConfig'. Did you mean: 'SpielAGConfig'?" in text
     with pytest.raises(AttributeError, match=r"module 'peft_sparse\.parsing' has no attribute 'Parser'"):
         peft_sparse.parsing.Parser  # noqa: B018
