@@ -26,11 +26,12 @@ pre{{background:#f4f4f4;padding:.7rem;overflow:auto}}</style><p>{menu}</p>{body}
 
 def pages(folder: Path) -> None:
     """Write README and guides as HTML, with links to each other, and a page with a picture of each plot."""
-    guides = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]}
+    others = [ROOT / "CONTRIBUTING.md", ROOT / "peft_sparse" / "checkpoints" / "FORMAT.md"]
+    guides = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md")), *others]}
     bodies = {}
     for name, path in guides.items():
         body = markdown2.markdown(path.read_text("utf-8"), extras=["fenced-code-blocks", "tables", "cuddled-lists"])
-        bodies[name] = re.sub(r'href="(?:\.\./|examples/)?(\w+)\.md"', r'href="\1.html"', body)
+        bodies[name] = re.sub(r'href="[\w./]*?(\w+)\.md"', r'href="\1.html"', body)
     bodies["pictures"] = "<h1>Pictures</h1>" + "".join(
         f"<h2>{one.name}</h2><p>{one.caption}</p><pre>{html.escape(one.call)}</pre>"
         f'<img src="pictures/{one.name}.svg" alt="{html.escape(one.caption)}" style="max-width:100%">'

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import peft_sparse
+from peft_sparse import parsing
 from peft_sparse.cli import app
 
 
@@ -19,4 +20,4 @@ def test_a_misspelt_name_is_answered_with_the_one_that_is_meant():
     with pytest.raises(AttributeError, match=message):
         peft_sparse.SpielAgConfig  # noqa: B018
     with pytest.raises(AttributeError, match=r"module 'peft_sparse\.parsing' has no attribute 'Parser'"):
-        peft_sparse.parsing.Parser  # noqa: B018
+        parsing.Parser  # noqa: B018
