@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import sys
+import difflib
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -32,10 +32,9 @@ def lazy(package: str, homes: Mapping[str, tuple[str, str]]) -> Callable[[str], 
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
-            # With its name and object Python says which attribute may be meant.
-            raise AttributeError(
-                f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules.get(package)
-            )
+            alike = [] if name.startswith("_") else difflib.get_close_matches(name, homes, n=1)
+            meant = f". Did you mean {alike[0]!r}?" if alike else ""
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{meant}")
         module, attribute = homes[name]
         return getattr(import_module(f"{package}.{module}"), attribute)
 

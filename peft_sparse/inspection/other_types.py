@@ -25,6 +25,8 @@ _UNSAID = {
     *("peft_type", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision", "peft_version"),
     *("task_type", "init_weights"),
 }
+# {type of PEFT's that is a difference of weights: how its tensors' names begin}
+_DIFFERENCES = {"LORA": "lora_", "SHIRA": "shira_", "SUPERTUNING": "supertuning_"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def report_on_other(where: str | os.PathLike[str], *, name: str | None = None) -
 
     Raises:
         ConfigError: there is no such adapter.
-        FormatError: it is damaged or pickled.
+        FormatError: it is damaged or pickled, or of another type than its config says.
     """
     config = read_config(where)
     kind = config.get("peft_type")
@@ -127,6 +129,11 @@ def report_on_other(where: str | os.PathLike[str], *, name: str | None = None) -
         raise FormatError(f"'{os.fspath(where)}': peft_type must be a name, got {str(kind)[:200]!r}.")
     path = need_file(where, SOURCE)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(path).items()}
+    if kind in _DIFFERENCES and not _by_layer(tensors):
+        raise FormatError(
+            f"{path} has none of the tensors of a {kind} adapter, which its config says it is. Download or save "
+            "the adapter again."
+        )
     return OtherReport(
         name=name or os.path.basename(os.path.normpath(where)),
         source=os.fspath(where),
@@ -160,7 +167,7 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """{tuned layer: {rest of the name: tensor}} of the three types of PEFT's that are differences of weights."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        for prefix in ("lora_", "shira_", "supertuning_"):
+        for prefix in _DIFFERENCES.values():
             layer, found, part = name.partition(f".{prefix}")
             if found:
                 layers.setdefault(layer, {})[prefix + part] = tensor

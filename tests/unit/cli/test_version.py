@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
-
 import pytest
 from typer.testing import CliRunner
 
 import peft_sparse
+from peft_sparse import parsing
 from peft_sparse.cli import app
 
 
@@ -17,9 +16,8 @@ def test_the_version_is_the_packages():
 
 
 def test_a_misspelt_name_is_answered_with_the_one_that_is_meant():
-    with pytest.raises(AttributeError) as error:
+    message = r"module 'peft_sparse' has no attribute 'SpielAgConfig'\. Did you mean 'SpielAGConfig'\?"
+    with pytest.raises(AttributeError, match=message):
         peft_sparse.SpielAgConfig  # noqa: B018
-    text = "".join(traceback.TracebackException.from_exception(error.value).format_exception_only())
-    assert "module 'peft_sparse' has no attribute 'SpielAgConfig'. Did you mean: 'SpielAGConfig'?" in text
     with pytest.raises(AttributeError, match=r"module 'peft_sparse\.parsing' has no attribute 'Parser'"):
-        peft_sparse.parsing.Parser  # noqa: B018
+        parsing.Parser  # noqa: B018

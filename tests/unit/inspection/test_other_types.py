@@ -82,3 +82,11 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(FormatError):
         inspect_adapter(tmp_path / "it")
+
+
+def test_a_file_of_another_type_than_its_config_says_is_refused(tmp_path):
+    saved(tmp_path / "it", OTHERS["bottleneck"])
+    config = json.loads((tmp_path / "it" / "adapter_config.json").read_text())
+    (tmp_path / "it" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+    with pytest.raises(FormatError, match="has none of the tensors of a LORA adapter, which its config says it is"):
+        inspect_adapter(tmp_path / "it")
