@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     pdoc.pdoc("peft_sparse", output_directory=folder)
     text = (folder / "peft_sparse.html").read_text("utf-8")
     entries = {name: re.search(rf'<section id="{name}">.*?</section>', text, re.S) for name in peft_sparse.__all__}
-    # pdoc gives a class that has another name of its own (DistillationTrainer is made by distilled_trainer) no docstring.
+    # pdoc gives a class that goes by another name (DistillationTrainer, made by distilled_trainer) no docstring.
     own = {name for name in entries if getattr(getattr(peft_sparse, name), "__name__", name) == name}
     missing = [
         name
