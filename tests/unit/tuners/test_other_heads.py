@@ -183,7 +183,7 @@ def test_on_disk_it_is_merged_below_a_task_with_a_head(tmp_path, caplog):
     whole = BertForMaskedLM.from_pretrained(tmp_path / "whole")
     assert not torch.equal(whole.get_parameter(f"{HEAD}.weight"), made(BertForMaskedLM).get_parameter(f"{HEAD}.weight"))
     made(RobertaForTokenClassification).save_pretrained(tmp_path / "other")
-    with pytest.raises(FormatError, match="the adapters do not fit .*other. Nothing was written"):
+    with pytest.raises(FormatError, match=r"the adapters do not fit .*other\. Nothing was written"):
         merge_checkpoint(tmp_path / "other", [tmp_path / "language"], tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
