@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import logging
 import os
 import sys
 import time
@@ -416,7 +415,6 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     transformers.logging.set_verbosity_error()
-    logging.getLogger("peft_sparse").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 160)
     results = Results(options.output, FIELDS, lambda _: settings_of(options))
     bench = Bench(options)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_a_rehearsal_keeps_what_it_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench.transformers.logging, "set_verbosity_error", lambda: None)  # it would outlast the test
     output = tmp_path / "out.jsonl"
     arguments = ["--tiny", "--output", str(output), "--arms", "teacher", "TF"]
     bench.main(arguments)
