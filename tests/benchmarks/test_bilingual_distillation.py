@@ -15,6 +15,7 @@ from transformers import AutoConfig
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 def test_a_rehearsal_keeps_what_it_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.transformers.logging, "set_verbosity_error", lambda: None)  # it would outlast the test
     output = tmp_path / "out.jsonl"
