@@ -32,8 +32,8 @@ together.
   updates and more: hundreds of updates on an English encoder of 22 million weights need not come near, and a refutation
   here says nothing of that length.
 
-The third call is the smallest that may tell something: about half an hour of processor time (171 s for an LT-SFT adapter
-of Maltese, with AVX2).
+The third call is the smallest that may tell something: about half an hour of processor time (171 s for an LT-SFT
+adapter of Maltese, with AVX2).
 
 One seed says nothing of seeds: more of them are `--seeds`. A finished part is a line of `--output`, and adapters lie in
 a folder of the same name, so a call with the same settings goes on where the last one stopped.
