@@ -24,8 +24,11 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         a function to call after each step, or with a number after several.
     """
     console = Console(stderr=True)
-    is_hidden = not console.is_terminal or (in_several_processes() and dist.get_rank() > 0)
+    if not console.is_terminal or (in_several_processes() and dist.get_rank() > 0):
+        # Not by `disable`, for which rich up to 14.1 writes an empty line.
+        yield lambda count=1: None
+        return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda count=1: progress.advance(task, count)
