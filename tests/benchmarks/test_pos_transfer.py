@@ -19,6 +19,7 @@ from peft_sparse import RandConfig
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 def test_a_rehearsal_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     arguments = ["--tiny", "--methods", "lt_sft", "--output", str(tmp_path / "pos.jsonl")]
     pos_transfer.main(arguments)

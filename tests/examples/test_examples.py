@@ -183,6 +183,7 @@ def test_language_and_task(run, tmp_path, monkeypatch):
     assert active == [["default"]] * 16 + [["language", "task"]] * 120
 
 
+@pytest.mark.slow
 def test_language_and_task_reads_real_data(run, tmp_path):
     worlds = importlib.import_module("_worlds")
     model = worlds.tiny_bert(tmp_path / "bert", steps=1)
@@ -223,6 +224,7 @@ def masked_lm_losses(output: str) -> dict[str, list[float]]:
     return {name: [float(number) for number in numbers if number] for name, *numbers in rows}
 
 
+@pytest.mark.slow
 def test_language_adapters_from_typology(run, tmp_path, monkeypatch):
     languages, masked_lm = (importlib.import_module(name) for name in ("_languages", "_masked_lm"))
     monkeypatch.setattr(languages.tiny_multilingual_bert, "__kwdefaults__", {"seed": 0, "steps": 60})

@@ -13,7 +13,7 @@ TYPES = ("SPARSE_FT", "ADA_SFT", "BOTTLENECK", "MAD_G")
 _VECTORS = {"eng": torch.linspace(0, 1, 289), "quy": torch.linspace(1, 0, 289)}
 
 
-def config(kind: str, **fields) -> PeftConfig:
+def config(kind: str, /, **fields) -> PeftConfig:
     if kind == "SPARSE_FT":
         return RandConfig(**{"density": 0.2, "target_modules": "all-linear", "init_weights": False, **fields})
     if kind == "ADA_SFT":

@@ -439,7 +439,7 @@ def selected_by_hand(name: str, folder, base, teacher) -> dict[str, list[int]]:
     return {key: sorted(indices) for key, indices in chosen.items()}
 
 
-@pytest.mark.parametrize("name", TICKETS)
+@pytest.mark.parametrize("name", [pytest.param(t, marks=[pytest.mark.slow] * (t != "LT-SFT")) for t in TICKETS])
 def test_every_ticket_is_drawn_by_the_distillation_loss(name, tmp_path):
     base, teacher = classifier(), classifier(initializer_range=0.5)
     config = TICKETS[name](

@@ -303,7 +303,10 @@ def first(tensors, kind="scores"):
     ("change", "message"),
     [
         (lambda t: t.pop(first(t)), r"tensor '.*down_proj.ada_sft_weight.scores' is missing"),
-        (lambda t: t.update({"x.ada_sft_weight.scores": torch.ones(2)}), r"'x.ada_sft_weight.scores' has no place"),
+        (
+            lambda t: t.update({"model.x.ada_sft_weight.scores": torch.ones(2)}),
+            r"'model.x.ada_sft_weight.scores' has no place",
+        ),
         (lambda t: t.update({first(t): torch.ones(2, 2)}), r"floating point of shape \(8, 12\), got .* shape \(2, 2\)"),
         (lambda t: t[first(t)].view(-1)[:1].fill_(torch.nan), r"holds values that are NaN or infinite"),
         (lambda t: [t.pop(n) for n in list(t)] and t.update(y=torch.ones(1)), r"must hold scores, .* found neither"),
