@@ -206,7 +206,11 @@ def test_a_translator_is_adapted_sparsely_with_the_row_of_the_new_language(kind,
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     with torch.no_grad():
         plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()(**batch).logits
-        assert torch.equal(loaded(**batch).logits, expected)
+        # torch 2.8 multiplies a T5's tensors in another order when they lie elsewhere in memory.
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    trained, read = tuned.state_dict(), loaded.state_dict()
+    assert trained.keys() == read.keys()
+    assert all(torch.equal(trained[name], read[name]) for name in trained)
     assert not torch.allclose(expected, plain)
     one = translate(loaded, tmp_path / "one.jsonl", target=None)
     with resident(loaded):
