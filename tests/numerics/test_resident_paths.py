@@ -72,3 +72,22 @@ def test_a_weight_whose_layout_is_exchanged_inside(without_biases):
             without_biases(x)
         weight.data = contiguous
         assert torch.equal(without_biases(x), expected)
+
+
+@torch.no_grad()
+def test_what_was_looked_up_once_is_given_up_with_the_weights_dtype_or_layout(without_biases):
+    layer = without_biases.base_model.model[0]
+    weight, x = layer.get_base_layer().weight, torch.randn(5, 256)
+    for tensor in (weight, layer.sparse_ft_weight["default"].values):
+        tensor.zero_()
+    with resident(without_biases):
+        without_biases(x)
+        snapshot, active = layer._written["weight"].snapshot, layer._active_weights(x)
+        assert snapshot.is_current(weight, active.values)
+        contiguous = weight.data
+        # Zeros have the same bits in every dtype.
+        weight.data = contiguous.bfloat16()
+        assert not snapshot.is_current(weight, active.values)
+        weight.data = contiguous.t().contiguous().t()
+        assert layer._active_weights(x) is None
+        weight.data = contiguous
