@@ -204,14 +204,8 @@ class MergePlan:
         if without_heads is not None:
             model, class_name, left_out = without_heads
             logger.warning("%s has no such parts of a head; they are left out:%s", class_name, listed(sorted(left_out)))
-            return (
-                model,
-                class_name,
-                [
-                    replace(part, deltas={name: d for name, d in part.deltas.items() if name not in left_out})
-                    for part in parts
-                ],
-            )
+            kept = [{name: d for name, d in part.deltas.items() if name not in left_out} for part in parts]
+            return model, class_name, [replace(part, deltas=own) for part, own in zip(parts, kept, strict=True)]
         raise FormatError(
             f"the adapters do not fit {self._checkpoint.source}. Nothing was written. " + "\n".join(failures)
         )

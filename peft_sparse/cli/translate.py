@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import app
+from ._options import say
 
 
 @app.command()
@@ -52,9 +52,4 @@ def translate(
     )
     resumed = f" ({done.num_resumed:,} of them by an earlier run)" if done.num_resumed else ""
     cut = f"; {done.num_cut:,} texts and {done.num_unfinished:,} translations were cut at {max_length} subwords"
-    Console().print(
-        f"Translated {len(done.rows):,} rows{resumed}{cut if done.num_cut or done.num_unfinished else ''}: {done.path}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"Translated {len(done.rows):,} rows{resumed}{cut if done.num_cut or done.num_unfinished else ''}: {done.path}")
