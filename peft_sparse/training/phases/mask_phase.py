@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from ...errors import ConfigError, FormatError
+from ...errors import ConfigError, FormatError, SelectionError
 from ...files import write_atomically
 from ...tuners.ada_sft.config import ADA_SFT, MASK, WEIGHTS, AdaSftConfig
 from ...tuners.ada_sft.iteration import iter_masked
@@ -47,6 +48,7 @@ def start_weight_phase(model: nn.Module, adapter_name: str = "default") -> int:
 
     Raises:
         ConfigError: the adapter is none of Ada-SFT's, is past its first phase, or is merged; or the model is wrapped.
+        SelectionError: a score of a mask is NaN or infinite. The adapter is as it was.
 
     Cost: float32 zeros of the size of the masked weights.
     Source: Sharma and Chauhan, section 3.4: "the final learned mask is fixed and applied to the pre-trained model again
@@ -60,6 +62,12 @@ def start_weight_phase(model: nn.Module, adapter_name: str = "default") -> int:
         if layer.merged:
             raise ConfigError(
                 f"adapters {layer.merged_adapters} are merged into {name}: model.unmerge_adapter() first."
+            )
+    for name, _, masked in held:
+        if not bool(torch.isfinite(masked.trained).all()):
+            raise SelectionError(
+                f"the mask phase diverged: the scores of {name} hold NaN or infinite values, so they mask nothing. Lower "
+                "its learning rate, or clip gradients."
             )
     for _, _, masked in held:
         masked.enter(WEIGHTS)

@@ -185,6 +185,8 @@ def _all_linear(config: TargetRequest, model: nn.Module) -> set[str]:
     """The modules that PEFT's "all-linear" means, but those that are never called; the config is not touched."""
     scratch = PeftConfig(task_type=config.task_type)
     scratch.target_modules = ALL_LINEAR
+    # PEFT leaves the output layer of a transformers model out, and does not know one that torch.compile has wrapped.
+    model = getattr(model, "_orig_mod", model)
     named = dict(modules_around_adapters(model))
     found = _maybe_include_all_linear_layers(scratch, model).target_modules
     bypassed = sorted(name for name in found if _is_bypassed(named.get(name)))

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from peft_sparse import AdaSftConfig, ConfigError, FormatError, start_weight_phase
+from peft_sparse import AdaSftConfig, ConfigError, FormatError, SelectionError, start_weight_phase
 from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
 from tests.support.training import (
@@ -73,6 +73,17 @@ def test_the_second_phase_trains_the_weights_from_the_pretrained_ones():
     model.set_adapter("default")
     model.set_requires_grad("default")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_mask_phase_that_diverged_is_refused(score):
+    model = make_masked()
+    name, _, masked = list(iter_masked(model))[1]
+    masked.scores.data[0, 0] = score
+    with pytest.raises(SelectionError, match=rf"the mask phase diverged: the scores of {name} hold NaN or infinite"):
+        start_weight_phase(model)
+    assert model.peft_config["default"].phase == "mask"
+    assert all(masked.trained is masked.scores for _, _, masked in iter_masked(model))
 
 
 def test_what_has_no_mask_phase_before_it_is_refused():

@@ -21,6 +21,7 @@ from peft_sparse import (
     SpielAGConfig,
     iter_deltas,
 )
+from peft_sparse.core.names import unwrapped
 from peft_sparse.tuners.common.target_checks import NotInThisStateError, refuse_unsupported, shortest_exclusion
 from tests.support import models
 
@@ -51,6 +52,15 @@ def test_one_of_several_names_that_nothing_has_is_told(caplog):
         model = get_peft_model(llama(), RandConfig(density=0.1, target_modules=["q_porj", "v_proj"]))
     assert "no module of the model is called 'q_porj'. 'q_porj': Did you mean 'q_proj'?" in caplog.text
     assert {name.split(".")[-2] for name, *_ in iter_deltas(model)} == {"v_proj"}
+
+
+@pytest.mark.parametrize("config", [lambda: RandConfig(density=0.1, target_modules="all-linear"), AdaSftConfig])
+def test_all_linear_leaves_the_output_layer_out_of_a_compiled_model_too(config):
+    plain = get_peft_model(llama(), config())
+    compiled = get_peft_model(torch.compile(llama(), backend="eager"), config())
+    found = {unwrapped(name) for name in compiled.targeted_module_names}
+    assert found == set(plain.targeted_module_names)
+    assert not any("lm_head" in name for name in found)
 
 
 def test_all_linear_leaves_out_what_is_never_called(caplog):
