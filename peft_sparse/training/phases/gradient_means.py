@@ -60,8 +60,8 @@ class GradientSums:
             return
         if not bool(torch.isfinite(current).all()):
             raise SelectionError(
-                f"the gradient of {self._name} in {batch} holds NaN or infinite values, so it cannot rank weights. Look "
-                "at the batch and the loss; under float16 use bfloat16, or select without autocast"
+                f"the gradient of {self._name} in {batch} holds NaN or infinite values, so it cannot rank weights. "
+                "Look at the batch and the loss; under float16 use bfloat16, or select without autocast"
             )
         if MEAN in self._uses:
             self._total = current.clone() if self._total is None else self._total.add_(current)

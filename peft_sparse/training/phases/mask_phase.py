@@ -66,8 +66,8 @@ def start_weight_phase(model: nn.Module, adapter_name: str = "default") -> int:
     for name, _, masked in held:
         if not bool(torch.isfinite(masked.trained).all()):
             raise SelectionError(
-                f"the mask phase diverged: the scores of {name} hold NaN or infinite values, so they mask nothing. Lower "
-                "its learning rate, or clip gradients."
+                f"the mask phase diverged: the scores of {name} hold NaN or infinite values, so they mask nothing. "
+                "Lower its learning rate, or clip gradients."
             )
     for _, _, masked in held:
         masked.enter(WEIGHTS)

@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_happens(value):
         result = model(**batch).loss
         return result * (value if batch is BATCHES[2] else 1.0)
 
-    with pytest.raises(SelectionError, match=r"gradient of bert\..*query\.weight in batch 3 of 4 holds NaN or infinite"):
+    with pytest.raises(SelectionError, match=r"gradient of bert\..*query\.weight in batch 3 of 4 holds NaN"):
         select_by_gradients(model, BATCHES, loss_fn=loss)
     assert model.peft_config["default"].counts is None
     assert all(delta.count == 0 and delta.observer is None for _, _, _, delta in iter_deltas(model))
