@@ -14,11 +14,10 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...files import AtomicFolder
-from ...tuners.ada_sft.iteration import iter_masked
-from ...tuners.sparse_ft.iteration import iter_deltas
 from ..phases.phase import Phase
 from ..spiel.callback import STATE_FILE, load_state, save_state
 from ..spiel.reselector import iter_reselectors
+from ..stacked_adapters import trains
 from .completeness import STATE, Needs, check_moments, naming
 from .preemption import is_just_in_time
 from .resume import SELECTION_FILE, SELECTION_FOLDER
@@ -101,19 +100,14 @@ class PhaseCheckpoints(_Base):
             super()._load_best_model()
 
     def _trained_adapters(self) -> list[str]:
-        """The adapters of ours that are active and trainable.
+        """The adapters that are active and trainable.
 
         The trainer's own loading takes the first active adapter for the only one, and so a frozen language adapter for
         the task's.
         """
         if not isinstance(self.model, PeftModel):
             return []
-        return [name for name in self.model.active_adapters if self._trains(name)]
-
-    def _trains(self, name: str) -> bool:
-        values = [delta.values for _, _, _, delta in iter_deltas(self.model, name)]
-        values += [masked.trained for _, _, masked in iter_masked(self.model, name)]
-        return any(tensor.requires_grad for tensor in values)
+        return [name for name in self.model.active_adapters if trains(self.model, name)]
 
     def _needs_of_checkpoints(self) -> Needs:
         """What this run has to find in a checkpoint. FSDP and DeepSpeed write theirs in ways of their own."""

@@ -27,6 +27,7 @@ from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
 from ..spiel.in_trainer import optimizer_for
+from ..stacked_adapters import StackedAdaptersCallback
 from .checkpoints import PhaseCheckpoints
 from .phase_args import make_first_args
 from .preemption import listen, listening, take_request
@@ -96,6 +97,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
                 make_first_args(self.args, own[kind.args_name], name=kind.args_name)
                 kind.warn_of_args(own[kind.args_name] or {})
         self.add_callback(NamePhase(self))
+        self.remove_callback(StackedAdaptersCallback)
 
     # ---- the run -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Who is told when an adapter is made that trainers have to know of.
+"""Who is told when an adapter is made, or several are made active, so that trainers have to know of it.
 
 Training imports the tuners and not the other way round, so it registers here how it tells the trainers to come.
 """
@@ -11,6 +11,8 @@ from collections.abc import Callable
 ON_UNFINISHED: list[Callable[[], None]] = []
 # Called when an adapter is made, or copied, whose support changes while it trains.
 ON_START: list[Callable[[], None]] = []
+# Called when several adapters are made active, and not all of them are there to be used only.
+ON_STACK: list[Callable[[], None]] = []
 
 
 def announce(listeners: list[Callable[[], None]] = ON_UNFINISHED) -> None:

@@ -15,6 +15,7 @@ from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
 from ...errors import ConfigError, FormatError
 from .adapter_names import check_adapter_name
+from .announcements import ON_STACK, announce
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .files import discard
 from .heads_in_files import check_heads, check_shapes, with_heads
@@ -162,6 +163,10 @@ class AdapterTuner(BaseTuner):
             set_adapters(self, adapter_name, inference_mode=inference_mode)
         else:
             super().set_adapter(adapter_name, inference_mode=inference_mode)
+        # Not where all were loaded to be used: trainers are slow to import.
+        active = self.active_adapters
+        if len(active) > 1 and not all(self.peft_config[name].inference_mode for name in active):
+            announce(ON_STACK)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""

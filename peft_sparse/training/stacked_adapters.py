@@ -1,0 +1,81 @@
+"""Several active adapters in a trainer that knows of one: transformers' own resumes and keeps the best of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer
+from ..errors import ConfigError
+from ..tuners.common.announcements import ON_STACK
+from ..tuners.common.base_model import base_model_of, modules_around_adapters
+
+WAY_OUT = "SparseTrainer and sparse_trainer(YourTrainer) bring back all that train."
+
+
+class StackedAdaptersCallback(TrainerCallback):
+    """Refuses what would bring back one of several active adapters, in every trainer that is built after `install`.
+
+    transformers' trainer loads the first active adapter of a checkpoint and leaves the others out of the model's sum.
+    """
+
+    def __init__(self) -> None:
+        self._active: list[str] = []
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember what is active; a resumed run does not show it any more."""
+        model = kwargs.get("model")
+        self._active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Look at what the trainer was asked for.
+
+        Raises:
+            ConfigError: it is resumed, or is to load the best model at the end, with several active adapters.
+        """
+        if len(self._active) < 2:
+            return
+        if state.global_step > 0:
+            raise ConfigError(
+                f"resume_from_checkpoint: the adapters {self._active} were active, and this trainer has brought back "
+                f"{self._active[0]!r} alone. {WAY_OUT} Make model and trainer anew."
+            )
+        behind = [name for name in self._active[1:] if trains(model, name)]
+        if args.load_best_model_at_end and behind:
+            raise ConfigError(
+                f"load_best_model_at_end=True: of the active adapters {self._active} this trainer would load the best "
+                f"{self._active[0]!r} alone, and {behind} train. {WAY_OUT}"
+            )
+
+
+def trains(model: nn.Module, adapter_name: str) -> bool:
+    """Whether anything of an adapter, of whatever type, trains: its own tensors or its heads."""
+    return any(p.requires_grad for held in _held(model, adapter_name) for p in held.parameters())
+
+
+def _held(model: nn.Module, adapter_name: str) -> Iterator[nn.Module]:
+    """What layers and heads hold of an adapter."""
+    for _, module in modules_around_adapters(base_model_of(model)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            slots = [module._modules.get(slot) for slot in module.adapter_layer_names]
+            yield from (
+                slot[adapter_name] for slot in slots if isinstance(slot, nn.ModuleDict) and adapter_name in slot
+            )
+
+
+def install() -> None:
+    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
+    # Here and not above: transformers' trainer is slow to import.
+    import transformers.trainer
+
+    if StackedAdaptersCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(StackedAdaptersCallback)
+
+
+ON_STACK.append(install)
