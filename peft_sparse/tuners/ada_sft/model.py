@@ -14,6 +14,7 @@ from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
+from ..common.made_for_file import Receipt
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.tuner import WeightTuner
@@ -140,12 +141,11 @@ class AdaSftModel(WeightTuner):
         return state.for_saving(model, config, adapter_name, own)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        state.before_loading(model, config, adapter_name, state_dict)
-        own = state.without_left_out(config, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
+        own = state.for_loading(model, config, adapter_name, state_dict, undo)
+        return super()._receive(model, config, adapter_name, own, undo)
 
     # ---- composition -----------------------------------------------------------------------------
 

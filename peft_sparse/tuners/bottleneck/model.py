@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..common.base_model import path_in_base
 from ..common.combining import Combined
 from ..common.files import gather
+from ..common.made_for_file import Receipt, cast_anew
 from ..common.targets import model_numel
 from ..common.tuner import AdapterTuner
 from . import compose
@@ -120,8 +121,9 @@ class BottleneckModel(AdapterTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
-            for _, layer in iter_layers(self.model):
-                layer.cast(adapter_name)
+            with cast_anew(self, self.peft_config[adapter_name], adapter_name):
+                for _, layer in iter_layers(self.model):
+                    layer.cast(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refused: a bottleneck adapter is no change of a weight. See `merge_and_unload`.
@@ -200,10 +202,10 @@ class BottleneckModel(AdapterTuner):
         return own
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._receive(model, config, adapter_name, state_dict, undo)
         check_loaded(model, adapter_name, remapped, adapters=cls.tuner_layer_cls.adapter_layer_names[0])
         for _, layer in iter_layers(model):
             # A trainer that resumes may have cast the adapter; the file's values would be rounded.

@@ -12,6 +12,7 @@ from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.base_model import path_in_base
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
+from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.tuner import WeightTuner
@@ -219,11 +220,11 @@ class SparseModel(WrappedInTraining, WeightTuner):
         return state.for_saving(model, config, adapter_name, own, state_dict)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        state_dict = state.for_loading(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = state.for_loading(model, config, adapter_name, state_dict, is_own_file=undo.is_own_file)
+        return super()._receive(model, config, adapter_name, state_dict, undo)
 
     # ---- composition -----------------------------------------------------------------------------
 
