@@ -364,11 +364,11 @@ def test_other_methods_are_refused():
     with pytest.raises(ConfigError, match=r"has the method 'rand', whose weights need no dense phase"):
         start_dense_phase(model)
     model = get_peft_model(make_bert(), LoraConfig(task_type="SEQ_CLS"))
-    with pytest.raises(ConfigError, match=r"has a LoraConfig, and its weights are not selected by this library"):
+    with pytest.raises(ConfigError, match=r"a sparse adapter, .* has none, got 'default', which has a LoraConfig"):
         start_dense_phase(model)
     with pytest.raises(ConfigError, match=r"model must carry a PEFT adapter, got a BertForSequenceClassification"):
         start_dense_phase(make_bert())
-    with pytest.raises(ConfigError, match=r"adapter_name must be one of \['default'\], got 'task'"):
+    with pytest.raises(ConfigError, match=r"must be a sparse adapter, one of \['default'\], got 'task'"):
         start_dense_phase(make_adapted(), "task")
 
 
