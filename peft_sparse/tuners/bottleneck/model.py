@@ -99,23 +99,12 @@ class BottleneckModel(AdapterTuner):
     def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> bool:
         return path_in_base(key) in self._sites
 
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        is_new = not isinstance(target, BottleneckLayer)
-        layer = self._new_layer(target) if is_new else target
-        layer.update_layer(adapter_name, peft_config, site=self._sites[path_in_base(current_key)], parent=parent)
-        if is_new:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+    def _tuned(
+        self, config: BottleneckConfig, adapter_name: str, target: nn.Module, path: str, parent: nn.Module
+    ) -> BottleneckLayer:
+        layer = target if isinstance(target, BottleneckLayer) else self._new_layer(target)
+        layer.update_layer(adapter_name, config, site=self._sites[path], parent=parent)
+        return layer
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
@@ -189,16 +178,10 @@ class BottleneckModel(AdapterTuner):
                     )
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: BottleneckConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+    def _for_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, own: dict[str, Tensor], whole: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        gather(model, own, state_dict)
+        gather(model, own, whole)
         return own
 
     @classmethod

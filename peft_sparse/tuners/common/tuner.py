@@ -15,6 +15,7 @@ from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
 from ...errors import ConfigError
 from .adapter_names import check_adapter_name
+from .base_model import path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .heads_in_files import check_heads, check_shapes, with_heads
 from .keys import own_state, to_model_keys, warn_if_not_finite
@@ -88,8 +89,8 @@ def _put_back(model: nn.Module, path: str, module: nn.Module) -> None:
 class AdapterTuner(BaseTuner):
     """How the tuners of this library are driven by PEFT, and how an adapter's tensors are named in its file.
 
-    A tuner type says what a config means on a model (`_plan`), makes its layers (`_create_and_replace`), and what the
-    sum of adapters is (`_combine`).
+    A tuner type says what a config means on a model (`_plan`), makes its layers (`_tuned`), checks its files
+    (`_receive`), and says what the sum of adapters is (`_combine`).
     """
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -135,6 +136,34 @@ class AdapterTuner(BaseTuner):
 
     def _complete(self, config: Any, model: nn.Module, adapter_name: str, requested: PeftConfig) -> None:
         """What is left to do when the layers of an adapter are in place; `requested` is the config as it was given."""
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = self._tuned(peft_config, adapter_name, target, path_in_base(current_key), parent)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _tuned(self, config: Any, adapter_name: str, target: nn.Module, path: str, parent: nn.Module) -> nn.Module:
+        """The layer that is to stand for a module, with a new adapter in it: a new one, or `target` if it is one.
+
+        Args:
+            config: the adapter's own copy of its config.
+            adapter_name: its name.
+            target: the module, or the layer that stands for it already.
+            path: its path in the base model.
+            parent: the module that holds it.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how an adapter comes into a layer")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `.weight`, which a dropout, a feed-forward or a head of several layers (XLM-R's
@@ -276,6 +305,13 @@ class AdapterTuner(BaseTuner):
         warn_if_not_finite(own, adapter_name)
         config.saved_as = adapter_name
         keep_card_when_pushing(model)
+        return cls._for_file(model, config, adapter_name, own, state_dict)
+
+    @classmethod
+    def _for_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, own: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """An adapter's own tensors as its file holds them; its heads are in `whole`, the model's state dict."""
         return own
 
     @classmethod
