@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer
 from ..errors import ConfigError
 from ..tuners.common.announcements import ON_STACK
-from ..tuners.common.base_model import base_model_of, modules_around_adapters
+from ..tuners.common.base_model import modules_of_adapter
 
 WAY_OUT = "SparseTrainer and sparse_trainer(YourTrainer) bring back all that train."
 
@@ -56,17 +54,7 @@ class StackedAdaptersCallback(TrainerCallback):
 
 def trains(model: nn.Module, adapter_name: str) -> bool:
     """Whether anything of an adapter, of whatever type, trains: its own tensors or its heads."""
-    return any(p.requires_grad for held in _held(model, adapter_name) for p in held.parameters())
-
-
-def _held(model: nn.Module, adapter_name: str) -> Iterator[nn.Module]:
-    """What layers and heads hold of an adapter."""
-    for _, module in modules_around_adapters(base_model_of(model)):
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            slots = [module._modules.get(slot) for slot in module.adapter_layer_names]
-            yield from (
-                slot[adapter_name] for slot in slots if isinstance(slot, nn.ModuleDict) and adapter_name in slot
-            )
+    return any(p.requires_grad for module in modules_of_adapter(model, adapter_name) for p in module.parameters())
 
 
 def install() -> None:

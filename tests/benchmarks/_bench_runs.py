@@ -20,8 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path[:0] = [str(EXAMPLES / "cross_lingual"), str(EXAMPLES)]
 
-from _models import multiplies_bfloat16  # noqa: E402
+from _models import CACHE, multiplies_bfloat16  # noqa: E402
 
+# What `--data` is where nothing is said, beside the repository; and where models lie.
+DATA, MODELS = Path(__file__).resolve().parents[3] / "shared" / "data", CACHE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Elsewhere a step under autocast takes fifty times as long as one in float32.
 FAST_BFLOAT16 = multiplies_bfloat16()

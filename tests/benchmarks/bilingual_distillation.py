@@ -48,8 +48,11 @@ from statistics import median
 
 import torch
 import transformers
-from _bench_runs import Results, write_whole
+from _bench_runs import DATA, MODELS, Results, write_whole
 from _bilingual_report import report
+from _invented import SOURCE, TARGET, World, tiny_bert
+from _tasks import TASKS, numbered
+from _training import Schedule, Workshop, use
 from rich.console import Console
 from transformers import (
     AutoModel,
@@ -60,14 +63,7 @@ from transformers import (
     set_seed,
 )
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path[:0] = [str(EXAMPLES / "cross_lingual"), str(EXAMPLES)]
-
-from _invented import SOURCE, TARGET, World, tiny_bert  # noqa: E402
-from _tasks import TASKS, numbered  # noqa: E402
-from _training import Schedule, Workshop, use  # noqa: E402
-
-from peft_sparse import (  # noqa: E402
+from peft_sparse import (
     DistillationTrainer,
     MultiSourceCollator,
     MultiSourceDataset,
@@ -78,10 +74,9 @@ from peft_sparse import (  # noqa: E402
     make_student,
     reduce_vocabulary,
 )
-from peft_sparse.distillation import DistillationLoss  # noqa: E402
+from peft_sparse.distillation import DistillationLoss
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
+MODEL = MODELS / "minilm"
 FIELDS = ("arm", "seed")
 TASK = TASKS["sentiment"]
 DENSITY = 0.08

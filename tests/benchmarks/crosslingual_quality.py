@@ -48,7 +48,6 @@ seed; their standard error over test rows is a paired bootstrap, in which a sent
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -60,7 +59,7 @@ from statistics import mean
 
 import torch
 import transformers
-from _bench_runs import Results
+from _bench_runs import DATA, MODELS, Results
 from _crosslingual_data import SOURCES, Task, predict, read_task
 from _crosslingual_methods import BITFIT, FULL, LT_SFT, METHODS, Method
 from _crosslingual_report import BOTH, TASK, Row, Scorer, cells, markdown, plot, rich_table
@@ -69,8 +68,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
+MODEL = MODELS / "minilm"
 LANGUAGE = "language"
 FIELDS = ("kind", "method", "learning_rate", "seed", "language")
 # Processor time of a step on 16 rows of 64 tokens (MiniLM, one thread, bfloat16), for the estimate.

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
@@ -50,7 +49,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _bench_runs import Results
+from _bench_runs import DATA, MODELS, Results
 from _instruction_rows import collate, read_rows, read_texts, row_losses
 from _quality_methods import EXTRAS, LORA, LOTTERY, METHODS, UNTUNED, Method, Run, input_energies, linear_layers
 from _quality_runs import rates_run, table, wanted
@@ -62,8 +61,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from peft_sparse import LotteryTicketConfig, SparseTrainer
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "smollm2"
+MODEL = MODELS / "smollm2"
 ALL = METHODS | EXTRAS
 # What the next verdict takes: the settings of RESULTS.md, so that its rows count; and these methods.
 VERDICT = {
@@ -236,7 +234,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="directory or hub id")
     parser.add_argument(
-        "--data", nargs="+", default=[str(DATA)], help=".jsonl files, or folders with train.jsonl and valid.jsonl"
+        "--data",
+        nargs="+",
+        default=[str(DATA / "alpaca")],
+        help=".jsonl files, or folders with train.jsonl and valid.jsonl",
     )
     parser.add_argument("--methods", nargs="+", choices=list(ALL), default=list(METHODS))
     parser.add_argument("--rates", type=int, help="so many of each method's rates, best guess first, and no search")

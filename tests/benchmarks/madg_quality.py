@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
@@ -42,7 +41,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _bench_runs import DEVICE, Results, train, write_whole
+from _bench_runs import DATA, DEVICE, MODELS, Results, train, write_whole
 from _crosslingual_data import MASKED, read_text
 from _madg_report import GENERATED, KINDS, MEAN, NEW, NONE, OWN, PARTS, report
 from _masked_training import MaskedTrainer, masked_loss
@@ -66,8 +65,7 @@ from peft_sparse import (
     load_typology,
 )
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
+MODEL = MODELS / "minilm"
 BASE = ["eng", "es", "ind"]
 SEEN = [*BASE, "jav", "min", "bbc", "bug", "aym", "gn", "hch", "shp", "bzd"]
 UNSEEN = ["sun", "ace", "quy", "cni"]

@@ -28,7 +28,6 @@ ones for all seeds.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -36,7 +35,7 @@ from statistics import mean
 
 import mixed_data
 import transformers
-from _bench_runs import Results, spread
+from _bench_runs import DATA, MODELS, Results, spread
 from _invented import tiny_bert
 from _paired import paired
 from _training import Schedule, Workshop, use
@@ -46,8 +45,7 @@ from transformers import AutoTokenizer
 
 from peft_sparse import Source
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
+MODEL = MODELS / "minilm"
 FIELDS = ("target", "arm", "language", "seed")
 SHOTS = (20, 100)
 WITH, WITHOUT = "with", "without"

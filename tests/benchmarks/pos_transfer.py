@@ -42,7 +42,6 @@ a folder of the same name, so a call with the same settings goes on where the la
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import zlib
@@ -54,7 +53,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from _bench_runs import Results, write_whole
+from _bench_runs import DATA, MODELS, Results, write_whole
 from _data import read_file, read_text
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _masked_training import MaskedTrainer, masked_loss
@@ -68,8 +67,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLan
 
 from peft_sparse import Source
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "minilm"
+MODEL = MODELS / "minilm"
 TREEBANKS = {"eng": "eng_ewt", "mlt": "mlt_mudt", "fao": "fao_farpahc"}
 POS = TASKS["pos"]
 HELD_OUT = 64

@@ -12,12 +12,12 @@ gradients' sizes on it) and turns earlier, so what it gains is decided by both. 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _bench_runs import DATA, MODELS
 from _instruction_rows import collate, read_rows, row_losses
 from rich.console import Console
 from rich.progress import track
@@ -29,8 +29,7 @@ from peft_sparse.selection.budget import round_density
 from peft_sparse.selection.random import random_indices
 from peft_sparse.selection.top_k import top_k
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca"
-MODEL = Path(os.environ.get("PEFT_SPARSE_MODELS", Path.home() / ".cache" / "peft-sparse-models")) / "smollm2"
+MODEL = MODELS / "smollm2"
 Weights = dict[str, Tensor]
 
 
@@ -64,7 +63,9 @@ def changes_along(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="directory or hub id")
-    parser.add_argument("--data", type=Path, default=DATA, help="a .jsonl file, or a folder with train and valid")
+    parser.add_argument(
+        "--data", type=Path, default=DATA / "alpaca", help="a .jsonl file, or a folder with train and valid"
+    )
     parser.add_argument("--batches", type=int, default=16, help="micro-batches of the mean gradient")
     parser.add_argument("--batch-size", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=96, help="tokens; longer rows are cut")

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification
 
 from peft_sparse import AdaSftConfig, start_weight_phase
 from peft_sparse.core.masked import MaskedPart, masked_linear
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
+from tests.support.models import bert, gpt2
 from tests.support.oracle import relative_error
 
 OPTIMIZERS = {
@@ -24,17 +25,12 @@ OPTIMIZERS = {
 
 
 def make_bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     rates = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
-    config = BertConfig(vocab_size=30, max_position_embeddings=8, num_labels=3, **sizes, **rates)
-    return BertForSequenceClassification(config).double()
+    return bert(BertForSequenceClassification, vocab_size=30, num_labels=3, **rates).double().train()
 
 
 def make_gpt2():
-    torch.manual_seed(0)
-    rates = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=8, **rates)).double()
+    return gpt2(vocab_size=30, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).double().train()
 
 
 def batches(kind):

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import (
     SM3,
@@ -28,6 +27,7 @@ from peft_sparse import (
 )
 from peft_sparse.selection.rows import num_rows, rows_of
 from tests.numerics import test_spiel_loop
+from tests.support import models
 from tests.support.bottleneck import Case as BottleneckCase
 from tests.support.bottleneck import tensors_of
 from tests.support.distributed import training as training_cases
@@ -42,20 +42,10 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def llama(dtype: torch.dtype = F32) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        eos_token_id=None,
-        bos_token_id=1,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 80}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
+    return models.llama(**sizes, **heads, **special).to(dtype).train()
 
 
 def ids(seed: int = 0, device: str = DEVICE) -> Tensor:

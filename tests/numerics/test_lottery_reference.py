@@ -5,30 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification
 
 from peft_sparse import LotteryTicketConfig, iter_deltas, resident
 from peft_sparse.training.phases.lottery import start_dense_phase
-
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+from tests.support.models import bert, llama
 
 
 def make_bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30,
-        max_position_embeddings=8,
-        num_labels=3,
-        hidden_dropout_prob=0,
-        attention_probs_dropout_prob=0,
-        **SHAPE,
-    )
-    return BertForSequenceClassification(config)
+    rates = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    return bert(BertForSequenceClassification, vocab_size=30, intermediate_size=32, num_labels=3, **rates).train()
 
 
 def make_llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_key_value_heads=2, tie_word_embeddings=True, **SHAPE))
+    sizes = {"vocab_size": 30, "intermediate_size": 32, "num_key_value_heads": 2}
+    return llama(tie_word_embeddings=True, **sizes).train()
 
 
 def bert_batches():

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -30,16 +29,11 @@ from peft_sparse.core.gaps import GapHeader
 from peft_sparse.errors import SparseError
 from tests.support.adapter_hub import write_hub
 from tests.support.hostile import Change, Executed, device, fifo, little_time_and_memory, on_config, raw
+from tests.support.models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # ---- adapters of our own -------------------------------------------------------------------------
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer import Typer
 from typer.testing import CliRunner
 
+from tests.support.models import llama
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def save_llama_of_letters(folder: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+    """A tiny Llama in a folder, and a tokenizer that knows letters."""
+    letters = ["<unk>", "<eos>", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    sizes = {"num_key_value_heads": 2, "max_position_embeddings": 2048, **sizes}
+    llama(vocab_size=len(letters), bos_token_id=None, eos_token_id=1, **sizes).to(dtype).save_pretrained(folder)
+    return folder
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -70,4 +72,20 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
         name.replace("base_model.model.", "", 1).replace(".base_layer", ""): tensor
         for name, tensor in model.named_parameters()
         if "sparse_ft" not in name and "ada_sft" not in name
+    }
+
+
+def picture(model: nn.Module) -> dict[str, object]:
+    """All that one can see of a model: modules, hooks, tensors, what trains, what is active, configs, outputs."""
+    with torch.no_grad():
+        output = model(input_ids=IDS).logits
+    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    return {
+        "modules": {name: type(module) for name, module in model.named_modules()},
+        "hooks": hooks,
+        "tensors": {n: t.detach().numpy().tobytes() for n, t in chain(model.named_parameters(), model.named_buffers())},
+        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
+        "active": {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)},
+        "configs": {n: c.to_dict() for n, c in getattr(model, "peft_config", {}).items()},
+        "output": output.numpy().tobytes(),
     }

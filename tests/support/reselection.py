@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_sparse import SpielAGConfig, SpielMAConfig, iter_deltas
+from peft_sparse import SpielAGConfig, SpielMAConfig
 from peft_sparse.training.spiel.reselector import iter_reselectors
 from tests.support.training import make_bert
 
@@ -49,16 +49,6 @@ def train(model, optimizer, steps, *, accumulate=1, clip=None):
 
 def optimizer_of(model, cls=torch.optim.AdamW, lr=1e-2):
     return cls([p for p in model.parameters() if p.requires_grad], lr=lr)
-
-
-def adapter(model):
-    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in iter_deltas(model)}
-
-
-def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
 
 
 FIELDS = {"density": 0.2, "reselection_steps": 6, "estimation_steps": 3, "total_steps": 60}

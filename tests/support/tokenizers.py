@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+
+from tests.support.models import bert, llama
 
 LETTERS = "abcd"
 KINDS = ("WordPiece", "Unigram", "BPE", "byte BPE", "byte-fallback BPE", "WordLevel")
@@ -171,25 +175,27 @@ def fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **given)
 
 
+def of_words(words: Iterable[str], *, unk: str = "<unk>", **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows these words, each by its place, and takes text apart at spaces and punctuation."""
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unk))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return fast(made, unk_token=unk, **special)
+
+
 def make_bert(size: int, *, cls: type = BertForMaskedLM, **changes: Any) -> Any:
     """A BERT over a vocabulary of some size, which equals other sizes of the model if it is 32."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-    model = cls(BertConfig(**{"vocab_size": size, "max_position_embeddings": 64, **sizes, **changes}))
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 32, "max_position_embeddings": 64}
+    model = bert(cls, **{"vocab_size": size, **sizes, **changes})
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    return model.eval()
+    return model
 
 
-def make_llama(size: int, **changes: Any) -> LlamaForCausalLM:
+def make_llama(size: int, **changes: Any) -> nn.Module:
     """A Llama over a vocabulary of some size."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        **{"vocab_size": size, "intermediate_size": 32, "max_position_embeddings": 64, **sizes, **changes}
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    return llama(**{"vocab_size": size, "max_position_embeddings": 64, **sizes, **changes})
 
 
 def all_words(longest: int) -> list[str]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from peft_sparse import SparseConfig, iter_deltas
 from peft_sparse.training.trainer.trainer import SparseTrainer
+from tests.support.models import bert
 
 VOCAB = 40
 
@@ -19,19 +20,11 @@ def make_bert(
     *, seed: int = 0, dropout: float = 0.1, dtype: torch.dtype = torch.float32
 ) -> BertForSequenceClassification:
     """A classifier of about 8,000 weights, with dropout on so that the state of the random generators matters."""
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        num_labels=3,
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model = bert(
+        BertForSequenceClassification, seed=seed, vocab_size=VOCAB, intermediate_size=32, num_labels=3, **rates
     )
-    return BertForSequenceClassification(config).to(dtype)
+    return model.to(dtype).train()
 
 
 def make_adapted(
@@ -57,7 +50,7 @@ class Labelled(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "attention_mask": torch.ones(6, dtype=torch.long), "labels": self.labels[i]}
 
 
-def make_args(folder: Any, **changes: Any) -> TrainingArguments:
+def make_args(folder: Any, *, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "learning_rate": 1e-2,
         "max_steps": 8,
@@ -70,7 +63,7 @@ def make_args(folder: Any, **changes: Any) -> TrainingArguments:
         "seed": 7,
         **changes,
     }
-    return TrainingArguments(output_dir=str(folder), **settings)
+    return cls(output_dir=str(folder), **settings)
 
 
 def make_trainer(
@@ -90,6 +83,25 @@ def make_trainer(
     )
 
 
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+class KillAt(TrainerCallback):
+    """Ends a trainer's run before a step of a phase, after the checkpoint of the step before; or when a phase ends."""
+
+    def __init__(self, phase: str, step: int | None = None) -> None:
+        self.phase, self.step, self.trainer = phase, step, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._phase_name == self.phase and state.global_step == self.step:
+            raise Killed
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._phase_name == self.phase and self.step is None:
+            raise Killed
+
+
 def base_weights(model: PeftModel) -> dict[str, Tensor]:
     """Copies of all parameters but the adapters' values."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if "sparse_ft_" not in n}
@@ -104,6 +116,11 @@ def deltas(model: PeftModel, adapter_name: str = "default") -> dict[str, tuple[T
 def head(model: PeftModel) -> dict[str, Tensor]:
     """Copies of the trained head's parameters."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_save.default" in n}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors of a model's state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def assert_same_tensors(found: Any, expected: Any) -> None:

@@ -10,13 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainingArguments,
@@ -31,6 +28,8 @@ from peft_sparse import (
     iter_deltas,
     save_adapter_hub,
 )
+from tests.support.models import bert, llama
+from tests.support.tokenizers import of_words
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,9 +69,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def tiny_model(layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=layers, **sizes))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    return llama(vocab_size=50, num_hidden_layers=layers, **sizes).train()
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:
@@ -126,22 +124,11 @@ def test_two_phases_and_adding_up(folder):
 
 def tokenizer_in(folder: str) -> None:
     words = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "the", "old", "cat", "sees", "a", "red", "bird"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    of_words(words).save_pretrained(folder)
 
 
 def tiny_bert(cls):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return cls(BertConfig(vocab_size=50, **sizes))
+    return bert(cls, vocab_size=50, hidden_size=32, intermediate_size=64, max_position_embeddings=512).train()
 
 
 def test_trl_on_a_quantised_model(folder):
@@ -212,10 +199,7 @@ def test_switching_and_merging(folder):
 
 
 def test_stacking_and_adapter_hub(folder):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    base = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
-    names: dict = {"base": base}
+    names: dict = {"base": tiny_bert(BertForMaskedLM)}
     exec(STACKING, names)
     model = names["model"]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -386,9 +370,7 @@ def test_generating_adapters(folder, monkeypatch):
 
 def test_distilling(folder):
     def classifier() -> BertForSequenceClassification:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-        return BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=4, num_labels=3, **sizes))
+        return bert(BertForSequenceClassification, vocab_size=50, num_hidden_layers=4, num_labels=3).train()
 
     for name, heads in (("ind", None), ("jav", None), ("task", ["classifier"])):
         config = RandConfig(num_weights=50, init_weights=False, target_modules="all", modules_to_save=heads)

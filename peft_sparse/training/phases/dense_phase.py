@@ -31,7 +31,7 @@ from ..progress import progress_bar
 from .denoiser import Denoiser
 from .dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
 from .phase import Phase, first_phase
-from .targets import Target, adapter_config, check_active, refuse_wrapper, targets_of_adapter
+from .targets import Target, check_active, refuse_wrapper, sparse_config, targets_of_adapter
 from .untying import Ties
 
 logger = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     is unfrozen.
     """
     refuse_wrapper(model)
-    config = adapter_config(model, adapter_name)
+    config = sparse_config(model, adapter_name)
     targets = targets_of_adapter(model, adapter_name)
     _check_adapter(model, adapter_name, config)
     for target in targets:

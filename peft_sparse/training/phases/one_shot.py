@@ -31,7 +31,7 @@ from ..progress import progress_bar
 from ..spiel.reselector import iter_reselectors
 from .gradient_means import LossFunction, gradient_means
 from .phase import Phase, first_phase
-from .targets import Target, adapter_config, check_active, refuse_wrapper, targets_of_adapter
+from .targets import Target, check_active, refuse_wrapper, sparse_config, targets_of_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def select_by_gradients(
     Source: the criteria name theirs; see `peft_sparse.selection.criteria`.
     """
     refuse_wrapper(model)
-    config = adapter_config(model, adapter_name)
+    config = sparse_config(model, adapter_name)
     criterion = _check_adapter(adapter_name, config)
     targets = targets_of_adapter(model, adapter_name)
     for target in targets:

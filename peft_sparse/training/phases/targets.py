@@ -10,8 +10,8 @@ from torch import nn
 
 from ..._peft_bridge import BaseTuner
 from ...errors import ConfigError
-from ...tuners.common.adapter_config import peft_configs
-from ...tuners.sparse_ft.configs.base import SparseConfig
+from ...tuners.common.adapter_config import config_of
+from ...tuners.sparse_ft.configs.base import SPARSE_FT, SparseConfig
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.layers.base import SparseLayer
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
@@ -45,22 +45,14 @@ class Target:
         return getattr(self.module, self.which)
 
 
-def adapter_config(model: nn.Module, adapter_name: str) -> SparseConfig:
-    """The model's own copy of an adapter's config.
+def sparse_config(model: nn.Module, adapter_name: str) -> SparseConfig:
+    """The model's own copy of the config of an adapter whose weights are to be selected.
 
     Raises:
-        ConfigError: the model has no such adapter, or it is of another library's type.
+        ConfigError: the model has no such adapter, or it is of another type.
     """
-    configs = peft_configs(model)
-    if adapter_name not in configs:
-        raise ConfigError(f"adapter_name must be one of {sorted(configs)}, got {adapter_name!r}.")
-    config = configs[adapter_name]
-    if not isinstance(config, SparseConfig):
-        raise ConfigError(
-            f"adapter {adapter_name!r} has a {type(config).__name__}, and its weights are not selected by this "
-            "library. Of ours are LotteryTicketConfig and OneShotConfig."
-        )
-    return config
+    way_out = "LotteryTicketConfig and OneShotConfig make adapters whose weights are selected."
+    return config_of(model, adapter_name, SPARSE_FT, called="a sparse adapter", way_out=way_out)
 
 
 def targets_of_adapter(model: nn.Module, adapter_name: str) -> list[Target]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,6 +86,19 @@ class MaskedWeight(NeverOffloaded):
         for parameter in self.parameters():
             parameter.grad = None
             parameter.requires_grad_(trainable and parameter is self.trained)
+
+    def way_back(self) -> Callable[[], None]:
+        """What puts back all that it holds now, whatever phase it enters."""
+        held = {name: getattr(self, name) for name in ("scores", "difference")}
+        trains = {name: parameter is not None and parameter.requires_grad for name, parameter in held.items()}
+
+        def go_back() -> None:
+            for name, parameter in held.items():
+                setattr(self, name, parameter)
+                if parameter is not None:
+                    parameter.requires_grad_(trains[name])
+
+        return go_back
 
     def freeze_what_is_fixed(self) -> None:
         """Undo a switch that made all parameters trainable: a mask is fixed in its second phase."""

@@ -14,6 +14,7 @@ from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
+from ..common.made_for_file import Receipt
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.tuner import WeightTuner
@@ -75,31 +76,21 @@ class AdaSftModel(WeightTuner):
             return True
         return _ExcludedModule() if is_excluded(self._request, key) else False
 
-    def _create_and_replace(
-        self,
-        peft_config: AdaSftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+    def _tuned(
+        self, config: AdaSftConfig, adapter_name: str, target: nn.Module, path: str, parent: nn.Module
+    ) -> Linear:
         base = target.get_base_layer() if isinstance(target, Linear) else target
-        check_linear(base, current_key)
+        check_linear(base, path)
         masked = MaskedWeight(
             tuple(base.weight.shape),
-            phase=peft_config.phase,
-            initial_mask=peft_config.initial_mask,
-            from_identity=peft_config.from_identity,
+            phase=config.phase,
+            initial_mask=config.initial_mask,
+            from_identity=config.from_identity,
             device=home_of(base, base.weight),
         )
         layer = target if isinstance(target, Linear) else Linear(target)
-        layer.update_layer(adapter_name, masked, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, masked, inference_mode=config.inference_mode)
+        return layer
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
@@ -128,24 +119,17 @@ class AdaSftModel(WeightTuner):
         return model
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: AdaSftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+    def _for_file(
+        cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, own: dict[str, Tensor], whole: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return state.for_saving(model, config, adapter_name, own)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: AdaSftConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        state.before_loading(model, config, adapter_name, state_dict)
-        own = state.without_left_out(config, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
+        own = state.for_loading(model, config, adapter_name, state_dict, undo)
+        return super()._receive(model, config, adapter_name, own, undo)
 
     # ---- composition -----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from ...checkpoints.native import SOURCE, canonical_name
 from ...checkpoints.native_checks import REMEDY
 from ...errors import FormatError
-from ..common.files import discard
 from ..common.other_heads import heads_without_part, parts_of_other_heads, warn_of_other_head
 from ..common.targets import Targets
 from .config import HELD, AdaSftConfig
@@ -49,31 +49,29 @@ def phase_of(keys: Iterable[str], *, source: str = "the state dict") -> str:
     )
 
 
-def before_loading(model: nn.Module, config: AdaSftConfig, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Check a loaded file, and bring the adapter into its phase.
+def for_loading(
+    model: nn.Module, config: AdaSftConfig, adapter_name: str, tensors: dict[str, Tensor], undo: ExitStack
+) -> dict[str, Tensor]:
+    """Check a loaded file, and bring the adapter into its phase, which `undo` undoes; returns what is to be loaded.
 
     Raises:
-        FormatError: the file does not belong to this model, or holds numbers that are not finite. An adapter that was
-            added for it is taken out again.
+        FormatError: the file does not belong to this model, or holds numbers that are not finite.
     """
     own = {name: masked for name, _, masked in iter_masked(model, adapter_name)}
-    try:
-        placed = without_left_out(config, tensors)
-        found = {canonical_name(key): tensor for key, tensor in placed.items() if _is_own(key)}
-        phase = phase_of(found, source=SOURCE)
-        module_of = {name: name.rpartition(".")[0] for name in own}
-        _check(found, {f"{module_of[n]}.{SLOT}.{part}": own[n].shape for n in own for part in HELD[phase]})
-    except FormatError:
-        if config.awaits_file:
-            discard(model, adapter_name)
-        raise
+    placed = _without_left_out(config, tensors)
+    found = {canonical_name(key): tensor for key, tensor in placed.items() if _is_own(key)}
+    phase = phase_of(found, source=SOURCE)
+    module_of = {name: name.rpartition(".")[0] for name in own}
+    _check(found, {f"{module_of[n]}.{SLOT}.{part}": own[n].shape for n in own for part in HELD[phase]})
+    undo.callback(setattr, config, "phase", config.phase)
     for masked in own.values():
+        undo.callback(masked.way_back())
         masked.enter(phase)
     config.phase = phase
-    config.awaits_file = False
+    return placed
 
 
-def without_left_out(config: AdaSftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_left_out(config: AdaSftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file but those of a head that the model does not have."""
     return {key: tensor for key, tensor in tensors.items() if not modules_of([key]) & config.left_out.keys()}
 

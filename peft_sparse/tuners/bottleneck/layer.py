@@ -45,8 +45,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.row_names: list[str] | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # {adapter name: versions of its tensors when it was made}
-        self._made: dict[str, tuple[int, ...]] = {}
         # {adapter name: the dtype that it is meant to have}
         self._dtypes: dict[str, torch.dtype] = {}
         # What hooks this layer into modules around it: {placement: handles}.
@@ -75,7 +73,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         # In evaluation too if the model is: nothing may be dropped by an adapter that is added to be used.
         adapter = self.new_adapter(adapter_name, config, site).train(self.base_layer.training)
         self.adapters[adapter_name] = adapter
-        self._made[adapter_name] = _versions(adapter)
         self._dtypes[adapter_name] = _dtype_of(adapter)
         self._mark_own()
         self.placements[adapter_name] = placement
@@ -95,13 +92,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.placements.pop(adapter_name, None)
-        self._made.pop(adapter_name, None)
         self._dtypes.pop(adapter_name, None)
-
-    def is_fresh(self, adapter_name: str) -> bool:
-        """Whether nothing has written into an adapter's parameters since it was made, or this site has none."""
-        held = self.adapters
-        return adapter_name not in held or _versions(held[adapter_name]) == self._made[adapter_name]
 
     def at(self, placement: str, adapters: Sequence[str] | None = None) -> list[Any]:
         """What acts at a placement now, in order: the adapters of that name that this site has.
@@ -237,10 +228,6 @@ def _around(parent: nn.Module, adapters: str) -> tuple[torch.device, torch.dtype
 
 def _dtype_of(adapter: nn.Module) -> torch.dtype:
     return next(adapter.parameters()).dtype
-
-
-def _versions(adapter: nn.Module) -> tuple[int, ...]:
-    return tuple(parameter._version for parameter in adapter.parameters())
 
 
 def make_adapter(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..common.base_model import path_in_base
 from ..common.combining import Combined
 from ..common.files import gather
+from ..common.made_for_file import Receipt, cast_anew
 from ..common.targets import model_numel
 from ..common.tuner import AdapterTuner
 from . import compose
@@ -98,30 +99,20 @@ class BottleneckModel(AdapterTuner):
     def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> bool:
         return path_in_base(key) in self._sites
 
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        is_new = not isinstance(target, BottleneckLayer)
-        layer = self._new_layer(target) if is_new else target
-        layer.update_layer(adapter_name, peft_config, site=self._sites[path_in_base(current_key)], parent=parent)
-        if is_new:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+    def _tuned(
+        self, config: BottleneckConfig, adapter_name: str, target: nn.Module, path: str, parent: nn.Module
+    ) -> BottleneckLayer:
+        layer = target if isinstance(target, BottleneckLayer) else self._new_layer(target)
+        layer.update_layer(adapter_name, config, site=self._sites[path], parent=parent)
+        return layer
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
-            for _, layer in iter_layers(self.model):
-                layer.cast(adapter_name)
+            with cast_anew(self, self.peft_config[adapter_name], adapter_name):
+                for _, layer in iter_layers(self.model):
+                    layer.cast(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refused: a bottleneck adapter is no change of a weight. See `merge_and_unload`.
@@ -187,23 +178,17 @@ class BottleneckModel(AdapterTuner):
                     )
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: BottleneckConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+    def _for_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, own: dict[str, Tensor], whole: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        gather(model, own, state_dict)
+        gather(model, own, whole)
         return own
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._receive(model, config, adapter_name, state_dict, undo)
         check_loaded(model, adapter_name, remapped, adapters=cls.tuner_layer_cls.adapter_layer_names[0])
         for _, layer in iter_layers(model):
             # A trainer that resumes may have cast the adapter; the file's values would be rounded.

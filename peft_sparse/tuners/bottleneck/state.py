@@ -5,14 +5,11 @@ Where FSDP2 has sharded a model, files hold whole tensors all the same.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor, nn
 
 from ...core.sharded import is_sharded, sharded_like
 from ...errors import ConfigError, FormatError
-from ..common.files import discard
 from .layer import ADAPTERS, BottleneckLayer
 
 
@@ -28,8 +25,7 @@ def check_loaded(
         adapters: the attribute of the layers that holds adapters.
 
     Raises:
-        FormatError: tensors are missing, unknown or of another shape. An adapter that was added for them is taken out
-            again.
+        FormatError: tensors are missing, unknown or of another shape.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
     own: dict[str, tuple[int, ...]] = {}
@@ -39,9 +35,8 @@ def check_loaded(
                 own[f"{name}.{adapters}.{adapter_name}.{key}"] = tuple(tensor.shape)
     given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if f".{adapters}." in key}
     problem = _problem(own, given) or _not_finite({key: state_dict[key] for key in own})
-    if problem is None:
-        return
-    refuse(model, adapter_name, problem)
+    if problem is not None:
+        raise unfit(problem)
 
 
 def as_sharded(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,12 +75,9 @@ def _is_sharded_model(model: nn.Module) -> bool:
     return in_root or any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
 
 
-def refuse(model: nn.Module, adapter_name: str, problem: str) -> NoReturn:
-    """Raise a FormatError about a file, and take out an adapter that was added for it."""
-    layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
-    if all(layer.is_fresh(adapter_name) for layer in layers):
-        discard(model, adapter_name)
-    raise FormatError(
+def unfit(problem: str) -> FormatError:
+    """The error about a file that does not fit."""
+    return FormatError(
         f"the adapter file does not fit this model and config: {problem}. Nothing was loaded. Load it into the "
         "architecture it was trained on (adapter_config.json names it in base_model_name_or_path)."
     )

@@ -44,6 +44,7 @@ def config_of(model: nn.Module, adapter_name: str, kind: PeftType, *, called: st
     own = [name for name, config in configs.items() if config.peft_type == kind]
     if adapter_name not in own:
         known = f"one of {own}" if own else "and this model has none"
+        other = f", which has a {type(configs[adapter_name]).__name__}" if adapter_name in configs else ""
         end = f" {way_out}" if way_out else ""
-        raise ConfigError(f"adapter_name must be {called}, {known}, got {adapter_name!r}.{end}")
+        raise ConfigError(f"adapter_name must be {called}, {known}, got {adapter_name!r}{other}.{end}")
     return configs[adapter_name]

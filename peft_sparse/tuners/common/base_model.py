@@ -8,10 +8,10 @@ from typing import TypeVar
 from peft import PeftModel
 from torch import nn
 
-from ..._peft_bridge import BaseTuner, BaseTunerLayer
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...core.names import unwrapped as path_in_base
 
-__all__ = ["base_model_of", "iter_tuned", "modules_around_adapters", "path_in_base"]
+__all__ = ["base_model_of", "iter_tuned", "modules_around_adapters", "modules_of_adapter", "path_in_base"]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -50,6 +50,15 @@ def modules_around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         slots = module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ()
         inside = [(name, child) for name, child in module._modules.items() if child is not None and name not in slots]
         waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside)]
+
+
+def modules_of_adapter(model: nn.Module, adapter_name: str) -> Iterator[nn.Module]:
+    """What an adapter itself consists of, whatever its type: what it has in each tuner layer, and its heads."""
+    for _, module in modules_around_adapters(model):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            slots = [module._modules.get(name) for name in module.adapter_layer_names]
+            held = [slot for slot in slots if isinstance(slot, nn.ModuleDict) and adapter_name in slot]
+            yield from (slot[adapter_name] for slot in held)
 
 
 def iter_tuned(model: nn.Module, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:

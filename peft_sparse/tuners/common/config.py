@@ -55,8 +55,11 @@ class WeightConfig(PeftConfig):
     # Not fields. The name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
     # tells `save_pretrained` only a folder.
     saved_as = "default"
-    # Whether the config came from a folder, whose weights are still to be loaded; and how many bytes those have.
+    # Whether the config was read from a folder, for an adapter that is yet to be made; of one in a model, what tells
+    # whether it is still as it was made for its file (`made_for_file`).
     awaits_file = False
+    as_made: ClassVar[tuple[int, ...] | None] = None
+    # How many bytes the weights in that folder have.
     file_bytes: ClassVar[int | None] = None
     # Canonical names of the tensors in that file, and what of `modules_to_save` was written into the config with it.
     held_in_file: ClassVar[frozenset[str] | None] = None

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
-from ...errors import ConfigError, FormatError
+from ...errors import ConfigError
 from .adapter_names import check_adapter_name
 from .announcements import ON_STACK, announce
+from .base_model import path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
-from .files import discard
 from .heads_in_files import check_heads, check_shapes, with_heads
 from .keys import own_state, to_model_keys, warn_if_not_finite
+from .made_for_file import Receipt, note_new, receiving
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import delete_heads, has_several_heads, set_adapters
 
@@ -41,8 +42,8 @@ def adding(tuner: AdapterTuner, model: nn.Module, adapter_name: str) -> Iterator
         if is_first:
             # What a refused file gives back: PEFT freezes the base model before it opens the file.
             tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
-        tuner.awaiting = adapter_name if config.awaits_file else None
         yield config
+        note_new(tuner, config, adapter_name)
         undo.pop_all()
     if not is_first:
         # PEFT restores what trains and what does not but for parameters whose paths hold the new adapter's name.
@@ -89,8 +90,8 @@ def _put_back(model: nn.Module, path: str, module: nn.Module) -> None:
 class AdapterTuner(BaseTuner):
     """How the tuners of this library are driven by PEFT, and how an adapter's tensors are named in its file.
 
-    A tuner type says what a config means on a model (`_plan`), makes its layers (`_create_and_replace`), and what the
-    sum of adapters is (`_combine`).
+    A tuner type says what a config means on a model (`_plan`), makes its layers (`_tuned`), checks its files
+    (`_receive`), and says what the sum of adapters is (`_combine`).
     """
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -136,6 +137,34 @@ class AdapterTuner(BaseTuner):
 
     def _complete(self, config: Any, model: nn.Module, adapter_name: str, requested: PeftConfig) -> None:
         """What is left to do when the layers of an adapter are in place; `requested` is the config as it was given."""
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = self._tuned(peft_config, adapter_name, target, path_in_base(current_key), parent)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _tuned(self, config: Any, adapter_name: str, target: nn.Module, path: str, parent: nn.Module) -> nn.Module:
+        """The layer that is to stand for a module, with a new adapter in it: a new one, or `target` if it is one.
+
+        Args:
+            config: the adapter's own copy of its config.
+            adapter_name: its name.
+            target: the module, or the layer that stands for it already.
+            path: its path in the base model.
+            parent: the module that holds it.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how an adapter comes into a layer")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `.weight`, which a dropout, a feed-forward or a head of several layers (XLM-R's
@@ -240,19 +269,16 @@ class AdapterTuner(BaseTuner):
 
     # ---- files -----------------------------------------------------------------------------------
 
-    # The adapter that was added for a file and has not been given its tensors yet.
-    awaiting: str | None = None
+    # What is undone if the model does not take in the file that is being loaded.
+    undo_file: Receipt | None = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # torch's method. The first moment at which PEFT has said which tensors it really loads, and the last before it
         # does: with `ignore_mismatched_sizes` it leaves those of another shape out.
-        awaiting, self.awaiting = self.awaiting, None
-        try:
+        undo, self.undo_file = self.undo_file or Receipt(), None
+        with undo:
             check_shapes(self, state_dict, prefix)
-        except FormatError:
-            if awaiting is not None:
-                discard(self, awaiting)
-            raise
+            undo.pop_all()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -284,6 +310,13 @@ class AdapterTuner(BaseTuner):
         warn_if_not_finite(own, adapter_name)
         config.saved_as = adapter_name
         keep_card_when_pushing(model)
+        return cls._for_file(model, config, adapter_name, own, state_dict)
+
+    @classmethod
+    def _for_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, own: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """An adapter's own tensors as its file holds them; its heads are in `whole`, the model's state dict."""
         return own
 
     @classmethod
@@ -294,6 +327,28 @@ class AdapterTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        with receiving(model, config, adapter_name) as undo:
+            return cls._receive(model, config, adapter_name, state_dict, undo)
+
+    @classmethod
+    def _receive(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
+    ) -> dict[str, Tensor]:
+        """Check a file's tensors as a whole, before one is loaded, and make the adapter ready for them.
+
+        Args:
+            model: whatever carries the adapter.
+            config: the model's own copy of its config.
+            adapter_name: its name.
+            state_dict: the tensors by key, as in the file but for heads.
+            undo: takes callbacks that undo what is done to the adapter here, in case the model does not take them.
+
+        Returns:
+            the tensors under the model's own keys.
+
+        Raises:
+            FormatError: the file is damaged or does not fit the model.
+        """
         return to_model_keys(model, adapter_name, state_dict, cls.tuner_layer_cls)
 
 

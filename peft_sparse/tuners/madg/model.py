@@ -14,8 +14,9 @@ from ..bottleneck.layer import BottleneckLayer
 from ..bottleneck.model import BottleneckModel
 from ..bottleneck.own_weights import iter_layers
 from ..bottleneck.placement import Site
-from ..bottleneck.state import refuse
+from ..bottleneck.state import unfit
 from ..common.base_model import base_model_of
+from ..common.made_for_file import Receipt
 from .config import MadGConfig
 from .generated import GeneratedAdapter
 from .generator import SiteGenerator, num_generated
@@ -90,16 +91,16 @@ class MadGModel(BottleneckModel):
         return MadGLayer(target, self._state)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._receive(model, config, adapter_name, state_dict, undo)
         for path, site in iter_sites(model, adapter_name):
             if site.shared is not None:
                 key = f"{path}.{GENERATORS}.{adapter_name}.shared.features"
                 given = next(tensor for name, tensor in remapped.items() if name.endswith(key))
                 if not given.cpu().equal(site.shared.features.cpu()):
-                    refuse(model, adapter_name, f"the hypernetwork at {path} was trained on other typological features")
+                    raise unfit(f"the hypernetwork at {path} was trained on other typological features")
         return remapped
 
     # ---- languages -------------------------------------------------------------------------------

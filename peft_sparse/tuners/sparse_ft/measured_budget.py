@@ -7,9 +7,9 @@ import os
 from torch import nn
 
 from ...checkpoints.adapter_files import read_sparse_config
-from ...errors import ConfigError
 from ...selection.layer_budgets import measured_shares
-from .configs.base import SparseConfig
+from ..common.adapter_config import config_of
+from .configs.base import SPARSE_FT, SparseConfig
 from .state import count_weights
 
 
@@ -36,9 +36,8 @@ def layer_budget_from(
     if isinstance(adapter, SparseConfig):
         counts = adapter.counts or {}
     elif isinstance(adapter, nn.Module):
+        config_of(adapter, adapter_name, SPARSE_FT, called="a sparse adapter")
         counts = count_weights(adapter, adapter_name)
-        if not counts:
-            raise ConfigError(f"adapter_name must name a sparse adapter of the model, got {adapter_name!r}.")
     else:
         counts = read_sparse_config(adapter)["counts"] or {}
     return measured_shares(counts)

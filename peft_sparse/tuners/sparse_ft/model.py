@@ -12,6 +12,7 @@ from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.base_model import path_in_base
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
+from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.tuner import WeightTuner
@@ -101,33 +102,17 @@ class SparseModel(WrappedInTraining, WeightTuner):
         # `target_parameters` took part in `find_targets`; their modules are wrapped like any other.
         return [f"{name}.{parameter}" for name, parameters in self._targets.items() for parameter in parameters]
 
-    def _create_and_replace(
-        self,
-        peft_config: SparseConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        current_key = path_in_base(current_key)
-        counts = {p: self._counts.get(f"{current_key}.{p}", 0) for p in self._targets[current_key]}
+    def _tuned(
+        self, config: SparseConfig, adapter_name: str, target: nn.Module, path: str, parent: nn.Module
+    ) -> SparseLayer:
+        counts = {p: self._counts.get(f"{path}.{p}", 0) for p in self._targets[path]}
         if isinstance(target, SparseLayer):
             layer = target
         else:
-            settings = get_quantization_kwargs(self.model)
-            layer = wrapper_for(target, current_key, quantization=settings)(target)
-        layer.update_layer(
-            adapter_name,
-            counts,
-            dtype=getattr(torch, peft_config.values_dtype),
-            inference_mode=peft_config.inference_mode,
-        )
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            layer = wrapper_for(target, path, quantization=get_quantization_kwargs(self.model))(target)
+        dtype = getattr(torch, config.values_dtype)
+        layer.update_layer(adapter_name, counts, dtype=dtype, inference_mode=config.inference_mode)
+        return layer
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
@@ -207,23 +192,17 @@ class SparseModel(WrappedInTraining, WeightTuner):
         return model
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: SparseConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+    def _for_file(
+        cls, model: nn.Module, config: SparseConfig, adapter_name: str, own: dict[str, Tensor], whole: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return state.for_saving(model, config, adapter_name, own, state_dict)
+        return state.for_saving(model, config, adapter_name, own, whole)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _receive(
+        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        state_dict = state.for_loading(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = state.for_loading(model, config, adapter_name, state_dict, is_own_file=undo.is_own_file)
+        return super()._receive(model, config, adapter_name, state_dict, undo)
 
     # ---- composition -----------------------------------------------------------------------------
 

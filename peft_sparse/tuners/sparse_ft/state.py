@@ -13,15 +13,14 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper
 from ...checkpoints import native
 from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded
-from ...errors import FormatError
 from ..common.base_model import base_model_of
-from ..common.files import discard, gather
+from ..common.files import gather
 from ..common.keys import embeddings_of
 from ..common.other_heads import parts_of_other_heads, warn_of_other_head
 from .configs.base import SparseConfig
 from .iteration import iter_deltas
 from .layers.delta import with_support
-from .unselected import is_unselected, warn_of_saving
+from .unselected import warn_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -65,35 +64,34 @@ def leave_out_other_heads(config: SparseConfig, model: nn.Module, adapter_name: 
 
 
 def for_loading(
-    model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor], *, is_own_file: bool
 ) -> dict[str, Tensor]:
     """Check a loaded file as a whole, then size the adapter after it; returns what is left to load.
 
+    Args:
+        model: whatever carries the adapter.
+        config: its config.
+        adapter_name: its name.
+        state_dict: the tensors, as in the file but for heads.
+        is_own_file: whether the config's `counts` speak of this file, because the adapter was made for it. One that has
+            been selected or trained may have grown out of them (a resume).
+
     Raises:
-        FormatError: the file is damaged or does not belong to this model. An adapter that was added for it is taken out
-            again.
+        FormatError: the file is damaged or does not belong to this model.
+        ConfigError: the number of weights would change, and FSDP2 has sharded them.
     """
     deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
-    # Until something set the support, the adapter was made from the file's own config; later it may have grown out of
-    # it (a resume).
-    is_new = all(delta.support_version == 0 for delta in deltas.values())
-    try:
-        loaded = native.verify(
-            state_dict,
-            counts={**(config.counts or {}), **config.left_out} if is_new and config.counts is not None else None,
-            shapes={name: delta.shape for name, delta in deltas.items()},
-            heads=_head_shapes(model, adapter_name),
-            passengers=_embedding_names(model, adapter_name),
-            vocabularies=_vocabularies(model, adapter_name),
-            left_out=config.left_out,
-            adapter_name=adapter_name,
-            verified=config.verified,
-        )
-    except FormatError:
-        # One whose weights are to be selected was made to be trained, and a checkpoint is read into it.
-        if is_new and not is_unselected(config):
-            discard(model, adapter_name)
-        raise
+    loaded = native.verify(
+        state_dict,
+        counts={**(config.counts or {}), **config.left_out} if is_own_file and config.counts is not None else None,
+        shapes={name: delta.shape for name, delta in deltas.items()},
+        heads=_head_shapes(model, adapter_name),
+        passengers=_embedding_names(model, adapter_name),
+        vocabularies=_vocabularies(model, adapter_name),
+        left_out=config.left_out,
+        adapter_name=adapter_name,
+        verified=config.verified,
+    )
     grown = {name: loaded[name].shape for name, delta in deltas.items() if loaded[name].shape != delta.shape}
     for name, shape in grown.items():
         logger.warning(
@@ -104,6 +102,8 @@ def for_loading(
             adapter_name,
             shape[0],
         )
+    for name, delta in deltas.items():
+        delta.check_number(loaded[name].count)
     for name, delta in deltas.items():
         if delta.values.is_meta:
             delta.values = nn.Parameter(loaded[name].values, requires_grad=delta.values.requires_grad)

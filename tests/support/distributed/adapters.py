@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 from peft_sparse import BottleneckConfig, BottleneckWeights, MadGConfig, bottleneck_weights, set_bottleneck_weights
 from peft_sparse.core.sharded import whole
 from tests.support.distributed.refusals import told
 from tests.support.distributed.training import batch, rank_and_world
+from tests.support.models import bert
 from tests.support.training import VOCAB
 
 _made = torch.Generator().manual_seed(5)
@@ -39,11 +40,8 @@ LANGUAGES = {
 
 
 def make_masked_lm(**changes: Any) -> BertForMaskedLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=16, **sizes, **dropout, **changes)
-    return BertForMaskedLM(config).double()
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return bert(vocab_size=VOCAB, intermediate_size=32, **rates, **changes).double().train()
 
 
 def make_adapted(name: str, base: nn.Module | None = None) -> PeftModel:

@@ -18,13 +18,14 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from peft_sparse import RandConfig, iter_deltas
 from peft_sparse.checkpoints import native
 from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.errors import FormatError
 from peft_sparse.tuners.sparse_ft.layers.base import SparseLayer
+from tests.support.models import llama
 
 WEIGHTS = native.SOURCE
 IDS = torch.arange(10)[None]
@@ -32,9 +33,8 @@ UP = "base_model.model.model.layers.0.mlp.up_proj.sparse_ft_weight"
 
 
 def fresh_base(hidden: int = 32, vocab: int = 64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, vocab_size=vocab)).eval()
+    sizes = {"hidden_size": hidden, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return llama(vocab_size=vocab, **sizes)
 
 
 def config(**fields) -> RandConfig:

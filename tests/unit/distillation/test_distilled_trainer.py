@@ -16,7 +16,6 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Trainer,
-    TrainingArguments,
 )
 
 from peft_sparse import (
@@ -38,6 +37,7 @@ from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teac
 from peft_sparse.distillation.attention import is_checkpointing
 from peft_sparse.distillation.losses import attention_loss, hidden_loss, pair_mask, prediction_loss, prediction_mask
 from tests.support.tokenizers import make_bert, make_llama
+from tests.support.training import make_args
 
 IDS = torch.tensor([[1, 5, 7, 9, 2], [4, 6, 8, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
@@ -56,17 +56,11 @@ def rows(count: int = 8, *, labels: bool = False) -> list[dict]:
     return found
 
 
-def make_args(folder, **changes) -> TrainingArguments:
-    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
-    settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "learning_rate": 1e-2, "seed": 7}
-    return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
-
-
 def make_trainer(folder, student, teacher, *, cls=DistillationTrainer, labels=False, dense_args=None, **changes):
     loss, layers = changes.pop("loss", "general"), changes.pop("layers", None)
     more = {} if dense_args is None else {"dense_args": dense_args}
     return cls(
-        model=student, teacher=teacher, loss=loss, layers=layers, args=make_args(folder, **changes),
+        model=student, teacher=teacher, loss=loss, layers=layers, args=make_args(folder, **{"max_steps": 2, **changes}),
         train_dataset=rows(labels=labels), eval_dataset=rows(4, labels=labels), **more,
     )  # fmt: skip
 
@@ -563,7 +557,7 @@ def test_without_teacher_it_is_the_plain_trainer(tmp_path):
         torch.manual_seed(0)
         trainer = cls(
             model=make_student(classifier(), stride=2),
-            args=make_args(tmp_path),
+            args=make_args(tmp_path, max_steps=2),
             train_dataset=rows(labels=True),
             **more,
         )

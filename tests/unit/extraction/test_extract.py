@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from peft_sparse import extract_adapter
 from peft_sparse.checkpoints.files import verify_file
@@ -380,7 +380,7 @@ def test_the_config_names_the_revision(saved, tmp_path):
 
 def test_models_without_a_common_class_name_still_match(tmp_path):
     # The head's class does not matter, only its tensors do.
-    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    base = tiny_llama()
     save(base.model, tmp_path / "bare")
     tuned = tune(base)
     save(tuned, tmp_path / "tuned")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 from typer.testing import CliRunner
 
 from peft_sparse import BottleneckConfig, ConfigError, FormatError, merge_checkpoint, plot_adapters
 from peft_sparse.cli import app
 from tests.support.known_adapters import first, save
+from tests.support.models import bert
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,7 @@ def saved(tmp_path_factory):
         ),
         "bottleneck": BottleneckConfig(reduction_factor=2),
     }.items():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = get_peft_model(BertModel(BertConfig(**sizes, vocab_size=30, max_position_embeddings=20)), config)
+        model = get_peft_model(bert(BertModel), config)
         folders[name], models[name] = tmp_path_factory.mktemp(name) / name, model
         model.save_pretrained(folders[name])
     folders["sparse"] = save(tmp_path_factory.mktemp("sparse") / "sparse", first())

@@ -9,12 +9,13 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from peft_sparse import ConfigError, FormatError, RandConfig, iter_deltas
 from peft_sparse.checkpoints import adapter_files
 from peft_sparse.inspection.reading import Head, adapter_of, read_adapter, read_adapters
 from tests.support.known_adapters import DENSE, QUERY, first, save, second
+from tests.support.models import bert
 
 
 def same(one, other) -> bool:
@@ -93,8 +94,7 @@ def test_a_pickle_is_not_opened(tmp_path):
 
 
 def test_lora_is_refused(tmp_path):
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = get_peft_model(BertModel(BertConfig(vocab_size=10, **sizes)), LoraConfig(target_modules=["query"], r=1))
+    model = get_peft_model(bert(BertModel), LoraConfig(target_modules=["query"], r=1))
     model.save_pretrained(tmp_path / "lora")
     with pytest.raises(FormatError, match=r"lora' is no sparse adapter: adapter_config.json says peft_type 'LORA'"):
         read_adapter(tmp_path / "lora")
@@ -146,11 +146,7 @@ def test_names_that_tell_adapters_apart(tmp_path, monkeypatch):
 
 
 def test_an_adapter_of_a_model_is_that_of_its_file(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    model = get_peft_model(
-        BertModel(BertConfig(vocab_size=20, **sizes)), RandConfig(density=0.1, init_weights=False, seed=3), "mine"
-    )
+    model = get_peft_model(bert(BertModel), RandConfig(density=0.1, init_weights=False, seed=3), "mine")
     model.save_pretrained(tmp_path)
     from_model, from_file = adapter_of(model, "mine"), read_adapter(tmp_path / "mine")
     assert same(from_model.deltas, from_file.deltas)
@@ -169,5 +165,5 @@ def test_an_adapter_of_a_model_is_that_of_its_file(tmp_path):
     with pytest.raises(
         ConfigError, match=r"must be a sparse adapter, and this model has none|must carry a PEFT adapter"
     ):
-        adapter_of(BertModel(BertConfig(vocab_size=20, **sizes)))
+        adapter_of(bert(BertModel))
     assert QUERY in from_model.deltas

@@ -7,20 +7,17 @@ from math import sqrt
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from peft_sparse import ConfigError
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.inspection.reading import Adapter, read_adapter
 from peft_sparse.inspection.tokens import ChangedRow, changed_rows, embedding_matrix, load_tokenizer, token_text
 from tests.support.known_adapters import QUERY, WORDS, first, save
+from tests.support.tokenizers import of_words
 
 
 def save_tokenizer(folder, words: list[str]) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0]).save_pretrained(folder)
+    of_words(words, unk=words[0]).save_pretrained(folder)
 
 
 def matrix(entries: dict[int, float], shape: tuple[int, ...]) -> SparseDelta:

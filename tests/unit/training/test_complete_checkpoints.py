@@ -30,7 +30,7 @@ from peft_sparse.training.spiel.callback import STATE_FILE, load_state, save_sta
 from peft_sparse.training.trainer.completeness import Needs
 from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.training.trainer.stored_adapters import load_adapters
-from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert
+from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert, state_of
 
 CONFIGS = {
     "spiel": SpielAGConfig(density=0.05, target_modules=["query"], reselection_steps=4, estimation_steps=2),
@@ -45,10 +45,6 @@ def make(folder, kind, *, cls=SparseTrainer, **changes):
     changes = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, **changes}
     model = get_peft_model(make_bert(), CONFIGS[kind])
     return cls(model=model, args=make_args(folder, **changes), train_dataset=Labelled())
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")

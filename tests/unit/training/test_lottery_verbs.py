@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SelectionError, iter_deltas, resident
 from peft_sparse.training.phases.lottery import DensePhase, select, start_dense_phase, start_sparse_phase
+from tests.support.models import llama
 from tests.support.training import (
     Labelled,
     assert_same_tensors,
@@ -253,18 +253,7 @@ def test_language_adapter_stays_applied_and_unchanged():
 
 
 def make_llama(*, tied, seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=30,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-    )
+    return llama(seed=seed, vocab_size=30, num_hidden_layers=1, num_key_value_heads=2, tie_word_embeddings=tied).train()
 
 
 def test_tied_output_matrix_stays_pristine_and_is_tied_again():
@@ -364,11 +353,11 @@ def test_other_methods_are_refused():
     with pytest.raises(ConfigError, match=r"has the method 'rand', whose weights need no dense phase"):
         start_dense_phase(model)
     model = get_peft_model(make_bert(), LoraConfig(task_type="SEQ_CLS"))
-    with pytest.raises(ConfigError, match=r"has a LoraConfig, and its weights are not selected by this library"):
+    with pytest.raises(ConfigError, match=r"a sparse adapter, .* has none, got 'default', which has a LoraConfig"):
         start_dense_phase(model)
     with pytest.raises(ConfigError, match=r"model must carry a PEFT adapter, got a BertForSequenceClassification"):
         start_dense_phase(make_bert())
-    with pytest.raises(ConfigError, match=r"adapter_name must be one of \['default'\], got 'task'"):
+    with pytest.raises(ConfigError, match=r"must be a sparse adapter, one of \['default'\], got 'task'"):
         start_dense_phase(make_adapted(), "task")
 
 

@@ -13,6 +13,8 @@ from peft_sparse import AdaSftConfig, ConfigError, FormatError, SelectionError, 
 from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
 from tests.support.training import (
+    KillAt,
+    Killed,
     Labelled,
     assert_same_tensors,
     base_weights,
@@ -241,25 +243,6 @@ def test_one_adapter_at_a_time(tmp_path):
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the run before a step of a phase, or when a phase ends."""
-
-    def __init__(self, phase, step=None):
-        self.phase, self.step, self.trainer = phase, step, None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.trainer._phase_name == self.phase and state.global_step == self.step:
-            raise Killed
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.trainer._phase_name == self.phase and self.step is None:
-            raise Killed
 
 
 def run(folder, *, resume=None, kill=None, model=None, seed_before=0, **changes):

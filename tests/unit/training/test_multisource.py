@@ -7,11 +7,12 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling
 
 from peft_sparse import ConfigError, MultiSourceCollator, MultiSourceDataset, evaluation_batches
 from peft_sparse.training.languages.multisource import LanguageBatch, sampling_probabilities
 from tests.support.languages import make_sources, stack
+from tests.support.tokenizers import of_words
 
 
 def made(**changes) -> MultiSourceDataset:
@@ -147,13 +148,7 @@ def test_evaluation_sees_every_row_once():
 
 
 def test_masked_language_modelling():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {"[PAD]": 0, "[MASK]": 1, **{f"w{i}": i for i in range(2, 40)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[PAD]")), pad_token="[PAD]", mask_token="[MASK]"
-    )
+    tokenizer = of_words(["[PAD]", "[MASK]", "[UNK]", *(f"w{i}" for i in range(3, 40))], unk="[UNK]")
     rows = [{"input_ids": [2 + (i + j) % 38 for j in range(20 + i)]} for i in range(6)]
     batches = MultiSourceDataset({"eng": rows}, num_batches=2, batch_size=6)
     batch = MultiSourceCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5))([batches[0]])

@@ -24,6 +24,7 @@ from tests.support.training import (
     make_args,
     make_bert,
     make_trainer,
+    state_of,
 )
 
 CONFIGS = {
@@ -67,10 +68,6 @@ def make(folder, kind, callback=None, **changes):
     if callback is not None:
         callback.trainer = trainer
     return trainer
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from peft_sparse.errors import ConfigError
 from tests.support.reselection import (
     METHODS,
     QUICK,
-    adapter,
-    assert_equal,
     batch,
     data,
     driver,
@@ -24,6 +22,7 @@ from tests.support.reselection import (
     shared,
     train,
 )
+from tests.support.training import assert_same_tensors, deltas
 
 
 class Foreign:
@@ -75,12 +74,12 @@ def test_an_optimizer_around_another_counts_once_and_both_states_move(cls):
     optimizer = cls(optimizer_of(model, SparseAdamW))
     for step in range(11):
         model(**batch(step)).loss.backward()
-        before = adapter(model)
+        before = deltas(model)
         slow = {name: optimizer.state[d.values]["slow"].clone() for name, _, _, d in iter_deltas(model)}
         optimizer.step()
         optimizer.zero_grad()
         for name, _, _, delta in iter_deltas(model):
-            now, _ = adapter(model)[name]
+            now, _ = deltas(model)[name]
             stays = torch.isin(now, before[name][0])
             state = optimizer.state[delta.values]["slow"]
             assert state.shape == now.shape
@@ -97,7 +96,7 @@ def test_a_subclass_that_calls_its_base_counts_once():
     train(model, optimizer_of(model, Verbose), range(9))
     train(other, optimizer_of(other, SparseAdamW), range(9))
     assert driver(model).update == 9
-    assert_equal(adapter(model), adapter(other))
+    assert_same_tensors(deltas(model), deltas(other))
 
 
 def test_accelerates_optimizer_counts_once():
@@ -106,7 +105,7 @@ def test_accelerates_optimizer_counts_once():
     train(model, optimizer, range(9))
     train(other, optimizer_of(other, SparseAdamW), range(9))
     assert driver(model).update == 9
-    assert_equal(adapter(model), adapter(other))
+    assert_same_tensors(deltas(model), deltas(other))
 
 
 class Hidden(Lookahead):
@@ -164,9 +163,9 @@ def test_a_scaler_and_a_fused_optimizer_count_what_was_updated(cls):
     scaled, plain = run(True), run(False)
     assert driver(scaled).update == driver(plain).update == 8
     assert [r.update for r in driver(scaled).history] == [2, 6]
-    for name, (indices, values) in adapter(plain).items():
-        assert torch.equal(adapter(scaled)[name][0], indices)
-        torch.testing.assert_close(adapter(scaled)[name][1], values, rtol=1e-4, atol=1e-6)
+    for name, (indices, values) in deltas(plain).items():
+        assert torch.equal(deltas(scaled)[name][0], indices)
+        torch.testing.assert_close(deltas(scaled)[name][1], values, rtol=1e-4, atol=1e-6)
 
 
 def split(model):
@@ -189,7 +188,7 @@ def test_several_optimizers_are_as_good_as_one(cls, how):
                 optimizer.zero_grad()
         apart.zero_grad(set_to_none=how != "to zero")
     assert driver(apart).update == 11
-    assert_equal(adapter(together), adapter(apart))
+    assert_same_tensors(deltas(together), deltas(apart))
     moments = [
         {n: optimizer.state[d.values]["exp_avg"] for n, _, _, d in iter_deltas(model) if d.values in optimizer.state}
         for model, optimizer in ((together, single), (apart, optimizers[0]), (apart, optimizers[1]))
@@ -246,7 +245,7 @@ def test_an_optimizer_for_each_parameter_may_step_in_the_backward_pass():
     for step in range(11):
         within(**batch(100 * step)).loss.backward()
     assert driver(within).update == 11
-    assert_equal(adapter(together), adapter(within))
+    assert_same_tensors(deltas(together), deltas(within))
 
 
 def test_stepping_in_pieces_of_a_backward_pass_is_refused():
@@ -305,4 +304,4 @@ def test_a_closure_is_a_plain_step(cls):
             return loss
 
         optimizer.step(closure)
-    assert_equal(adapter(plain), adapter(closed))
+    assert_same_tensors(deltas(plain), deltas(closed))

@@ -15,8 +15,6 @@ from tests.support.reselection import (
     METHODS,
     QUICK,
     Shared,
-    adapter,
-    assert_equal,
     batch,
     data,
     driver,
@@ -25,6 +23,7 @@ from tests.support.reselection import (
     shared,
     train,
 )
+from tests.support.training import assert_same_tensors, deltas
 
 
 def dense_gradient(base: Shared, steps) -> dict[str, torch.Tensor]:
@@ -121,7 +120,7 @@ def test_gradients_put_in_by_hand_are_counted():
             optimizer.step()
             optimizer.zero_grad()
     assert [r.update for r in driver(by_hand).history] == [3]
-    assert_equal(adapter(plain), adapter(by_hand))
+    assert_same_tensors(deltas(plain), deltas(by_hand))
 
 
 # ---- not a number --------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def test_a_copy_goes_on_by_itself_as_the_original_does(cls, how, at):
     assert driver(model).update == at
     assert all(torch.equal(tensor, kept[key]) for key, tensor in driver(model).state_dict().items())
     train(model, optimizer_of(model, torch.optim.SGD, lr=0.1), range(at, 11))
-    assert_equal(adapter(twin), adapter(model))
+    assert_same_tensors(deltas(twin), deltas(model))
     assert [r.update for r in driver(twin).history] == [2, 6, 10]
 
 

@@ -15,15 +15,15 @@ from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.training.spiel import callback, gradient_tap, reselector
 from peft_sparse.training.spiel.gradient_tap import GradientTap
 from peft_sparse.training.spiel.reselector import iter_reselectors
-from tests.support.reselection import METHODS, QUICK, adapter, assert_equal, batch, driver, make, optimizer_of, train
-from tests.support.training import Labelled, make_args, make_bert
+from tests.support.reselection import METHODS, QUICK, batch, driver, make, optimizer_of, train
+from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 
 
 @pytest.mark.parametrize("cls", METHODS)
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, SparseAdamW, torch.optim.SGD])
 def test_a_plain_loop_reselects_on_the_thesis_calendar(cls, optimizer):
     model = make(cls)
-    start = adapter(model)
+    start = deltas(model)
     train(model, optimizer_of(model, optimizer), range(20))
     history = driver(model).history
     assert [r.update for r in history] == [2, 6, 10, 14, 18]
@@ -31,7 +31,7 @@ def test_a_plain_loop_reselects_on_the_thesis_calendar(cls, optimizer):
     shares = [r.share_replaced for r in history[1:]]
     assert shares[0] > 0
     assert all(share <= 0.2 * (1 - r.update / 20) for share, r in zip(shares, history[1:], strict=True))
-    for name, (indices, values) in adapter(model).items():
+    for name, (indices, values) in deltas(model).items():
         assert indices.numel() == start[name][0].numel() == values.numel()
         assert (indices[1:] > indices[:-1]).all()
     assert sum(model.peft_config["default"].counts.values()) == sum(i.numel() for i, _ in start.values())
@@ -118,7 +118,7 @@ def test_a_skipped_update_leaves_no_trace(set_to_none):
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     # Only the nominating micro-batch may differ, and here none was skipped.
-    assert_equal(adapter(plain), adapter(skipping))
+    assert_same_tensors(deltas(plain), deltas(skipping))
     assert driver(skipping).update == 7
 
 
@@ -150,7 +150,7 @@ def test_a_hand_written_loop_resumes_bit_for_bit(cls, stop):
     driver(second).load_state_dict(saved[2])
     tail = train(second, optimizer, range(stop, 12))
     assert head + tail == losses
-    assert_equal(adapter(second), adapter(whole))
+    assert_same_tensors(deltas(second), deltas(whole))
 
 
 @pytest.mark.parametrize("cls", METHODS)
@@ -166,7 +166,7 @@ def test_a_plain_trainer_resumes_bit_for_bit(cls, save_at, tmp_path):
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{save_at}"))
     assert driver(whole.model).total_steps == driver(resumed.model).total_steps == 10
-    assert_equal(adapter(whole.model), adapter(resumed.model))
+    assert_same_tensors(deltas(whole.model), deltas(resumed.model))
     assert [r.update for r in driver(whole.model).history] == [2, 6]
     state = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
     for key, entry in state[0].items():
@@ -297,9 +297,9 @@ def test_resident_mode_and_checkpointing_change_nothing(cls):
                 train(model, optimizer, range(9))
         else:
             train(model, optimizer, range(9))
-        results.append(adapter(model))
-    assert_equal(results[0], results[1])
-    assert_equal(results[0], results[2])
+        results.append(deltas(model))
+    assert_same_tensors(results[0], results[1])
+    assert_same_tensors(results[0], results[2])
 
 
 @pytest.mark.parametrize("target", ["all", ["word_embeddings", "LayerNorm", "query"]])
@@ -316,7 +316,7 @@ def test_drop_by_change_since_reselection_differs():
     for drop_by in ("delta", "change_since_reselection"):
         model = make(drop_by=drop_by)
         train(model, optimizer_of(model), range(16))
-        results.append(adapter(model))
+        results.append(deltas(model))
     assert any(not torch.equal(results[0][name][0], results[1][name][0]) for name in results[0])
 
 
@@ -349,5 +349,5 @@ def test_a_window_that_goes_on_resumes_bit_for_bit(stop):
     optimizer.load_state_dict(saved[1])
     driver(second).load_state_dict(saved[2])
     train(second, optimizer, range(stop, 14))
-    assert_equal(adapter(second), adapter(whole))
+    assert_same_tensors(deltas(second), deltas(whole))
     assert driver(second).history == [r for r in driver(whole).history if r.update > stop]

@@ -173,7 +173,7 @@ def test_adapters_that_gradients_do_not_choose():
         (RandConfig(density=0.1), "has the method 'rand', which no gradients choose the weights of"),
         (LotteryTicketConfig(density=0.1), "has the method 'lottery_ticket', which no gradients"),
         (OneShotConfig(density=0.1, criterion="largest_weight"), "has the criterion 'largest_weight', which no gradie"),
-        (LoraConfig(), "has a LoraConfig, and its weights are not selected by this library"),
+        (LoraConfig(), "a sparse adapter, .* has none, got 'default', which has a LoraConfig"),
     ]
     for config, message in refused:
         if isinstance(config, LoraConfig):

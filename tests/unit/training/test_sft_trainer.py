@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from peft_sparse import AdaSftConfig, LotteryTicketConfig, OneShotConfig, RandConfig
 from peft_sparse.tuners.ada_sft.iteration import iter_masked
-from tests.support.training import assert_same_tensors, base_weights, deltas
+from tests.support.models import llama
+from tests.support.tokenizers import of_words
+from tests.support.training import assert_same_tensors, base_weights, deltas, make_args
 
 trl = pytest.importorskip("trl")
 
@@ -25,27 +26,9 @@ TEXTS = [
 WORDS = ["<pad>", "<eos>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
 
 
-def make_tokenizer():
-    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
 def make_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    special = {"eos_token_id": 1, "pad_token_id": 0}
+    return llama(vocab_size=len(WORDS), num_key_value_heads=2, tie_word_embeddings=True, **special).train()
 
 
 def make_data():
@@ -55,26 +38,12 @@ def make_data():
 def make_trainer(folder, model, *, peft_config=None, dense_args=None, mask_args=None, callbacks=None, **changes):
     from peft_sparse.training.trainer.trainer import SparseSFTTrainer
 
-    settings = {
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_length": 16,
-        **changes,
-    }
-    args = trl.SFTConfig(output_dir=str(folder), **settings)
+    settings = {"max_steps": 4, "bf16": False, "gradient_checkpointing": False, "max_length": 16, **changes}
     return SparseSFTTrainer(
         model=model,
-        args=args,
+        args=make_args(folder, cls=trl.SFTConfig, **settings),
         train_dataset=make_data(),
-        processing_class=make_tokenizer(),
+        processing_class=of_words(WORDS, eos_token="<eos>"),
         peft_config=peft_config,
         dense_args=None if mask_args else dense_args or {"max_steps": 3},
         mask_args=mask_args,

@@ -7,33 +7,21 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
 from peft_sparse import FormatError, iter_deltas
 from peft_sparse.training.phases.dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
 from peft_sparse.training.phases.lottery import start_dense_phase
 from peft_sparse.training.trainer.resume import find_resume_point
-from tests.support.training import assert_same_tensors, base_weights, deltas, head, make_adapted, make_trainer
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the run after a step of a phase (when its checkpoint, if any, is written), or when a phase ends."""
-
-    def __init__(self, phase, step=None):
-        self.phase, self.step, self.trainer = phase, step, None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.trainer._phase_name == self.phase and state.global_step == self.step:
-            raise Killed
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.trainer._phase_name == self.phase and self.step is None:
-            raise Killed
-
+from tests.support.training import (
+    KillAt,
+    Killed,
+    assert_same_tensors,
+    base_weights,
+    deltas,
+    head,
+    make_adapted,
+    make_trainer,
+)
 
 # Six batches an epoch: both phases end in the middle of their second one.
 SETTINGS = {

@@ -169,12 +169,20 @@ class AdapterDelta(NeverOffloaded):
             self.values.data = self.values.data.new_empty(0, dtype=other)
         self.values.data = data
 
-    def _overwrite_shards(self, values: Tensor) -> None:
-        if values.numel() != self.count:
+    def check_number(self, count: int) -> None:
+        """Refuse another number of weights than now where that cannot change.
+
+        Raises:
+            ConfigError: FSDP2 has sharded the values.
+        """
+        if self._shards and count != self.count:
             raise ConfigError(
-                f"the values must keep their number, {self.count}, while FSDP2 shards them; got {values.numel()}. "
+                f"the values must keep their number, {self.count}, while FSDP2 shards them; got {count}. "
                 "Select or load the weights first, and call fully_shard after that."
             )
+
+    def _overwrite_shards(self, values: Tensor) -> None:
+        self.check_number(values.numel())
         values = values.detach().to(self.values.dtype)
         self.held_values.grad = None
         overwrite(self.held_values, values)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from transformers import BertForSequenceClassification, BertForTokenClassification
 
 from peft_sparse import (
     BottleneckConfig,
@@ -27,6 +27,7 @@ from peft_sparse.tuners.bottleneck.adapter import Bottleneck, init_linears
 from peft_sparse.tuners.bottleneck.invertible import COUPLINGS
 from tests.support.bottleneck import Case, fill, parameters_of, tensors_of
 from tests.support.exact import IDS, close, logits
+from tests.support.models import bert
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BERT = Case("pfeiffer on post-norm")
@@ -239,9 +240,7 @@ def test_averages_that_are_none(adapters, weights, options, message):
 
 
 def test_an_average_takes_the_named_head():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
-    base = BertForSequenceClassification(BertConfig(vocab_size=23, **sizes))
+    base = bert(BertForSequenceClassification, num_hidden_layers=1)
     model = get_peft_model(base, BottleneckConfig(task_type="SEQ_CLS"), adapter_name="a")
     model.add_adapter("b", BottleneckConfig(task_type="SEQ_CLS"))
     for name in "ab":
@@ -316,9 +315,7 @@ def test_names_of_adapters(name, tmp_path):
 
 
 def test_heads_are_trained_saved_and_baked(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
-    base = BertForTokenClassification(BertConfig(vocab_size=23, **sizes)).eval()
+    base = bert(BertForTokenClassification, num_hidden_layers=1, vocab_size=23)
     original = copy.deepcopy(base)
     config = BottleneckConfig(task_type="TOKEN_CLS", init_weights=False)
     model = get_peft_model(base, config).eval()

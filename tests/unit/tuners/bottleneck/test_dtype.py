@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
 
 from peft_sparse import BottleneckConfig, MadGConfig
 from peft_sparse.tuners.bottleneck.own_weights import iter_layers
 from peft_sparse.tuners.common import kept_dtype
 from tests.support.exact import IDS
+from tests.support.models import bert
 from tests.support.trl import trl_trainer
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -36,10 +36,8 @@ def say_it_again():
 
 
 def make(name: str) -> PeftModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return get_peft_model(BertForMaskedLM(BertConfig(vocab_size=23, **sizes, **dropout)), CONFIGS[name]).train()
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return get_peft_model(bert(vocab_size=23, hidden_size=8, **rates), CONFIGS[name]).train()
 
 
 def own(model: nn.Module) -> list[nn.Parameter]:

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, Trainer, TrainingArguments
+from transformers import BertForTokenClassification, Trainer, TrainingArguments
 
 from peft_sparse import BottleneckConfig
 from tests.support.bottleneck import Case, parameters_of, tensors_of
 from tests.support.exact import IDS, logits
+from tests.support.models import bert
+from tests.support.training import make_args
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 23, "hidden_size": 8}
 
 
 def rows(count: int) -> list[dict[str, torch.Tensor]]:
@@ -25,13 +27,11 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
 
 def arguments(folder: Path, **changes) -> TrainingArguments:
     fields = {"per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 3, "learning_rate": 0.05, "seed": 3}
-    return TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **{**fields, **changes})
+    return make_args(folder, **{**fields, "save_strategy": "steps", **changes})
 
 
 def language_model() -> PeftModel:
-    torch.manual_seed(0)
-    base = BertForMaskedLM(BertConfig(**SIZES))
-    return get_peft_model(base, BottleneckConfig(bottleneck_size=4, invertible="nice", dropout=0.1))
+    return get_peft_model(bert(**SIZES).train(), BottleneckConfig(bottleneck_size=4, invertible="nice", dropout=0.1))
 
 
 def test_trainer_and_resume(tmp_path):
@@ -56,8 +56,7 @@ def test_a_language_below_a_task(tmp_path):
         for _, parameter in parameters_of(model, "default"):
             parameter.data.normal_(std=0.3)
         model.save_pretrained(tmp_path / language)
-    torch.manual_seed(1)
-    base = BertForTokenClassification(BertConfig(**SIZES, num_labels=3)).eval()
+    base = bert(BertForTokenClassification, seed=1, **SIZES, num_labels=3)
     original = copy.deepcopy(base)
     model = PeftModel.from_pretrained(base, tmp_path / "source", adapter_name="source")
     model.load_adapter(tmp_path / "target", adapter_name="target")

@@ -8,13 +8,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from peft_sparse import ConfigError
 from peft_sparse.tuners.common import combining
 from tests.support.adapters import TYPES, config
-from tests.support.models import IDS, llama
+from tests.support.models import llama, picture
 
 CONFIGS = {kind: partial(config, kind) for kind in TYPES}
 ADDED_UP = [kind for kind in CONFIGS if kind != "MAD_G"]
@@ -30,22 +28,6 @@ ELSEWHERE = {
 
 class OutOfMemory(RuntimeError):
     """What torch would say."""
-
-
-def picture(model: nn.Module) -> dict[str, object]:
-    """All that one can see of a model: modules, hooks, tensors, what trains, what is active, configs, outputs."""
-    with torch.no_grad():
-        output = model(input_ids=IDS).logits
-    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
-    return {
-        "modules": {name: type(module) for name, module in model.named_modules()},
-        "hooks": hooks,
-        "tensors": {name: tensor.detach().numpy().tobytes() for name, tensor in model.named_parameters()},
-        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
-        "active": {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)},
-        "configs": {n: c.to_dict() for n, c in getattr(model, "peft_config", {}).items()},
-        "output": output.numpy().tobytes(),
-    }
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:

@@ -14,6 +14,7 @@ from transformers import BertForSequenceClassification
 from peft_sparse import ConfigError, FormatError
 from tests.support.adapters import TYPES, adapted
 from tests.support.models import bert, llama, logits
+from tests.support.training import assert_same_tensors, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # The classifier must not be a target of the adapters that have no head.
@@ -22,16 +23,6 @@ FIELDS = {kind: {"target_modules": ["query", "value"]} if kind in ("SPARSE_FT", 
 
 def classifier() -> nn.Module:
     return bert(BertForSequenceClassification, num_labels=3)
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-
-
-def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    after = state(model)
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -60,20 +51,20 @@ def test_a_file_that_lacks_its_head_is_refused_before_the_model_is_touched(kind,
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_CLS"}))
     base = classifier()
-    before = state(base)
+    before = state_of(base)
     with pytest.raises(FormatError, match=r"has no 'classifier\.(weight|bias)'.*set both fields to null"):
         PeftModel.from_pretrained(base, tmp_path)
-    assert_same(base, before)
+    assert_same_tensors(state_of(base), before)
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_head_in_a_compiled_model_is_refused_with_the_way_out(kind, tmp_path):
     adapted(kind, classifier(), task_type="SEQ_CLS", **FIELDS[kind]).save_pretrained(tmp_path)
     base = classifier()
-    before = state(base)
+    before = state_of(base)
     with pytest.raises(ConfigError, match=r"compiled model.*before torch.compile.*model\.compile\(\)"):
         PeftModel.from_pretrained(torch.compile(base, backend="eager"), tmp_path)
-    assert_same(base, before)
+    assert_same_tensors(state_of(base), before)
     model = PeftModel.from_pretrained(base, tmp_path)
     assert "default" in model.base_model.model.classifier.modules_to_save
 
@@ -82,11 +73,11 @@ def test_a_head_in_a_compiled_model_is_refused_with_the_way_out(kind, tmp_path):
 def test_a_head_that_another_adapter_tunes_is_refused(kind, tmp_path):
     adapted(kind, classifier(), task_type="SEQ_CLS", **FIELDS[kind]).save_pretrained(tmp_path)
     model = adapted(kind, classifier())
-    before = state(model)
+    before = state_of(model)
     with pytest.raises(ConfigError, match=r"names classifier, .*exclude_modules=\['classifier'\]"):
         model.load_adapter(tmp_path, "b")
     assert list(model.peft_config) == ["default"]
-    assert_same(model, before)
+    assert_same_tensors(state_of(model), before)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -96,10 +87,10 @@ def test_a_head_of_another_vocabulary_is_refused_and_the_model_left_alone(kind, 
     adapted(kind, llama(), modules_to_save=[head], **fields).save_pretrained(tmp_path)
     error = rf"{head}.weight' has shape \(20, 16\) in the file and \(25, 16\).*resize_token_embeddings"
     base = llama(vocab_size=25)
-    before = state(base)
+    before = state_of(base)
     with pytest.raises(FormatError, match=error):
         PeftModel.from_pretrained(base, tmp_path)
-    assert_same(base, before)
+    assert_same_tensors(state_of(base), before)
     assert all(parameter.requires_grad for parameter in base.parameters())
 
     model = adapted(kind, base, **fields)
@@ -129,7 +120,7 @@ def test_a_head_that_is_loaded_again_is_checked_too(kind, tmp_path):
     tensors = load_file(path)
     key = "base_model.model.classifier.weight"
     save_file({**tensors, key: tensors[key][:2].contiguous()}, path)
-    before = state(model)
+    before = state_of(model)
     with pytest.raises(FormatError, match=r"classifier\.weight"):
         model.load_adapter(tmp_path, "default")
-    assert_same(model, before)
+    assert_same_tensors(state_of(model), before)

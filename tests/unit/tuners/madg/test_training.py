@@ -9,12 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     BertForTokenClassification,
     BertModel,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -23,10 +19,12 @@ from peft_sparse import LanguageSwitch, MadGConfig, MultiSourceCollator, MultiSo
 from peft_sparse.tuners.madg.model import state_of
 from tests.support.exact import logits
 from tests.support.madg import VECTORS, MadGCase, generator_parameters
+from tests.support.models import bert, t5
 from tests.support.quantized import IDS, assert_same_bytes, load, packed_bytes
+from tests.support.training import make_args
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 23, "hidden_size": 8}
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -43,14 +41,12 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     fields = {"per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 3, "learning_rate": 0.05, "seed": 3}
-    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "remove_unused_columns": False}
-    return TrainingArguments(str(folder), **options, **{**fields, **changes})
+    return make_args(folder, remove_unused_columns=False, **{**fields, "save_strategy": "steps", **changes})
 
 
 def language_model(**changes: Any) -> PeftModel:
-    torch.manual_seed(0)
     config = {"bottleneck_size": 4, "language_dim": 3, "layer_dim": 2, "dropout": 0.1, "typology": VECTORS, **changes}
-    return get_peft_model(BertForMaskedLM(BertConfig(**SIZES)), MadGConfig(**config))
+    return get_peft_model(bert(**SIZES).train(), MadGConfig(**config))
 
 
 def trained(folder: Path, *, resume: str | None = None, **changes: Any) -> dict[str, torch.Tensor]:
@@ -126,7 +122,7 @@ def test_training_a_task_above_a_generated_language(tmp_path):
     network = language_model()
     network.generate_adapter("quy").save_pretrained(tmp_path / "quy")
     network.generate_adapter("ace").save_pretrained(tmp_path / "ace")
-    base = BertForTokenClassification(BertConfig(**SIZES, num_labels=3))
+    base = bert(BertForTokenClassification, **SIZES, num_labels=3)
     model = PeftModel.from_pretrained(base, tmp_path / "quy", adapter_name="quy")
     model.load_adapter(tmp_path / "ace", adapter_name="ace")
     config = network.generate_adapter("quy").config
@@ -142,12 +138,10 @@ def test_training_a_task_above_a_generated_language(tmp_path):
 
 @pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "TOKEN_CLS", "SEQ_2_SEQ_LM"])
 def test_every_kind_of_peft_model_takes_the_language(task):
-    torch.manual_seed(0)
     if task == "SEQ_2_SEQ_LM":
-        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-        base: torch.nn.Module = T5ForConditionalGeneration(T5Config(vocab_size=23, **sizes))
+        base = t5(vocab_size=23, num_layers=2)
     else:
-        base = {"TOKEN_CLS": BertForTokenClassification, "FEATURE_EXTRACTION": BertModel}[task](BertConfig(**SIZES))
+        base = bert({"TOKEN_CLS": BertForTokenClassification, "FEATURE_EXTRACTION": BertModel}[task], **SIZES)
     options = {"bottleneck_size": 3, "language_dim": 2, "typology": VECTORS, "init_weights": False}
     model = get_peft_model(base.eval(), MadGConfig(**options, task_type=task)).eval()
     inputs = {"input_ids": IDS, **({"labels": IDS} if task == "SEQ_2_SEQ_LM" else {})}

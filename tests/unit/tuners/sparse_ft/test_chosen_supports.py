@@ -287,7 +287,7 @@ def test_where_nothing_can_be_measured(tmp_path):
         layer_budget_from(get_peft_model(bert(), LotteryTicketConfig(density=0.1)))
     with pytest.raises(ConfigError, match="the adapter tunes no weight"):
         layer_budget_from(RandConfig(density=0.1))
-    with pytest.raises(ConfigError, match="adapter_name must name a sparse adapter of the model, got 'other'"):
+    with pytest.raises(ConfigError, match=r"must be a sparse adapter, one of \['default'\], got 'other'"):
         layer_budget_from(get_peft_model(bert(), RandConfig(density=0.1)), "other")
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
         layer_budget_from(tmp_path)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from peft_sparse import RandConfig, iter_deltas
 from tests.support.exact import IDS, close, logits
 from tests.support.sparse import Case, dense_deltas, fill
+from tests.support.tokenizers import of_words
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,13 +70,8 @@ def test_fsdp_in_one_process(one_process):
 def test_dpo_compares_with_a_copy_of_the_adapter(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrst"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = of_words(["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrs"])
     pairs = Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e f"}] * 4)
     case = Case("llama", "rand")
     model = case.model().float()
