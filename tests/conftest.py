@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 
 # Read when the libraries are imported, so they stand before every other import.
@@ -35,12 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import the heavy libraries, but not in pytest-xdist's first process, which only deals the tests out."""
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
-    import peft  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft  # noqa: F401
+        import torch
+        import transformers  # noqa: F401
     config.stash[INTERPRETER] = Interpreter()
-    # The models of the tests are small: threads would cost more than they give, and change sums from machine to machine.
+    # The models are small: threads would cost more than they give, and change sums from machine to machine.
     torch.set_num_threads(1)
 
 
