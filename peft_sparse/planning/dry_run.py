@@ -60,7 +60,7 @@ class Results:
         return result
 
 
-# What a function gave that cannot be made of shapes alone, and the first that it was given, which has new numbers in it.
+# A result that cannot be made of shapes alone; a result that is the first argument, with other numbers in it.
 _UNKNOWN, _FIRST = object(), object()
 _MOST_KNOWN = 20_000
 _VALUES = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
