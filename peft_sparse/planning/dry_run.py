@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,93 @@ class _Block:
     born: int
     during: str
     died: int | None = None
+
+
+class Results:
+    """What torch's functions make of tensors without data, from the shapes that they made of the same before.
+
+    torch works it out in Python, a function at a time; layers, steps and plans ask for the same few hundred.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`func(*args, **kwargs)`."""
+        looks = _looks(args)
+        question = (func, looks, _looks(tuple(sorted(kwargs.items()))), torch.get_default_dtype())
+        if _UNKNOWN in question or not _is_plain(func):
+            return func(*args, **kwargs)
+        form = self._known.get(question)
+        if form is not None and form is not _UNKNOWN:
+            return args[0] if form is _FIRST else _made(form)
+        result = func(*args, **kwargs)
+        if form is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            if func._schema.is_mutable:
+                is_first = result is args[0] and looks == _looks(args)
+                self._known[question] = _FIRST if is_first else _UNKNOWN
+            else:
+                self._known[question] = _form(result)
+        return result
+
+
+# A result that cannot be made of shapes alone; a result that is the first argument, with other numbers in it.
+_UNKNOWN, _FIRST = object(), object()
+_MOST_KNOWN = 20_000
+_VALUES = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+
+
+@functools.cache
+def _is_plain(func: Any) -> bool:
+    """Whether a function of torch's makes new tensors, or changes the first that it is given, and does nothing else."""
+    schema = func._schema
+    written = [argument for argument in schema.arguments if argument.alias_info is not None]
+    if func.namespace != "aten":
+        return False
+    if schema.is_mutable:
+        return len(written) == len(schema.returns) == 1 and written[0].name == schema.arguments[0].name
+    return not written and all(one.alias_info is None for one in schema.returns)
+
+
+def _looks(value: Any) -> Any:
+    """Of what a function is given all that the shape of its result may depend on."""
+    if isinstance(value, Tensor):
+        is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+        return (value.shape, value.stride(), value.dtype, value.device) if is_plain else _UNKNOWN
+    if isinstance(value, tuple | list):
+        parts = tuple(map(_looks, value))
+        return _UNKNOWN if _UNKNOWN in parts else parts
+    # 1, 1.0 and True are equal, and give other dtypes.
+    return (type(value), value) if isinstance(value, _VALUES) else _UNKNOWN
+
+
+class _Form(NamedTuple):
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _form(result: Any) -> Any:
+    """The shapes of new tensors of which each fills a memory of its own, or `_UNKNOWN`."""
+    if isinstance(result, tuple):
+        forms = tuple(None if part is None else _form(part) for part in result)
+        memories = [id(part.untyped_storage()) for part in result if isinstance(part, Tensor)]
+        return _UNKNOWN if _UNKNOWN in forms or len(set(memories)) < len(memories) else forms
+    if type(result) is not Tensor or not result.is_meta or result.layout != torch.strided:
+        return _UNKNOWN
+    form = _Form(result.shape, result.stride(), result.dtype)
+    return form if _made(form).untyped_storage().nbytes() == result.untyped_storage().nbytes() else _UNKNOWN
+
+
+def _made(form: Any) -> Any:
+    if isinstance(form, _Form):
+        return torch.empty_strided(form.size, form.stride, dtype=form.dtype, device="meta")
+    return form if form is None else tuple(map(_made, form))
+
+
+RESULTS = Results()
 
 
 class Ledger(TorchDispatchMode):
@@ -61,7 +149,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._clock += 1
-        result = self._stand_ins.get(func, func)(*args, **(kwargs or {}))
+        stand_in = self._stand_ins.get(func)
+        result = RESULTS.of(func, args, kwargs or {}) if stand_in is None else stand_in(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             # Counters that optimizers keep on the processor are no memory of the device's.
             if isinstance(tensor, Tensor) and tensor.is_meta and tensor.layout == torch.strided:

@@ -11,7 +11,6 @@ ATTENTION, FEED_FORWARD, NORM = "attention", "feed-forward", "norm"
 # In the order in which tables and plots list them.
 PARTS = (EMBEDDINGS, ATTENTION, FEED_FORWARD, NORM, OTHER)
 
-_LAYER = re.compile(r"^(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<index>\d+)\.")
 _NORM = re.compile(r"norm|^ln|_ln$|^ln_", re.IGNORECASE)
 _EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$|^shared$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|^[qkvo]_proj$", re.IGNORECASE)
@@ -53,16 +52,15 @@ def place_of(name: str) -> Place:
         name: full name of a parameter of the base model, such as "encoder.layer.3.attention.self.query.weight".
     """
     modules = name.split(".")[:-1]
-    found = _LAYER.match(name)
-    if found is None:
+    number = next((n for n, module in enumerate(modules) if module.isdecimal()), None)
+    if number is None:
         in_embeddings = any(_EMBEDDINGS.search(module) for module in modules)
         is_norm = bool(modules) and bool(_NORM.search(modules[-1]))
         return Place("", None, EMBEDDINGS if in_embeddings else NORM if is_norm else OTHER)
-    stack = found["stack"].rstrip(".")
-    inside = name[found.end() :].split(".")[:-1]
     # XLM has a list of layers for each part ("attentions.3.q_lin"): there the list's own name says which.
-    part = _part_inside(inside)
-    return Place(stack, int(found["index"]), part if part != OTHER else _part_inside(stack.split(".")[-1:]))
+    part = _part_inside(modules[number + 1 :])
+    stack = modules[:number]
+    return Place(".".join(stack), int(modules[number]), part if part != OTHER else _part_inside(stack[-1:]))
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:

@@ -173,7 +173,13 @@ def test_autocast(kind):
         assert relative_error(delta.values.grad, expected) <= max(2 * relative_error(approximate, expected), 1e-6)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+# Each a case of the one beside it.
+COMPILED_LIKE = {"linear without bias": "linear", "embedding": "embedding with padding", "conv1d": "conv2d"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k in COMPILED_LIKE else []) for k in LAYERS]
+)
 def test_compiled(kind):
     base, model, x = make(kind, adapters=("default", "b"))
     compiled = torch.compile(model, backend="aot_eager")

@@ -6,6 +6,8 @@ In float64 the sum of weight and delta is exact to 1e-16 whatever the order, so 
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from functools import lru_cache
 from typing import Any
 
@@ -21,10 +23,50 @@ _SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "
 
 def exact_model(kind: str) -> nn.Module:
     """A model of two layers, "llama", "gpt2" or "bert", in float64, of the same weights each time."""
-    return copy.deepcopy(_original(kind))
+    return _mould(kind).cast()
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, and keeps them."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.tensors: dict[int, Tensor] = {}
+
+    def persistent_id(self, found: Any) -> int | None:
+        if not isinstance(found, Tensor):
+            return None
+        self.tensors[id(found)] = found
+        return id(found)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, tensors: dict[int, Tensor]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._tensors = tensors
+
+    def persistent_load(self, key: int) -> Tensor:
+        return self._tensors[key]
+
+
+class _Mould:
+    """Copies of a model, six times as fast as by `copy.deepcopy`: the verbs ask for thousands."""
+
+    def __init__(self, model: nn.Module) -> None:
+        stream = io.BytesIO()
+        pickler = _Pickler(stream)
+        pickler.dump(model)
+        self._pickled, self._tensors = stream.getvalue(), pickler.tensors
+
+    def cast(self) -> nn.Module:
+        return _Unpickler(self._pickled, copy.deepcopy(self._tensors)).load()
 
 
 @lru_cache
+def _mould(kind: str) -> _Mould:
+    return _Mould(_original(kind))
+
+
 def _original(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "llama":

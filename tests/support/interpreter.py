@@ -4,93 +4,106 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
+import traceback
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
-from types import TracebackType
-
-# Nothing of ours is imported, nothing computed and no thread started before the fork, so that a child is like an
-# interpreter of its own in which somebody has written `import peft, torch, transformers`.
-_SERVER = """
-import json, os, sys, traceback
-import peft, torch, transformers
-
-def work(task):
-    os.chdir(task["folder"])
-    for number, name in ((0, os.devnull), (1, task["stdout"]), (2, task["stderr"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-    os.environ.clear()
-    os.environ.update(task["environment"])
-    sys.argv = ["-c", *task["arguments"]]
-    try:
-        exec(compile(task["code"], "<string>", "exec"), {"__name__": "__main__"})
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-answers = os.fdopen(os.dup(1), "w")
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        status = work(json.loads(line))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
-"""
+from typing import Any
 
 
 class Interpreter:
     """Runs code in processes that are forked from one which has imported PEFT, torch and transformers.
 
-    For what is read when these are imported, give the environment here; otherwise a process gets that of the caller.
+    That one is forked in turn when this is made: before anything of ours is imported, anything computed and any thread
+    of torch's started, so that a process is like an interpreter of its own in which somebody has written
+    `import peft, torch, transformers`. What these read from the environment when they were imported is as it was then.
     A test of importing PEFT itself, or of a world where it finds other packages, starts a process of its own instead.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
-        self._environment = environment
+    def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="interpreter-")
-        self._server: subprocess.Popen[str] | None = None
+        orders, answers = os.pipe(), os.pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns that threads of pytest-xdist are not there after the fork. Nothing waits for them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            server = os.fork()
+        if server == 0:
+            try:
+                os.close(orders[1])
+                os.close(answers[0])
+                _serve(orders[0], answers[1])
+            finally:
+                os._exit(0)
+        os.close(orders[0])
+        os.close(answers[1])
+        self._server = server
+        self._orders, self._answers = os.fdopen(orders[1], "w"), os.fdopen(answers[0])
 
-    def __enter__(self) -> Interpreter:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._server is not None:
-            self._server.kill()
-            self._server.communicate()
+    def close(self) -> None:
+        os.kill(self._server, signal.SIGKILL)
+        os.waitpid(self._server, 0)
+        self._orders.close()
+        self._answers.close()
         self._folder.cleanup()
 
-    def run(self, code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """What `python -c code arguments...` prints and returns.
+    def run(
+        self, code: str, *arguments: object, check: bool = True, environment: Mapping[str, str] | None = None
+    ) -> CompletedProcess[str]:
+        """What `python -c code arguments...` prints and returns, under this process's environment or another.
 
         Raises:
             AssertionError: `check`, and the process failed; its standard error is shown.
         """
-        if self._server is None:
-            command = [sys.executable, "-c", _SERVER]
-            pipe = subprocess.PIPE
-            self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=self._environment)
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         out, err = (Path(self._folder.name, name) for name in ("stdout", "stderr"))
         out.unlink(missing_ok=True)
         err.unlink(missing_ok=True)
-        task = {
+        order = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],
-            "environment": dict(os.environ if self._environment is None else self._environment),
+            "environment": dict(os.environ if environment is None else environment),
             "folder": os.getcwd(),
             "stdout": str(out),
             "stderr": str(err),
         }
-        self._server.stdin.write(json.dumps(task) + "\n")
-        self._server.stdin.flush()
-        status = int(self._server.stdout.readline())
-        done = subprocess.CompletedProcess(["-c", code], status, out.read_text("utf-8"), err.read_text("utf-8"))
+        self._orders.write(json.dumps(order) + "\n")
+        self._orders.flush()
+        status = int(self._answers.readline())
+        done = CompletedProcess(["-c", code], status, out.read_text("utf-8"), err.read_text("utf-8"))
         assert not check or status == 0, done.stderr[-4000:]
         return done
+
+
+def _serve(orders: int, answers: int) -> None:
+    """Carry out orders, each in a process of its own, until there are no more."""
+    with os.fdopen(orders) as lines, os.fdopen(answers, "w") as out:
+        for line in lines:
+            child = os.fork()
+            if child == 0:
+                os._exit(_carry_out(json.loads(line)))
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=out, flush=True)
+
+
+def _carry_out(order: dict[str, Any]) -> int:
+    os.chdir(order["folder"])
+    for number, name in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+    # pytest has put its own here.
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.argv = ["-c", *order["arguments"]]
+    try:
+        exec(compile(order["code"], "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0

@@ -17,22 +17,29 @@ VOCAB = 40
 
 
 def make_bert(
-    *, seed: int = 0, dropout: float = 0.1, dtype: torch.dtype = torch.float32
+    *, seed: int = 0, dropout: float = 0.1, dtype: torch.dtype = torch.float32, layers: int = 2
 ) -> BertForSequenceClassification:
     """A classifier of about 8,000 weights, with dropout on so that the state of the random generators matters."""
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = bert(
-        BertForSequenceClassification, seed=seed, vocab_size=VOCAB, intermediate_size=32, num_labels=3, **rates
+        BertForSequenceClassification,
+        seed=seed,
+        vocab_size=VOCAB,
+        intermediate_size=32,
+        num_labels=3,
+        num_hidden_layers=layers,
+        **rates,
     )
     return model.to(dtype).train()
 
 
 def make_adapted(
-    *, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.1, **config: Any
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.1, layers: int = 2, **config: Any
 ) -> PeftModel:
     """The classifier with an unselected lottery ticket of 200 weights and a trainable head."""
     ticket = {"method": "lottery_ticket", "num_weights": 200, "modules_to_save": ["classifier"]}
-    return get_peft_model(make_bert(seed=seed, dtype=dtype, dropout=dropout), SparseConfig(**{**ticket, **config}))
+    base = make_bert(seed=seed, dtype=dtype, dropout=dropout, layers=layers)
+    return get_peft_model(base, SparseConfig(**{**ticket, **config}))
 
 
 class Labelled(torch.utils.data.Dataset):

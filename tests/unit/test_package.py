@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import pickle
 import subprocess
@@ -38,11 +39,17 @@ RANKS = [
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
+@functools.cache
+def nodes_of(code: str) -> list[ast.AST]:
+    """Of a file of the package, at any depth: four tests look through all of them."""
+    return list(ast.walk(ast.parse(code)))
+
+
 def imported_packages(file: Path) -> set[str]:
     """Top-level names of peft_sparse that a file imports, relative or absolute, at any depth of the code."""
     inside = file.relative_to(ROOT).with_suffix("").parts
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes_of(file.read_text()):
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.level:
@@ -79,7 +86,7 @@ def taken_from_siblings(file: Path) -> set[str]:
     """Modules of other tuners that a tuner's file imports, relative to `tuners`."""
     inside = file.relative_to(ROOT).with_suffix("").parts
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes_of(file.read_text()):
         if isinstance(node, ast.ImportFrom):
             up = list(inside[: len(inside) - node.level]) if node.level else []
             path = [part for part in [*up, *(node.module or "").removeprefix("peft_sparse.").split(".")] if part]
@@ -225,7 +232,7 @@ print(model.get_nb_trainable_parameters()[0])
 
 def names_in(code: str) -> set[str]:
     """Names of attributes and of functions in code."""
-    nodes = list(ast.walk(ast.parse(code)))
+    nodes = nodes_of(code)
     return {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {
         n.name for n in nodes if isinstance(n, ast.FunctionDef)
     }
@@ -290,7 +297,7 @@ def private_imports(code: str) -> list[str]:
     """Names that code imports from PEFT's modules below `peft` and `peft.utils`, or that begin with an underscore."""
     return [
         f"{node.module}.{alias.name}"
-        for node in ast.walk(ast.parse(code))
+        for node in nodes_of(code)
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "peft"
         for alias in node.names
         if node.module not in ("peft", "peft.utils") or alias.name.startswith("_")

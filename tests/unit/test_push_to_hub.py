@@ -24,7 +24,6 @@ from safetensors.torch import load
 
 from peft_sparse import RandConfig
 from peft_sparse.checkpoints import native
-from tests.support.interpreter import Interpreter
 from tests.support.models import llama
 
 REPO = "some-user/sparse-adapter"
@@ -141,8 +140,14 @@ def hub(server) -> Hub:
 
 
 COMMON = """
+    import importlib
     import sys
+    import huggingface_hub
     import torch
+    # Where the Hub is was read from the environment when the library was imported.
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+
     import peft_sparse
     from peft import PeftModel, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -164,8 +169,8 @@ COMMON = """
 
 
 @pytest.fixture(scope="module")
-def run(server, tmp_path_factory) -> Iterator[Callable[[Path, str], None]]:
-    """Run a script with this server as its Hub, and nothing downloaded before (libraries read both when imported)."""
+def run(interpreter, server, tmp_path_factory) -> Callable[[Path, str], None]:
+    """Run a script with this server as its Hub, and nothing downloaded before."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     home = tmp_path_factory.mktemp("home")
     environment.update(
@@ -181,10 +186,9 @@ def run(server, tmp_path_factory) -> Iterator[Callable[[Path, str], None]]:
 
     def run_script(folder: Path, script: str) -> None:
         shutil.rmtree(home, ignore_errors=True)
-        interpreter.run(textwrap.dedent(COMMON) + textwrap.dedent(script), REPO, folder)
+        interpreter.run(textwrap.dedent(COMMON) + textwrap.dedent(script), REPO, folder, environment=environment)
 
-    with Interpreter(environment) as interpreter:
-        yield run_script
+    return run_script
 
 
 PEFT = "model.push_to_hub(repo)"

@@ -79,6 +79,14 @@ def test_group_names_the_layer_with_its_stack():
     assert place_of("model.norm.weight").group == "other"
 
 
+def test_long_names_take_no_longer_than_they_are():
+    # By a regular expression that goes back over each part, this would take longer than anybody waits.
+    long = ".".join(["a_module_of_a_long_name"] * 40)
+    assert place_of(f"{long}.weight") == Place("", None, "other")
+    assert place_of(f"{long}.12.mlp.3.weight") == Place(long, 12, "feed-forward")
+    assert place_of(f"{long}.12") == Place("", None, "other")
+
+
 def test_depths_of_each_stack():
     names = ["shared.weight", "encoder.block.1.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.x.weight"]
     assert depths([*names, "decoder.block.4.layer.0.x.weight"]) == {"encoder.block": 2, "decoder.block": 5}

@@ -22,7 +22,7 @@ from peft_sparse import (
 )
 from tests.support.models import bert
 
-OFTEN = {"reselection_steps": 2, "estimation_steps": 1, "total_steps": 12}
+OFTEN = {"reselection_steps": 2, "estimation_steps": 1, "total_steps": 8}
 CONFIGS = {
     "rand": RandConfig,
     "lottery ticket": LotteryTicketConfig,
@@ -99,11 +99,12 @@ def test_shares_stay_exactly_at_the_budget(method, budget):
         select_by_gradients(model, [batch(number) for number in range(4)])
     before = {name: delta.indices.clone() for name, _, _, delta in iter_deltas(model)}
     look()
-    train(model, 12, look)
+    # A support that nothing changes is still the same soon enough.
+    train(model, 8 if method.startswith("spiel") else 2, look)
     wanted = [zone for zone in EXPECTED[budget] if zone is not None]
     assert all(zones == wanted for zones in seen)
     if method.startswith("spiel"):
         (reselector,) = iter_reselectors(model)
-        assert len(reselector.history) >= 5
+        assert len(reselector.history) == 4
         assert sum(r.share_replaced for r in reselector.history) > 0.3
         assert any(not torch.equal(before[name], delta.indices) for name, _, _, delta in iter_deltas(model))

@@ -195,12 +195,12 @@ def test_a_copy_goes_on_by_itself_as_the_original_does(cls, how, at):
     kept = copy.deepcopy(driver(model).state_dict())
     state = driver(twin).state_dict()
     assert state.keys() == kept.keys()
-    train(twin, optimizer_of(twin, torch.optim.SGD, lr=0.1), range(at, 11))
+    train(twin, optimizer_of(twin, torch.optim.SGD, lr=0.1), range(at, 7))
     assert driver(model).update == at
     assert all(torch.equal(tensor, kept[key]) for key, tensor in driver(model).state_dict().items())
-    train(model, optimizer_of(model, torch.optim.SGD, lr=0.1), range(at, 11))
+    train(model, optimizer_of(model, torch.optim.SGD, lr=0.1), range(at, 7))
     assert_same_tensors(deltas(twin), deltas(model))
-    assert [r.update for r in driver(twin).history] == [2, 6, 10]
+    assert [r.update for r in driver(twin).history] == [2, 6]
 
 
 def test_a_copied_layer_alone_is_not_watched():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,11 +134,18 @@ def test_an_overflow_in_the_nominating_micro_batch_is_not_nominated_from():
     assert [r.update for r in driver(model).history] == [2]
 
 
+@functools.cache
+def uninterrupted(cls, steps, **fields):
+    """(losses, adapter, history) of a run that nothing reads but to compare with it."""
+    model = make(cls, **fields)
+    losses = train(model, optimizer_of(model), range(steps))
+    return losses, deltas(model), driver(model).history
+
+
 @pytest.mark.parametrize("cls", METHODS)
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 9])
 def test_a_hand_written_loop_resumes_bit_for_bit(cls, stop):
-    whole = make(cls)
-    losses = train(whole, optimizer_of(whole), range(12))
+    losses, whole, _ = uninterrupted(cls, 12)
 
     first = make(cls)
     optimizer = optimizer_of(first)
@@ -150,28 +159,36 @@ def test_a_hand_written_loop_resumes_bit_for_bit(cls, stop):
     driver(second).load_state_dict(saved[2])
     tail = train(second, optimizer, range(stop, 12))
     assert head + tail == losses
-    assert_same_tensors(deltas(second), deltas(whole))
+    assert_same_tensors(deltas(second), whole)
 
 
-@pytest.mark.parametrize("cls", METHODS)
+def plain_trainer(folder, cls, save_at):
+    args = make_args(folder, max_steps=10, save_strategy="steps", save_steps=save_at, gradient_accumulation_steps=2)
+    return Trainer(model=make(cls, total_steps=None), args=args, train_dataset=Labelled())
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained_whole(request, tmp_path_factory):
+    """(method, a trainer that went through, with a checkpoint of every update)."""
+    trainer = plain_trainer(tmp_path_factory.mktemp("whole"), request.param, 1)
+    trainer.train()
+    return request.param, trainer
+
+
 @pytest.mark.parametrize("save_at", [1, 3, 5, 6])
-def test_a_plain_trainer_resumes_bit_for_bit(cls, save_at, tmp_path):
-    def trainer(folder):
-        model = make(cls, total_steps=None)
-        args = make_args(folder, max_steps=10, save_strategy="steps", save_steps=save_at, gradient_accumulation_steps=2)
-        return Trainer(model=model, args=args, train_dataset=Labelled())
-
-    whole = trainer(tmp_path)
-    whole.train()
-    resumed = trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{save_at}"))
+def test_a_plain_trainer_resumes_bit_for_bit(trained_whole, save_at):
+    cls, whole = trained_whole
+    checkpoint = Path(whole.args.output_dir, f"checkpoint-{save_at}")
+    # It looks for the state beside the checkpoints of its own folder.
+    resumed = plain_trainer(whole.args.output_dir, cls, 100)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert driver(whole.model).total_steps == driver(resumed.model).total_steps == 10
     assert_same_tensors(deltas(whole.model), deltas(resumed.model))
     assert [r.update for r in driver(whole.model).history] == [2, 6]
     state = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
     for key, entry in state[0].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(state[1][key][k])) for k, v in entry.items())
-    assert (tmp_path / f"checkpoint-{save_at}" / callback.STATE_FILE).is_file()
+    assert (checkpoint / callback.STATE_FILE).is_file()
 
 
 def test_what_only_training_needs_stays_out_of_the_adapter_file(tmp_path):
@@ -337,8 +354,7 @@ def test_a_window_goes_on_until_the_cut_is_clear(monkeypatch):
 @pytest.mark.parametrize("stop", [3, 5, 7, 11])
 def test_a_window_that_goes_on_resumes_bit_for_bit(stop):
     fields = {"candidates_per_weight": 2.0, "reselection_steps": 8, "estimation_steps": 2, "uncertain_share": 0.3}
-    whole = make(**fields)
-    train(whole, optimizer_of(whole), range(14))
+    _, whole, history = uninterrupted(SpielAGConfig, 14, **fields)
     first = make(**fields)
     optimizer = optimizer_of(first)
     train(first, optimizer, range(stop))
@@ -349,5 +365,5 @@ def test_a_window_that_goes_on_resumes_bit_for_bit(stop):
     optimizer.load_state_dict(saved[1])
     driver(second).load_state_dict(saved[2])
     train(second, optimizer, range(stop, 14))
-    assert_same_tensors(deltas(second), deltas(whole))
-    assert driver(second).history == [r for r in driver(whole).history if r.update > stop]
+    assert_same_tensors(deltas(second), whole)
+    assert driver(second).history == [r for r in history if r.update > stop]

@@ -34,6 +34,7 @@ SETTINGS = {
 
 def run(folder, *, resume=None, kill=None, model=None, seed_before=0, **changes):
     torch.manual_seed(seed_before)
+    model = make_adapted(layers=1) if model is None else model
     trainer = make_trainer(folder, model=model, callbacks=[kill] if kill else None, **{**SETTINGS, **changes})
     if kill is not None:
         kill.trainer = trainer
@@ -135,7 +136,7 @@ def test_heads_resume_at_the_start_of_the_first_process(tmp_path):
     """The head's random start of the killed process is what phase two begins from, whatever the new process drew."""
     uninterrupted = run(tmp_path / "whole")
     run(tmp_path / "killed", kill=KillAt("dense", 5))
-    other = make_adapted()
+    other = make_adapted(layers=1)
     with torch.no_grad():
         other.base_model.model.classifier.modules_to_save.default.weight.normal_()
     assert_same_run(run(tmp_path / "killed", resume=True, model=other), uninterrupted)
@@ -143,7 +144,7 @@ def test_heads_resume_at_the_start_of_the_first_process(tmp_path):
 
 def test_other_adapter_names(tmp_path):
     def make():
-        model = make_adapted(modules_to_save=None)
+        model = make_adapted(layers=1, modules_to_save=None)
         model.add_adapter("task", model.peft_config["default"])
         model.set_adapter("task")
         model.delete_adapter("default")
@@ -161,7 +162,7 @@ def test_resuming_a_task_adapter_over_a_language_adapter(tmp_path):
     from peft_sparse import RandConfig
 
     def make():
-        model = make_adapted(modules_to_save=None, num_weights=50)
+        model = make_adapted(layers=1, modules_to_save=None, num_weights=50)
         model.add_adapter("language", RandConfig(density=0.1, seed=3, init_weights=False))
         model.base_model.set_adapter(["language", "default"])
         model.set_requires_grad("language", requires_grad=False)
@@ -232,7 +233,7 @@ def test_nothing_to_resume_from(tmp_path):
 
 def test_a_selected_adapter_resumes_its_sparse_phase(tmp_path, whole):
     run(tmp_path, kill=KillAt("sparse", 5))
-    model = make_adapted()
+    model = make_adapted(layers=1)
     make_trainer(tmp_path / "other", model=model, max_steps=1, dense_args={"learning_rate": 0.5}).train()
     # It trains as any adapter does, so what counts is the seed that the trainer sets when it is made.
     resumed = run(tmp_path, resume=True, model=model, seed_before=7)
