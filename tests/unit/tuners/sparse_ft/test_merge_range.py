@@ -82,7 +82,10 @@ def test_what_a_merge_has_read_serves_no_later_one(refused, safe_merge):
         for parameter in base.values():
             parameter.data.add_(0.5)
     changed = {name: parameter.clone() for name, parameter in base.items()}
-    model.merge_adapter()
+    layers = model.base_model.tuned_layers()
+    for layer in layers:
+        layer.merge()
     assert not all(torch.equal(parameter, changed[name]) for name, parameter in base.items())
-    model.unmerge_adapter()
+    for layer in layers:
+        layer.unmerge()
     assert all(torch.equal(parameter, changed[name]) for name, parameter in base.items())
