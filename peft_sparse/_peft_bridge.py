@@ -70,6 +70,7 @@ INTERNALS = (
         _TUNERS,
         "BaseTunerLayer",
         (
+            "_active_adapter",
             "_all_available_adapter_names",
             "_disable_adapters",
             "_get_embed_scale",

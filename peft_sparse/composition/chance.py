@@ -23,14 +23,25 @@ def shared_positions(one: Mapping[str, SparseDelta], other: Mapping[str, SparseD
     Args:
         one, other: {parameter: delta}; parameters that only one of them tunes count as not shared.
     """
+    return _shared_positions(one, other, at_least=0.0) or (0.0, 0.0)
+
+
+def _shared_positions(
+    one: Mapping[str, SparseDelta], other: Mapping[str, SparseDelta], *, at_least: float
+) -> tuple[float, float] | None:
+    """`shared_positions`; None as soon as the first share can no longer be `at_least` as large."""
     smaller = min(sum(delta.count for delta in part.values()) for part in (one, other))
     if not smaller:
-        return 0.0, 0.0
+        return None
+    pairs = [(one[name], other[name]) for name in one if name in other]
+    most = sum(min(a.count, b.count) for a, b in pairs)
     shared, expected = 0, 0.0
-    for name in one.keys() & other.keys():
-        a, b = one[name], other[name]
+    for a, b in pairs:
+        if most < at_least * smaller:
+            return None
         if a.count and b.count:
-            shared += a.count + b.count - union([a.indices.cpu(), b.indices.cpu()]).numel()
+            own = a.count + b.count - union([a.indices.cpu(), b.indices.cpu()]).numel()
+            shared, most = shared + own, most - min(a.count, b.count) + own
             expected += a.count * b.count / a.numel
     return shared / smaller, expected / smaller
 
@@ -46,7 +57,10 @@ def warn_of_coinciding_draws(
         parts: {parameter: delta} of each.
     """
     for i, j in combinations([n for n, method in enumerate(methods) if method in RANDOM_METHODS], 2):
-        shared, expected = shared_positions(parts[i], parts[j])
+        found = _shared_positions(parts[i], parts[j], at_least=_COINCIDING)
+        if found is None:
+            continue
+        shared, expected = found
         if shared >= _COINCIDING and shared > _TIMES_CHANCE * expected:
             logger.warning(
                 "The random supports of %s and %s share %.0f %% of their weights, where two independent draws would "

@@ -72,3 +72,11 @@ def is_within_another() -> bool:
 
 def _running() -> int:
     return torch._C._current_graph_task_id()
+
+
+def show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
+    """Hand a dense gradient, or what is wanted of it, to an observer."""
+    remember_outer(made_in)
+    wanted = observer.wanted()
+    whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
+    observer.receive(whole if wanted is None else whole[wanted.long()])

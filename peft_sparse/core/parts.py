@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
-from .backends.native import kernels
+from .backends.native import SparseProduct, kernels
 
 # Fewer elements of a weight are copied before a kernel is called.
 _WORTH_ADDING = 2**14
@@ -36,23 +37,32 @@ class Parts:
 GetParts = Callable[[], AbstractContextManager[Parts | None]]
 
 
-def takes_parts(x: Tensor, parts: Parts) -> bool:
-    """Whether the product with W' is cheaper by its parts: where there are kernels (see `native`), for a few rows.
+def most_rows(num_entries: int, shape: tuple[int, ...]) -> int:
+    """How many rows' product with W' is cheaper by its parts than by forming W', where there are kernels; 0 if none's.
 
     Estimated for AVX2 (weights of 512 to 2048 rows and columns): 16 rows at a time an entry costs as much as copying 12
     elements of the weight, and moving a row or column of the factors in and out as much as 40; a single row costs a
     quarter of that.
 
     Args:
+        num_entries: that W' has beside the weight's own.
+        shape: of the weight.
+    """
+    numel, of_16_rows = prod(shape), 12 * num_entries + 40 * sum(shape)
+    if numel < _WORTH_ADDING or of_16_rows > 4 * numel:
+        return 0
+    return min(FEW_ROWS, max(1, 16 * (numel // of_16_rows)))
+
+
+def takes_parts(x: Tensor, parts: Parts) -> bool:
+    """Whether `add_parts_` takes these inputs, and is cheaper than the product with W' (see `most_rows`).
+
+    Args:
         x: [..., inputs].
         parts: of W'.
     """
     num_rows = x.numel() // max(1, x.shape[-1])
-    numel = parts.weight.numel()
-    if not 0 < num_rows <= FEW_ROWS or numel < _WORTH_ADDING or x.dtype != parts.weight.dtype:
-        return False
-    passes = 0.25 if num_rows == 1 else -(-num_rows // 16)
-    if passes * (12 * parts.indices.numel() + 40 * sum(parts.weight.shape)) > numel:
+    if x.dtype != parts.weight.dtype or not 0 < num_rows <= most_rows(parts.indices.numel(), parts.weight.shape):
         return False
     if parts.values.shape != parts.indices.shape or not parts.weight.is_contiguous():
         return False
@@ -74,7 +84,8 @@ def add_parts_(y: Tensor, x: Tensor, parts: Parts, *, fan_in_fan_out: bool) -> T
     if native is None or y.dtype != x.dtype:
         raise TypeError(f"add_parts_ is for what takes_parts admits, got {y.dtype} for {x.dtype}")
     flat, result = x.detach().reshape(-1, x.shape[-1]).contiguous(), y.reshape(-1, y.shape[-1]).contiguous()
-    native.add_product_(
-        result, flat, parts.weight.detach(), parts.indices, parts.values, row_is_output=not fan_in_fan_out
+    product = SparseProduct(
+        native, parts.indices, dtype=x.dtype, shape=parts.weight.shape, row_is_output=not fan_in_fan_out
     )
+    product.add_(result, flat, len(flat), parts.weight.detach(), parts.values)
     return result.view(y.shape)

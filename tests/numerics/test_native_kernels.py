@@ -74,9 +74,9 @@ class TestProductByParts:
         values = next(iter_deltas(model))[3].values
         x = torch.randn(rows, 160, requires_grad=True)
         added = []
-        by_kernel = native.Kernels.add_product_
+        by_kernel = native.SparseProduct.add_
         count = lambda self, *args, **kwargs: added.append(1) or by_kernel(self, *args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(native.Kernels, "add_product_", count)
+        monkeypatch.setattr(native.SparseProduct, "add_", count)
 
         def outcome():
             y = model(x)

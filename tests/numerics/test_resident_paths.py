@@ -82,12 +82,11 @@ def test_what_was_looked_up_once_is_given_up_with_the_weights_dtype_or_layout(wi
         tensor.zero_()
     with resident(without_biases):
         without_biases(x)
-        snapshot, active = layer._written["weight"].snapshot, layer._active_weights(x)
-        assert snapshot.is_current(weight, active.values)
-        contiguous = weight.data
+        active, contiguous = layer._active, weight.data
+        assert active.holds(weight, layer.active_adapter)
+        assert active.is_written_in(layer._written)
         # Zeros have the same bits in every dtype.
-        weight.data = contiguous.bfloat16()
-        assert not snapshot.is_current(weight, active.values)
-        weight.data = contiguous.t().contiguous().t()
-        assert layer._active_weights(x) is None
+        for exchanged in (contiguous.bfloat16(), contiguous.t().contiguous().t(), contiguous[:64]):
+            weight.data = exchanged
+            assert not active.holds(weight, layer.active_adapter)
         weight.data = contiguous

@@ -37,9 +37,9 @@ _SIGNATURES = {
     "tile": ("", "n"),
     "pack": ("ipnnnpi", None),
     "sampled": ("ipnnipnninpinpni", None),
-    "add_product": ("ipnnnppipnnipi", None),
+    "add_product": ("ppnppp", None),
     "bring_up_to_date": ("ippinpp", "n"),
-    "unchanged": ("ippnpppn", "i"),
+    "unchanged": ("ppp", "i"),
     "take": ("ippinp", None),
     "put": ("ippinp", None),
     "merge": ("nppipppp", "n"),
@@ -122,44 +122,6 @@ class Kernels:
             found.append(entries)
         return found
 
-    def add_product_(
-        self,
-        y: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        indices: Tensor,
-        values: Tensor,
-        *,
-        row_is_output: bool,
-    ) -> None:
-        """Add `x @ D.T` to `y` in place (`x @ D` unless `row_is_output`), D being what entries change the weight by.
-
-        Args:
-            y: [N, outputs] contiguous, float32 or bfloat16.
-            x: [N, inputs] contiguous, same dtype.
-            weight: [R, C] contiguous, same dtype, without the entries: they change it by what is left of them once
-                `weight + values` is rounded.
-            indices: [k] sorted and unique positions in it.
-            values: [k] float32, contiguous.
-            row_is_output: an entry's row is the number of the output, and its column that of the input.
-        """
-        self._add_product(  # type: ignore[attr-defined]
-            _TYPES[x.dtype],
-            x.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            y.shape[1],
-            weight.data_ptr(),
-            indices.data_ptr(),
-            int(indices.dtype == torch.int64),
-            values.data_ptr(),
-            indices.numel(),
-            weight.shape[1],
-            int(row_is_output),
-            y.data_ptr(),
-            self.level,
-        )
-
     def bring_up_to_date_(self, flat: Tensor, indices: Tensor, originals: Tensor, values: Tensor) -> int:
         """Write `originals + values` where there is something else; returns in how many places.
 
@@ -224,20 +186,97 @@ class Kernels:
         )
         return united[:length].clone(), None if sums is None else sums[:length].clone()
 
-    def are_unchanged(self, values: Tensor, before: Tensor, flat: Tensor, places: Tensor, entries: Tensor) -> bool:
-        """Whether values have the bits that they had, and a weight has `entries` at `places`.
+
+class SparseProduct:
+    """Products with entries D that change a weight, by the kernels; made once, for they are called for every token.
+
+    Args:
+        kernels: the library.
+        indices: [k] sorted and unique positions in the weight, contiguous; kept.
+        dtype: of the weight and of the inputs, float32 or bfloat16.
+        shape: of the weight.
+        row_is_output: an entry's row is the number of the output, and its column that of the input.
+    """
+
+    class _Entries(ctypes.Structure):
+        _fields_ = (
+            ("indices", ctypes.c_void_p),
+            *((name, ctypes.c_int64) for name in ("count", "columns", "inputs", "outputs")),
+            *((name, ctypes.c_int32) for name in ("type", "is_wide", "row_is_output", "level")),
+        )
+
+    __slots__ = ("_address", "_call", "_entries", "_indices", "_input_bytes", "_output_bytes")
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        indices: Tensor,
+        *,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        row_is_output: bool,
+    ) -> None:
+        rows, columns = shape
+        inputs, outputs = (columns, rows) if row_is_output else (rows, columns)
+        self._indices = indices
+        self._input_bytes, self._output_bytes = inputs * dtype.itemsize, outputs * dtype.itemsize
+        self._entries = self._Entries(
+            indices.data_ptr(),
+            *(indices.numel(), columns, inputs, outputs),
+            *(_TYPES[dtype], int(indices.dtype == torch.int64), int(row_is_output), kernels.level),
+        )
+        self._address = ctypes.addressof(self._entries)
+        self._call = kernels._add_product  # type: ignore[attr-defined]
+
+    def add_(self, y: Tensor, x: Tensor, num_rows: int, weight: Tensor, values: Tensor, *, first_row: int = 0) -> None:
+        """Add `x @ D.T` to `y` in place (`x @ D` unless `row_is_output`), for some rows.
 
         Args:
-            values, before: [k] contiguous, of one dtype.
-            flat: [numel] contiguous, of any dtype that the kernels know.
-            places: [n] int64 positions in it.
-            entries: [n] in its dtype.
+            y: [N, outputs] contiguous, in the dtype of the product.
+            x: [N, inputs] contiguous, same dtype.
+            num_rows: how many rows.
+            weight: contiguous, same dtype, without the entries: they change it by what is left of them once
+                `weight + values` is rounded.
+            values: [k] float32, contiguous.
+            first_row: where they begin.
         """
-        where = values.data_ptr(), before.data_ptr(), before.nbytes, flat.data_ptr(), places.data_ptr()
-        found: int = self._unchanged(  # type: ignore[attr-defined]
-            _TYPES[flat.dtype], *where, entries.data_ptr(), places.numel()
+        inputs = x.data_ptr() + first_row * self._input_bytes
+        outputs = y.data_ptr() + first_row * self._output_bytes
+        self._call(self._address, inputs, num_rows, outputs, weight.data_ptr(), values.data_ptr())
+
+
+class Image:
+    """What values and some entries of a weight are now, to tell whether they still are, bit for bit.
+
+    Args:
+        kernels: the library.
+        values: [k] contiguous, kept: a copy of the values.
+        places: [n] int64 positions in the weight, kept.
+        entries: [n] what is there, in a dtype that the kernels know, kept.
+    """
+
+    class _Image(ctypes.Structure):
+        _fields_ = (
+            ("values", ctypes.c_void_p),
+            ("size", ctypes.c_int64),
+            ("places", ctypes.c_void_p),
+            ("entries", ctypes.c_void_p),
+            ("num_places", ctypes.c_int64),
+            ("width", ctypes.c_int64),
         )
-        return bool(found)
+
+    __slots__ = ("_address", "_call", "_image", "_kept")
+
+    def __init__(self, kernels: Kernels, values: Tensor, places: Tensor, entries: Tensor) -> None:
+        self._kept = values, places, entries
+        addresses = values.data_ptr(), values.nbytes, places.data_ptr(), entries.data_ptr()
+        self._image = self._Image(*addresses, places.numel(), entries.element_size())
+        self._address = ctypes.addressof(self._image)
+        self._call = kernels._unchanged  # type: ignore[attr-defined]
+
+    def is_of(self, values: Tensor, weight: Tensor) -> bool:
+        """Whether values and weight, contiguous and of the same sizes and dtypes as then, have the same bits."""
+        return bool(self._call(self._address, values.data_ptr(), weight.data_ptr()))
 
 
 def _in_rows(matrix: Tensor) -> Tensor:

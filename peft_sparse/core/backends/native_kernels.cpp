@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -168,15 +169,23 @@ INLINE void sampled_tiles(const Product& p, int64_t first, int64_t last, typenam
     std::free(scratch[1]);
 }
 
-struct Addition {
-    const void* x;        // [N, inputs]
-    int64_t rows, inputs, outputs;
-    const void* weight;   // what the entries are added to
+// Where the entries of a product are: what does not change from call to call. `SparseProduct` in `native.py` makes it.
+struct Entries {
     const void* indices;
-    const float* values;
     int64_t count;
-    int64_t columns;      // of the weight
-    bool row_is_output;   // an entry's row is the output's number, and its column the input's
+    int64_t columns;        // of the weight
+    int64_t inputs, outputs;
+    int32_t type, is_wide;
+    int32_t row_is_output;  // an entry's row is the output's number, and its column the input's
+    int32_t level;
+};
+
+struct Addition {
+    const Entries& entries;
+    const void* x;        // [N, inputs]
+    int64_t rows;
+    const void* weight;   // what the entries are added to
+    const float* values;
     void* y;              // [N, outputs], added to
 };
 
@@ -189,43 +198,67 @@ INLINE float change(const bfloat16* weight, int64_t index, float value) {
     return widened(rounded) - own;
 }
 
+INLINE void prefetch_to_change(const float*, int64_t) {}
+INLINE void prefetch_to_change(const bfloat16* weight, int64_t index) { __builtin_prefetch(weight + index); }
+
+// One row, whose entries are sorted by outputs: what generating text asks for.
+template <class T, class I>
+INLINE void add_to_one_row(const Entries& entries, const T* weight, const float* values, const float* inputs, T* y) {
+    const I* indices = static_cast<const I*>(entries.indices);
+    const int64_t count = entries.count, columns = entries.columns;
+    int64_t begin = 0, e = 0;
+    for (int64_t row = 0; row < entries.outputs && e < count; ++row, begin += columns) {
+        const int64_t end = begin + columns;
+        if (indices[e] >= end) continue;
+        float sum = 0;
+        for (; e < count && indices[e] < end; ++e) {
+            if (e + AHEAD < count) prefetch_to_change(weight, indices[e + AHEAD]);
+            sum += change(weight, indices[e], values[e]) * inputs[indices[e] - begin];
+        }
+        narrow(widened(y[row]) + sum, y[row]);
+    }
+}
+
+INLINE const float* widened_row(const float* x, int64_t, float*) { return x; }
+INLINE const float* widened_row(const bfloat16* x, int64_t length, float* into) {
+    for (int64_t i = 0; i < length; ++i) into[i] = widened(x[i]);
+    return into;
+}
+
 template <class T, class I>
 INLINE void add_product_body(const Addition& p) {
     const T* x = static_cast<const T*>(p.x);
     const T* weight = static_cast<const T*>(p.weight);
-    const I* indices = static_cast<const I*>(p.indices);
+    const I* indices = static_cast<const I*>(p.entries.indices);
     T* y = static_cast<T*>(p.y);
-    const int64_t lanes = p.rows < LANES ? p.rows : LANES;
-    const bool single = lanes == 1;
+    const int64_t num_inputs = p.entries.inputs, num_outputs = p.entries.outputs, count = p.entries.count;
+    const bool single = p.rows == 1, row_is_output = p.entries.row_is_output;
     const int64_t width = single ? 1 : LANES;
-    float* inputs = static_cast<float*>(std::aligned_alloc(64, ((p.inputs * width * 4 + 63) / 64) * 64));
-    float* sums = static_cast<float*>(std::aligned_alloc(64, ((p.outputs * width * 4 + 63) / 64) * 64));
+    float* inputs = static_cast<float*>(std::aligned_alloc(64, ((num_inputs * width * 4 + 63) / 64) * 64));
+    if (single && row_is_output) {
+        add_to_one_row<T, I>(p.entries, weight, p.values, widened_row(x, num_inputs, inputs), y);
+        std::free(inputs);
+        return;
+    }
+    float* sums = static_cast<float*>(std::aligned_alloc(64, ((num_outputs * width * 4 + 63) / 64) * 64));
     for (int64_t first = 0; first < p.rows; first += width) {
         const int64_t rows = p.rows - first < width ? p.rows - first : width;
-        std::memset(sums, 0, p.outputs * width * sizeof(float));
-        for (int64_t i = 0; i < p.inputs; ++i) {
-            for (int64_t n = 0; n < rows; ++n) inputs[i * width + n] = widened(x[(first + n) * p.inputs + i]);
+        std::memset(sums, 0, num_outputs * width * sizeof(float));
+        for (int64_t i = 0; i < num_inputs; ++i) {
+            for (int64_t n = 0; n < rows; ++n) inputs[i * width + n] = widened(x[(first + n) * num_inputs + i]);
             for (int64_t n = rows; n < width; ++n) inputs[i * width + n] = 0;
         }
-        int64_t begin = 0, end = p.columns, row = 0, e = 0;
-        if (single && p.row_is_output) {
-            for (; row < p.outputs; ++row, begin += p.columns) {
-                float sum = 0;
-                for (; e < p.count && indices[e] < begin + p.columns; ++e)
-                    sum += change(weight, indices[e], p.values[e]) * inputs[indices[e] - begin];
-                sums[row] = sum;
-            }
-        }
-        for (; e < p.count; ++e) {
+        int64_t begin = 0, end = p.entries.columns, row = 0;
+        for (int64_t e = 0; e < count; ++e) {
             const int64_t index = indices[e];
             while (index >= end) {
                 begin = end;
-                end += p.columns;
+                end += p.entries.columns;
                 ++row;
             }
             const int64_t column = index - begin;
             const float value = change(weight, index, p.values[e]);
-            const int64_t from = p.row_is_output ? column : row, to = p.row_is_output ? row : column;
+            const int64_t from = row_is_output ? column : row, to = row_is_output ? row : column;
             if (single) {
                 sums[to] += value * inputs[from];
             } else {
@@ -238,8 +271,8 @@ INLINE void add_product_body(const Addition& p) {
             }
         }
         for (int64_t n = 0; n < rows; ++n)
-            for (int64_t o = 0; o < p.outputs; ++o) {
-                T& place = y[(first + n) * p.outputs + o];
+            for (int64_t o = 0; o < num_outputs; ++o) {
+                T& place = y[(first + n) * num_outputs + o];
                 narrow(widened(place) + sums[o * width + n], place);
             }
     }
@@ -338,39 +371,66 @@ void put(T* to, const I* indices, int64_t count, const T* from) {
     }
 }
 
-// Merges sorted lists; at each place of the union adds up factor * value from the least to the greatest, a
-// list that lacks the place counting as zero. Without values it only unites.
+// What memory held at a time.
+struct Image {
+    const void* values;
+    int64_t size;         // of them, in bytes
+    const int64_t* places;
+    const void* entries;  // of a weight, at `places`
+    int64_t num_places;
+    int64_t width;        // of an entry, in bytes
+};
+
+// The sum of factor * value at a place of the union, from the least to the greatest; a list that lacks it counts as zero.
+template <class I>
+double ordered_sum(int64_t num, const I* heads, I place, const int64_t* at, const float* const* values,
+                   const double* factors, double* terms) {
+    for (int64_t n = 0; n < num; ++n) {
+        const double term = (heads[n] == place ? values[n][at[n]] : 0.0) * factors[n];
+        int64_t where = n;
+        for (; where > 0 && terms[where - 1] > term; --where) terms[where] = terms[where - 1];
+        terms[where] = term;
+    }
+    double total = terms[0];
+    for (int64_t n = 1; n < num; ++n) total += terms[n];
+    return total;
+}
+
+// Merges sorted lists, and adds up their values at each place of the union; without values it only unites.
 template <class I>
 int64_t merge(int64_t num, const I* const* lists, const int64_t* counts, const float* const* values,
               const double* factors, I* united, float* sums) {
+    // No index is as large: a tensor that has it as one is indexed by a wider type.
+    constexpr I END = std::numeric_limits<I>::max();
     std::vector<int64_t> at(num, 0);
+    std::vector<I> heads(num);
     std::vector<double> terms(num);
+    for (int64_t n = 0; n < num; ++n) heads[n] = counts[n] ? lists[n][0] : END;
     int64_t length = 0;
     for (;; ++length) {
-        bool any = false;
-        I least = 0;
-        for (int64_t n = 0; n < num; ++n)
-            if (at[n] < counts[n] && (!any || lists[n][at[n]] < least)) {
-                least = lists[n][at[n]];
-                any = true;
-            }
-        if (!any) return length;
+        I least = heads[0];
+        for (int64_t n = 1; n < num; ++n) least = heads[n] < least ? heads[n] : least;
+        if (least == END) return length;
         united[length] = least;
-        for (int64_t n = 0; n < num; ++n) {
-            const bool has = at[n] < counts[n] && lists[n][at[n]] == least;
-            if (values) {
-                const double term = (has ? values[n][at[n]] : 0.0) * factors[n];
-                int64_t place = n;
-                for (; place > 0 && terms[place - 1] > term; --place) terms[place] = terms[place - 1];
-                terms[place] = term;
+        int64_t owners = 0, owner = 0;
+        for (int64_t n = 0; n < num; ++n)
+            if (heads[n] == least) {
+                owner = n;
+                ++owners;
             }
-            at[n] += has;
-        }
         if (values) {
-            double total = terms[0];
-            for (int64_t n = 1; n < num; ++n) total += terms[n];
-            sums[length] = static_cast<float>(total);
+            const double alone = values[owner][at[owner]] * factors[owner];
+            // Zeros of the others change nothing but the sign of a zero.
+            const bool is_sum = owners == 1 && alone != 0;
+            sums[length] = static_cast<float>(
+                is_sum ? alone : ordered_sum(num, heads.data(), least, at.data(), values, factors, terms.data()));
         }
+        if (owners == 1) {
+            heads[owner] = ++at[owner] < counts[owner] ? lists[owner][at[owner]] : END;
+            continue;
+        }
+        for (int64_t n = 0; n < num; ++n)
+            if (heads[n] == least) heads[n] = ++at[n] < counts[n] ? lists[n][at[n]] : END;
     }
 }
 
@@ -422,12 +482,13 @@ void peft_sparse_sampled(int type, const void* left, int64_t left_stride, int64_
     if (type == 2) BY_INDEX(is_wide, (sampled<bfloat16, I>(p, static_cast<float*>(sums), num_threads, level)))
 }
 
-void peft_sparse_add_product(int type, const void* x, int64_t rows, int64_t inputs, int64_t outputs, const void* weight,
-                             const void* indices, int is_wide, const float* values, int64_t count, int64_t columns,
-                             int row_is_output, void* y, int level) {
-    const Addition p = {x, rows, inputs, outputs, weight, indices, values, count, columns, row_is_output != 0, y};
-    if (type == 0) BY_INDEX(is_wide, (AT_LEVEL(level, add_product, PAIR(float, I), p)))
-    if (type == 2) BY_INDEX(is_wide, (AT_LEVEL(level, add_product, PAIR(bfloat16, I), p)))
+void peft_sparse_add_product(const Entries* entries, const void* x, int64_t rows, void* y, const void* weight,
+                             const float* values) {
+    const Addition p = {*entries, x, rows, weight, values, y};
+    if (entries->type == 0)
+        BY_INDEX(entries->is_wide, (AT_LEVEL(entries->level, add_product, PAIR(float, I), p)))
+    if (entries->type == 2)
+        BY_INDEX(entries->is_wide, (AT_LEVEL(entries->level, add_product, PAIR(bfloat16, I), p)))
 }
 
 int64_t peft_sparse_bring_up_to_date(int type, void* weight, const void* indices, int is_wide, int64_t count,
@@ -469,15 +530,22 @@ int64_t peft_sparse_merge(int64_t num, const void* const* lists, const int64_t* 
                           static_cast<int32_t*>(united), sums);
 }
 
-// Whether memory is what it was: `size` bytes of values, and some entries of a weight.
-int peft_sparse_unchanged(int type, const void* values, const void* values_before, int64_t size, const void* weight,
-                          const int64_t* places, const void* entries, int64_t num_places) {
-    if (std::memcmp(values, values_before, size) != 0) return 0;
-    const int64_t width = type == 0 ? 4 : type == 1 ? 8 : 2;
-    for (int64_t i = 0; i < num_places; ++i)
-        if (std::memcmp(static_cast<const char*>(weight) + places[i] * width,
-                        static_cast<const char*>(entries) + i * width, width) != 0)
-            return 0;
+// Whether memory is what it was when an `Image` in `native.py` was made: values, and some entries of a weight.
+int peft_sparse_unchanged(const Image* image, const void* values, const void* weight) {
+    const char *now = static_cast<const char*>(values), *before = static_cast<const char*>(image->values);
+    const char *own = static_cast<const char*>(weight), *entries = static_cast<const char*>(image->entries);
+    const int64_t width = image->width, page = 4096;
+    // Nothing of it is in a cache, and processors fetch ahead within a page alone.
+    for (int64_t i = 0; i < image->num_places; ++i) __builtin_prefetch(own + image->places[i] * width);
+    for (int64_t at = 0; at < image->size; at += page) {
+        for (int64_t next = at + page; next < at + 2 * page && next < image->size; next += 64) {
+            __builtin_prefetch(now + next);
+            __builtin_prefetch(before + next);
+        }
+        if (std::memcmp(now + at, before + at, image->size - at < page ? image->size - at : page) != 0) return 0;
+    }
+    for (int64_t i = 0; i < image->num_places; ++i)
+        if (std::memcmp(own + image->places[i] * width, entries + i * width, width) != 0) return 0;
     return 1;
 }
 

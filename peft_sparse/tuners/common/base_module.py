@@ -10,8 +10,10 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils.modeling import named_module_tensors
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ...errors import ConfigError
 
@@ -60,7 +62,38 @@ def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything runs around a module's forward: hooks of torch's, or accelerate's."""
     own = vars(module)
-    return "_hf_hook" in own or any(map(own.__getitem__, _HOOKS))
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "_hf_hook" in own
+    )
+
+
+def output_of(module: nn.Module, x: Tensor) -> Any:
+    """`module(x)`; of a plain linear layer without hooks its product, without the time that calling a module takes.
+
+    Text is generated a row at a time: calling a layer of 512 x 512 costs a tenth of its product then.
+    """
+    own = vars(module)
+    if _is_plain_linear(module) and not (has_hooks(module) or _has_any_global_hook()):
+        return F.linear(x, own["_parameters"]["weight"], own["_parameters"]["bias"])
+    return module(x)
+
+
+def output_without_hooks(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What a module's forward makes of its inputs, whatever hooks it has."""
+    if _is_plain_linear(module):
+        return F.linear(x, module._parameters["weight"], module._parameters["bias"])
+    return seen_through(module, {}).forward(x, *args, **kwargs)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    own = vars(module)
+    if type(module) is not nn.Linear or "forward" in own or own.get("_compiled_call_impl"):
+        return False
+    return "weight" in own["_parameters"] and "bias" in own["_parameters"]
 
 
 def called(module: nn.Module, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

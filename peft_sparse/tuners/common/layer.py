@@ -18,7 +18,7 @@ from ...core.on_demand import on_demand
 from ...core.ops import is_recorded
 from ...core.sharded import is_sharded
 from ...errors import ConfigError
-from .base_module import attribute_of, called, home_of, loaded, offload_hook, seen_through
+from .base_module import attribute_of, called, home_of, loaded, offload_hook, output_without_hooks, seen_through
 
 # The parameters of a base layer that adapters can change.
 PARAMETERS = ("weight", "bias")
@@ -150,6 +150,9 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         """Raise a ConfigError if merging finite values would write infinities, as into float16; changes nothing."""
         raise TypeError(f"{type(self).__name__} does not say what merging would write")
 
+    def keep_entries(self, kept: bool) -> None:
+        """Keep what the checks of a merge read, for the merge that follows at once; or give it up."""
+
     def unmerge(self) -> None:
         """Restore the base parameters bit for bit."""
         if not self.merged:
@@ -183,7 +186,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_rows(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.restore()
-        result = seen_through(self.get_base_layer(), {}).forward(x, *args, **kwargs)
+        result = output_without_hooks(self.get_base_layer(), x, *args, **kwargs)
         if len(result) != len(x):
             raise ValueError(
                 f"adapter_names cannot be given: {type(self.get_base_layer()).__name__} mixes the examples."

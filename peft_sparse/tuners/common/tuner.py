@@ -16,7 +16,7 @@ from ...core.names import without_adapter
 from ...errors import ConfigError
 from .adapter_names import check_adapter_name
 from .announcements import ON_STACK, announce
-from .base_model import path_in_base
+from .base_model import modules_around_adapters, path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .heads_in_files import check_heads, check_shapes, with_heads
 from .keys import own_state, to_model_keys, warn_if_not_finite
@@ -179,7 +179,7 @@ class AdapterTuner(BaseTuner):
 
     def tuned_layers(self) -> list[Any]:
         """The layers of this tuner type in the model."""
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+        return [m for _, m in modules_around_adapters(self.model) if isinstance(m, self.tuner_layer_cls)]
 
     def release(self, layer: Any) -> None:
         """Take a layer that leaves the model out of the modules around it."""
@@ -372,11 +372,41 @@ class WeightTuner(AdapterTuner):
             safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
                 infinite in the base weights' dtype are always refused.
         """
-        self._check_merged(adapter_names, safe_merge=safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        layers, of_any_tuner = self.tuned_layers(), self._layers_without_offloading()
+        try:
+            for layer in layers:
+                layer.keep_entries(True)
+            self._check_merged(adapter_names, safe_merge=safe_merge, layers=layers)
+            if of_any_tuner is None:
+                super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+                return
+            self._check_merge_allowed()
+            for layer in of_any_tuner:
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        finally:
+            for layer in layers:
+                layer.keep_entries(False)
 
-    def _check_merged(self, adapter_names: list[str] | None, *, safe_merge: bool) -> None:
-        for layer in self.tuned_layers():
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights bit for bit."""
+        layers = self._layers_without_offloading()
+        if layers is None:
+            super().unmerge_adapter()
+            return
+        for layer in layers:
+            layer.unmerge()
+
+    def _layers_without_offloading(self) -> list[Any] | None:
+        """The layers of all tuners; None if accelerate keeps weights elsewhere, for which PEFT walks every layer."""
+        around = [module for _, module in modules_around_adapters(self.model)]
+        if any("_hf_hook" in vars(module) for module in around):
+            return None
+        return [module for module in around if isinstance(module, BaseTunerLayer)]
+
+    def _check_merged(
+        self, adapter_names: list[str] | None, *, safe_merge: bool, layers: Sequence[Any] | None = None
+    ) -> None:
+        for layer in self.tuned_layers() if layers is None else layers:
             check = layer.check_finite if safe_merge else layer.check_range
             check(adapter_names if adapter_names is not None else layer.active_adapters)
 

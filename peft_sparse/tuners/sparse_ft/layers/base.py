@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...._peft_bridge import _get_in_out_features, check_adapters_to_merge
-from ....core.observer import GradientObserver, current_pass, remember_outer
+from ....core.observer import GradientObserver, current_pass, show_gradient
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
@@ -54,8 +55,15 @@ class SparseLayer(WeightLayer):
         # Names of parameters that another module shares (tied embeddings): never written in place.
         self.tied_parameters: set[str] = set()
         self._written: dict[str, Written] = {}
+        # {parameter: (key of an overlay, the parameter's own entries there)} while `merge_adapter` checks and merges.
+        self._checked: dict[str, tuple[tuple[Any, ...], Tensor]] | None = None
         self._overlays: dict[tuple[Any, ...], Overlay] = {}
         self._active: ActiveWeights | None = None
+        # {adapter: its deltas alone}, for batches that name an adapter for each example.
+        self._named: dict[str, ActiveWeights] = {}
+        # How often writing into the base parameters began, and how much of it is under way: the quick forward of linear
+        # layers locks nothing, and looks at both.
+        self._num_writes, self._num_writing = 0, 0
         self._shown = ShownState(self)
         base = self.get_base_layer()
         with warnings.catch_warnings():
@@ -95,9 +103,12 @@ class SparseLayer(WeightLayer):
             shape, device = parameter_shape(base, parameter), parameter_device(base, parameter)
             delta = AdapterDelta(shape, count, dtype=dtype, device=device)
             self._modules[f"sparse_ft_{parameter}"][adapter_name] = delta
-        self._overlays.clear()
-        self._active = None
+        self._forget()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _forget(self) -> None:
+        """Give up what was looked up once."""
+        self._overlays, self._active, self._named = {}, None, {}
 
     def active_deltas(self, parameter: str, adapters: Sequence[str] | None = None) -> list[AdapterDelta]:
         """The deltas on one tensor that take part in a forward, of `adapters` (None: the active ones), in order."""
@@ -110,8 +121,7 @@ class SparseLayer(WeightLayer):
         if not self.merged:
             self.restore()
         super().delete_adapter(adapter_name)
-        self._overlays.clear()
-        self._active = None
+        self._forget()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the weight's dtype, which would round float32 values over a bfloat16 weight.
@@ -177,7 +187,7 @@ class SparseLayer(WeightLayer):
         made_in = -1 if torch.compiler.is_compiling() else current_pass()
         for observer in observers:
             if result.requires_grad:
-                result.register_hook(partial(_show_gradient, observer, made_in))
+                result.register_hook(partial(show_gradient, observer, made_in))
         return result
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
@@ -229,10 +239,20 @@ class SparseLayer(WeightLayer):
         else:
             self.restore(parameter)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            self._num_writing += 1
+            self._num_writes += 1
+            try:
+                yield
+            finally:
+                self._num_writing -= 1
+
     def write_entries(self, parameter: str, key: tuple[Any, ...], overlay: Overlay, values: Sequence[Tensor]) -> None:
         """`write` for what `overlay` gave, and one tensor of values for each of its deltas."""
         base = self.get_base_layer()
-        with self._lock:
+        with self._writing():
             written = self._written.get(parameter)
             if written is None or written.key != key or is_another(written.target, getattr(base, parameter)):
                 self.restore(parameter)
@@ -249,7 +269,9 @@ class SparseLayer(WeightLayer):
             written = Written(key, overlay, parameter=own)
             setattr(base, parameter, nn.Parameter(own.detach().clone(), requires_grad=False))
         else:
-            entries = self.pristine_entries(parameter, overlay)
+            checked, entries = (self._checked or {}).get(parameter, (None, None))
+            if entries is None or checked != key:
+                entries = self.pristine_entries(parameter, overlay)
             written = Written(key, overlay, originals=entries, shape=tuple(own.shape), target=own)
         self._written[parameter] = written
         self._shown.begin()
@@ -259,7 +281,7 @@ class SparseLayer(WeightLayer):
         """Take whatever is written out of the base parameters (of one, or of all), bit for bit."""
         if not self._written:
             return
-        with self._lock:
+        with self._writing():
             for name in PARAMETERS if parameter is None else (parameter,):
                 self._restore(name, self._written.pop(name, None))
             if not self._written:
@@ -291,13 +313,14 @@ class SparseLayer(WeightLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown", "_active")}
+        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown", "_active", "_named")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is in no `resident` block, and has its own memory.
         super().__setstate__(state)
         self._lock, self._shown = threading.RLock(), ShownState(self)
-        self.num_resident, self._overlays, self._active = 0, {}, None
+        self._forget()
+        self.num_resident, self._num_writes, self._num_writing, self._checked = 0, 0, 0, None
         if not self.merged:
             self.restore()
 
@@ -335,21 +358,28 @@ class SparseLayer(WeightLayer):
                 if is_sharded(own) or (how is not None and not is_all_there(own, delta.shape)):
                     raise not_whole(f"{parameter} of {name}", how)
 
+    def keep_entries(self, kept: bool) -> None:
+        self._checked = {} if kept else None
+
+    def _entries_to_check(self, parameter: str, adapters: Sequence[str]) -> tuple[Tensor, Overlay]:
+        key, overlay = self.overlay(parameter, adapters)
+        entries = self.pristine_entries(parameter, overlay)
+        if self._checked is not None:
+            self._checked[parameter] = key, entries
+        return entries, overlay
+
     def check_finite(self, adapters: Sequence[str]) -> None:
         with loaded(self.get_base_layer()):
-            self._check_finite(adapters)
-
-    def _check_finite(self, adapters: Sequence[str]) -> None:
-        for parameter in PARAMETERS:
-            values = [delta.values for delta in self.active_deltas(parameter, adapters)]
-            if not values:
-                continue
-            _, overlay = self.overlay(parameter, adapters)
-            merged = overlay.entries(self.pristine_entries(parameter, overlay), values)
-            if not bool(torch.isfinite(merged).all()):
-                overflows = all(bool(torch.isfinite(v).all()) for v in values)
-                why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
-                raise not_finite(adapters, why)
+            for parameter in PARAMETERS:
+                values = [delta.values for delta in self.active_deltas(parameter, adapters)]
+                if not values:
+                    continue
+                entries, overlay = self._entries_to_check(parameter, adapters)
+                merged = overlay.entries(entries, values)
+                if not bool(torch.isfinite(merged).all()):
+                    overflows = all(bool(torch.isfinite(v).all()) for v in values)
+                    why = f"weight + delta overflows {merged.dtype}" if overflows else "it holds NaN or infinite values"
+                    raise not_finite(adapters, why)
 
     def check_range(self, adapters: Sequence[str]) -> None:
         with loaded(self.get_base_layer()):
@@ -359,8 +389,7 @@ class SparseLayer(WeightLayer):
                 # What is in parts is refused as such, by the merge.
                 if own is None or any(is_sharded(t) or how_sharded(t) is not None for t in [own, *values]):
                     continue
-                _, overlay = self.overlay(parameter, adapters)
-                entries = self.pristine_entries(parameter, overlay)
+                entries, overlay = self._entries_to_check(parameter, adapters)
                 if bool(torch.isfinite(overlay.entries(entries, values)).all()):
                     continue
                 if all(bool(torch.isfinite(given).all()) for given in [entries, *values]):
@@ -377,11 +406,3 @@ class SparseLayer(WeightLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""
         return False
-
-
-def _show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
-    """Hand a dense gradient, or what is wanted of it, to an observer."""
-    remember_outer(made_in)
-    wanted = observer.wanted()
-    whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
-    observer.receive(whole if wanted is None else whole[wanted.long()])

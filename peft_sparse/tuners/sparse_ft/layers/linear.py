@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 
 from ...._peft_bridge import BaseTunerLayer
 from ....core import ops
 from ....core.overlay import Overlay
 from ....core.parts import GetParts, Parts, add_parts_, takes_parts
-from ...common.base_module import has_hooks, offload_hook
+from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
 from .base import PARAMETERS, SparseLayer
 from .delta import AdapterDelta
 from .quick import ActiveWeights, Snapshot
@@ -36,57 +39,102 @@ class Linear(SparseLayer):
         self.fan_in_fan_out = fan_in_fan_out
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is None and not torch.is_grad_enabled():
-            active = self._active_weights(x)
-            if active is not None:
-                with self._lock:
-                    if self.num_resident:
-                        self._bring_up_to_date(active)
-                        return self.base_layer(x, *args, **kwargs)
-                    if "weight" not in self._written:
-                        result = self._with_few_rows(active, x)
-                        if result is not None:
-                            return result
+        if type(x) is Tensor and adapter_names is None and not (args or kwargs or is_grad_enabled() or is_compiling()):
+            result = self._without_gradient(x)
+            if result is not None:
+                return result
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 
-    def _active_weights(self, x: Tensor) -> ActiveWeights | None:
-        """The active deltas, if a forward that records nothing needs no more than the base layer and them."""
-        if self._disable_adapters or self.merged_adapters or type(x) is not Tensor or not x.is_cpu:
-            return None
-        base, adapters, active = self._modules["base_layer"], self.active_adapters, self._active
-        if has_hooks(base) or "weight" in self.tied_parameters or ops.is_recorded():
-            return None
-        if active is None or not active.holds(base._parameters.get("weight"), adapters):
-            active = self._active = self._find_active(base, adapters)
-        return active
+    def _without_gradient(self, x: Tensor) -> Tensor | None:
+        """The output of a forward that records no gradient, if it needs no more than the base layer and the deltas.
 
-    def _find_active(self, base: nn.Module, adapters: list[str]) -> ActiveWeights | None:
-        weight, deltas = base._parameters.get("weight"), self.active_deltas("weight", adapters)
-        if type(weight) is not nn.Parameter or isinstance(base, BaseTunerLayer):
+        A token calls every layer, and all that it touches beside the weight has left the caches since the last one.
+        So little is asked: that the values and the weight are plain parameters, which none of torch's transforms has
+        in its hands, and what those want of `x` the base layer gives.
+        """
+        if self._disable_adapters or _get_tracing_state() is not None:
             return None
+        base = self._modules["base_layer"]
+        if self.merged_adapters:
+            return output_of(base, x)
+        active, writes = self._active, self._num_writes
+        if active is None or not active.holds(base._parameters.get("weight"), self._active_adapter):
+            active = self._active = self._find_active(base, self._active_adapter)
+        if active is None or has_hooks(base):
+            return None
+        result = None
+        if self.num_resident:
+            if not self._num_writing and active.is_written_in(self._written):
+                result = output_of(base, x)
+        elif not self._num_writing and "weight" not in self._written:
+            result = active.with_few_rows(base, x)
+        # Nothing was locked; had another thread begun to write, it would have counted first.
+        return self._locked_output(active, base, x) if result is None or self._num_writes != writes else result
+
+    def _locked_output(self, active: ActiveWeights, base: nn.Module, x: Tensor) -> Tensor | None:
+        """The output in resident mode, whatever is written into the weight now; None outside of it."""
+        with self._lock:
+            if not self.num_resident:
+                return None
+            if not active.is_written_in(self._written):
+                self.write_entries("weight", active.key, active.overlay, active.values)
+                self._written["weight"].snapshot = Snapshot(active, active.values)
+            return output_of(base, x)
+
+    def _find_active(self, base: nn.Module, names: str | list[str]) -> ActiveWeights | None:
+        """The deltas of some adapters, if the base layer and they are all that acts."""
+        weight, adapters = base._parameters.get("weight"), [names] if isinstance(names, str) else names
+        if type(weight) is not nn.Parameter or isinstance(base, BaseTunerLayer) or "weight" in self.tied_parameters:
+            return None
+        deltas = self.active_deltas("weight", adapters)
         if not deltas or self.active_deltas("bias", adapters):
             return None
         held = [self.deltas_of(part) for part in PARAMETERS]
         watched = [part[name] for part in held for name in adapters if name in part]
         key, overlay = self.overlay("weight", adapters)
-        active = ActiveWeights(weight, deltas[0].shape, list(adapters), deltas, key, overlay, watched)
-        return active if active.holds(weight, adapters) else None
+        active = ActiveWeights(
+            weight,
+            deltas[0].shape,
+            names,
+            deltas,
+            key=key,
+            overlay=overlay,
+            watched=watched,
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+        return active if active.holds(weight, names) else None
 
-    def _bring_up_to_date(self, active: ActiveWeights) -> None:
-        """Write the active deltas into the base weight, unless just they are there."""
-        own, values, written = active.weight, active.values, self._written.get("weight")
-        snapshot = written.snapshot if written and written.key == active.key and written.target is own else None
-        if snapshot is not None and snapshot.is_current(own, values):
-            return
-        self.write_entries("weight", active.key, active.overlay, values)
-        self._written["weight"].snapshot = Snapshot(own, active.overlay, values)
+    def _mixed_rows(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if type(x) is Tensor and not (args or kwargs or is_grad_enabled() or is_compiling()):
+            result = self._mixed_by_kernels(adapter_names, x)
+            if result is not None:
+                return result
+        return super()._mixed_rows(adapter_names, x, *args, **kwargs)
 
-    def _with_few_rows(self, active: ActiveWeights, x: Tensor) -> Tensor | None:
-        """The base layer's output and what the deltas add to it, where that is cheaper than forming the weight."""
-        parts = Parts(active.weight, active.overlay.support, active.overlay.total(active.values).contiguous())
-        if not takes_parts(x, parts):
+    def _mixed_by_kernels(self, adapter_names: list[str], x: Tensor) -> Tensor | None:
+        """The base layer's output for all examples, and what each one's deltas add to it, if kernels can add it."""
+        self.restore()
+        base, writes = self._modules["base_layer"], self._num_writes
+        rows, found = x.numel() // max(1, len(x) * x.shape[-1]), []
+        for name, first, count in _runs(adapter_names):
+            if not self.acts(name):
+                continue
+            active = self._named.get(name)
+            if active is None or not active.holds(base._parameters.get("weight"), name):
+                active = self._find_active(base, name)
+                if active is None:
+                    return None
+                self._named[name] = active
+            product = active.product_with(x, count * rows)
+            if product is None:
+                return None
+            found.append((first * rows, count * rows, *product))
+        y, x = output_without_hooks(base, x), x.contiguous()
+        if y.dtype is not x.dtype or not y.is_contiguous():
             return None
-        return add_parts_(self.base_layer(x), x, parts, fan_in_fan_out=self.fan_in_fan_out)
+        for first, count, product, values in found:
+            product.add_(y, x, count, base.weight, values, first_row=first)
+        return None if self._num_writing or self._num_writes != writes else y
 
     def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own, deltas = self.get_base_layer().weight, self.active_deltas("weight", [name])
@@ -174,3 +222,13 @@ class Linear(SparseLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.fan_in_fan_out
+
+
+def _runs(names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Name, first place and length of each run of equal names."""
+    found, first = [], 0
+    for name, run in groupby(names):
+        count = len(list(run))
+        found.append((name, first, count))
+        first += count
+    return found

@@ -6,60 +6,142 @@ deltas are would cost as much as its product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from ....core.backends.native import kernels
+from ....core.backends.native import Image, Kernels, SparseProduct, compiled, kernels
+from ....core.ops import is_recorded
 from ....core.overlay import Overlay, same_bits
+from ....core.parts import most_rows
+from ...common.base_module import output_of
 from .delta import AdapterDelta
+
+if TYPE_CHECKING:
+    from .written import Written
 
 # Entries of a weight that are looked at before it is taken to hold what was written.
 _NUM_PROBES = 64
 
 
-@dataclass(eq=False)
 class ActiveWeights:
     """The active deltas on a layer's weight, and their union.
 
-    Attributes:
+    Args:
         weight: the base layer's.
         shape: the deltas'.
-        adapters: the active adapters.
+        adapters: the active adapters, or the one.
         deltas: those of them that take part.
         key, overlay: see `SparseLayer.overlay`.
         watched: all deltas of the active adapters, also those that hold no weights now.
+        fan_in_fan_out: the weight is stored as [in, out].
     """
 
-    weight: nn.Parameter
-    shape: tuple[int, ...]
-    adapters: list[str]
-    deltas: list[AdapterDelta]
-    key: tuple[Any, ...]
-    overlay: Overlay
-    watched: list[AdapterDelta]
-    _versions: list[int] = field(init=False)
+    # Slots, for they lie together in memory, and nothing of a layer is in a cache any more when its turn comes.
+    __slots__ = (
+        *("weight", "key", "overlay", "_adapters", "_deltas", "_dtype", "_fan_in_fan_out", "_most_rows"),
+        *("_num_entries", "_num_inputs", "_numel", "_product", "_shape", "_watched"),
+    )
 
-    def __post_init__(self) -> None:
-        self._versions = [delta.support_version for delta in self.watched]
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        shape: tuple[int, ...],
+        adapters: str | Sequence[str],
+        deltas: list[AdapterDelta],
+        *,
+        key: tuple[Any, ...],
+        overlay: Overlay,
+        watched: Sequence[AdapterDelta],
+        fan_in_fan_out: bool,
+    ) -> None:
+        self.weight, self.key, self.overlay, self._deltas = weight, key, overlay, deltas
+        self._adapters = adapters if isinstance(adapters, str) else list(adapters)
+        self._shape, self._dtype, self._numel = shape, weight.dtype, weight.numel()
+        self._watched = [(delta, delta.support_version) for delta in watched]
+        self._fan_in_fan_out = fan_in_fan_out
+        self._num_inputs = max(1, shape[0 if fan_in_fan_out else 1])
+        self._num_entries = overlay.support.numel()
+        self._most_rows = most_rows(self._num_entries, shape)
+        self._product: tuple[Kernels, SparseProduct] | None = None
 
-    def holds(self, weight: Tensor | None, adapters: list[str]) -> bool:
+    def holds(self, weight: Tensor | None, adapters: str | list[str]) -> bool:
         """Whether all of it is still so, for this weight and these active adapters."""
-        if weight is not self.weight or adapters != self.adapters:
+        if weight is not self.weight or adapters != self._adapters:
             return False
-        if weight.shape != self.shape or not (weight.is_cpu and weight.is_contiguous()):
-            return False
-        for delta, version in zip(self.watched, self._versions):  # noqa: B905 -- of one length, and hot
+        for delta, version in self._watched:
             if delta.support_version != version or delta._copied is not None:
                 return False
-        return True
+            if type(delta._parameters["values"]) is not nn.Parameter:
+                return False
+        # The size for safety: the kernels are told addresses.
+        is_same = weight.dtype is self._dtype and weight.numel() == self._numel
+        return is_same and weight.is_cpu and weight.is_contiguous()
+
+    def is_written_in(self, written: Mapping[str, Written]) -> bool:
+        """Whether just the active deltas are in the weight, given what is written into the layer's parameters."""
+        own = written.get("weight")
+        snapshot = None if own is None else own.snapshot
+        return snapshot is not None and snapshot.active is self and snapshot.is_current(self.values)
 
     @property
     def values(self) -> list[Tensor]:
         """The values of each delta, as they are now."""
-        return [delta._parameters["values"] for delta in self.deltas]  # type: ignore[misc]
+        return [delta._parameters["values"] for delta in self._deltas]  # type: ignore[misc]
+
+    def with_few_rows(self, base: nn.Module, x: Tensor) -> Tensor | None:
+        """A linear layer's output and what the deltas add to it, where that is cheaper than forming the weight.
+
+        Args:
+            base: the layer, without hooks; its weight is `weight`, which is as `holds` wants it and holds no delta.
+            x: [..., in], a plain tensor.
+        """
+        num_rows = x.numel() // self._num_inputs
+        ready = self.product_with(x, num_rows)
+        if ready is None:
+            return None
+        y = output_of(base, x).contiguous()
+        product, values = ready
+        product.add_(y, x if x.is_contiguous() else x.contiguous(), num_rows, self.weight, values)
+        return y
+
+    def product_with(self, x: Tensor, num_rows: int) -> tuple[SparseProduct, Tensor] | None:
+        """What adds the deltas' part to the base layer's output, and [u] its values, for so many rows of inputs like
+        `x`; None where forming the weight is cheaper, or kernels cannot do it.
+        """
+        if not 0 < num_rows <= self._most_rows or x.dtype is not self._dtype or not x.is_cpu:
+            return None
+        if torch._C._is_any_autocast_enabled() or is_recorded():
+            return None
+        product, values = self._by_kernels(x), self._total()
+        return None if product is None or values is None else (product, values)
+
+    def _by_kernels(self, x: Tensor) -> SparseProduct | None:
+        native = compiled()
+        if native is None or torch._C._len_torch_dispatch_stack():
+            return None
+        if self._product is None or self._product[0] is not native:
+            if kernels(x, dtypes=(torch.float32, torch.bfloat16)) is None:
+                return None
+            product = SparseProduct(
+                native,
+                self.overlay.support,
+                dtype=self._dtype,
+                shape=self._shape,
+                row_is_output=not self._fan_in_fan_out,
+            )
+            self._product = native, product
+        return self._product[1]
+
+    def _total(self) -> Tensor | None:
+        """[u] float32, the sum of the deltas at the union of their supports; None if it is none."""
+        values = self.values
+        total = values[0] if len(values) == 1 and values[0].dtype is torch.float32 else self.overlay.total(values)
+        if total.dtype is not torch.float32 or total.numel() != self._num_entries or not total.is_cpu:
+            return None
+        return total if total.is_contiguous() else total.contiguous()
 
 
 class Snapshot:
@@ -70,31 +152,37 @@ class Snapshot:
     replaces all of it, or asks for what cannot last: leaving restores what was there before.)
 
     Args:
-        weight: the parameter, just written into.
-        overlay: where.
+        active: whose deltas were just written into its weight.
         values: of each delta.
+
+    Attributes:
+        active: the same.
     """
 
-    def __init__(self, weight: nn.Parameter, overlay: Overlay, values: Sequence[Tensor]) -> None:
-        support = overlay.support
+    __slots__ = ("_entries", "_held", "_places", "active")
+
+    def __init__(self, active: ActiveWeights, values: Sequence[Tensor]) -> None:
+        self.active = active
+        support = active.overlay.support
         step = max(1, support.numel() // _NUM_PROBES)
         self._places = support[::step].long()
-        self._entries = weight.data.view(-1)[self._places]
-        self._values = [value.detach().clone() for value in values]
-        self._native = kernels(weight, *values)
+        self._entries = active.weight.data.view(-1)[self._places]
+        copies = [value.detach().clone(memory_format=torch.contiguous_format) for value in values]
+        native = kernels(active.weight, *values)
+        images = [None if native is None else Image(native, copy, self._places, self._entries) for copy in copies]
+        self._held = [(copy, copy.dtype, copy.numel(), image) for copy, image in zip(copies, images, strict=True)]
 
-    def is_current(self, weight: nn.Parameter, values: Sequence[Tensor]) -> bool:
-        """Whether a weight holds these values already."""
-        if weight.dtype is not self._entries.dtype:
-            return False
-        for value, before in zip(values, self._values, strict=True):
-            if value.dtype is not before.dtype or value.shape != before.shape or value.device != before.device:
+    def is_current(self, values: Sequence[Tensor]) -> bool:
+        """Whether the weight, which is as `ActiveWeights.holds` wants it, holds these values already."""
+        weight = self.active.weight
+        for value, (copy, dtype, count, image) in zip(values, self._held):  # noqa: B905 -- of one length, and hot
+            if value.dtype is not dtype or value.numel() != count:
                 return False
-            if self._native is not None and value.is_contiguous():
-                if not self._native.are_unchanged(value, before, weight, self._places, self._entries):
-                    return False
-            elif not (
-                same_bits(value.detach(), before) and same_bits(weight.detach().view(-1)[self._places], self._entries)
-            ):
+            if image is not None and value.is_cpu and value.is_contiguous():
+                is_same = image.is_of(value, weight)
+            else:
+                is_same = value.shape == copy.shape and value.device == copy.device and same_bits(value.detach(), copy)
+                is_same = is_same and same_bits(weight.detach().view(-1)[self._places], self._entries)
+            if not is_same:
                 return False
         return True

@@ -34,6 +34,10 @@ class Written:
     target: Tensor | None = None
     snapshot: Snapshot | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has its own memory, and a snapshot holds addresses.
+        return {**vars(self), "snapshot": None}
+
 
 def is_another(target: Tensor | None, own: Tensor) -> bool:
     return target is not None and target is not own

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from peft_sparse import RandConfig, SpielAGConfig, iter_deltas
-from peft_sparse.composition.chance import shared_positions
+from peft_sparse.composition.chance import _shared_positions, shared_positions
+from peft_sparse.core.delta import SparseDelta
 from tests.support.models import llama
 
 
@@ -45,3 +47,19 @@ def test_adding_up_the_same_draw_warns(tmp_path, caplog):
         assert not caplog.records
         model.base_model.add_weighted_adapter(["default", "b"], [1, 1], "sum")
     assert "share 100 % of their weights, where two independent draws would share 20 %" in caplog.text
+
+
+def test_stopping_early_overlooks_no_pair():
+    def part(start, *counts):
+        supports = [
+            torch.arange(start if n == 0 else 0, start + count if n == 0 else count).int()
+            for n, count in enumerate(counts)
+        ]
+        return {str(n): SparseDelta(s, torch.ones(len(s)), (8, 8)) for n, s in enumerate(supports)}
+
+    # The first tensor is not shared, the second one is: 50 of 60, and 30 of 40.
+    for count, is_found in ((50, True), (30, False)):
+        one, other = part(0, 10, count), part(20, 10, count)
+        whole = shared_positions(one, other)
+        assert whole[0] == count / (10 + count)
+        assert _shared_positions(one, other, at_least=0.8) == (whole if is_found else None)

@@ -63,3 +63,29 @@ def test_float64_values_on_float32_weights():
 def test_what_is_broken_already_is_merged_as_peft_merges_it(kind):
     merged = with_value(kind, float("nan"), torch.float16).merge_and_unload()
     assert sum(int(parameter.isnan().sum()) for parameter in merged.parameters()) == 1
+
+
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize("safe_merge", [True, False])
+def test_what_a_merge_has_read_serves_no_later_one(refused, safe_merge):
+    value = 70_000.0 if refused else 1.0
+    model = with_value("all", value, torch.float16)
+    base = dict(model.get_base_model().named_parameters())
+    if refused:
+        with pytest.raises((ConfigError, ValueError)):
+            model.merge_adapter(safe_merge=safe_merge)
+        list(iter_deltas(model))[-1][-1].values.data[0] = 1.0
+    else:
+        model.merge_adapter(safe_merge=safe_merge)
+        model.unmerge_adapter()
+    with torch.no_grad():
+        for parameter in base.values():
+            parameter.data.add_(0.5)
+    changed = {name: parameter.clone() for name, parameter in base.items()}
+    layers = model.base_model.tuned_layers()
+    for layer in layers:
+        layer.merge()
+    assert not all(torch.equal(parameter, changed[name]) for name, parameter in base.items())
+    for layer in layers:
+        layer.unmerge()
+    assert all(torch.equal(parameter, changed[name]) for name, parameter in base.items())
