@@ -66,8 +66,11 @@ def encode_prompt(tokenizer, question: str) -> list[int]:
     """Token ids up to where the answer starts: the model's chat template where it has one."""
     if tokenizer.chat_template is None:
         return tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
-    turns = [{"role": "user", "content": question}]
-    return tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    # The template has the tokens that begin a text.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode(tokenizer, pairs: list[dict], *, max_length: int = 512) -> list[dict]:
@@ -75,7 +78,9 @@ def encode(tokenizer, pairs: list[dict], *, max_length: int = 512) -> list[dict]
     rows = []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair["question"]) if pair["question"] else []
-        answer = tokenizer(" " + pair["answer"] if tokenizer.chat_template is None else pair["answer"])["input_ids"]
+        space = " " if prompt and tokenizer.chat_template is None else ""
+        # A token that begins a text has no place between question and answer.
+        answer = tokenizer(space + pair["answer"], add_special_tokens=not prompt)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id]
         ids = (prompt + answer)[:max_length]
         if len(prompt) < max_length:  # else the answer is cut off, and there is nothing to learn

@@ -41,7 +41,7 @@ class MaskedLM:
 
     @torch.no_grad()
     def loss(self, model, language: str) -> float:
-        """Mean loss per masked token (nats) on a language's held-out text."""
+        """Mean loss per masked token (nats) on a language's held-out text; NaN if that is too short to mask any."""
         model.eval()
         total, tokens = 0.0, 0
         for item in self.held_out[language]:
@@ -50,7 +50,7 @@ class MaskedLM:
             count = int((inputs["labels"] != -100).sum())
             total += float(model(**inputs).loss) * count if count else 0.0
             tokens += count
-        return total / tokens
+        return total / tokens if tokens else float("nan")
 
     def encoder(self, base: str | Path, text: Text, *, steps: int, console: Console) -> torch.nn.Module:
         """The pretrained encoder. If its checkpoint lacks the head that predicts words, one is fitted and saved."""

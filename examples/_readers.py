@@ -6,11 +6,15 @@ import csv
 import difflib
 import glob
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
+
+from peft_sparse.errors import SparseError
 
 Row = dict[str, Any]
 # What data sets call their splits.
@@ -20,6 +24,15 @@ csv.field_size_limit(2**31 - 1)
 
 def bad(message: str, option: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run an example's command line: what the user can mend is one line on stderr and exit status 1, no traceback."""
+    try:
+        typer.run(main)
+    except (SparseError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
 
 
 def read_file(path: Path, *, option: str = "--data") -> list[Row]:

@@ -32,6 +32,12 @@ class World:
     train: list[Row]
     test: list[Row]
 
+    @property
+    def head(self) -> dict[str, dict]:
+        """Arguments with which `from_pretrained` gives a classifier these labels, by their names."""
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        return {"id2label": dict(enumerate(self.labels)), "label2id": numbers}
+
 
 def read_world(
     data: str, source: str, target: str, *, text: str = "", columns: Mapping[str, str] | None = None

@@ -20,6 +20,7 @@ import typer
 from _instructions import answers, encode, held_out_loss, logits, opening, read_pairs
 from _methods import LEARNING_RATE, LEARNING_RATES, TWO_PHASES, Method, adapter_config, four_bit, plot_ages, train
 from _models import multiplies_bfloat16, smollm2
+from _readers import run
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.markup import escape
@@ -56,8 +57,8 @@ def main(
     text_column: Annotated[str, typer.Option(help="Of data without questions: their text, learnt as it is.")] = "",
     method: Annotated[Method, typer.Option(help="How the trained weights are chosen.")] = Method.spiel_ag,
     density: Annotated[float, typer.Option(help="Share of the linear layers' weights to train.")] = 0.01,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; LT-SFT and DeFT-X take them in each phase.")] = 40,
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; LT-SFT and DeFT-X take them in each phase.")] = 40,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 4,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: the method's]")] = None,
     dense_learning_rate: Annotated[float, typer.Option(help="The same, in a dense phase.")] = 5e-5,
     dtype: Annotated[
@@ -85,6 +86,7 @@ def main(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loading |= {"quantization_config": four_bit(loading["dtype"]), "device_map": device}
     base = AutoModelForCausalLM.from_pretrained(source, **loading)
+    config = adapter_config(method, density, seed, base)
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows, held_out = encode(tokenizer, pairs), encode(tokenizer, held_out_pairs)
     asked = held_out_pairs[:: max(1, len(held_out_pairs) // samples)][:samples]
@@ -94,7 +96,7 @@ def main(
     if load_in_4bit:
         # On some processors bitsandbytes packs 4-bit weights anew when it first evaluates them, and rounds scales.
         base = AutoModelForCausalLM.from_pretrained(source, **loading)
-    tuned = get_peft_model(base, adapter_config(method, density, seed, base))
+    tuned = get_peft_model(base, config)
     train(
         tuned,
         rows,
@@ -144,4 +146,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 from _languages import UNSEEN, Corpus, invented_corpus, read_corpus, tiny_multilingual_bert
 from _masked_lm import MaskedLM, first_words, one_for_all, plot_losses
+from _readers import run
 from peft import get_peft_model
 from rich.console import Console
 from rich.progress import track
@@ -61,12 +62,12 @@ def main(
     typology: Annotated[Path | None, typer.Option(help="File of typological features, with --data.")] = None,
     unseen: Annotated[str, typer.Option(help="Language left out of training. \\[default: an invented one]")] = "",
     pivot: Annotated[str, typer.Option(help="Language whose adapter is the baseline, with --data.")] = "eng",
-    steps: Annotated[int, typer.Option(help="Steps of training the hypernetwork.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training the hypernetwork.")] = 1500,
     rate: Annotated[
         float | None, typer.Option(help="Peak rate of the hypernetwork. \\[default: 2e-3; 3e-4 with --data]")
     ] = None,
-    words: Annotated[int, typer.Option(help="Words of the unseen language to fine-tune on.")] = 1000,
-    fine_tuning_steps: Annotated[int, typer.Option(help="Steps of fine-tuning.")] = 100,
+    words: Annotated[int, typer.Option(min=1, help="Words of the unseen language to fine-tune on.")] = 1000,
+    fine_tuning_steps: Annotated[int, typer.Option(min=1, help="Steps of fine-tuning.")] = 100,
     fine_tuning_rate: Annotated[float, typer.Option(help="Its peak learning rate.")] = 2e-3,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the losses: a .png file.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the invented languages.")] = 0,
@@ -121,4 +122,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

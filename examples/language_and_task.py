@@ -23,6 +23,7 @@ from typing import Annotated
 
 import torch
 import typer
+from _readers import run
 from _worlds import World, accuracy, encode, invented_world, read_world, tiny_bert
 from peft import PeftModel, get_peft_model
 from rich.console import Console
@@ -90,9 +91,7 @@ def task_adapter(
 
     What the checkpoint lacks, the head, is trained densely and saved too.
     """
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=len(world.labels), output_loading_info=True
-    )
+    model, loading = AutoModelForSequenceClassification.from_pretrained(base, **world.head, output_loading_info=True)
     head = sorted({name.rpartition(".")[0] for name in loading["missing_keys"]})
     tuned = PeftModel.from_pretrained(model, language, adapter_name="language")
     config = LotteryTicketConfig(density=density, target_modules="all", target_norms=False, modules_to_save=head)
@@ -114,8 +113,8 @@ def main(
     source: Annotated[str, typer.Option(help="Language of the labelled rows, with --data.")] = "ind",
     target: Annotated[str, typer.Option(help="Language of the raw text and of the test, with --data.")] = "jav",
     density: Annotated[float, typer.Option(help="Share of the targeted weights in each adapter.")] = 0.3,
-    language_steps: Annotated[int, typer.Option(help="Steps in each phase of the language adapter.")] = 800,
-    task_steps: Annotated[int, typer.Option(help="Steps in each phase of the task adapter.")] = 200,
+    language_steps: Annotated[int, typer.Option(min=1, help="Steps in each phase of the language adapter.")] = 800,
+    task_steps: Annotated[int, typer.Option(min=1, help="Steps in each phase of the task adapter.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the order of the rows, the heads and the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapters are saved.")] = Path("outputs/language_and_task"),
 ) -> None:
@@ -142,7 +141,7 @@ def main(
         language_adapter(base, tokenizer, world.text[language], config, languages, output / name)
     task_adapter(base, tokenizer, world, output / "source_language", density, tasks, output)
 
-    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(world.labels))
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, **world.head)
     composed = PeftModel.from_pretrained(fresh, output / "language", adapter_name="language")
     composed.load_adapter(output / "task", adapter_name="task")
     table = Table("pretrained weights", f"{world.target} (test)", f"{world.source} (train)", title="accuracy")
@@ -161,4 +160,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -108,3 +109,5 @@ METHODS = {
     "mad_x": Method(mad_x, rate_factor=2.0),
     "lora": Method(lora, rate_factor=2.0),
 }
+# As an option of a command line.
+MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)

@@ -32,8 +32,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from _adapters import MethodName
 from _data import field_names, read_rows, read_set, read_text, with_columns
 from _invented import SOURCE, TARGET, World, tiny_bert
+from _readers import run
 from _recipes import LANGUAGE
 from _report import paired_bootstrap, plot, save, table
 from _tasks import TASKS
@@ -141,12 +143,12 @@ def main(
     model: Annotated[str, typer.Option(help="Encoder for real data: a folder or Hub id.")] = "",
     source: Annotated[str, typer.Option(help="Language with labels, with --data.")] = "ind",
     target: Annotated[str, typer.Option(help="Language to transfer to, with --data.")] = "ace",
-    method: Annotated[str, typer.Option(help="A method of run.py.")] = "lt_sft",
+    method: Annotated[MethodName, typer.Option(help="Of language and task adapters.")] = MethodName.lt_sft,
     shots: Annotated[list[int] | None, typer.Option(help="K of the few-shot arms; repeat it.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeat it. \\[default: all]")] = None,
     language: Annotated[bool, typer.Option(help="Train and use language adapters.")] = True,
-    steps: Annotated[int, typer.Option(help="Of each phase of the task adapter.")] = 120,
-    language_steps: Annotated[int, typer.Option(help="The same of language adapters.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Of each phase of the task adapter.")] = 120,
+    language_steps: Annotated[int, typer.Option(min=1, help="The same of language adapters.")] = 120,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-3; 2e-4 with --data]")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of each kind to use. \\[default: all]")] = None,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 200,
@@ -176,11 +178,11 @@ def main(
     if unknown := [name for name in arm or [] if name not in known]:
         raise typer.BadParameter(f"must be of {', '.join(known)}, got {unknown[0]!r}", param_hint="--arm")
 
-    languages = Workshop(base, tokenizer, method, seed=seed, output=output)
+    languages = Workshop(base, tokenizer, method.value, seed=seed, output=output)
     adapters = {c: languages.language(c, t, of_language) for c, t in mixture.text.items()} if language else {}
     answers = {}
     for name in arm or known:
-        workshop = Workshop(base, tokenizer, method, seed=seed, output=output / name.replace(" ", "-"))
+        workshop = Workshop(base, tokenizer, method.value, seed=seed, output=output / name.replace(" ", "-"))
         mixed = {
             key: Source(TASK.encode(tokenizer, one.examples, labels, 64), one.language, one.upsampling, one.origin)
             for key, one in known[name].items()
@@ -210,4 +212,4 @@ def _report(mixture: Mixture, answers: dict[str, list], *, resamples: int, outpu
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

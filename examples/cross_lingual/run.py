@@ -26,9 +26,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _adapters import METHODS
+from _adapters import MethodName
 from _data import field_names, read_rows, read_text
 from _invented import SOURCE, TARGET, World, tiny_bert
+from _readers import run
 from _recipes import LANGUAGE, RECIPES
 from _report import paired_bootstrap, plot, save, table
 from _tasks import TASKS, Task
@@ -40,7 +41,6 @@ from peft_sparse import Source
 
 console = Console()
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)
-MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)
 # For the invented world: short runs at high rates, on a model of two layers.
 # The invented languages differ in their words alone.
 INVENTED_LANGUAGE = Schedule(250, 150, 32, 3e-3, 0.3, 32, LANGUAGE.l1, ["word_embeddings"])
@@ -88,9 +88,9 @@ def main(
     column: Annotated[list[str] | None, typer.Option(help="FIELD=NAME: what the data call a field; repeat it.")] = None,
     language: Annotated[bool, typer.Option(help="Train and use language adapters.")] = True,
     steps: Annotated[
-        int | None, typer.Option(help="Of each phase of the task adapter. \\[default: the recipe's]")
+        int | None, typer.Option(min=1, help="Of each phase of the task adapter. \\[default: the recipe's]")
     ] = None,
-    language_steps: Annotated[int | None, typer.Option(help="The same of language adapters.")] = None,
+    language_steps: Annotated[int | None, typer.Option(min=1, help="The same of language adapters.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate of the task adapter, LT-SFT's.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of each file to use. \\[default: all]")] = None,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 200,
@@ -178,4 +178,4 @@ def _with(schedule: Schedule, steps: int | None) -> Schedule:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

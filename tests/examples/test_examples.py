@@ -10,20 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from typer import BadParameter
 
 from tests.support import examples
-from tests.support.examples import EXAMPLES
+from tests.support.examples import EXAMPLES, save_llama_of_letters
+from tests.support.tokenizers import of_words
 
 
 @pytest.fixture
@@ -37,16 +36,8 @@ def run(tmp_path):
 def tiny_llama(tmp_path_factory) -> Path:
     """A bfloat16 Llama of two layers whose tokenizer knows letters."""
     folder = tmp_path_factory.mktemp("llama")
-    letters = ["<unk>", "<eos>", *map(chr, range(32, 127))]
-    core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(letters), bos_token_id=None, eos_token_id=1, tie_word_embeddings=True, **sizes)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
+    return save_llama_of_letters(folder, torch.bfloat16, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,7 @@ def test_rows_that_are_no_instructions_are_refused(run, tmp_path):
 
 def test_loss_counts_on_the_answer_alone(run, tiny_llama):
     instructions = importlib.import_module("_instructions")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     short, long = instructions.encode(
         tokenizer, [{"question": "a", "answer": "b"}, {"question": "aa", "answer": "bcd"}]
     )
@@ -145,6 +136,64 @@ def test_loss_counts_on_the_answer_alone(run, tiny_llama):
     assert batch["labels"][0, len(short["input_ids"]) - 1] == tokenizer.eos_token_id
     assert (batch["labels"][0, len(short["input_ids"]) :] == -100).all()
     assert batch["attention_mask"].sum(1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
+
+
+def test_tokens_that_begin_a_text_begin_it_and_nothing_else(run):
+    instructions = importlib.import_module("_instructions")
+    tokenizer = of_words(["<unk>", "<s>", "</s>", "Question", "Answer", ":", "user", "a", "b"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    plain, text = instructions.encode(tokenizer, [{"question": "a", "answer": "b"}, {"question": "", "answer": "a b"}])
+    assert tokenizer.convert_ids_to_tokens(plain["input_ids"]) == [
+        "<s>",
+        "Question",
+        ":",
+        "a",
+        "Answer",
+        ":",
+        "b",
+        "</s>",
+    ]
+    assert tokenizer.convert_ids_to_tokens(text["input_ids"]) == ["<s>", "a", "b", "</s>"]
+    tokenizer.chat_template = "<s>user: {{ messages[0]['content'] }} Answer:"
+    (chat,) = instructions.encode(tokenizer, [{"question": "a", "answer": "b"}])
+    assert tokenizer.convert_ids_to_tokens(chat["input_ids"]) == ["<s>", "user", ":", "a", "Answer", ":", "b", "</s>"]
+    assert [label for label in chat["labels"] if label != -100] == chat["input_ids"][-2:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--density", "3"], "Error: density must be in"),
+        (["--model", "no/such-model"], "Error: "),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_before_anything_is_measured(
+    run, tiny_llama, pairs, monkeypatch, capsys, arguments, said
+):
+    example, readers = importlib.import_module("instruction_tuning"), importlib.import_module("_readers")
+    monkeypatch.setattr(example, "held_out_loss", lambda *args: pytest.fail("the base model was measured first"))
+    monkeypatch.setattr("sys.argv", ["example", "--model", str(tiny_llama), "--data", str(pairs), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        readers.run(example.main)
+    assert ended.value.code == 1
+    # Behind the bars of models that were loaded.
+    assert any(line.startswith(said) for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("instruction_tuning", ["--steps", "--batch-size"]),
+        ("language_and_task", ["--language-steps", "--task-steps"]),
+        ("language_adapters_from_typology", ["--steps", "--words", "--fine-tuning-steps"]),
+    ],
+)
+def test_no_steps_are_refused(run, name, options):
+    # transformers takes max_steps=0 for three epochs.
+    for option in options:
+        code, output = run(name, option, 0)
+        assert code == 2
+        assert f"Invalid value for '{option}'" in re.sub(r"[│\s]+", " ", output)
 
 
 def test_language_and_task(run, tmp_path, monkeypatch):
@@ -175,6 +224,7 @@ def test_language_and_task(run, tmp_path, monkeypatch):
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         assert torch.equal(composed(input_ids=ids).logits, merged(input_ids=ids).logits)
+    assert merged.config.id2label == dict(enumerate(worlds.LABELS))
     saved = json.loads((out / "language" / "adapter_config.json").read_text())
     assert set(saved["counts"]) == {"bert.embeddings.word_embeddings.weight"}
     assert saved["modules_to_save"] is None
@@ -250,7 +300,7 @@ def test_language_adapters_from_typology(run, tmp_path, monkeypatch):
     assert sum(len(sentence.split()) for sentence in fine_tuning[0]["dor"]) == 50
 
     out = tmp_path / "out"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tiny_bert")
+    tokenizer = AutoTokenizer.from_pretrained(out / "tiny_bert")
     lm = masked_lm.MaskedLM(tokenizer, languages.invented_corpus(0).held_out, out)
     for folder, row in (("generated", "its own, generated"), ("fine_tuned", "its own, after 50 words")):
         base = AutoModelForMaskedLM.from_pretrained(out / "tiny_bert")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support.examples import EXAMPLES, save_llama_of_letters
+
 CELLS = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
 
@@ -30,16 +30,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("_data.py", "_instructions.py", "_models.py", "_readers.py"):
         shutil.copy(EXAMPLES / name, tmp_path)
     shutil.copytree(EXAMPLES / "house_style", tmp_path / "house_style")
-    letters = ["<unk>", "<eos>", *map(chr, range(32, 127))]
-    core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>").save_pretrained(
-        tmp_path / "model"
-    )
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(letters), bos_token_id=None, eos_token_id=1, **sizes)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_llama_of_letters(tmp_path / "model", hidden_size=32, intermediate_size=64)
     for name, value in {"MODEL": tmp_path / "model", "STEPS": 4}.items():
         monkeypatch.setenv(f"QUICKSTART_{name}", str(value))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
