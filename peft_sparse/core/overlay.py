@@ -28,7 +28,14 @@ class Overlay:
 
     def __init__(self, supports: Sequence[Tensor]) -> None:
         self._union = union(supports).contiguous()
+        self._end: int | None = None
         self._slots = None if len(supports) == 1 else [positions(self._union, s)[0] for s in supports]
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether all places lie in a weight on the CPU: kernels are told addresses, and do not look."""
+        if self._end is None:
+            self._end = int(self._union[-1]) + 1 if self._union.numel() else 0
+        return weight.numel() >= self._end
 
     @property
     def indices(self) -> Tensor:
@@ -87,7 +94,13 @@ class Overlay:
             value = values[0].detach()
             native = kernels(flat, originals, dtypes=(torch.float32, torch.bfloat16))
             fits = value.shape == originals.shape == self._union.shape and originals.is_contiguous()
-            if native is not None and fits and flat.dtype == originals.dtype and value.dtype == torch.float32:
+            if (
+                native is not None
+                and fits
+                and self.fits(flat)
+                and flat.dtype == originals.dtype
+                and value.dtype == torch.float32
+            ):
                 native.bring_up_to_date_(flat, self._union, originals, value.contiguous())
                 return
         indices, wanted = self.indices, self.entries(originals.to(flat.device, flat.dtype), values)
@@ -97,12 +110,13 @@ class Overlay:
     def take(self, flat: Tensor) -> Tensor:
         """[u] what is at `indices` in a weight's memory."""
         native = kernels(flat, dtypes=_MOVED)
-        return flat[self.indices] if native is None else native.take(flat, self._union)
+        return flat[self.indices] if native is None or not self.fits(flat) else native.take(flat, self._union)
 
     def put_(self, flat: Tensor, entries: Tensor) -> None:
         """Write [u] entries of the same dtype and device at `indices` into a weight's memory."""
         native = kernels(flat, entries, dtypes=_MOVED)
-        if native is None or flat.dtype != entries.dtype or not entries.is_contiguous():
+        is_plain = flat.dtype == entries.dtype and entries.is_contiguous() and entries.shape == self._union.shape
+        if native is None or not is_plain or not self.fits(flat):
             flat[self.indices] = entries
         else:
             native.put_(flat, self._union, entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -212,3 +213,20 @@ def test_a_copy_after_a_quick_forward():
             assert relative_error(made(x), expected) < 1e-6
             next(iter_deltas(made, "one"))[3].values.data.add_(1)
             assert relative_error(made(x), expected) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["plain", "resident", "mixed", "merged"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_weight_that_has_become_smaller_is_never_read_beyond_its_end(mode, is_first):
+    model, x = tuned("one", "two"), torch.randn(2, 160)
+    layer = layer_of(model)
+    base = layer.get_base_layer()
+    names = {"adapter_names": ["one", "two"]} if mode == "mixed" else {}
+    with resident(model) if mode == "resident" else nullcontext():
+        if not is_first:
+            layer(x, **names)
+        # Of other memory, which ends where it ends.
+        base.weight.data, base.bias.data = base.weight.data[:20].clone(), base.bias.data[:20].clone()
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            layer.merge() if mode == "merged" else layer(x, **names)

@@ -218,7 +218,8 @@ class SparseProduct:
     ) -> None:
         rows, columns = shape
         inputs, outputs = (columns, rows) if row_is_output else (rows, columns)
-        self._indices = indices
+        # Another tensor on the memory that the address is of, whatever becomes of the first one.
+        self._indices = indices.detach()
         self._input_bytes, self._output_bytes = inputs * dtype.itemsize, outputs * dtype.itemsize
         self._entries = self._Entries(
             indices.data_ptr(),

@@ -87,7 +87,7 @@ class Linear(SparseLayer):
         if type(weight) is not nn.Parameter or isinstance(base, BaseTunerLayer) or "weight" in self.tied_parameters:
             return None
         deltas = self.active_deltas("weight", adapters)
-        if not deltas or self.active_deltas("bias", adapters):
+        if not deltas or tuple(weight.shape) != deltas[0].shape or self.active_deltas("bias", adapters):
             return None
         held = [self.deltas_of(part) for part in PARAMETERS]
         watched = [part[name] for part in held for name in adapters if name in part]
@@ -198,7 +198,8 @@ class Linear(SparseLayer):
     def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[Parts | None]:
         """The weight and the entries that are added to it, while nothing is or can be written into it."""
         with self._lock:
-            total = None if "weight" in self._written or not own.is_contiguous() else overlay.total(values)
+            is_whole = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
+            total = None if "weight" in self._written or not is_whole else overlay.total(values)
             yield None if total is None else Parts(own.detach(), overlay.support, total.contiguous())
 
     def _make_weight(
