@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -14,77 +13,15 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
 from ...errors import ConfigError
-from .adapter_names import check_adapter_name
+from .adding import adding
 from .announcements import ON_STACK, announce
 from .base_model import modules_around_adapters, path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
-from .heads_in_files import check_heads, check_shapes, with_heads
+from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
-from .made_for_file import Receipt, note_new, receiving
+from .made_for_file import Receipt, receiving
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import delete_heads, has_several_heads, set_adapters
-
-
-@contextmanager
-def adding(tuner: AdapterTuner, model: nn.Module, adapter_name: str) -> Iterator[Any]:
-    """Give an adapter that PEFT adds to a tuner a config of its own; if it fails, the model is as it was before."""
-    is_first = len(tuner.peft_config) == 1
-    named = model.named_parameters(remove_duplicate=False)
-    before = [(name, parameter, parameter.requires_grad) for name, parameter in named]
-    around = {id(module) for module in model.modules()}
-    with ExitStack() as undo:
-        undo.callback(_let_train, before)
-        undo.callback(_take_out, tuner, adapter_name, is_first=is_first, around=around)
-        config = tuner.peft_config[adapter_name] = copy.deepcopy(tuner.peft_config[adapter_name])
-        config.modules_to_save = with_heads(config)
-        check_adapter_name(adapter_name, tuner.peft_config.values())
-        check_heads(config, model, adapter_name)
-        if is_first:
-            # What a refused file gives back: PEFT freezes the base model before it opens the file.
-            tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
-        yield config
-        note_new(tuner, config, adapter_name)
-        undo.pop_all()
-    if not is_first:
-        # PEFT restores what trains and what does not but for parameters whose paths hold the new adapter's name.
-        _let_train(before)
-
-
-def _let_train(before: list[tuple[str, nn.Parameter, bool]]) -> None:
-    for _, parameter, requires_grad in before:
-        parameter.requires_grad_(requires_grad)
-
-
-def _take_out(tuner: AdapterTuner, adapter_name: str, *, is_first: bool, around: Collection[int]) -> None:
-    """Take an adapter that is not whole out of a tuner and its model.
-
-    Args:
-        tuner: the tuner.
-        adapter_name: the adapter.
-        is_first: whether it has no other.
-        around: ids of the modules that were there before.
-    """
-    is_touched = any(adapter_name in layer._all_available_adapter_names() for layer in tuner.tuned_layers())
-    if is_touched and is_first:
-        tuner.unload()
-    elif is_touched:
-        tuner.delete_adapter(adapter_name)
-        for path, module in list(tuner.model.named_modules()):
-            if id(module) in around:
-                continue
-            if isinstance(module, tuner.tuner_layer_cls):
-                tuner.release(module)
-                _put_back(tuner.model, path, module.get_base_layer())
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                _put_back(tuner.model, path, module.original_module)
-    # PEFT has entered the name already; without an adapter behind it the model would be unusable.
-    if not is_first:
-        tuner.peft_config.pop(adapter_name, None)
-
-
-def _put_back(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 class AdapterTuner(BaseTuner):
