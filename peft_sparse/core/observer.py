@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -74,8 +76,16 @@ def _running() -> int:
     return torch._C._current_graph_task_id()
 
 
-def show_gradient(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
-    """Hand a dense gradient, or what is wanted of it, to an observer."""
+def watch_gradient(result: Tensor, observers: Sequence[GradientObserver]) -> None:
+    """Hand the gradient of a tensor, or what is wanted of it, to observers in every backward pass."""
+    if not observers or not result.requires_grad:
+        return
+    made_in = -1 if torch.compiler.is_compiling() else current_pass()
+    for observer in observers:
+        result.register_hook(partial(_show, observer, made_in))
+
+
+def _show(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
     remember_outer(made_in)
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...._peft_bridge import _get_in_out_features, check_adapters_to_merge
-from ....core.observer import GradientObserver, current_pass, show_gradient
+from ....core.observer import GradientObserver, watch_gradient
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
@@ -76,10 +76,6 @@ class SparseLayer(WeightLayer):
     def is_resident(self) -> bool:
         """Whether the forward may write the active deltas into the base weight (see `resident`)."""
         return self.num_resident > 0
-
-    @is_resident.setter
-    def is_resident(self, value: bool) -> None:
-        self.num_resident = int(value)
 
     # ---- adapters --------------------------------------------------------------------------------
 
@@ -181,13 +177,8 @@ class SparseLayer(WeightLayer):
     def _with_deltas(
         base: Callable[[], Tensor], deltas: Sequence[tuple[Tensor, Tensor]], observers: Sequence[GradientObserver]
     ) -> Tensor:
-        if not deltas:
-            return base()
-        result = add_deltas(base(), deltas)
-        made_in = -1 if torch.compiler.is_compiling() else current_pass()
-        for observer in observers:
-            if result.requires_grad:
-                result.register_hook(partial(show_gradient, observer, made_in))
+        result = add_deltas(base(), deltas) if deltas else base()
+        watch_gradient(result, observers)
         return result
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
