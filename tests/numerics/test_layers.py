@@ -149,7 +149,7 @@ def test_resident_mode_matches(kind):
 def test_gradient_checkpointing(kind, is_resident, reentrant):
     base, model, x = make(kind)
     if is_resident:
-        model.base_model.model.layer.is_resident = True
+        model.base_model.model.layer.num_resident = 1
     assert_matches(base, model, x, mode=lambda m, x: run(lambda t: checkpoint(m, t, use_reentrant=reentrant), x))
 
 
