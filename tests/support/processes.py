@@ -21,12 +21,14 @@ import torch.distributed as dist
 
 # Seconds. Longer than any case takes, so that what hangs is a failure and not a wait; a busy machine wants more.
 TIMEOUT = int(os.environ.get("PEFT_SPARSE_DISTRIBUTED_TIMEOUT", "100"))
+# "fork" in a process that has imported what is heavy and computed nothing yet.
+START = os.environ.get("PEFT_SPARSE_DISTRIBUTED_START", "forkserver")
 
 
 def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options: Any) -> list[Any]:
     """What `case(**options)` returns in each of `world` processes of one gloo group; in one process there is no group.
 
-    The processes are forked from a server that has imported the heavy modules once.
+    The processes are forked from a server that has imported the heavy modules once, or from this one: see `START`.
 
     Args:
         case: a function of an importable module.
@@ -38,8 +40,10 @@ def run(case: Callable[..., Any], folder: Path, /, *, world: int = 2, **options:
         AssertionError: a process raised (its traceback is shown), died, or did not end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "peft_sparse", "torch.distributed.tensor", "transformers.trainer"])
+    context = multiprocessing.get_context(START)
+    if START == "forkserver":
+        modules = ["transformers", "peft_sparse", "torch.distributed.tensor", "transformers.trainer"]
+        context.set_forkserver_preload(modules)
     failures: Any = context.Queue()
     arguments = (case, str(folder), world, options, failures)
     processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(world)]

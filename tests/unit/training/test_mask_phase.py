@@ -296,11 +296,11 @@ def test_other_adapter_names_resume_in_either_phase(tmp_path):
         return model
 
     uninterrupted = run(tmp_path / "whole", model=make())
-    for phase, step in (("mask", 5), ("weights", 0), ("weights", 3)):
-        run(tmp_path / f"{phase}{step}", kill=KillAt(phase, step), model=make())
-        resumed = run(tmp_path / f"{phase}{step}", resume=True, model=make())
-        assert_same_tensors(held(resumed.model, "task"), held(uninterrupted.model, "task"))
-        assert not any(scores.any() for (scores,) in held(resumed.model).values())
+    for resume, kill in ((None, KillAt("mask", 5)), (True, KillAt("weights", 0)), (True, KillAt("weights", 3))):
+        run(tmp_path / "killed", resume=resume, kill=kill, model=make())
+    resumed = run(tmp_path / "killed", resume=True, model=make())
+    assert_same_tensors(held(resumed.model, "task"), held(uninterrupted.model, "task"))
+    assert not any(scores.any() for (scores,) in held(resumed.model).values())
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):

@@ -151,11 +151,10 @@ def test_other_adapter_names(tmp_path):
         return model
 
     uninterrupted = run(tmp_path / "whole", model=make())
-    for phase, step in (("dense", 3), ("sparse", 0), ("sparse", 3)):
-        folder = tmp_path / f"{phase}{step}"
-        run(folder, kill=KillAt(phase, step), model=make())
-        resumed = run(folder, resume=True, model=make())
-        assert_same_tensors(deltas(resumed.model, "task"), deltas(uninterrupted.model, "task"))
+    for resume, kill in ((None, KillAt("dense", 3)), (True, KillAt("sparse", 0)), (True, KillAt("sparse", 3))):
+        run(tmp_path / "killed", resume=resume, kill=kill, model=make())
+    resumed = run(tmp_path / "killed", resume=True, model=make())
+    assert_same_tensors(deltas(resumed.model, "task"), deltas(uninterrupted.model, "task"))
 
 
 def test_resuming_a_task_adapter_over_a_language_adapter(tmp_path):
