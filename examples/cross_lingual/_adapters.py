@@ -102,9 +102,9 @@ class Method:
 METHODS = {
     "lt_sft": Method(lambda r: LotteryTicketConfig(**r.sparse)),
     "deft_x": Method(lambda r: DeftXConfig(**r.sparse)),
-    "rand": Method(lambda r: RandConfig(**r.sparse, seed=r.seed)),
+    "rand": Method(lambda r: RandConfig(**r.sparse, seed=r.seed), rate_factor=2.0),
     "fisher": Method(lambda r: OneShotConfig(**r.sparse, criterion="fisher", selection_batches=16)),
-    "spiel_ag": Method(spiel),
+    "spiel_ag": Method(spiel, rate_factor=2.0),
     "bitfit": Method(bitfit, rate_factor=4.0),
     "mad_x": Method(mad_x, rate_factor=2.0),
     "lora": Method(lora, rate_factor=2.0),
