@@ -25,7 +25,7 @@ def export(
         ),
     ],
     base: Annotated[
-        str | None, typer.Option(help="Base model, for PEFT's types. \\[default: what the adapter says]")
+        str | None, typer.Option(help="Base model, for PEFT's types. What the adapter says by default.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, for lora.")] = None,
     overwrite: Overwrite = False,

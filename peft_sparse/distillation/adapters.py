@@ -19,6 +19,7 @@ from ..checkpoints.adapter_files import CONFIG_FILE, need_file, read_adapter, re
 from ..checkpoints.card import README
 from ..checkpoints.files import load_tensors
 from ..checkpoints.native import SOURCE, build
+from ..checkpoints.shards import WEIGHTS, Checkpoint
 from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
 from ..core.names import PREFIX
@@ -31,6 +32,7 @@ from .vocabulary import ReducedVocabulary
 
 logger = logging.getLogger(__name__)
 
+Shapes = Mapping[str, tuple[int, ...]]
 _TOKEN_ROWS = "trainable_tokens_delta"
 # Where a vocabulary's matrices lie in classes that the reduced model is none of: heads of language models.
 _OUTPUT = re.compile(r"lm_head|predictions|embed_tokens|word_embeddings|embed_out|generator|vocab|(^|\.)(wte|shared)\.")
@@ -88,7 +90,7 @@ def reduce_adapter(
         raise ConfigError(f"the output {os.fspath(output)!r} is the adapter itself. Give another folder.")
     config = read_config(adapter)
     write = _reduce_sparse if config.get("peft_type") == "SPARSE_FT" else _reduce_other
-    cut = _Cut(rows, os.fspath(adapter), config)
+    cut = _Cut(rows, os.fspath(adapter), config, _shapes_of(vocabulary))
     with AtomicFolder(Path(output), overwrite=overwrite, what="adapter", doors=(SOURCE, CONFIG_FILE)) as folder:
         write(adapter, cut, base, folder.staging)
     result = cut.result(Path(output))
@@ -102,11 +104,23 @@ def _rows_of(vocabulary: ReducedVocabulary | VocabularyRows | str | os.PathLike[
     return vocabulary.rows if isinstance(vocabulary, ReducedVocabulary) else VocabularyRows.load(vocabulary)
 
 
+def _shapes_of(vocabulary: ReducedVocabulary | VocabularyRows | str | os.PathLike[str]) -> Shapes:
+    """{tensor of the reduced model: shape}; empty where there is nothing but the rows."""
+    if isinstance(vocabulary, ReducedVocabulary):
+        return {name: tuple(tensor.shape) for name, tensor in vocabulary.model.state_dict().items()}
+    if isinstance(vocabulary, VocabularyRows) or not any(Path(vocabulary).glob(f"{WEIGHTS}*")):
+        return {}
+    model = Checkpoint(vocabulary)
+    return {name: model.shape(name) for name in model.names()}
+
+
 class _Cut:
     """Cuts tensors of one adapter, and counts what is lost."""
 
-    def __init__(self, rows: VocabularyRows, source: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, rows: VocabularyRows, source: str, config: Mapping[str, Any], model: Shapes) -> None:
         self.rows, self.source = rows, source
+        # Classes over the same base differ by a first part of the names.
+        self._model = {name.partition(".")[2]: shape for name, shape in model.items()} | dict(model)
         self.kept: dict[str, int] = {}
         self.lost: dict[str, int] = {}
         self._new_rows = rows.new_rows()
@@ -128,6 +142,20 @@ class _Cut:
         ):
             return True
         return size == self.rows.old_size and place_of(name).layer is None and bool(_OUTPUT.search(name))
+
+    def check_model(self, shapes: Shapes) -> None:
+        """Refuse an adapter whose deltas, of these shapes, are on none of the model's tensors, or on ones of other
+        shapes.
+        """
+        shapes = {name: shape for name, shape in shapes.items() if not self.is_of_vocabulary(name, shape[0])}
+        known = {name: self._model.get(name, self._model.get(name.partition(".")[2])) for name in shapes}
+        for name, shape in shapes.items() if self._model else ():
+            if known[name] not in (None, shape) or not any(known.values()):
+                raise FormatError(
+                    f"{self.source}: '{name}' is of shape {shape}, and the reduced model has "
+                    f"{'no such tensor' if known[name] is None else f'one of {known[name]}'}: the adapter belongs to "
+                    "another base model. Nothing was written."
+                )
 
     def delta(self, name: str, delta: SparseDelta) -> SparseDelta:
         """A delta with the rows that stayed."""
@@ -214,6 +242,7 @@ def _contains(path: list[str], module: list[str]) -> bool:
 
 def _reduce_sparse(adapter: str | os.PathLike[str], cut: _Cut, base: str | None, staging: Path) -> None:
     files = read_adapter(adapter)
+    cut.check_model({name: delta.shape for name, delta in files.deltas.items()})
     deltas = {name: cut.delta(name, delta) for name, delta in files.deltas.items()}
     own = {name: tensor for name, tensor in files.others.items() if ".base_layer." not in name}  # copies of the base's
     others = {name: cut.tensor(name, tensor) for name, tensor in own.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -424,6 +425,24 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_written(bert, reduc
     with pytest.raises(ConfigError, match="is the adapter itself"):
         reduce_adapter(tmp_path / "whole", tmp_path / "whole", vocabulary=reduced, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+@pytest.mark.parametrize("where", ["object", "folder"])
+def test_an_adapter_of_another_model_that_has_no_rows_of_the_vocabulary_is_refused(reduced, tmp_path, where):
+    vocabulary = reduced
+    if where == "folder":
+        reduced.save_pretrained(vocabulary := tmp_path / "small")
+    size = reduced.rows.old_size
+    wide = make_bert(size, hidden_size=24, intermediate_size=24)
+    for model, names, told in (
+        (make_llama(size), "all-linear", "has no such tensor"),
+        (wide, ["query", "key"], r"is of shape \(24, 24\), and the reduced model has one of \("),
+    ):
+        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+        get_peft_model(model, RandConfig(num_weights=50, target_modules=names)).save_pretrained(tmp_path / "whole")
+        with pytest.raises(FormatError, match=rf"{told}.*belongs to another base model"):
+            reduce_adapter(tmp_path / "whole", tmp_path / "out", vocabulary=vocabulary)
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_file_of_rows_is_checked(reduced, tmp_path):
