@@ -49,9 +49,7 @@ def paired_bootstrap(
     return Difference(*(100 * float(value) for value in (mean, low, high, np.std(found))))
 
 
-def table(
-    title: str, scores: dict[str, dict[str, float]], differences: dict[str, Difference], *, of: str = "last - first"
-) -> Table:
+def table(title: str, scores: dict[str, dict[str, float]], differences: dict[str, Difference], *, of: str) -> Table:
     """A row for each test, a column for each way, and the differences, of which `of` says what they are."""
     ways = list(next(iter(scores.values())))
     made = Table("", *ways, *([f"{of} \\[95 %]"] if differences else []), title=title)

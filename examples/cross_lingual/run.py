@@ -164,7 +164,7 @@ def _report(task: str, method: str, tests: dict, answers: dict, *, resamples: in
             first, *_, last = own.values()
             differences[code] = paired_bootstrap(tests[code], last, first, chosen.score, resamples=resamples)
     title = f"{task}, {method}: {chosen.metric}"
-    console.print(table(title, scores, differences))
+    console.print(table(title, scores, differences, of="target + task above task alone"))
     plot(title, scores, output / "scores.png")
     save(
         output / "results.json",
