@@ -125,7 +125,7 @@ def invented_world(seed: int = 0) -> World:
     return World("Nearish", "Farish", LABELS, text, train, test)
 
 
-def tiny_bert(directory: Path, *, seed: int = 0, steps: int = 1000) -> Path:
+def tiny_bert(directory: Path, *, seed: int = 0, steps: int = 600) -> Path:
     """A BERT of two layers, pretrained on raw Nearish with a little Farish: a language that it has hardly seen."""
     lexicon = Lexicon(seed)
     words = sorted({*lexicon.near.values(), *lexicon.far.values()})

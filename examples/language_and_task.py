@@ -113,7 +113,7 @@ def main(
     source: Annotated[str, typer.Option(help="Language of the labelled rows, with --data.")] = "ind",
     target: Annotated[str, typer.Option(help="Language of the raw text and of the test, with --data.")] = "jav",
     density: Annotated[float, typer.Option(help="Share of the targeted weights in each adapter.")] = 0.3,
-    language_steps: Annotated[int, typer.Option(min=1, help="Steps in each phase of the language adapter.")] = 800,
+    language_steps: Annotated[int, typer.Option(min=1, help="Steps in each phase of the language adapter.")] = 600,
     task_steps: Annotated[int, typer.Option(min=1, help="Steps in each phase of the task adapter.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the order of the rows, the heads and the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the adapters are saved.")] = Path("outputs/language_and_task"),
@@ -122,21 +122,19 @@ def main(
     set_seed(seed)
     if not data:
         base, world = tiny_bert(output / "tiny_bert", seed=seed), invented_world(seed)
-        languages = Schedule(language_steps, 32, dense=3e-3, sparse=3e-3)
+        languages = Schedule(language_steps, 32, dense=1e-3, sparse=1e-3)
         tasks = Schedule(task_steps, 16, dense=1e-3, sparse=1e-3)
-        targets = ["word_embeddings"]  # the invented languages differ in their words alone
     elif model:
         columns = {field: name for field, name in (("text", text_column), ("label", label_column)) if name}
         base, world = model, read_world(data, source, target, text=text, columns=columns)
         languages = Schedule(language_steps, 16, dense=1e-4, sparse=5e-4)
         tasks = Schedule(task_steps, 16, dense=2e-4, sparse=5e-4)
-        targets = "all"
     else:
         raise typer.BadParameter(
             "give an encoder for the languages in --data: a directory or hub id", param_hint="--model"
         )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    config = LotteryTicketConfig(density=density, target_modules=targets, target_norms=False, l1=0.1)
+    config = LotteryTicketConfig(density=density, target_modules="all", target_norms=False, l1=0.1)
     for language, name in ((world.source, "source_language"), (world.target, "language")):
         language_adapter(base, tokenizer, world.text[language], config, languages, output / name)
     task_adapter(base, tokenizer, world, output / "source_language", density, tasks, output)

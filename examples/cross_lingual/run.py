@@ -42,8 +42,7 @@ from peft_sparse import Source
 console = Console()
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)
 # For the invented world: short runs at high rates, on a model of two layers.
-# The invented languages differ in their words alone.
-INVENTED_LANGUAGE = Schedule(250, 150, 32, 3e-3, 0.3, 32, LANGUAGE.l1, ["word_embeddings"])
+INVENTED_LANGUAGE = Schedule(400, 400, 32, 1e-3, 0.3, 32, LANGUAGE.l1)
 INVENTED_TASK = Schedule(120, 80, 16, 2e-3, 0.2, 32)
 
 

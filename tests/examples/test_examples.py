@@ -226,7 +226,8 @@ def test_language_and_task(run, tmp_path, monkeypatch):
         assert torch.equal(composed(input_ids=ids).logits, merged(input_ids=ids).logits)
     assert merged.config.id2label == dict(enumerate(worlds.LABELS))
     saved = json.loads((out / "language" / "adapter_config.json").read_text())
-    assert set(saved["counts"]) == {"bert.embeddings.word_embeddings.weight"}
+    assert "bert.embeddings.word_embeddings.weight" in saved["counts"]
+    assert all(name.startswith("bert.") for name in saved["counts"])
     assert saved["modules_to_save"] is None
     # Algorithm 1: the task adapter is trained above the source language's, in both phases.
     assert (out / "source_language" / "adapter_config.json").is_file()
