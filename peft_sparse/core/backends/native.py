@@ -17,6 +17,8 @@ import stat
 import subprocess
 import threading
 import time
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,11 +42,15 @@ _SIGNATURES = {
     "add_product": ("ppnppp", None),
     "bring_up_to_date": ("ippinpp", "n"),
     "unchanged": ("ppp", "i"),
+    "keep_and_write": ("np", "i"),
+    "write_back": ("np", None),
     "take": ("ippinp", None),
     "put": ("ippinp", None),
     "merge": ("nppipppp", "n"),
 }
 _C_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
+# A weight's memory, positions in it, what is kept of it there, and what is added.
+Piece = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Kernels:
@@ -155,6 +161,22 @@ class Kernels:
     def _move(self, which: str, flat: Tensor, indices: Tensor, entries: Tensor) -> None:
         where = indices.data_ptr(), int(indices.dtype == torch.int64), indices.numel(), entries.data_ptr()
         getattr(self, f"_{which}")(flat.element_size(), flat.data_ptr(), *where)
+
+    def keep_and_write_(self, pieces: Sequence[Piece]) -> bool:
+        """Keep what is in weights and write it with values added, all in one pass; returns whether that is finite.
+
+        Args:
+            pieces: (flat, indices, originals, values) of each weight: [numel] float32 or bfloat16; [k] sorted, unique
+                positions in it; [k] in the dtype of `flat`, where its entries are kept; [k] float32, rounded once with
+                the entry that they are added to. All are contiguous, and no memory is in two of them.
+        """
+        table = _addresses(pieces)
+        return bool(self._keep_and_write(len(pieces), table.buffer_info()[0]))  # type: ignore[attr-defined]
+
+    def write_back_(self, pieces: Sequence[Piece]) -> None:
+        """Write what `keep_and_write_` kept; its values are not read, and may be None."""
+        table = _addresses(pieces)
+        self._write_back(len(pieces), table.buffer_info()[0])  # type: ignore[attr-defined]
 
     def merge(
         self, supports: list[Tensor], values: list[Tensor] | None = None, factors: list[float] | None = None
@@ -278,6 +300,17 @@ class Image:
     def is_of(self, values: Tensor, weight: Tensor) -> bool:
         """Whether values and weight, contiguous and of the same sizes and dtypes as then, have the same bits."""
         return bool(self._call(self._address, values.data_ptr(), weight.data_ptr()))
+
+
+def _addresses(pieces: Sequence[Piece]) -> array[int]:
+    """The table of pieces that the kernels read."""
+    table: list[int] = []
+    for flat, indices, originals, values in pieces:
+        table += (
+            *(flat.data_ptr(), indices.data_ptr(), indices.numel(), originals.data_ptr()),
+            *(0 if values is None else values.data_ptr(), _TYPES[flat.dtype], indices.dtype is torch.int64),
+        )
+    return array("q", table)
 
 
 def _in_rows(matrix: Tensor) -> Tensor:

@@ -371,6 +371,63 @@ void put(T* to, const I* indices, int64_t count, const T* from) {
     }
 }
 
+// Entries of one of the weights that are written into at once; each member has the width of an int64 in `native.py`.
+struct Piece {
+    void* weight;
+    const void* indices;
+    int64_t count;
+    void* originals;
+    const float* values;
+    int64_t type, is_wide;
+};
+
+template <class T, class I>
+struct Entry {
+    T* weight;
+    const I* indices;
+    T* originals;
+
+    explicit Entry(const Piece& p)
+        : weight(static_cast<T*>(p.weight)), indices(static_cast<const I*>(p.indices)),
+          originals(static_cast<T*>(p.originals)) {}
+
+    void fetch(int64_t e) const { __builtin_prefetch(weight + indices[e], 1); }
+};
+
+// The first entries of a piece: the loop over the one before it asks for no more than its own.
+template <class T, class I>
+void fetch_first(const Piece& p) {
+    const Entry<T, I> entry(p);
+    for (int64_t e = 0; e < p.count && e < AHEAD; ++e) entry.fetch(e);
+}
+
+// Keeps what is there and writes what it is with the values; returns whether all of that is finite.
+template <class T, class I>
+bool keep_and_write(const Piece& p) {
+    const Entry<T, I> entry(p);
+    bool finite = true;
+    for (int64_t e = 0; e < p.count; ++e) {
+        if (e + AHEAD < p.count) entry.fetch(e + AHEAD);
+        T& place = entry.weight[entry.indices[e]];
+        T wanted;
+        narrow(widened(place) + p.values[e], wanted);
+        entry.originals[e] = place;
+        place = wanted;
+        const float written = widened(wanted);
+        finite &= written - written == 0;
+    }
+    return finite;
+}
+
+template <class T, class I>
+void write_back(const Piece& p) {
+    const Entry<T, I> entry(p);
+    for (int64_t e = 0; e < p.count; ++e) {
+        if (e + AHEAD < p.count) entry.fetch(e + AHEAD);
+        entry.weight[entry.indices[e]] = entry.originals[e];
+    }
+}
+
 // What memory held at a time.
 struct Image {
     const void* values;
@@ -504,6 +561,26 @@ int64_t peft_sparse_bring_up_to_date(int type, void* weight, const void* indices
                                                           static_cast<const I*>(indices), count,
                                                           static_cast<const bfloat16*>(originals), values)))
     return changed;
+}
+
+#define OF_PIECE(CALL, P)                                                                                              \
+    ((P).type == 0 ? ((P).is_wide ? CALL<float, int64_t>(P) : CALL<float, int32_t>(P))                                 \
+                   : ((P).is_wide ? CALL<bfloat16, int64_t>(P) : CALL<bfloat16, int32_t>(P)))
+
+int peft_sparse_keep_and_write(int64_t num, const Piece* pieces) {
+    bool finite = true;
+    for (int64_t n = 0; n < num; ++n) {
+        if (n + 1 < num) OF_PIECE(fetch_first, pieces[n + 1]);
+        finite &= OF_PIECE(keep_and_write, pieces[n]);
+    }
+    return finite;
+}
+
+void peft_sparse_write_back(int64_t num, const Piece* pieces) {
+    for (int64_t n = 0; n < num; ++n) {
+        if (n + 1 < num) OF_PIECE(fetch_first, pieces[n + 1]);
+        OF_PIECE(write_back, pieces[n]);
+    }
 }
 
 // Entries of a tensor whose elements are 2, 4 or 8 bytes wide, out of it and into it.
