@@ -44,6 +44,7 @@ _SIGNATURES = {
     "unchanged": ("ppp", "i"),
     "keep_and_write": ("np", "i"),
     "write_back": ("np", None),
+    "cover": ("np", "n"),
     "take": ("ippinp", None),
     "put": ("ippinp", None),
     "merge": ("nppipppp", "n"),
@@ -51,6 +52,8 @@ _SIGNATURES = {
 _C_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
 # A weight's memory, positions in it, what is kept of it there, and what is added.
 Piece = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# Gradients, accumulators of rows and columns, indices, and where estimates go.
+Cover = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Kernels:
@@ -177,6 +180,25 @@ class Kernels:
         """Write what `keep_and_write_` kept; its values are not read, and may be None."""
         table = _addresses(pieces)
         self._write_back(len(pieces), table.buffer_info()[0])  # type: ignore[attr-defined]
+
+    def cover_(self, covers: Sequence[Cover]) -> int:
+        """Bring accumulators of matrices up to date with gradients of some entries, see `optim.sm3.accumulate`.
+
+        Args:
+            covers: (gradients [k], accumulators of the rows [O] and of the columns [I], indices [k], estimates [k] to
+                be filled or None) of each matrix: contiguous, float32 but for the indices.
+
+        Returns:
+            how many were brought up to date: all of them, or those before the first with an index beyond its matrix or
+            with a NaN.
+        """
+        table: list[int] = []
+        for gradients, rows, columns, indices, estimates in covers:
+            table += (gradients.data_ptr(), rows.data_ptr(), rows.numel(), columns.data_ptr(), columns.numel())
+            found = 0 if estimates is None else estimates.data_ptr()
+            table += (indices.data_ptr(), indices.numel(), found, indices.dtype is torch.int64)
+        packed = array("q", table)
+        return int(self._cover(len(covers), packed.buffer_info()[0]))  # type: ignore[attr-defined]
 
     def merge(
         self, supports: list[Tensor], values: list[Tensor] | None = None, factors: list[float] | None = None

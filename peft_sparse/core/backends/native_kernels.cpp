@@ -428,6 +428,57 @@ void write_back(const Piece& p) {
     }
 }
 
+// SM3's accumulators of a matrix, and the gradients of some of its entries; each member is an int64 in `native.py`.
+struct Cover {
+    const float* gradients;
+    float* rows;
+    int64_t num_rows;
+    float* columns;
+    int64_t num_columns;
+    const void* indices;
+    int64_t count;
+    float* estimates;  // may be null
+    int64_t is_wide;
+};
+
+inline bool has_nan(const float* numbers, int64_t count) {
+    bool found = false;
+    for (int64_t e = 0; e < count; ++e) found |= numbers[e] != numbers[e];
+    return found;
+}
+
+// Returns false, and has changed nothing, if an index is beyond the matrix or something is NaN: torch knows what to make
+// of that.
+template <class I>
+bool cover(const Cover& p) {
+    const I* indices = static_cast<const I*>(p.indices);
+    I least = 0, most = -1;
+    for (int64_t e = 0; e < p.count; ++e) {
+        least = indices[e] < least ? indices[e] : least;
+        most = indices[e] > most ? indices[e] : most;
+    }
+    if (least < 0 || most >= p.num_rows * p.num_columns) return false;
+    if (has_nan(p.gradients, p.count) || has_nan(p.rows, p.num_rows) || has_nan(p.columns, p.num_columns)) return false;
+    // All estimates are of the accumulators as they were before this update.
+    const std::vector<float> rows(p.rows, p.rows + p.num_rows), columns(p.columns, p.columns + p.num_columns);
+    for (int64_t e = 0; e < p.count;) {
+        const int64_t row = indices[e] / p.num_columns, start = row * p.num_columns;
+        const float of_row = rows[row];
+        float most_of_row = of_row;
+        for (; e < p.count && indices[e] >= start && indices[e] < start + p.num_columns; ++e) {
+            const int64_t column = indices[e] - start;
+            const float of_column = columns[column];
+            const float estimate = (of_column < of_row ? of_column : of_row) + p.gradients[e] * p.gradients[e];
+            if (p.estimates) p.estimates[e] = estimate;
+            most_of_row = estimate > most_of_row ? estimate : most_of_row;
+            const float before = p.columns[column];
+            p.columns[column] = estimate > before ? estimate : before;
+        }
+        if (most_of_row > p.rows[row]) p.rows[row] = most_of_row;
+    }
+    return true;
+}
+
 // What memory held at a time.
 struct Image {
     const void* values;
@@ -581,6 +632,13 @@ void peft_sparse_write_back(int64_t num, const Piece* pieces) {
         if (n + 1 < num) OF_PIECE(fetch_first, pieces[n + 1]);
         OF_PIECE(write_back, pieces[n]);
     }
+}
+
+// Returns how many of the matrices were brought up to date: all, or those before the first that cannot be.
+int64_t peft_sparse_cover(int64_t num, const Cover* covers) {
+    for (int64_t n = 0; n < num; ++n)
+        if (!(covers[n].is_wide ? cover<int64_t>(covers[n]) : cover<int32_t>(covers[n]))) return n;
+    return num;
 }
 
 // Entries of a tensor whose elements are 2, 4 or 8 bytes wide, out of it and into it.
