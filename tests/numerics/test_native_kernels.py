@@ -19,8 +19,10 @@ from peft_sparse.core.backends import native, reference, sddmm
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
-from peft_sparse.core.parts import Parts, add_parts_
+from peft_sparse.core.parts import FEW_ROWS, Parts, add_parts_, most_rows
+from peft_sparse.errors import SelectionError
 from peft_sparse.optim import sm3
+from peft_sparse.selection.top_k import top_k
 from tests.support.ops import make_case, sparse_linear, support
 from tests.support.oracle import relative_error
 
@@ -93,6 +95,18 @@ class TestProductByParts:
         for one, other in zip(by_parts, outcome(), strict=True):
             assert relative_error(one, other.double()) < 1e-6
         assert len(added) == 3
+
+
+class TestMostRows:
+    def test_more_rows_for_larger_and_sparser_weights_and_fewer_in_bfloat16(self):
+        def rows(size, density, dtype=torch.float32):
+            return most_rows(int(size * size * density), (size, size), dtype=dtype)
+
+        assert rows(64, 0.01) == 0 < rows(512, 0.01) < rows(1024, 0.01) < rows(2048, 0.01) <= FEW_ROWS
+        assert rows(2048, 0.3) < rows(2048, 0.05) < rows(2048, 0.01)
+        assert rows(8192, 0.001) == FEW_ROWS
+        assert rows(2048, 0.01, torch.bfloat16) == 32 >= rows(512, 0.01, torch.bfloat16) > 0
+        assert rows(512, 0.9) <= 16
 
 
 class TestUpToDate:
@@ -359,6 +373,33 @@ def test_threads_share_the_work(monkeypatch):
     assert relative_error(alone, exact) < 1e-6
     assert relative_error(together, exact) < 1e-6
     assert not torch.equal(alone, together)  # the sums were really parted
+
+
+class TestAbove:
+    @pytest.mark.parametrize("by_kernels", [True, False])
+    def test_top_k_of_many_is_that_of_a_sort(self, monkeypatch, by_kernels):
+        if not by_kernels:
+            monkeypatch.setattr(native, "_found", [None])
+        scores = random(2**18 + 5).mul(50).round().view(3, -1)
+        found = top_k(scores, 3000, name="scores")
+        wanted = scores.flatten().sort(descending=True, stable=True).indices[:3000].sort().values
+        assert torch.equal(found.long(), wanted)
+        scores[1, 7] = float("nan")
+        with pytest.raises(SelectionError, match="scores of scores contain NaN"):
+            top_k(scores, 3000, name="scores")
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    def test_finds_what_reaches_the_threshold(self, kernels, dtype):
+        scores = random(1000)
+        scores[[3, 500]] = 1.25
+        where, values = kernels.above(scores, 1.25, at_most=1000, dtype=dtype)
+        assert torch.equal(where, (scores >= 1.25).nonzero().squeeze(1).to(dtype))
+        assert torch.equal(values, scores[where.long()])
+        assert kernels.above(scores, 1.25, at_most=where.numel(), dtype=dtype) is not None
+        assert kernels.above(scores, 1.25, at_most=where.numel() - 1, dtype=dtype) is None
+        scores[999] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            kernels.above(scores, 1.25, at_most=1000, dtype=dtype)
 
 
 class TestCovers:

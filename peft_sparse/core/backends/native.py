@@ -45,11 +45,12 @@ _SIGNATURES = {
     "keep_and_write": ("np", "i"),
     "write_back": ("np", None),
     "cover": ("np", "n"),
+    "above": ("pnfnpip", "n"),
     "take": ("ippinp", None),
     "put": ("ippinp", None),
     "merge": ("nppipppp", "n"),
 }
-_C_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
+_C_TYPES = {"f": ctypes.c_float, "i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
 # A weight's memory, positions in it, what is kept of it there, and what is added.
 Piece = tuple[Tensor, Tensor, Tensor, Tensor | None]
 # Gradients, accumulators of rows and columns, indices, and where estimates go.
@@ -199,6 +200,28 @@ class Kernels:
             table += (indices.data_ptr(), indices.numel(), found, indices.dtype is torch.int64)
         packed = array("q", table)
         return int(self._cover(len(covers), packed.buffer_info()[0]))  # type: ignore[attr-defined]
+
+    def above(
+        self, scores: Tensor, threshold: float, *, at_most: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Positions and values of the scores that reach a threshold, in their order; None if they are too many.
+
+        Args:
+            scores: contiguous float32.
+            threshold: a number of float32.
+            at_most: how many they may be.
+            dtype: of the positions, int32 or int64.
+
+        Raises:
+            ValueError: a score is NaN.
+        """
+        most = min(at_most, scores.numel())
+        positions, values = torch.empty(most, dtype=dtype), torch.empty(most)
+        places = positions.data_ptr(), int(dtype is torch.int64), values.data_ptr()
+        found: int = self._above(scores.data_ptr(), scores.numel(), threshold, most, *places)  # type: ignore[attr-defined]
+        if found < 0:
+            raise ValueError("a score is NaN")
+        return None if found > most else (positions[:found].clone(), values[:found].clone())
 
     def merge(
         self, supports: list[Tensor], values: list[Tensor] | None = None, factors: list[float] | None = None

@@ -428,6 +428,24 @@ void write_back(const Piece& p) {
     }
 }
 
+// Positions and values of the numbers that reach a threshold, up to `most` of them; returns how many reach it, -1 if one
+// is NaN.
+template <class I>
+int64_t above(const float* numbers, int64_t count, float threshold, int64_t most, I* positions, float* values) {
+    int64_t found = 0;
+    bool is_nan = false;
+    for (int64_t e = 0; e < count; ++e) {
+        is_nan |= numbers[e] != numbers[e];
+        if (numbers[e] < threshold) continue;
+        if (found < most) {
+            positions[found] = static_cast<I>(e);
+            values[found] = numbers[e];
+        }
+        ++found;
+    }
+    return is_nan ? -1 : found;
+}
+
 // SM3's accumulators of a matrix, and the gradients of some of its entries; each member is an int64 in `native.py`.
 struct Cover {
     const float* gradients;
@@ -632,6 +650,12 @@ void peft_sparse_write_back(int64_t num, const Piece* pieces) {
         if (n + 1 < num) OF_PIECE(fetch_first, pieces[n + 1]);
         OF_PIECE(write_back, pieces[n]);
     }
+}
+
+int64_t peft_sparse_above(const float* numbers, int64_t count, float threshold, int64_t most, void* positions,
+                          int is_wide, float* values) {
+    if (is_wide) return above<int64_t>(numbers, count, threshold, most, static_cast<int64_t*>(positions), values);
+    return above<int32_t>(numbers, count, threshold, most, static_cast<int32_t*>(positions), values);
 }
 
 // Returns how many of the matrices were brought up to date: all, or those before the first that cannot be.
