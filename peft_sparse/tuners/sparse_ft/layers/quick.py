@@ -64,7 +64,7 @@ class ActiveWeights:
         self._fan_in_fan_out = fan_in_fan_out
         self._num_inputs = max(1, shape[0 if fan_in_fan_out else 1])
         self._num_entries = overlay.support.numel()
-        self._most_rows = most_rows(self._num_entries, shape)
+        self._most_rows = most_rows(self._num_entries, shape, dtype=self._dtype)
         self._probes: Tensor | None = None
         self._product: tuple[Kernels, SparseProduct] | None = None
 
