@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..core.backends.native import Kernels, kernels
 from ..core.sharded import is_sharded, own_part, sharded_like, whole
 from ._float32_state import Float32StateMixin
 
@@ -180,6 +181,11 @@ def accumulate(grad: Tensor, rows: Tensor, columns: Tensor, indices: Tensor) -> 
     Returns:
         [k] their estimates of the summed squared gradients, with this gradient in them.
     """
+    native = _kernels(grad, rows, columns, indices)
+    if native is not None:
+        estimate = torch.empty_like(grad)
+        if native.cover_([(grad, rows, columns, indices, estimate)]):
+            return estimate
     flat = indices.long()
     row = flat.div(columns.numel(), rounding_mode="floor")
     column = flat - row * columns.numel()
@@ -189,6 +195,24 @@ def accumulate(grad: Tensor, rows: Tensor, columns: Tensor, indices: Tensor) -> 
     rows.scatter_reduce_(0, row, estimate, "amax")
     columns.scatter_reduce_(0, column, estimate, "amax")
     return estimate
+
+
+def accumulate_all(updates: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """`accumulate` for several matrices: (grad, rows, columns, indices) of each."""
+    native = [_kernels(*update) for update in updates]
+    known = native[0] if updates else None
+    done = 0
+    if known is not None and None not in native:
+        done = known.cover_([(*update, None) for update in updates])
+    for update in updates[done:]:
+        accumulate(*update)
+
+
+def _kernels(grad: Tensor, rows: Tensor, columns: Tensor, indices: Tensor) -> Kernels | None:
+    is_plain = indices.is_cpu and indices.is_contiguous() and grad.is_contiguous() and grad.shape == indices.shape
+    if not is_plain or not (rows.is_contiguous() and columns.is_contiguous()):
+        return None
+    return kernels(grad, rows, columns, dtypes=(torch.float32,))
 
 
 def _dense_estimate(grad: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from ..core.backends.native import kernels
 from ..core.indices import index_dtype
 from ..errors import SelectionError
 
@@ -127,6 +128,13 @@ def _above_sampled_threshold(scores: Mapping[str, Tensor], k: int, min_score: fl
 def _above(scores: Tensor, threshold: float, name: str, at_most: int) -> tuple[Tensor, Tensor] | None:
     """Positions and values of the scores that reach a threshold; None if they are more than `at_most`."""
     dtype, found = index_dtype(scores.numel()), 0
+    native = kernels(scores, dtypes=(torch.float32,)) if scores.is_contiguous() else None
+    if native is not None:
+        try:
+            return native.above(scores.detach(), threshold, at_most=at_most, dtype=dtype)
+        except ValueError:
+            _check_nan(scores.detach(), name)
+            raise
     positions, values = [torch.empty(0, dtype=dtype)], [torch.empty(0)]
     for start, chunk in _chunks(scores):
         _check_nan(chunk, name)

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/serving.py                      # one thread, processor time, about three minutes
     python tests/benchmarks/serving.py --preset medium --rounds 30
+    python tests/benchmarks/serving.py --model HuggingFaceTB/SmolLM2-135M --density 0.05 --only switches
 
 All ways run in one process, one after the other in every round, and the order rotates, so that whatever slows the
 machine slows all alike; what counts is each round's ratio, not the time. "switch" is the next adapter of two made to
@@ -29,6 +30,7 @@ from rich.progress import track
 from rich.table import Table
 from step_time import PRESETS, base_model, equal_rank
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from peft_sparse import RandConfig, resident
 
@@ -45,12 +47,22 @@ class Serving:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, 2000, (1, options.prompt), generator=generator)
         self.batch = torch.randint(0, 2000, (NUM_ADAPTERS, options.prompt), generator=generator)
-        rank = equal_rank(options.preset, options.density)
+        rank = equal_rank(options.preset, options.density) if options.model is None else self.equal_rank()
         self.ours_config = RandConfig(density=options.density, target_modules="all-linear")
         self.lora_config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
 
     def base(self) -> nn.Module:
-        return base_model(self.options).eval().requires_grad_(False)
+        if self.options.model is None:
+            return base_model(self.options).eval().requires_grad_(False)
+        dtype = getattr(torch, self.options.dtype)
+        return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype).eval().requires_grad_(False)
+
+    def equal_rank(self) -> int:
+        """As `step_time.equal_rank`, for a model that is read."""
+        base = self.base()
+        shapes = [m.weight.shape for m in base.modules() if isinstance(m, nn.Linear) and m is not base.lm_head]
+        total = sum(rows * columns for rows, columns in shapes)
+        return max(1, round(self.options.density * total / sum(map(sum, shapes))))
 
     def tuned(self, config: object, num_adapters: int = 1) -> PeftModel:
         model = get_peft_model(self.base(), config, adapter_name=NAMES[0])
@@ -192,6 +204,7 @@ def rows(seconds: dict[str, list[float]]) -> list[tuple[str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--model", help="a causal language model, a folder or a name on the Hub, instead of a preset")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--prompt", type=int, default=8, help="tokens of the prompt")
@@ -205,7 +218,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         serving = Serving(options, Path(folder))
         for what in options.only or ["tokens", "switches", "mixed", "loading", "adding"]:
-            table = Table(title=f"{what}: {options.preset} {options.dtype}, density {options.density:g}, one thread")
+            of = options.model or options.preset
+            table = Table(title=f"{what}: {of} {options.dtype}, density {options.density:g}, one thread")
             for heading in ("way", "processor ms", "ratio to the first (quartiles)"):
                 table.add_column(heading, justify="left" if heading == "way" else "right")
             ways = getattr(serving, what)()

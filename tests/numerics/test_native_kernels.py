@@ -19,7 +19,10 @@ from peft_sparse.core.backends import native, reference, sddmm
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
-from peft_sparse.core.parts import Parts, add_parts_
+from peft_sparse.core.parts import FEW_ROWS, Parts, add_parts_, most_rows
+from peft_sparse.errors import SelectionError
+from peft_sparse.optim import sm3
+from peft_sparse.selection.top_k import top_k
 from tests.support.ops import make_case, sparse_linear, support
 from tests.support.oracle import relative_error
 
@@ -92,6 +95,18 @@ class TestProductByParts:
         for one, other in zip(by_parts, outcome(), strict=True):
             assert relative_error(one, other.double()) < 1e-6
         assert len(added) == 3
+
+
+class TestMostRows:
+    def test_more_rows_for_larger_and_sparser_weights_and_fewer_in_bfloat16(self):
+        def rows(size, density, dtype=torch.float32):
+            return most_rows(int(size * size * density), (size, size), dtype=dtype)
+
+        assert rows(64, 0.01) == 0 < rows(512, 0.01) < rows(1024, 0.01) < rows(2048, 0.01) <= FEW_ROWS
+        assert rows(2048, 0.3) < rows(2048, 0.05) < rows(2048, 0.01)
+        assert rows(8192, 0.001) == FEW_ROWS
+        assert rows(2048, 0.01, torch.bfloat16) == 32 >= rows(512, 0.01, torch.bfloat16) > 0
+        assert rows(512, 0.9) <= 16
 
 
 class TestUpToDate:
@@ -358,3 +373,108 @@ def test_threads_share_the_work(monkeypatch):
     assert relative_error(alone, exact) < 1e-6
     assert relative_error(together, exact) < 1e-6
     assert not torch.equal(alone, together)  # the sums were really parted
+
+
+class TestAbove:
+    @pytest.mark.parametrize("by_kernels", [True, False])
+    def test_top_k_of_many_is_that_of_a_sort(self, monkeypatch, by_kernels):
+        if not by_kernels:
+            monkeypatch.setattr(native, "_found", [None])
+        scores = random(2**18 + 5).mul(50).round().view(3, -1)
+        found = top_k(scores, 3000, name="scores")
+        wanted = scores.flatten().sort(descending=True, stable=True).indices[:3000].sort().values
+        assert torch.equal(found.long(), wanted)
+        scores[1, 7] = float("nan")
+        with pytest.raises(SelectionError, match="scores of scores contain NaN"):
+            top_k(scores, 3000, name="scores")
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    def test_finds_what_reaches_the_threshold(self, kernels, dtype):
+        scores = random(1000)
+        scores[[3, 500]] = 1.25
+        where, values = kernels.above(scores, 1.25, at_most=1000, dtype=dtype)
+        assert torch.equal(where, (scores >= 1.25).nonzero().squeeze(1).to(dtype))
+        assert torch.equal(values, scores[where.long()])
+        assert kernels.above(scores, 1.25, at_most=where.numel(), dtype=dtype) is not None
+        assert kernels.above(scores, 1.25, at_most=where.numel() - 1, dtype=dtype) is None
+        scores[999] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            kernels.above(scores, 1.25, at_most=1000, dtype=dtype)
+
+
+class TestCovers:
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_against_float64_and_the_plain_way(self, monkeypatch, kernels, wide):
+        indices = support(40 * 30, 300)
+        indices = indices.long() if wide else indices.int()
+        own = [random(40, seed=1).abs(), random(30, seed=2).abs()]
+        plain, exact = [t.clone() for t in own], [t.double() for t in own]
+        for step in range(4):
+            gradient = random(300, seed=10 + step)
+            fast = sm3.accumulate(gradient, *own, indices)
+            with monkeypatch.context() as patch:
+                patch.setattr(native, "_found", [None])
+                slow = sm3.accumulate(gradient, *plain, indices)
+                wanted = sm3.accumulate(gradient.double(), *exact, indices)
+            for found, other, oracle in zip((fast, *own), (slow, *plain), (wanted, *exact), strict=True):
+                torch.testing.assert_close(found.double(), oracle, rtol=1e-6, atol=0)
+                torch.testing.assert_close(found, other, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("where", ["gradient", "accumulator"])
+    def test_a_nan_goes_where_the_plain_way_lets_it_go(self, monkeypatch, kernels, where):
+        def outcome():
+            rows, columns, gradient = torch.ones(4), torch.ones(5), torch.ones(6)
+            (gradient if where == "gradient" else columns)[2] = float("nan")
+            sm3.accumulate_all([(gradient, rows, columns, torch.arange(0, 18, 3).int())])
+            return rows, columns
+
+        found = outcome()
+        monkeypatch.setattr(native, "_found", [None])
+        for one, other in zip(found, outcome(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        assert any(tensor.isnan().any() for tensor in found)
+
+    @pytest.mark.parametrize("beyond", [20, -21])
+    def test_an_index_beyond_the_matrix_is_never_written(self, kernels, beyond):
+        rows, columns = torch.zeros(4), torch.zeros(5)
+        indices = torch.tensor([3, beyond], dtype=torch.int32)
+        assert kernels.cover_([(torch.ones(2), rows, columns, indices, None)]) == 0
+        assert not rows.any()
+        assert not columns.any()
+
+    def test_indices_in_any_order(self, kernels):
+        rows, columns, order = torch.rand(4), torch.rand(5), torch.tensor([19, 3, 7, 18, 0, 4])
+        own = [rows.clone(), columns.clone()]
+        estimate = sm3.accumulate(order.float(), rows, columns, order)
+        where = order.argsort()
+        assert torch.equal(sm3.accumulate(order[where].float(), *own, order[where]), estimate[where])
+        assert torch.equal(own[0], rows)
+        assert torch.equal(own[1], columns)
+
+
+class TestKeepAndWrite:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_writes_what_an_overlay_writes_and_puts_it_back(self, kernels, dtype, wide):
+        weights = [random(400, dtype=dtype, seed=i) for i in range(3)]
+        places = [support(400, size, seed=size) for size in (60, 0, 90)]
+        places = [place.long() if wide else place.int() for place in places]
+        values = [random(place.numel(), seed=place.numel()) for place in places]
+        before, wanted = [weight.clone() for weight in weights], []
+        for weight, place, value in zip(weights, places, values, strict=True):
+            copy = weight.clone()
+            Overlay([place]).write_(copy, [value])
+            wanted.append(copy)
+        kept = [torch.empty(place.numel(), dtype=dtype) for place in places]
+        pieces = list(zip(weights, places, kept, values, strict=True))
+        assert kernels.keep_and_write_(pieces)
+        assert all(torch.equal(one, other) for one, other in zip(weights, wanted, strict=True))
+        kernels.write_back_([(weight, place, own, None) for weight, place, own, _ in pieces])
+        assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+    def test_tells_what_is_not_finite(self, kernels, value):
+        flat, kept = torch.full((8,), 3.4e38), torch.empty(1)
+        values = torch.tensor([value])
+        assert not kernels.keep_and_write_([(flat, torch.tensor([5], dtype=torch.int32), kept, values)])
+        assert kept.tolist() == flat[:1].tolist()

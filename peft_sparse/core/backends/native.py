@@ -17,6 +17,8 @@ import stat
 import subprocess
 import threading
 import time
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,11 +42,19 @@ _SIGNATURES = {
     "add_product": ("ppnppp", None),
     "bring_up_to_date": ("ippinpp", "n"),
     "unchanged": ("ppp", "i"),
+    "keep_and_write": ("np", "i"),
+    "write_back": ("np", None),
+    "cover": ("np", "n"),
+    "above": ("pnfnpip", "n"),
     "take": ("ippinp", None),
     "put": ("ippinp", None),
     "merge": ("nppipppp", "n"),
 }
-_C_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
+_C_TYPES = {"f": ctypes.c_float, "i": ctypes.c_int, "n": ctypes.c_int64, "p": ctypes.c_void_p}
+# A weight's memory, positions in it, what is kept of it there, and what is added.
+Piece = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# Gradients, accumulators of rows and columns, indices, and where estimates go.
+Cover = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Kernels:
@@ -155,6 +165,63 @@ class Kernels:
     def _move(self, which: str, flat: Tensor, indices: Tensor, entries: Tensor) -> None:
         where = indices.data_ptr(), int(indices.dtype == torch.int64), indices.numel(), entries.data_ptr()
         getattr(self, f"_{which}")(flat.element_size(), flat.data_ptr(), *where)
+
+    def keep_and_write_(self, pieces: Sequence[Piece]) -> bool:
+        """Keep what is in weights and write it with values added, all in one pass; returns whether that is finite.
+
+        Args:
+            pieces: (flat, indices, originals, values) of each weight: [numel] float32 or bfloat16; [k] sorted, unique
+                positions in it; [k] in the dtype of `flat`, where its entries are kept; [k] float32, rounded once with
+                the entry that they are added to. All are contiguous, and no memory is in two of them.
+        """
+        table = _addresses(pieces)
+        return bool(self._keep_and_write(len(pieces), table.buffer_info()[0]))  # type: ignore[attr-defined]
+
+    def write_back_(self, pieces: Sequence[Piece]) -> None:
+        """Write what `keep_and_write_` kept; its values are not read, and may be None."""
+        table = _addresses(pieces)
+        self._write_back(len(pieces), table.buffer_info()[0])  # type: ignore[attr-defined]
+
+    def cover_(self, covers: Sequence[Cover]) -> int:
+        """Bring accumulators of matrices up to date with gradients of some entries, see `optim.sm3.accumulate`.
+
+        Args:
+            covers: (gradients [k], accumulators of the rows [O] and of the columns [I], indices [k], estimates [k] to
+                be filled or None) of each matrix: contiguous, float32 but for the indices.
+
+        Returns:
+            how many were brought up to date: all of them, or those before the first with an index beyond its matrix or
+            with a NaN.
+        """
+        table: list[int] = []
+        for gradients, rows, columns, indices, estimates in covers:
+            table += (gradients.data_ptr(), rows.data_ptr(), rows.numel(), columns.data_ptr(), columns.numel())
+            found = 0 if estimates is None else estimates.data_ptr()
+            table += (indices.data_ptr(), indices.numel(), found, indices.dtype is torch.int64)
+        packed = array("q", table)
+        return int(self._cover(len(covers), packed.buffer_info()[0]))  # type: ignore[attr-defined]
+
+    def above(
+        self, scores: Tensor, threshold: float, *, at_most: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Positions and values of the scores that reach a threshold, in their order; None if they are too many.
+
+        Args:
+            scores: contiguous float32.
+            threshold: a number of float32.
+            at_most: how many they may be.
+            dtype: of the positions, int32 or int64.
+
+        Raises:
+            ValueError: a score is NaN.
+        """
+        most = min(at_most, scores.numel())
+        positions, values = torch.empty(most, dtype=dtype), torch.empty(most)
+        places = positions.data_ptr(), int(dtype is torch.int64), values.data_ptr()
+        found: int = self._above(scores.data_ptr(), scores.numel(), threshold, most, *places)  # type: ignore[attr-defined]
+        if found < 0:
+            raise ValueError("a score is NaN")
+        return None if found > most else (positions[:found].clone(), values[:found].clone())
 
     def merge(
         self, supports: list[Tensor], values: list[Tensor] | None = None, factors: list[float] | None = None
@@ -278,6 +345,17 @@ class Image:
     def is_of(self, values: Tensor, weight: Tensor) -> bool:
         """Whether values and weight, contiguous and of the same sizes and dtypes as then, have the same bits."""
         return bool(self._call(self._address, values.data_ptr(), weight.data_ptr()))
+
+
+def _addresses(pieces: Sequence[Piece]) -> array[int]:
+    """The table of pieces that the kernels read."""
+    table: list[int] = []
+    for flat, indices, originals, values in pieces:
+        table += (
+            *(flat.data_ptr(), indices.data_ptr(), indices.numel(), originals.data_ptr()),
+            *(0 if values is None else values.data_ptr(), _TYPES[flat.dtype], indices.dtype is torch.int64),
+        )
+    return array("q", table)
 
 
 def _in_rows(matrix: Tensor) -> Tensor:

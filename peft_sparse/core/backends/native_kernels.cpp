@@ -371,6 +371,132 @@ void put(T* to, const I* indices, int64_t count, const T* from) {
     }
 }
 
+// Entries of one of the weights that are written into at once; each member has the width of an int64 in `native.py`.
+struct Piece {
+    void* weight;
+    const void* indices;
+    int64_t count;
+    void* originals;
+    const float* values;
+    int64_t type, is_wide;
+};
+
+template <class T, class I>
+struct Entry {
+    T* weight;
+    const I* indices;
+    T* originals;
+
+    explicit Entry(const Piece& p)
+        : weight(static_cast<T*>(p.weight)), indices(static_cast<const I*>(p.indices)),
+          originals(static_cast<T*>(p.originals)) {}
+
+    void fetch(int64_t e) const { __builtin_prefetch(weight + indices[e], 1); }
+};
+
+// The first entries of a piece: the loop over the one before it asks for no more than its own.
+template <class T, class I>
+void fetch_first(const Piece& p) {
+    const Entry<T, I> entry(p);
+    for (int64_t e = 0; e < p.count && e < AHEAD; ++e) entry.fetch(e);
+}
+
+// Keeps what is there and writes what it is with the values; returns whether all of that is finite.
+template <class T, class I>
+bool keep_and_write(const Piece& p) {
+    const Entry<T, I> entry(p);
+    bool finite = true;
+    for (int64_t e = 0; e < p.count; ++e) {
+        if (e + AHEAD < p.count) entry.fetch(e + AHEAD);
+        T& place = entry.weight[entry.indices[e]];
+        T wanted;
+        narrow(widened(place) + p.values[e], wanted);
+        entry.originals[e] = place;
+        place = wanted;
+        const float written = widened(wanted);
+        finite &= written - written == 0;
+    }
+    return finite;
+}
+
+template <class T, class I>
+void write_back(const Piece& p) {
+    const Entry<T, I> entry(p);
+    for (int64_t e = 0; e < p.count; ++e) {
+        if (e + AHEAD < p.count) entry.fetch(e + AHEAD);
+        entry.weight[entry.indices[e]] = entry.originals[e];
+    }
+}
+
+// Positions and values of the numbers that reach a threshold, up to `most` of them; returns how many reach it, -1 if one
+// is NaN.
+template <class I>
+int64_t above(const float* numbers, int64_t count, float threshold, int64_t most, I* positions, float* values) {
+    int64_t found = 0;
+    bool is_nan = false;
+    for (int64_t e = 0; e < count; ++e) {
+        is_nan |= numbers[e] != numbers[e];
+        if (numbers[e] < threshold) continue;
+        if (found < most) {
+            positions[found] = static_cast<I>(e);
+            values[found] = numbers[e];
+        }
+        ++found;
+    }
+    return is_nan ? -1 : found;
+}
+
+// SM3's accumulators of a matrix, and the gradients of some of its entries; each member is an int64 in `native.py`.
+struct Cover {
+    const float* gradients;
+    float* rows;
+    int64_t num_rows;
+    float* columns;
+    int64_t num_columns;
+    const void* indices;
+    int64_t count;
+    float* estimates;  // may be null
+    int64_t is_wide;
+};
+
+inline bool has_nan(const float* numbers, int64_t count) {
+    bool found = false;
+    for (int64_t e = 0; e < count; ++e) found |= numbers[e] != numbers[e];
+    return found;
+}
+
+// Returns false, and has changed nothing, if an index is beyond the matrix or something is NaN: torch knows what to make
+// of that.
+template <class I>
+bool cover(const Cover& p) {
+    const I* indices = static_cast<const I*>(p.indices);
+    I least = 0, most = -1;
+    for (int64_t e = 0; e < p.count; ++e) {
+        least = indices[e] < least ? indices[e] : least;
+        most = indices[e] > most ? indices[e] : most;
+    }
+    if (least < 0 || most >= p.num_rows * p.num_columns) return false;
+    if (has_nan(p.gradients, p.count) || has_nan(p.rows, p.num_rows) || has_nan(p.columns, p.num_columns)) return false;
+    // All estimates are of the accumulators as they were before this update.
+    const std::vector<float> rows(p.rows, p.rows + p.num_rows), columns(p.columns, p.columns + p.num_columns);
+    for (int64_t e = 0; e < p.count;) {
+        const int64_t row = indices[e] / p.num_columns, start = row * p.num_columns;
+        const float of_row = rows[row];
+        float most_of_row = of_row;
+        for (; e < p.count && indices[e] >= start && indices[e] < start + p.num_columns; ++e) {
+            const int64_t column = indices[e] - start;
+            const float of_column = columns[column];
+            const float estimate = (of_column < of_row ? of_column : of_row) + p.gradients[e] * p.gradients[e];
+            if (p.estimates) p.estimates[e] = estimate;
+            most_of_row = estimate > most_of_row ? estimate : most_of_row;
+            const float before = p.columns[column];
+            p.columns[column] = estimate > before ? estimate : before;
+        }
+        if (most_of_row > p.rows[row]) p.rows[row] = most_of_row;
+    }
+    return true;
+}
+
 // What memory held at a time.
 struct Image {
     const void* values;
@@ -504,6 +630,39 @@ int64_t peft_sparse_bring_up_to_date(int type, void* weight, const void* indices
                                                           static_cast<const I*>(indices), count,
                                                           static_cast<const bfloat16*>(originals), values)))
     return changed;
+}
+
+#define OF_PIECE(CALL, P)                                                                                              \
+    ((P).type == 0 ? ((P).is_wide ? CALL<float, int64_t>(P) : CALL<float, int32_t>(P))                                 \
+                   : ((P).is_wide ? CALL<bfloat16, int64_t>(P) : CALL<bfloat16, int32_t>(P)))
+
+int peft_sparse_keep_and_write(int64_t num, const Piece* pieces) {
+    bool finite = true;
+    for (int64_t n = 0; n < num; ++n) {
+        if (n + 1 < num) OF_PIECE(fetch_first, pieces[n + 1]);
+        finite &= OF_PIECE(keep_and_write, pieces[n]);
+    }
+    return finite;
+}
+
+void peft_sparse_write_back(int64_t num, const Piece* pieces) {
+    for (int64_t n = 0; n < num; ++n) {
+        if (n + 1 < num) OF_PIECE(fetch_first, pieces[n + 1]);
+        OF_PIECE(write_back, pieces[n]);
+    }
+}
+
+int64_t peft_sparse_above(const float* numbers, int64_t count, float threshold, int64_t most, void* positions,
+                          int is_wide, float* values) {
+    if (is_wide) return above<int64_t>(numbers, count, threshold, most, static_cast<int64_t*>(positions), values);
+    return above<int32_t>(numbers, count, threshold, most, static_cast<int32_t*>(positions), values);
+}
+
+// Returns how many of the matrices were brought up to date: all, or those before the first that cannot be.
+int64_t peft_sparse_cover(int64_t num, const Cover* covers) {
+    for (int64_t n = 0; n < num; ++n)
+        if (!(covers[n].is_wide ? cover<int64_t>(covers[n]) : cover<int32_t>(covers[n]))) return n;
+    return num;
 }
 
 // Entries of a tensor whose elements are 2, 4 or 8 bytes wide, out of it and into it.

@@ -89,10 +89,20 @@ class GradientTap:
         self._handle: RemovableHandle | None = None
         # Watched active weights, while positions come and go.
         self._probes: Tensor | None = None
+        # What `_active_watched` found for which positions and support.
+        self._known_active: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins between two updates.
-        return {**vars(self), "_current": None, "_uses": None, "_pass": -1, "_handle": None, "_probes": None}
+        return {
+            **vars(self),
+            "_current": None,
+            "_uses": None,
+            "_pass": -1,
+            "_handle": None,
+            "_probes": None,
+            "_known_active": None,
+        }
 
     @property
     def is_nominating(self) -> bool:
@@ -154,8 +164,8 @@ class GradientTap:
         self._current = gradient if self._current is None else self._current.add_(gradient)
 
     def _nominate(self, gradient: Tensor) -> Estimate:
-        nominees = self._largest(self._weighed(gradient.abs()), self._num_candidates)
-        return zero_estimate(nominees, self._choose_probes(gradient.abs()))
+        size = gradient.abs()
+        return zero_estimate(self._largest(self._weighed(size), self._num_candidates), self._choose_probes(size))
 
     def _weighed(self, size: Tensor, where: Tensor | None = None) -> Tensor:
         """Sizes of gradients, of the whole tensor or at some positions, as they are ranked."""
@@ -260,8 +270,7 @@ class GradientTap:
         if current is None or self.estimate is None:
             return False
         # Gradients that were set to zero; those that are zero say nothing: a batch may miss every tuned row.
-        _, is_active = positions(self._delta.indices, self.estimate.indices)
-        return not bool(held.grad.any()) and bool(current[is_active].any())
+        return not bool(held.grad.any()) and bool(current[self._active_watched()[0]].any())
 
     def uncertain(self, num_replaced: int) -> tuple[int, int]:
         """How many candidates lie too near the cut to be sure of their side, and how many are to be grown.
@@ -295,11 +304,23 @@ class GradientTap:
         """
         if bool(torch.isfinite(given).all()):
             return True
-        _, is_active = positions(self._delta.indices, self.estimate.indices)
-        if not bool(torch.isfinite(given[is_active]).all()):
+        if not bool(torch.isfinite(given[self._active_watched()[0]]).all()):
             raise not_finite(self._name, what)
         self.met_infinity = True
         return False
+
+    def _active_watched(self) -> tuple[Tensor, Tensor]:
+        """Which of the watched positions are tuned, and where they are among the tuned ones: [n] int64 each.
+
+        Cost: a search for each watched position, once for these and this support.
+        """
+        indices, version = self.estimate.indices, self._delta.support_version
+        known = self._known_active
+        if known is None or known[0] is not indices or known[1] != version:
+            where, is_active = positions(self._delta.indices, indices)
+            watched = is_active.nonzero().squeeze(1)
+            known = self._known_active = indices, version, watched, where[watched]
+        return known[2:]
 
     def scale_terms(self, given: Tensor) -> tuple[float, float]:
         """<g, r> and <r, r> over the probes: the gradient g that the optimizer sees, and r that the backwards gave.
@@ -312,12 +333,13 @@ class GradientTap:
         gradient = self._delta.held_values.grad
         if gradient is None:
             return 0.0, 0.0
-        where, is_active = positions(self._delta.indices, self.estimate.indices)
+        watched, active = self._active_watched()
         if self._probes is not None:
             # What came in with a later micro-batch has not seen all of the update.
-            is_active = is_active & positions(self._probes, self.estimate.indices)[1]
-        seen = whole(gradient).to(given.device)[where[is_active]].double()
-        probes = given[is_active].double()
+            is_probe = positions(self._probes, self.estimate.indices[watched])[1]
+            watched, active = watched[is_probe], active[is_probe]
+        seen = whole(gradient).to(given.device)[active].double()
+        probes = given[watched].double()
         return float(seen @ probes), float(probes @ probes)
 
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from ...core.sharded import is_sharded, whole
 from ...optim.reindex import Seeds
-from ...optim.sm3 import SM3, accumulate
+from ...optim.sm3 import SM3, accumulate_all
 from ...selection.momentum import grow_candidates, momentum_estimate
 from ...selection.replacement import Candidates
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
@@ -42,24 +42,30 @@ class MomentumCovers:
         Raises:
             SelectionError: a gradient is not finite.
         """
+        updates = []
         for name in names:
             delta = self._deltas.get(name)
             if delta is None:
                 continue
             self._updates[name] = self._updates.get(name, 0) + 1
-            gradient = delta.held_values.grad
-            gathered = whole(gradient).float()
+            held = delta.held_values
+            gradient = held.grad
+            gathered = whole(gradient)
             if is_sharded(gradient) and not bool(torch.isfinite(gathered).all()):
                 raise not_finite(name, "an update")
             if isinstance(optimizer, SM3):
-                held = delta.held_values
-                self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
+                known, state = self._covers.get(name), optimizer.state.get(held, {})
+                if known is None or known[0] is not state.get("accumulator_0"):
+                    # They are the optimizer's own tensors from then on; it looks for each among all deltas.
+                    self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
                 continue
             if name not in self._covers:
                 rows, columns = delta.shape[0], delta.numel // delta.shape[0]
                 zeros = torch.zeros(rows + columns, dtype=torch.float32, device=delta.indices.device)
                 self._covers[name] = zeros[:rows], zeros[rows:].clone()
-            accumulate(gathered.to(delta.indices.device), *self._covers[name], delta.indices)
+            gathered = gathered.to(delta.indices.device, torch.float32)
+            updates.append((gathered, *self._covers[name], delta.indices))
+        accumulate_all(updates)
 
     def candidates(self, wanted: Mapping[str, int]) -> dict[str, Candidates]:
         """The untuned weights with the largest estimates.

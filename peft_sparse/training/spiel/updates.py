@@ -172,5 +172,9 @@ def first_not_finite(deltas: Mapping[str, AdapterDelta], names: Iterable[str]) -
     if not whole_ones:
         return None
     device = whole_ones[0][1].device
+    # Norms of finite numbers may overflow, but those of others are never finite.
+    norms = torch._foreach_norm([grad for _, grad in whole_ones])
+    if bool(torch.stack([norm.to(device, torch.float64) for norm in norms]).isfinite().all()):
+        return None
     finite = torch.stack([torch.isfinite(grad).all().to(device) for _, grad in whole_ones])
     return None if bool(finite.all()) else whole_ones[int((~finite).int().argmax())][0]

@@ -108,11 +108,14 @@ class AdaSftModel(WeightTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_unloading(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+        layers = self.tuned_layers()
         if not merge:
             self._restore()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        for layer in layers:
+            layer._shown.end()
         if merge:
             forget_broken_ties(model)
         self._as_before(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import nn
@@ -50,6 +50,40 @@ def modules_around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         slots = module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ()
         inside = [(name, child) for name, child in module._modules.items() if child is not None and name not in slots]
         waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inside)]
+
+
+class KnownModules:
+    """What `modules_around_adapters` finds in a model, walked anew where a module has other children than it had then.
+
+    For what is asked of a whole model at every switch of adapters. A copy knows nothing.
+
+    Attributes:
+        modules: what was found last, in the order of the model; not to be changed.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._model: nn.Module | None = None
+        self._children: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+        self._of_kind: dict[type, list[Any]] = {}
+
+    def __reduce__(self) -> tuple[type[KnownModules], tuple[()]]:
+        return KnownModules, ()
+
+    def see(self, model: nn.Module) -> KnownModules:
+        """Look whether it is all as it was, and walk if not; returns itself."""
+        if model is not self._model or any(module._modules != held for module, held in self._children):
+            self.modules = [module for _, module in modules_around_adapters(model)]
+            self._children = [(module, dict(module._modules)) for module in self.modules]
+            self._model, self._of_kind = model, {}
+        return self
+
+    def of_kind(self, kind: type[_Layer]) -> list[_Layer]:
+        """Those of a class, as they were seen last; not to be changed."""
+        found = self._of_kind.get(kind)
+        if found is None:
+            found = self._of_kind[kind] = [module for module in self.modules if isinstance(module, kind)]
+        return found
 
 
 def modules_of_adapter(model: nn.Module, adapter_name: str) -> Iterator[nn.Module]:

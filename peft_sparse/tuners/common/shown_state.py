@@ -31,7 +31,7 @@ class ShownState:
         self._ref = weakref.ref(layer)
         self._handles: list[RemovableHandle] = []
         # {parameter: how many held its memory before a state dict was taken}
-        self._holders: dict[str, int] = {}
+        self.holders: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a base layer takes its hooks along, and belongs to no layer of ours.
@@ -51,7 +51,10 @@ class ShownState:
             ]
 
     def end(self) -> None:
-        """Nothing is written into them any more."""
+        """Take the hooks off: nothing is written into the parameters any more, or the layer leaves the model.
+
+        Where nothing is written they do nothing.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -62,7 +65,7 @@ class ShownState:
             return
         written = list(layer._written)
         layer.restore()
-        self._holders.update({name: _num_holders(getattr(module, name)) for name in written})
+        self.holders.update({name: _num_holders(getattr(module, name)) for name in written})
 
     def before_loading(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         layer = self._layer
@@ -81,7 +84,7 @@ class ShownState:
 
         Cost: a copy of the parameter, if there is such a state dict.
         """
-        before = self._holders.pop(parameter, None)
+        before = self.holders.pop(parameter, None)
         if before is None or self._layer is None:
             return
         own = getattr(self._layer.get_base_layer(), parameter)
@@ -95,7 +98,7 @@ class _Nobody:
 
 def _forget() -> ShownState:
     shown = ShownState.__new__(ShownState)
-    shown._ref, shown._handles, shown._holders = weakref.ref(_Nobody()), [], {}
+    shown._ref, shown._handles, shown.holders = weakref.ref(_Nobody()), [], {}
     return shown
 
 

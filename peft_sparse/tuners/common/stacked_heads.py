@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, ModulesToSaveWrapper
 
+if TYPE_CHECKING:
+    from .tuner import AdapterTuner
+
 logger = logging.getLogger(__name__)
 
 
-def set_adapters(tuner: BaseTuner, adapter_name: str | Sequence[str], *, inference_mode: bool = False) -> None:
-    """Activate adapters; PEFT's `BaseTuner.set_adapter` refuses several that have heads for the same module.
+def set_adapters(tuner: AdapterTuner, adapter_name: str | Sequence[str], *, inference_mode: bool = False) -> None:
+    """Activate adapters as PEFT's `BaseTuner.set_adapter` does, which refuses several with heads for the same module.
 
     Args:
         tuner: the model that holds them.
@@ -22,29 +27,27 @@ def set_adapters(tuner: BaseTuner, adapter_name: str | Sequence[str], *, inferen
         inference_mode: whether what is activated stays frozen.
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    around = tuner.around
+    layers = around.of_kind(tuner.tuner_layer_cls)
     hidden: dict[str, str] = {}
-    for module in tuner.model.modules():
-        if not isinstance(module, AuxiliaryTrainingWrapper):
-            continue
-        own = names
+    for module in around.of_kind(AuxiliaryTrainingWrapper):
+        own = adapter_name
         if isinstance(module, ModulesToSaveWrapper):
             having = [name for name in dict.fromkeys(names) if name in module.modules_to_save]
-            hidden.update(dict.fromkeys(having[:-1], having[-1] if having else ""))
-            own = [name for name in names if name not in having[:-1]]
+            if len(having) > 1:
+                hidden.update(dict.fromkeys(having[:-1], having[-1]))
+                own = [name for name in names if name not in having[:-1]]
         chosen = module.check_set_adapter(own)
         module.set_adapter(chosen if chosen in module._get_available_adapters() else [], inference_mode=inference_mode)
-    for module in tuner.model.modules():
-        if isinstance(module, tuner.tuner_layer_cls):
-            module.set_adapter(names, inference_mode=inference_mode)
+    merged = [layer for layer in layers if layer.merged]
+    if merged:
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
+        tuner.unmerge_layers(merged)
+    for layer in layers:
+        layer.set_adapter(names, inference_mode=inference_mode)
     tuner.active_adapter = adapter_name if isinstance(adapter_name, str) else names
     for name, last in hidden.items():
         logger.info("Adapter %r has a head of its own, but that of %r acts, the last of the active ones.", name, last)
-
-
-def has_several_heads(tuner: BaseTuner, adapter_name: str | Sequence[str]) -> bool:
-    """Whether several of these adapters have a head for the same module."""
-    names = {adapter_name} if isinstance(adapter_name, str) else set(adapter_name)
-    return any(len(names & set(wrapper.modules_to_save)) > 1 for wrapper in _wrappers(tuner.model))
 
 
 def delete_heads(tuner: BaseTuner, adapter_name: str, left: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -15,13 +15,13 @@ from ...core.names import without_adapter
 from ...errors import ConfigError
 from .adding import adding
 from .announcements import ON_STACK, announce
-from .base_model import modules_around_adapters, path_in_base
+from .base_model import KnownModules, path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, receiving
 from .mixed_batches import give_names, names_by_module
-from .stacked_heads import delete_heads, has_several_heads, set_adapters
+from .stacked_heads import delete_heads, set_adapters
 
 
 class AdapterTuner(BaseTuner):
@@ -116,7 +116,20 @@ class AdapterTuner(BaseTuner):
 
     def tuned_layers(self) -> list[Any]:
         """The layers of this tuner type in the model."""
-        return [m for _, m in modules_around_adapters(self.model) if isinstance(m, self.tuner_layer_cls)]
+        return list(self.around.of_kind(self.tuner_layer_cls))
+
+    @property
+    def around(self) -> KnownModules:
+        """The modules of the model around its adapters, as they are now."""
+        known = vars(self).get("_known_modules")
+        if known is None:
+            known = vars(self)["_known_modules"] = KnownModules()
+        return known.see(self.model)
+
+    def unmerge_layers(self, layers: list[Any]) -> None:
+        """Restore the base weights of some layers, of any tuner."""
+        for layer in layers:
+            layer.unmerge()
 
     def release(self, layer: Any) -> None:
         """Take a layer that leaves the model out of the modules around it."""
@@ -125,10 +138,7 @@ class AdapterTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
-        if has_several_heads(self, adapter_name):
-            set_adapters(self, adapter_name, inference_mode=inference_mode)
-        else:
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
+        set_adapters(self, adapter_name, inference_mode=inference_mode)
         # Not where all were loaded to be used: trainers are slow to import.
         active = self.active_adapters
         if len(active) > 1 and not all(self.peft_config[name].inference_mode for name in active):
@@ -309,20 +319,44 @@ class WeightTuner(AdapterTuner):
             safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
                 infinite in the base weights' dtype are always refused.
         """
-        layers, of_any_tuner = self.tuned_layers(), self._layers_without_offloading()
-        try:
-            for layer in layers:
-                layer.keep_entries(True)
-            self._check_merged(adapter_names, safe_merge=safe_merge, layers=layers)
-            if of_any_tuner is None:
+        layers = self._layers_without_offloading()
+        if layers is None:
+            with self._checked(self.tuned_layers(), adapter_names, safe_merge=safe_merge):
                 super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            return
+        merge, others = self._ready_to_merge(layers, adapter_names)
+        with self._checked(others, adapter_names, safe_merge=safe_merge):
+            if merge is None or merge():
+                for layer in others:
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
                 return
-            self._check_merge_allowed()
-            for layer in of_any_tuner:
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-        finally:
+        with self._checked(layers, adapter_names, safe_merge=safe_merge):
             for layer in layers:
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    @contextmanager
+    def _checked(self, layers: Sequence[Any], adapter_names: list[str] | None, *, safe_merge: bool) -> Iterator[None]:
+        """Refuse what cannot be merged into these layers, of any tuner; what ours read for that, the merge finds."""
+        ours = [layer for layer in layers if isinstance(layer, self.tuner_layer_cls)]
+        try:
+            for layer in ours:
+                layer.keep_entries(True)
+            self._check_merged(adapter_names, safe_merge=safe_merge, layers=ours)
+            if ours:
+                self._check_merge_allowed()
+            yield
+        finally:
+            for layer in ours:
                 layer.keep_entries(False)
+
+    def _ready_to_merge(
+        self, layers: list[Any], adapter_names: list[str] | None
+    ) -> tuple[Callable[[], bool] | None, list[Any]]:
+        """What merges into some of the layers in one pass, if there is that, and the others.
+
+        It changes nothing and returns False where it would have to refuse, or to look closer.
+        """
+        return None, layers
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit."""
@@ -330,15 +364,14 @@ class WeightTuner(AdapterTuner):
         if layers is None:
             super().unmerge_adapter()
             return
-        for layer in layers:
-            layer.unmerge()
+        self.unmerge_layers(layers)
 
     def _layers_without_offloading(self) -> list[Any] | None:
         """The layers of all tuners; None if accelerate keeps weights elsewhere, for which PEFT walks every layer."""
-        around = [module for _, module in modules_around_adapters(self.model)]
-        if any("_hf_hook" in vars(module) for module in around):
+        around = self.around
+        if any("_hf_hook" in vars(module) for module in around.modules):
             return None
-        return [module for module in around if isinstance(module, BaseTunerLayer)]
+        return list(around.of_kind(BaseTunerLayer))
 
     def _check_merged(
         self, adapter_names: list[str] | None, *, safe_merge: bool, layers: Sequence[Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.tuner import WeightTuner
-from . import compose, drivers, state
+from . import compose, drivers, state, together
 from .allocation import Allocation, allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
 from .iteration import iter_deltas, iter_layers
 from .layers.base import SparseLayer
 from .layers.choice import wrapper_for
-from .layers.quantized import warn_of_loss
+from .layers.quantized import QuantizedLinear, warn_of_loss
 from .tied_tensors import mark_tied
 from .unselected import Selection, is_unselected
 from .wrapped import WrappedInTraining
@@ -141,7 +141,17 @@ class SparseModel(WrappedInTraining, WeightTuner):
             safe_merge: refuse values that are not finite, before any layer is touched.
         """
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        warn_of_loss(iter_layers(self.model), way_back="unmerge_adapter() gives the old ones back bit for bit; ")
+        if self.around.of_kind(QuantizedLinear):
+            warn_of_loss(iter_layers(self.model), way_back="unmerge_adapter() gives the old ones back bit for bit; ")
+
+    def _ready_to_merge(
+        self, layers: list[Any], adapter_names: list[str] | None
+    ) -> tuple[Callable[[], bool] | None, list[Any]]:
+        return together.ready_to_merge(layers, adapter_names)
+
+    def unmerge_layers(self, layers: list[Any]) -> None:
+        """Restore the base weights of some layers, of any tuner, bit for bit."""
+        super().unmerge_layers(together.unmerge(layers))
 
     def merge_and_unload(
         self,
@@ -184,6 +194,8 @@ class SparseModel(WrappedInTraining, WeightTuner):
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        for _, layer in layers:
+            layer._shown.end()
         if merge:
             warn_of_loss(layers, way_back="")
             forget_broken_ties(model)

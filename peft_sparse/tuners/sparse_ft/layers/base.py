@@ -28,7 +28,7 @@ from .quick import ActiveWeights
 from .written import Written, flat, is_all_there, is_another
 
 # How many unions of supports a tensor remembers, for sets of adapters that take turns.
-_NUM_OVERLAYS = 4
+NUM_OVERLAYS = 4
 
 
 class SparseLayer(WeightLayer):
@@ -59,8 +59,9 @@ class SparseLayer(WeightLayer):
         self._checked: dict[str, tuple[tuple[Any, ...], Tensor]] | None = None
         self._overlays: dict[tuple[Any, ...], Overlay] = {}
         self._active: ActiveWeights | None = None
-        # {adapter: its deltas alone}, for batches that name an adapter for each example.
-        self._named: dict[str, ActiveWeights] = {}
+        # {adapter: its deltas alone}, for batches that name an adapter for each example, and of adapters that act
+        # together, by their names.
+        self._named: dict[str | tuple[str, ...], ActiveWeights] = {}
         # How often writing into the base parameters began, and how much of it is under way: the quick forward of linear
         # layers locks nothing, and looks at both.
         self._num_writes, self._num_writing = 0, 0
@@ -111,6 +112,16 @@ class SparseLayer(WeightLayer):
         held = self.deltas_of(parameter)
         names = self.active_adapters if adapters is None else adapters
         return [held[name] for name in names if name in held and held[name].takes_part]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, and which values train (PEFT's method, without walks over single parameters)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for parameter in PARAMETERS:
+            for name, delta in self._modules[f"sparse_ft_{parameter}"]._modules.items():
+                values, trains = delta._parameters["values"], name in names and not inference_mode
+                if values.requires_grad is not trains and values.is_leaf:
+                    values.requires_grad_(trains)
+        self._active_adapter = names
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, out of the base parameters first if it is there."""
@@ -201,7 +212,7 @@ class SparseLayer(WeightLayer):
             found = Overlay([d.indices for d in deltas])
             # In one step: other threads look into it meanwhile.
             own = [k for k in self._overlays if k[0] == parameter]
-            gone = own[: max(0, len(own) - _NUM_OVERLAYS + 1)]
+            gone = own[: max(0, len(own) - NUM_OVERLAYS + 1)]
             self._overlays = {**{k: v for k, v in self._overlays.items() if k not in gone}, key: found}
         return key, found
 

@@ -104,7 +104,11 @@ class AdapterDelta(NeverOffloaded):
     @property
     def held_values(self) -> nn.Parameter:
         """The parameter that optimizers hold: `values`, or what takes its place outside of FSDP2's passes."""
-        return self._shards[0] if self._shards else self.values
+        if self._shards:
+            return self._shards[0]
+        # `self.values` is slow, and every step asks every delta several times.
+        values = self._parameters.get("values")
+        return self.values if values is None else values  # type: ignore[return-value]
 
     @property
     def numel(self) -> int:

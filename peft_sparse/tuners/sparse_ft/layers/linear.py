@@ -16,12 +16,14 @@ from torch.compiler import is_compiling
 
 from ...._peft_bridge import BaseTunerLayer
 from ....core import ops
+from ....core.backends.native import kernels
 from ....core.overlay import Overlay
 from ....core.parts import GetParts, Parts, add_parts_, takes_parts
 from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
-from .base import PARAMETERS, SparseLayer
+from .base import NUM_OVERLAYS, PARAMETERS, SparseLayer
 from .delta import AdapterDelta
 from .quick import ActiveWeights, Snapshot
+from .written import DTYPES, Written, can_be_put_back, is_whole
 
 
 class Linear(SparseLayer):
@@ -59,7 +61,7 @@ class Linear(SparseLayer):
             return output_of(base, x)
         active, writes = self._active, self._num_writes
         if active is None or not active.holds(base._parameters.get("weight"), self._active_adapter):
-            active = self._active = self._find_active(base, self._active_adapter)
+            active = self._active = self.acting(base, self._active_adapter)
         if active is None or has_hooks(base):
             return None
         result = None
@@ -77,9 +79,46 @@ class Linear(SparseLayer):
             if not self.num_resident:
                 return None
             if not active.is_written_in(self._written):
-                self.write_entries("weight", active.key, active.overlay, active.values)
+                if not self._exchanged(active):
+                    self.write_entries("weight", active.key, active.overlay, active.values)
                 self._written["weight"].snapshot = Snapshot(active, active.values)
             return output_of(base, x)
+
+    def _exchanged(self, active: ActiveWeights) -> bool:
+        """Restore what is written into the weight and write what acts now, in one pass each; False if neither is done.
+
+        `write_entries` does the same in three passes, and takes the hooks of state dicts off and puts them on again.
+        """
+        native, before, holders = kernels(), self._written.get("weight"), self._shown.holders
+        if native is None or before is None or before.key == active.key or "weight" in holders:
+            return False
+        weight, values = active.weight, active.total()
+        if values is None or not can_be_put_back(before, weight) or not is_writable(active):
+            return False
+        kept = torch.empty(values.numel(), dtype=weight.dtype)
+        with self._writing():
+            native.write_back_([(weight, before.overlay.support, before.originals, None)])
+            native.keep_and_write_([(weight, active.overlay.support, kept, values)])
+            now = Written(active.key, active.overlay, originals=kept, shape=active.shape, target=weight)
+            self._written["weight"] = now
+        return True
+
+    def acting(self, base: nn.Module, names: str | list[str]) -> ActiveWeights | None:
+        """The deltas of some adapters on the weight of `base`, the base layer, if that and they are all that acts."""
+        key = names if isinstance(names, str) else tuple(names)
+        active = self._named.get(key)
+        if active is None or not active.holds(base._parameters.get("weight"), names):
+            active = self._find_active(base, names)
+            if active is not None:
+                self._named = {**self._without_oldest(key), key: active}
+        return active
+
+    def _without_oldest(self, key: str | tuple[str, ...]) -> dict[str | tuple[str, ...], ActiveWeights]:
+        """What is known by names, without the oldest of several adapters if there are too many: each holds a union."""
+        known = self._named
+        several = [k for k in known if len(k) > 1 and not isinstance(k, str) and k != key]
+        gone = several[: max(0, len(several) - NUM_OVERLAYS + 1)]
+        return {k: v for k, v in known.items() if k not in gone}
 
     def _find_active(self, base: nn.Module, names: str | list[str]) -> ActiveWeights | None:
         """The deltas of some adapters, if the base layer and they are all that acts."""
@@ -119,12 +158,9 @@ class Linear(SparseLayer):
         for name, first, count in _runs(adapter_names):
             if not self.acts(name):
                 continue
-            active = self._named.get(name)
-            if active is None or not active.holds(base._parameters.get("weight"), name):
-                active = self._find_active(base, name)
-                if active is None:
-                    return None
-                self._named[name] = active
+            active = self.acting(base, name)
+            if active is None:
+                return None
             product = active.product_with(x, count * rows)
             if product is None:
                 return None
@@ -223,6 +259,11 @@ class Linear(SparseLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.fan_in_fan_out
+
+
+def is_writable(active: ActiveWeights) -> bool:
+    """Whether kernels can write what acts into its weight, which is as `ActiveWeights.holds` wants it."""
+    return active.weight.dtype in DTYPES and active.overlay.fits(active.weight) and is_whole(active.weight)
 
 
 def _runs(names: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -224,7 +224,7 @@ def warn_of_loss(layers: Iterable[tuple[str, Linear]], *, way_back: str) -> None
         layers: (name, layer) of the whole model.
         way_back: what the user can still do about it.
     """
-    errors = {n: e for n, layer in layers if (e := getattr(layer, "merge_error", None)) is not None}
+    errors = {n: e for n, layer in layers if (e := vars(layer).get("merge_error")) is not None}
     if not errors:
         return
     total = sum(errors.values(), MergeError())

@@ -42,7 +42,7 @@ class ActiveWeights:
     # Slots, for they lie together in memory, and nothing of a layer is in a cache any more when its turn comes.
     __slots__ = (
         *("weight", "key", "overlay", "_adapters", "_deltas", "_dtype", "_fan_in_fan_out", "_most_rows"),
-        *("_num_entries", "_num_inputs", "_numel", "_product", "_shape", "_watched"),
+        *("_num_entries", "_num_inputs", "_numel", "_probes", "_product", "_watched", "shape"),
     )
 
     def __init__(
@@ -59,12 +59,13 @@ class ActiveWeights:
     ) -> None:
         self.weight, self.key, self.overlay, self._deltas = weight, key, overlay, deltas
         self._adapters = adapters if isinstance(adapters, str) else list(adapters)
-        self._shape, self._dtype, self._numel = shape, weight.dtype, weight.numel()
+        self.shape, self._dtype, self._numel = shape, weight.dtype, weight.numel()
         self._watched = [(delta, delta.support_version) for delta in watched]
         self._fan_in_fan_out = fan_in_fan_out
         self._num_inputs = max(1, shape[0 if fan_in_fan_out else 1])
         self._num_entries = overlay.support.numel()
-        self._most_rows = most_rows(self._num_entries, shape)
+        self._most_rows = most_rows(self._num_entries, shape, dtype=self._dtype)
+        self._probes: Tensor | None = None
         self._product: tuple[Kernels, SparseProduct] | None = None
 
     def holds(self, weight: Tensor | None, adapters: str | list[str]) -> bool:
@@ -85,6 +86,14 @@ class ActiveWeights:
         own = written.get("weight")
         snapshot = None if own is None else own.snapshot
         return snapshot is not None and snapshot.active is self and snapshot.is_current(self.values)
+
+    @property
+    def probes(self) -> Tensor:
+        """[n] int64 positions in the weight, spread over the union of the supports."""
+        if self._probes is None:
+            support = self.overlay.support
+            self._probes = support[:: max(1, support.numel() // _NUM_PROBES)].long()
+        return self._probes
 
     @property
     def values(self) -> list[Tensor]:
@@ -115,7 +124,7 @@ class ActiveWeights:
             return None
         if torch._C._is_any_autocast_enabled() or is_recorded():
             return None
-        product, values = self._by_kernels(x), self._total()
+        product, values = self._by_kernels(x), self.total()
         return None if product is None or values is None else (product, values)
 
     def _by_kernels(self, x: Tensor) -> SparseProduct | None:
@@ -129,13 +138,13 @@ class ActiveWeights:
                 native,
                 self.overlay.support,
                 dtype=self._dtype,
-                shape=self._shape,
+                shape=self.shape,
                 row_is_output=not self._fan_in_fan_out,
             )
             self._product = native, product
         return self._product[1]
 
-    def _total(self) -> Tensor | None:
+    def total(self) -> Tensor | None:
         """[u] float32, the sum of the deltas at the union of their supports; None if it is none."""
         values = self.values
         total = values[0] if len(values) == 1 and values[0].dtype is torch.float32 else self.overlay.total(values)
@@ -163,9 +172,7 @@ class Snapshot:
 
     def __init__(self, active: ActiveWeights, values: Sequence[Tensor]) -> None:
         self.active = active
-        support = active.overlay.support
-        step = max(1, support.numel() // _NUM_PROBES)
-        self._places = support[::step].long()
+        self._places = active.probes
         self._entries = active.weight.data.view(-1)[self._places]
         copies = [value.detach().clone(memory_format=torch.contiguous_format) for value in values]
         native = kernels(active.weight, *values)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ....core.overlay import Overlay
-from ....core.sharded import is_sharded
+from ....core.sharded import how_sharded, is_sharded
 from .quick import Snapshot
+
+# The weights that kernels keep and write in one pass.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -37,6 +41,21 @@ class Written:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own memory, and a snapshot holds addresses.
         return {**vars(self), "snapshot": None}
+
+
+def can_be_put_back(written: Written, own: Tensor | None) -> bool:
+    """Whether kernels can restore a parameter in whose memory this is written: it is the same and has the same size."""
+    kept = written.originals
+    if own is None or written.target is not own or type(own) is not nn.Parameter or kept is None:
+        return False
+    is_plain = own.is_cpu and kept.is_cpu and own.dtype is kept.dtype and own.dtype in DTYPES
+    fits = tuple(own.shape) == written.shape and kept.numel() == written.overlay.support.numel()
+    return is_plain and fits and own.is_contiguous() and kept.is_contiguous() and is_whole(own)
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether no library keeps a part of a parameter elsewhere, or has thrown its memory away."""
+    return how_sharded(weight) is None and weight.untyped_storage().nbytes() > 0
 
 
 def is_another(target: Tensor | None, own: Tensor) -> bool:
