@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
-from .backends.native import SparseProduct, kernels
+from .backends.held import SparseProduct
+from .backends.native import kernels
 
 # Fewer elements of a weight are copied before a kernel is called.
 _WORTH_ADDING = 2**14

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import RandConfig, iter_deltas, resident
 from peft_sparse.composition.combine import combine
-from peft_sparse.core.backends import native, reference, sddmm
+from peft_sparse.core.backends import held, native, reference, sddmm
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
@@ -77,9 +77,9 @@ class TestProductByParts:
         values = next(iter_deltas(model))[3].values
         x = torch.randn(rows, 160, requires_grad=True)
         added = []
-        by_kernel = native.SparseProduct.add_
+        by_kernel = held.SparseProduct.add_
         count = lambda self, *args, **kwargs: added.append(1) or by_kernel(self, *args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(native.SparseProduct, "add_", count)
+        monkeypatch.setattr(held.SparseProduct, "add_", count)
 
         def outcome():
             y = model(x)

@@ -33,7 +33,7 @@ _SOURCE = Path(__file__).with_name("native_kernels.cpp")
 # Products may be contracted; nothing is assumed about NaN and infinity.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 _SECONDS_TO_COMPILE = 300
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _SIGNATURES = {
     "best_level": ("", "i"),
     "tile": ("", "n"),
@@ -88,7 +88,7 @@ class Kernels:
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         packed = torch.empty(-(-rows // self._tile_rows) * columns * self._tile_rows, dtype=dtype)
         arguments = matrix.data_ptr(), matrix.stride(0), rows, columns, packed.data_ptr(), self.level
-        self._pack(_TYPES[matrix.dtype], *arguments)  # type: ignore[attr-defined]
+        self._pack(TYPES[matrix.dtype], *arguments)  # type: ignore[attr-defined]
         return packed
 
     def sampled(
@@ -127,7 +127,7 @@ class Kernels:
             wide = int(support.dtype == torch.int64)
             where = support.data_ptr(), wide, support.numel(), entries.data_ptr()
             self._sampled(  # type: ignore[attr-defined]
-                _TYPES[left.dtype], *factors, left.shape[0], *where, threads, self.level
+                TYPES[left.dtype], *factors, left.shape[0], *where, threads, self.level
             )
             found.append(entries)
         return found
@@ -142,7 +142,7 @@ class Kernels:
             values: [k] float32.
         """
         changed: int = self._bring_up_to_date(  # type: ignore[attr-defined]
-            _TYPES[flat.dtype],
+            TYPES[flat.dtype],
             flat.data_ptr(),
             indices.data_ptr(),
             int(indices.dtype == torch.int64),
@@ -254,106 +254,13 @@ class Kernels:
         return united[:length].clone(), None if sums is None else sums[:length].clone()
 
 
-class SparseProduct:
-    """Products with entries D that change a weight, by the kernels; made once, for they are called for every token.
-
-    Args:
-        kernels: the library.
-        indices: [k] sorted and unique positions in the weight, contiguous; kept.
-        dtype: of the weight and of the inputs, float32 or bfloat16.
-        shape: of the weight.
-        row_is_output: an entry's row is the number of the output, and its column that of the input.
-    """
-
-    class _Entries(ctypes.Structure):
-        _fields_ = (
-            ("indices", ctypes.c_void_p),
-            *((name, ctypes.c_int64) for name in ("count", "columns", "inputs", "outputs")),
-            *((name, ctypes.c_int32) for name in ("type", "is_wide", "row_is_output", "level")),
-        )
-
-    __slots__ = ("_address", "_call", "_entries", "_indices", "_input_bytes", "_output_bytes")
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        indices: Tensor,
-        *,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        row_is_output: bool,
-    ) -> None:
-        rows, columns = shape
-        inputs, outputs = (columns, rows) if row_is_output else (rows, columns)
-        # Another tensor on the memory that the address is of, whatever becomes of the first one.
-        self._indices = indices.detach()
-        self._input_bytes, self._output_bytes = inputs * dtype.itemsize, outputs * dtype.itemsize
-        self._entries = self._Entries(
-            indices.data_ptr(),
-            *(indices.numel(), columns, inputs, outputs),
-            *(_TYPES[dtype], int(indices.dtype == torch.int64), int(row_is_output), kernels.level),
-        )
-        self._address = ctypes.addressof(self._entries)
-        self._call = kernels._add_product  # type: ignore[attr-defined]
-
-    def add_(self, y: Tensor, x: Tensor, num_rows: int, weight: Tensor, values: Tensor, *, first_row: int = 0) -> None:
-        """Add `x @ D.T` to `y` in place (`x @ D` unless `row_is_output`), for some rows.
-
-        Args:
-            y: [N, outputs] contiguous, in the dtype of the product.
-            x: [N, inputs] contiguous, same dtype.
-            num_rows: how many rows.
-            weight: contiguous, same dtype, without the entries: they change it by what is left of them once
-                `weight + values` is rounded.
-            values: [k] float32, contiguous.
-            first_row: where they begin.
-        """
-        inputs = x.data_ptr() + first_row * self._input_bytes
-        outputs = y.data_ptr() + first_row * self._output_bytes
-        self._call(self._address, inputs, num_rows, outputs, weight.data_ptr(), values.data_ptr())
-
-
-class Image:
-    """What values and some entries of a weight are now, to tell whether they still are, bit for bit.
-
-    Args:
-        kernels: the library.
-        values: [k] contiguous, kept: a copy of the values.
-        places: [n] int64 positions in the weight, kept.
-        entries: [n] what is there, in a dtype that the kernels know, kept.
-    """
-
-    class _Image(ctypes.Structure):
-        _fields_ = (
-            ("values", ctypes.c_void_p),
-            ("size", ctypes.c_int64),
-            ("places", ctypes.c_void_p),
-            ("entries", ctypes.c_void_p),
-            ("num_places", ctypes.c_int64),
-            ("width", ctypes.c_int64),
-        )
-
-    __slots__ = ("_address", "_call", "_image", "_kept")
-
-    def __init__(self, kernels: Kernels, values: Tensor, places: Tensor, entries: Tensor) -> None:
-        self._kept = values, places, entries
-        addresses = values.data_ptr(), values.nbytes, places.data_ptr(), entries.data_ptr()
-        self._image = self._Image(*addresses, places.numel(), entries.element_size())
-        self._address = ctypes.addressof(self._image)
-        self._call = kernels._unchanged  # type: ignore[attr-defined]
-
-    def is_of(self, values: Tensor, weight: Tensor) -> bool:
-        """Whether values and weight, contiguous and of the same sizes and dtypes as then, have the same bits."""
-        return bool(self._call(self._address, values.data_ptr(), weight.data_ptr()))
-
-
 def _addresses(pieces: Sequence[Piece]) -> array[int]:
     """The table of pieces that the kernels read."""
     table: list[int] = []
     for flat, indices, originals, values in pieces:
         table += (
             *(flat.data_ptr(), indices.data_ptr(), indices.numel(), originals.data_ptr()),
-            *(0 if values is None else values.data_ptr(), _TYPES[flat.dtype], indices.dtype is torch.int64),
+            *(0 if values is None else values.data_ptr(), TYPES[flat.dtype], indices.dtype is torch.int64),
         )
     return array("q", table)
 
@@ -367,7 +274,7 @@ _found: list[Kernels | None] = []
 _lock = threading.Lock()
 
 
-def kernels(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(_TYPES)) -> Kernels | None:
+def kernels(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(TYPES)) -> Kernels | None:
     """The kernels, if they can be had and take these tensors: plain ones on the CPU, seen by nobody else.
 
     Cost: the first call may compile them, some ten seconds once per machine.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ....core.backends.native import Image, Kernels, SparseProduct, compiled, kernels
+from ....core.backends.held import Image, SparseProduct
+from ....core.backends.native import Kernels, compiled, kernels
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, same_bits
 from ....core.parts import most_rows
