@@ -31,7 +31,6 @@ class Request:
         l1: of language adapters; 0 for a task.
         head: modules that are trained whole and saved: those of a task. A language's head stays behind.
         seed: of random supports.
-        targets: what methods that may choose among all weights choose among.
     """
 
     model: nn.Module
@@ -39,12 +38,11 @@ class Request:
     l1: float
     head: list[str]
     seed: int
-    targets: str | list[str] = "all"
 
     @property
     def sparse(self) -> dict[str, Any]:
         """Of all methods that choose among the encoder's weights."""
-        common = {"target_modules": self.targets, "target_norms": False, "modules_to_save": self.head or None}
+        common = {"target_modules": "all", "target_norms": False, "modules_to_save": self.head or None}
         return {**common, "density": self.density, "l1": self.l1}
 
     @property

@@ -42,7 +42,6 @@ class Schedule:
     density: float
     max_length: int
     l1: float = 0.0
-    targets: str | list[str] = "all"
     dense_rate: float | None = None
 
 
@@ -148,7 +147,7 @@ class Workshop:
         return self._config(model, schedule, head=[*sorted(head), *pooler], seed=self.seed)
 
     def _config(self, model: Any, schedule: Schedule, *, head: list[str], seed: int) -> Any:
-        return self.method.config(Request(model, schedule.density, schedule.l1, head, seed, schedule.targets))
+        return self.method.config(Request(model, schedule.density, schedule.l1, head, seed))
 
     # ---- both --------------------------------------------------------------------------------------
 

@@ -118,8 +118,9 @@ class SparseLayer(WeightLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for parameter in PARAMETERS:
             for name, delta in self._modules[f"sparse_ft_{parameter}"]._modules.items():
-                values, trains = delta._parameters["values"], name in names and not inference_mode
-                if values.requires_grad is not trains and values.is_leaf:
+                # None where a library has put something else in the parameter's place, which is its to train.
+                values, trains = delta._parameters.get("values"), name in names and not inference_mode
+                if values is not None and values.requires_grad is not trains and values.is_leaf:
                     values.requires_grad_(trains)
         self._active_adapter = names
 
