@@ -292,3 +292,14 @@ def test_an_adapter_on_other_layers_is_found_after_a_switch(passes):
     model.merge_adapter()
     assert passes == [2, 4]
     model.unmerge_adapter()
+
+
+def test_a_parameter_that_a_library_replaced_is_left_to_it():
+    model = adapted("SPARSE_FT", llama(), "a", "b")
+    first, *others = [delta for *_, delta in iter_deltas(model, "b")]
+    replaced = first._parameters.pop("values").detach()  # as FSDP1 does with flattened parameters
+    first.__dict__["values"] = replaced
+    model.set_adapter("b")
+    assert not replaced.requires_grad
+    assert others
+    assert all(delta.values.requires_grad for delta in others)
