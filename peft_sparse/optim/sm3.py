@@ -111,6 +111,9 @@ class SM3(Float32StateMixin, Optimizer):
         return loss
 
     def _accumulators(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.state.get(values, {})
+        if values.dim() == 1 and "accumulator_1" in state:  # as a delta's values alone have
+            return state["accumulator_0"], state["accumulator_1"]
         delta = next((delta for delta in self.deltas if _held_values(delta) is values), None)
         if delta is None or len(delta.shape) < 2:
             raise ValueError(
@@ -118,9 +121,7 @@ class SM3(Float32StateMixin, Optimizer):
                 f"{'an unknown parameter' if delta is None else f'a delta on shape {delta.shape}'}. "
                 "Name the deltas when the optimizer is made: SM3(params, deltas=...)"
             )
-        if "accumulator_0" not in self.state[values]:
-            raise ValueError("these values have no accumulators yet: they exist from their first update on")
-        return self.state[values]["accumulator_0"], self.state[values]["accumulator_1"]
+        raise ValueError("these values have no accumulators yet: they exist from their first update on")
 
     def _update(self, p: Tensor, group: dict[str, Any], delta: Supported | None) -> None:
         assert p.grad is not None

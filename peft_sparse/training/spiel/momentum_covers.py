@@ -54,10 +54,7 @@ class MomentumCovers:
             if is_sharded(gradient) and not bool(torch.isfinite(gathered).all()):
                 raise not_finite(name, "an update")
             if isinstance(optimizer, SM3):
-                known, state = self._covers.get(name), optimizer.state.get(held, {})
-                if known is None or known[0] is not state.get("accumulator_0"):
-                    # They are the optimizer's own tensors from then on; it looks for each among all deltas.
-                    self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
+                self._covers[name] = optimizer.row_accumulator(held), optimizer.column_accumulator(held)
                 continue
             if name not in self._covers:
                 rows, columns = delta.shape[0], delta.numel // delta.shape[0]
