@@ -24,11 +24,9 @@ from ...common.layer import PARAMETERS, WeightLayer, beyond_range, not_finite, n
 from ...common.packed import parameter_device, parameter_shape
 from ...common.shown_state import ShownState
 from .delta import AdapterDelta
+from .newest import with_newest
 from .quick import ActiveWeights
 from .written import Written, flat, is_all_there, is_another
-
-# How many unions of supports a tensor remembers, for sets of adapters that take turns.
-NUM_OVERLAYS = 4
 
 
 class SparseLayer(WeightLayer):
@@ -211,10 +209,8 @@ class SparseLayer(WeightLayer):
         found = self._overlays.get(key)
         if found is None:
             found = Overlay([d.indices for d in deltas])
-            # In one step: other threads look into it meanwhile.
             own = [k for k in self._overlays if k[0] == parameter]
-            gone = own[: max(0, len(own) - NUM_OVERLAYS + 1)]
-            self._overlays = {**{k: v for k, v in self._overlays.items() if k not in gone}, key: found}
+            self._overlays = with_newest(self._overlays, key, found, counted=own)
         return key, found
 
     def pristine(self, parameter: str) -> Tensor:

@@ -20,8 +20,9 @@ from ....core.backends.native import kernels
 from ....core.overlay import Overlay
 from ....core.parts import GetParts, Parts, add_parts_, takes_parts
 from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
-from .base import NUM_OVERLAYS, PARAMETERS, SparseLayer
+from .base import PARAMETERS, SparseLayer
 from .delta import AdapterDelta
+from .newest import with_newest
 from .quick import ActiveWeights, Snapshot
 from .written import DTYPES, Written, can_be_put_back, is_whole
 
@@ -110,15 +111,10 @@ class Linear(SparseLayer):
         if active is None or not active.holds(base._parameters.get("weight"), names):
             active = self._find_active(base, names)
             if active is not None:
-                self._named = {**self._without_oldest(key), key: active}
+                # Each of several adapters holds a union.
+                unions = [k for k in self._named if not isinstance(k, str) and len(k) > 1]
+                self._named = with_newest(self._named, key, active, counted=unions)
         return active
-
-    def _without_oldest(self, key: str | tuple[str, ...]) -> dict[str | tuple[str, ...], ActiveWeights]:
-        """What is known by names, without the oldest of several adapters if there are too many: each holds a union."""
-        known = self._named
-        several = [k for k in known if len(k) > 1 and not isinstance(k, str) and k != key]
-        gone = several[: max(0, len(several) - NUM_OVERLAYS + 1)]
-        return {k: v for k, v in known.items() if k not in gone}
 
     def _find_active(self, base: nn.Module, names: str | list[str]) -> ActiveWeights | None:
         """The deltas of some adapters, if the base layer and they are all that acts."""
