@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from step_time import PRESETS, base_model, equal_rank
+from step_time import PRESETS, base_model, equal_rank, shapes_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -47,7 +47,7 @@ class Serving:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, 2000, (1, options.prompt), generator=generator)
         self.batch = torch.randint(0, 2000, (NUM_ADAPTERS, options.prompt), generator=generator)
-        rank = equal_rank(options.preset, options.density) if options.model is None else self.equal_rank()
+        rank = equal_rank(self.shapes(), options.density)
         self.ours_config = RandConfig(density=options.density, target_modules="all-linear")
         self.lora_config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
 
@@ -57,12 +57,12 @@ class Serving:
         dtype = getattr(torch, self.options.dtype)
         return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype).eval().requires_grad_(False)
 
-    def equal_rank(self) -> int:
-        """As `step_time.equal_rank`, for a model that is read."""
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the linear layers, without the output matrix."""
+        if self.options.model is None:
+            return shapes_of(self.options.preset)
         base = self.base()
-        shapes = [m.weight.shape for m in base.modules() if isinstance(m, nn.Linear) and m is not base.lm_head]
-        total = sum(rows * columns for rows, columns in shapes)
-        return max(1, round(self.options.density * total / sum(map(sum, shapes))))
+        return [tuple(m.weight.shape) for m in base.modules() if isinstance(m, nn.Linear) and m is not base.lm_head]
 
     def tuned(self, config: object, num_adapters: int = 1) -> PeftModel:
         model = get_peft_model(self.base(), config, adapter_name=NAMES[0])
@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="at least 2")
     parser.add_argument("--only", nargs="+", choices=["tokens", "switches", "mixed", "loading", "adding"])
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quartiles, got {options.rounds}")
     options.length = 512
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +99,14 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def equal_rank(preset: str, density: float) -> int:
-    """The rank at which r * (in + out) comes nearest to density * in * out, summed over the linear layers."""
+def shapes_of(preset: str) -> list[tuple[int, int]]:
+    """Of the linear layers in a block."""
     hidden, intermediate, _ = PRESETS[preset]
-    shapes = [(hidden, hidden)] * 4 + [(hidden, intermediate)] * 3
+    return [(hidden, hidden)] * 4 + [(hidden, intermediate)] * 3
+
+
+def equal_rank(shapes: Sequence[tuple[int, int]], density: float) -> int:
+    """The rank at which r * (in + out) comes nearest to density * in * out, summed over the linear layers."""
     return max(1, round(density * sum(i * o for i, o in shapes) / sum(i + o for i, o in shapes)))
 
 
@@ -113,7 +117,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
     found = [Method("frozen", None, frozen), Method("full fine-tuning", None, lambda model: model)]
     everywhere = "all-linear"
     for density in options.density:
-        rank = equal_rank(options.preset, density)
+        rank = equal_rank(shapes_of(options.preset), density)
         ours = RandConfig(density=density, target_modules=everywhere)
         lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=everywhere)
         shira = ShiraConfig(r=rank, target_modules=everywhere)
