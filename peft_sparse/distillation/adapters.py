@@ -81,7 +81,8 @@ def reduce_adapter(
 
     Raises:
         ConfigError: there is no such adapter or no such vocabulary, or the output exists.
-        FormatError: the adapter is damaged, pickled, or one of a model with another vocabulary.
+        FormatError: the adapter is damaged, pickled, or one of another base model: told by the size of its vocabulary
+            and, if it is sparse and the reduced model at hand, by the names and shapes of what it tunes.
     """
     if base is None and isinstance(vocabulary, (str, os.PathLike)):
         base = os.fspath(vocabulary)
