@@ -256,6 +256,7 @@ INLINE void add_product_body(const Addition& p) {
                 end += p.entries.columns;
                 ++row;
             }
+            if (e + AHEAD < count) prefetch_to_change(weight, indices[e + AHEAD]);
             const int64_t column = index - begin;
             const float value = change(weight, index, p.values[e]);
             const int64_t from = row_is_output ? column : row, to = row_is_output ? row : column;
