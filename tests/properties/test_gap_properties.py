@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_sparse.core.gaps import decode_gaps, encode_gaps
@@ -43,7 +43,7 @@ def test_round_trip_of_huge_tensors(chosen: set[int]) -> None:
     assert torch.equal(result, indices)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(60)
 @given(supports(max_numel=400), st.integers(1, 255))
 def test_a_changed_byte_is_refused_or_another_support(case: tuple[torch.Tensor, tuple[int, ...]], flip: int) -> None:
     indices, shape = case

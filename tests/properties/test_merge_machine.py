@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import RandConfig, iter_deltas, resident
+from tests.support.laws import examples
 
 TOKENS = torch.tensor([[0, 3, 6], [2, 2, 5]])
 TARGETS = {
@@ -35,7 +36,7 @@ TARGETS = {
 }
 # No shrinking: a step takes milliseconds, and the message names the steps.
 SETTINGS = settings(
-    max_examples=12,
+    examples(24),
     stateful_step_count=20,
     deadline=None,
     derandomize=True,

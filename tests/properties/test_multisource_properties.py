@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -41,7 +41,7 @@ def test_probabilities_are_those_of_the_formula(sizes, cap, exponent):
     assert all(found[language] == largest for language, size in sizes.items() if size >= cap)
 
 
-@settings(max_examples=60)
+@examples(90)
 @given(datasets())
 def test_batches_are_whole_and_of_one_language(batches):
     drawn: dict[str, list[int]] = {language: [] for language in batches.languages}
@@ -56,7 +56,7 @@ def test_batches_are_whole_and_of_one_language(batches):
         assert int(times.max() - times.min()) <= 1
 
 
-@settings(max_examples=60)
+@examples(90)
 @given(datasets(), st.integers(2, 4), st.integers(0, 1000))
 def test_processes_share_batches_out_and_tear_none(batches, world, seed):
     def items(rank: int) -> list[int]:
@@ -69,7 +69,7 @@ def test_processes_share_batches_out_and_tear_none(batches, world, seed):
     assert sorted(together[: len(batches)]) == list(range(len(batches)))  # what follows fills the last step up
 
 
-@settings(max_examples=30)
+@examples(60)
 @given(datasets(), st.integers(0, 1000), st.data())
 def test_skipping_is_exact(batches, seed, data):
     skipped = data.draw(st.integers(0, len(batches)))

@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -47,7 +47,7 @@ def test_counted_text_is_tokenised_identically(kind, seed, texts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15)
+@examples(30)
 @given(seed=st.integers(0, 2**32))
 def test_order_and_names_of_what_stays(kind, seed):
     rng = random.Random(seed)
@@ -62,7 +62,7 @@ def test_order_and_names_of_what_stays(kind, seed):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "WordLevel"])
-@settings(max_examples=15)
+@examples(30)
 @given(seed=st.integers(0, 2**32))
 def test_a_known_character_never_becomes_unknown(kind, seed):
     rng = random.Random(seed)
