@@ -10,8 +10,9 @@ same batches in the same order (a function of the seed), with cosine decay after
 gradients clipped to norm 1. LT-SFT spends half of its steps in the dense phase, with `--dense-learning-rate`, and half
 in the sparse phase, which starts the rows over. Frozen bases are bfloat16 with float32 adapters; where base weights
 themselves train (full fine-tuning, LT-SFT) they are float32 under bfloat16 autocast, for many updates are too small for
-bfloat16. The loss is the mean over all answer tokens of the held-out rows, in nats. With `--general FILE` the loss on
-other text (its first lines) is measured as well: what the tuning made the model forget.
+bfloat16. (All is float32 on a processor without bfloat16 units.) The loss is the mean over all answer tokens of the
+held-out rows, in nats. With `--general FILE` the loss on other text (its first lines) is measured as well: what the
+tuning made the model forget.
 
 With the first seed every method runs at the rates of its row, and at more, by factors of two, until its best has a
 worse one on either side; the other seeds run at the best, methods with the lowest loss first. A finished run is a line
@@ -49,7 +50,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _bench_runs import DATA, MODELS, Results
+from _bench_runs import DATA, FAST_BFLOAT16, MODELS, Results
 from _instruction_rows import collate, read_rows, read_texts, row_losses
 from _quality_methods import EXTRAS, LORA, LOTTERY, METHODS, UNTUNED, Method, Run, input_energies, linear_layers
 from _quality_runs import rates_run, table, wanted
@@ -62,6 +63,8 @@ from transformers.trainer_callback import PrinterCallback
 from peft_sparse import LotteryTicketConfig, SparseTrainer
 
 MODEL = MODELS / "smollm2"
+# Of what stays frozen.
+DTYPE = torch.bfloat16 if FAST_BFLOAT16 else torch.float32
 ALL = METHODS | EXTRAS
 # What the next verdict takes: the settings of RESULTS.md, so that its rows count; and these methods.
 VERDICT = {
@@ -98,7 +101,7 @@ def train(
 ) -> tuple[nn.Module, int]:
     """(the trained model, how many weights it trained)."""
     set_seed(seed)
-    model: nn.Module = load(options, torch.float32 if method.trains_base else torch.bfloat16)
+    model: nn.Module = load(options, torch.float32 if method.trains_base else DTYPE)
     shapes = [layer.weight.shape for _, layer in linear_layers(model)]
     per_rank = sum(o + i for o, i in shapes)
     rank = max(1, round(options.density * sum(o * i for o, i in shapes) / per_rank))
@@ -121,7 +124,7 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=max(1, options.steps // 20),
             seed=seed,
-            bf16=method.trains_base,
+            bf16=method.trains_base and FAST_BFLOAT16,
             use_cpu=not torch.cuda.is_available(),
             train_sampling_strategy="sequential",
             save_strategy="no",
@@ -157,9 +160,9 @@ def only(batches: list[dict]) -> dict:
 def measure(name: str, rate: float, seed: int, tasks: Tasks, options: argparse.Namespace) -> dict:
     """One run, as a line of the results."""
     start, trained = time.perf_counter(), 0
-    autocast = name != UNTUNED and ALL[name].trains_base
+    autocast = FAST_BFLOAT16 and name != UNTUNED and ALL[name].trains_base
     if name == UNTUNED:
-        model = load(options, torch.bfloat16)
+        model = load(options, DTYPE)
     else:
         model, trained = train(ALL[name], rate, seed, tasks.train, options)
     rows = row_losses(model, tasks.valid, autocast=autocast)
@@ -185,7 +188,8 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
         if name != UNTUNED and (name not in METHODS or "one_shot" in name):
             fields += ["selection_batches"]
         found = {field: getattr(options, field) for field in fields}
-        return {"model": Path(options.model).name, "data": checksum, **found}
+        dtype = {} if FAST_BFLOAT16 else {"dtype": "float32"}
+        return {"model": Path(options.model).name, "data": checksum, **dtype, **found}
 
     return settings
 
