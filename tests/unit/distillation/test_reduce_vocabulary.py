@@ -143,7 +143,7 @@ def test_a_decoder_generates_the_same(tied):
     size = len(tokenizer)
     model = make_llama(size, tie_word_embeddings=tied, pad_token_id=1, bos_token_id=2, eos_token_id=[3, 70])
     model.generation_config.update(eos_token_id=[3, 70], suppress_tokens=[5, 80], bad_words_ids=[[9, 10], [300]])
-    small = reduce_vocabulary(model, tokenizer, texts=TEXTS, keep_tokens=[tokenizer.convert_ids_to_tokens(80)])
+    small = reduce_vocabulary(model, tokenizer, texts=TEXTS, keep_tokens=iter([tokenizer.convert_ids_to_tokens(80)]))
     new_id = {int(old): new for new, old in enumerate(small.kept)}
     assert small.model.config.eos_token_id == [3, new_id[70]] == small.model.generation_config.eos_token_id
     assert small.model.generation_config.suppress_tokens == [new_id[old] for old in (5, 80) if old in new_id]
@@ -297,6 +297,7 @@ def test_characters_may_go_where_bytes_stand_in():
         ({"texts": [3]}, "number 0 of 'texts' must be a text or a list of words: 3"),
         ({"texts": []}, "texts must hold at least one text, got none"),
         ({"texts": {"a": iter([])}}, "An iterator may have been used up"),
+        ({"texts": {"ind": TEXTS, "jav": [""]}}, "texts must hold at least one text of 'jav', got none"),
         ({"min_count": 0}, "min_count must be a whole number >= 1, got 0"),
         ({"min_count": True}, "min_count must be a whole number >= 1, got True"),
         ({"min_probability": 1.0}, r"min_probability must be in \[0, 1\), got 1.0"),
