@@ -82,7 +82,7 @@ class DistillationTraining:
         self._layers = None if layers is None else list(layers)
         self._aligned: list[int] = []
         self._prepared: nn.Module | None = None
-        self._terms: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
+        self._terms: dict[bool, dict[str, list[tuple[Tensor, int]]]] = {True: {}, False: {}}
         super().__init__(*args, **kwargs)
         if self.teacher is not None:
             # Each micro-batch has a mean of its own, which the trainer divides by the number of those in a step.
@@ -159,7 +159,7 @@ class DistillationTraining:
         if weights.prediction:
             terms["prediction"] = self._prediction(outputs, target, mask, given.get("labels"))
         loss = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
-        self._keep(model.training, terms)
+        self._keep(model.training, terms, len(mask))
         if not return_outputs:
             return loss
         return loss, type(outputs)(**{key: value for key, value in outputs.items() if key not in _BULKY})
@@ -244,15 +244,22 @@ class DistillationTraining:
 
     # ---- logs ----------------------------------------------------------------------------------------
 
-    def _keep(self, training: bool, terms: Mapping[str, Tensor]) -> None:
+    def _keep(self, training: bool, terms: Mapping[str, Tensor], size: int) -> None:
+        # As the trainer's own loss: micro-batches count alike in training, examples in evaluation.
+        weight = 1 if training else min(size, self.args.eval_batch_size)
         for name, term in terms.items():
-            self._terms[training].setdefault(name, []).append(term.detach().float())
+            self._terms[training].setdefault(name, []).append((term.detach().float(), weight))
 
     def _means(self, training: bool, prefix: str) -> dict[str, float]:
         """{name of a term: its mean since this was last asked for, over all processes}."""
         found, self._terms[training] = self._terms[training], {}
-        means = {name: torch.stack(terms).mean() for name, terms in found.items()}
-        return {f"{prefix}{name}": self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
+        means = {}
+        for name, kept in found.items():
+            total = torch.stack([term * weight for term, weight in kept]).sum()
+            sums = torch.stack([total, total.new_tensor(float(sum(weight for _, weight in kept)))])
+            total, count = self.accelerator.gather(sums[None]).sum(0).tolist()
+            means[f"{prefix}{name}"] = total / count
+        return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each term since the last time."""

@@ -304,6 +304,18 @@ def test_evaluation_gives_the_students_own_logits(tmp_path):
     assert seen["labels"].tolist() == batch["labels"].tolist()
 
 
+def test_the_terms_of_an_evaluation_add_up_to_its_loss(tmp_path):
+    """With a last batch that is smaller than the others."""
+    base = classifier()
+    student = make_student(base, stride=2)
+    torch.nn.init.normal_(student.get_input_embeddings().weight)
+    trainer = make_trainer(tmp_path, student, Teacher(base), per_device_eval_batch_size=3)
+    found = trainer.evaluate()
+    singly = [trainer.compute_loss(student, {k: v[None] for k, v in row.items()}).item() for row in rows(4)]
+    assert len({round(loss, 4) for loss in singly}) == 4
+    assert found["eval_loss_attention"] + found["eval_loss_hidden"] == pytest.approx(found["eval_loss"], rel=1e-6)
+
+
 # Languages and adapters
 
 
