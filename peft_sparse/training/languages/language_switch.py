@@ -159,7 +159,8 @@ def language_below_task(adapters: Mapping[str, str | None], task: str) -> Callab
         wanted = [task] if below is None else [below, task]
         if list(model.active_adapters) != wanted:
             model.base_model.set_adapter(wanted)
-            if below is not None:
-                model.base_model.set_requires_grad(below, requires_grad=False)
+        if below is not None:
+            # Also where somebody else has activated both, which lets both train.
+            model.base_model.set_requires_grad(below, requires_grad=False)
 
     return activate

@@ -55,6 +55,9 @@ def test_the_task_trains_and_the_language_does_not():
         assert all(".task" in name for name in training)
         assert all(model.get_parameter(name).grad is not None for name in training)
     assert switch.counts == {"eng": 1, "ind": 0, "quy": 2}
+    model.base_model.set_adapter([ADAPTERS["quy"], "task"])  # which lets both train
+    model.train()(**batch_of("quy"))
+    assert all(".task" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_a_model_that_takes_the_language_gets_it():
