@@ -135,8 +135,9 @@ def test_padding_changes_nothing():
     assert own.arcs[0].tolist() == of_batch.arcs[0, :n].tolist()
 
 
-def test_left_padding_moves_the_root():
-    model, words = parser(), tokenizer()
+@pytest.mark.parametrize("root", ["cls", "pooled"])
+def test_left_padding_moves_the_root(root):
+    model, words = parser(root=root), tokenizer()
     right = ParserCollator(words)(rows(6))
     words.padding_side = "left"
     left = ParserCollator(words)(rows(6))
@@ -186,6 +187,9 @@ def test_a_pretrained_encoder_gets_heads_at_zero_and_comes_back_from_its_folder(
     with torch.no_grad():
         assert torch.equal(model(**inputs).loss, again(**inputs).loss)
         assert torch.equal(model(**inputs).arcs, again(**inputs).arcs)
+    with pytest.raises(ConfigError, match=r"labels: the saved parser has \['det'.*, got \['root'"):
+        BiaffineParser.from_pretrained(tmp_path / "parser", labels=LABELS[::-1])
+    assert BiaffineParser.from_pretrained(tmp_path / "parser", labels=LABELS).config.label2id["root"] == 3
     assert torch.equal(
         AutoModel.from_pretrained(tmp_path / "parser").embeddings.word_embeddings.weight,
         model.bert.embeddings.word_embeddings.weight,
