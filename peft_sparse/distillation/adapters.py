@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 _TOKEN_ROWS = "trainable_tokens_delta"
+# LoRA's factors on the side of the hidden states, which may be as wide as the vocabulary is large.
+_HIDDEN_SIDE = ("lora_A.weight", "lora_embedding_B")
 # Where a vocabulary's matrices lie in classes that the reduced model is none of: heads of language models.
 _OUTPUT = re.compile(r"lm_head|predictions|embed_tokens|word_embeddings|embed_out|generator|vocab|(^|\.)(wte|shared)\.")
 
@@ -186,8 +188,8 @@ class _Cut:
             sizes = [place for place, size in enumerate(tensor.shape) if size == self.rows.old_size]
             if not self.is_of_vocabulary(name, self.rows.old_size if sizes else -1):
                 return tensor
-            if not sizes and "lora" in name:
-                return tensor  # the factor on the side of the hidden states
+            if name.endswith(_HIDDEN_SIDE) or (not sizes and "lora" in name):
+                return tensor
             self._check_size(name, tuple(tensor.shape), sizes)
             cut = tensor.index_select(sizes[0], self.rows.kept)
         self._count(name, cut.numel(), tensor.numel() - cut.numel())

@@ -26,7 +26,7 @@ from .losses import (
     prediction_loss,
     prediction_mask,
 )
-from .student import LAYERS_KEY, stack_of
+from .student import DEPTH_KEY, LAYERS_KEY, stack_of
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -302,6 +302,12 @@ def _check_labels(student: list[str] | None, teacher: list[str] | None) -> None:
 def _aligned(student: nn.Module, teacher: nn.Module, layers: Sequence[int] | None) -> list[int]:
     own, theirs = stack_of(student)[1], stack_of(teacher)[1]
     found = layers if layers is not None else getattr(student.config, LAYERS_KEY, None)
+    depth = getattr(student.config, DEPTH_KEY, theirs)
+    if layers is None and depth != theirs:
+        raise ConfigError(
+            f"the student was made of a model of {depth} layers, of which it has {found}, the teacher has {theirs}: "
+            "say which of the teacher's layers it learns from, layers=[...]."
+        )
     if found is None:
         if theirs % own:
             raise ConfigError(

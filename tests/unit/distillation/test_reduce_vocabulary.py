@@ -143,9 +143,14 @@ def test_a_decoder_generates_the_same(tied):
     size = len(tokenizer)
     model = make_llama(size, tie_word_embeddings=tied, pad_token_id=1, bos_token_id=2, eos_token_id=[3, 70])
     model.generation_config.update(eos_token_id=[3, 70], suppress_tokens=[5, 80], bad_words_ids=[[9, 10], [300]])
+    model.generation_config.lang_to_id = {"<|a|>": 200}
     small = reduce_vocabulary(model, tokenizer, texts=TEXTS, keep_tokens=iter([tokenizer.convert_ids_to_tokens(80)]))
+    assert model.generation_config.lang_to_id == {"<|a|>": 200}
+    del model.generation_config.lang_to_id
     new_id = {int(old): new for new, old in enumerate(small.kept)}
     assert small.model.config.eos_token_id == [3, new_id[70]] == small.model.generation_config.eos_token_id
+    assert small.model.generation_config.lang_to_id == {"<|a|>": new_id[200]}
+    del small.model.generation_config.lang_to_id
     assert small.model.generation_config.suppress_tokens == [new_id[old] for old in (5, 80) if old in new_id]
     kept_words = [[new_id[one] for one in word] for word in ([9, 10], [300]) if set(word) <= set(new_id)]
     assert small.model.generation_config.bad_words_ids == (kept_words or None)
@@ -157,7 +162,7 @@ def test_a_decoder_generates_the_same(tied):
     torch.testing.assert_close(new, old[..., small.kept])
 
 
-def test_the_size_of_the_vocabulary_may_be_that_of_other_things():
+def test_the_size_of_the_vocabulary_may_be_that_of_other_things(tmp_path):
     letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{one}" for one in "abcdefgh")]
     tokens = [*letters, *(f"word{number}" for number in range(32 - len(letters)))]
     made = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
@@ -171,6 +176,14 @@ def test_the_size_of_the_vocabulary_may_be_that_of_other_things():
         "cls.predictions.decoder.bias",
     }
     assert small.model.config.intermediate_size == small.model.config.type_vocab_size == 32
+    config = LoraConfig(r=2, target_modules=["word_embeddings", "decoder"], init_lora_weights=False)
+    tuned = get_peft_model(model, config).eval()
+    tuned.save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+    reduce_adapter(tmp_path / "whole", tmp_path / "small", vocabulary=small)
+    served = PeftModel.from_pretrained(small.model, tmp_path / "small").eval()
+    ids = ids_of(small.tokenizer, "abc").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(served(ids).logits, tuned(small.kept[ids]).logits[..., small.kept])
 
 
 def test_a_pad_id_that_positions_are_counted_from_stays():
