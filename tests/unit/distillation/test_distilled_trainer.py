@@ -598,7 +598,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         (student, Teacher(make_bert(40, hidden_size=8)), {}, "same hidden_size, got 16 and 8"),
         (student, Teacher(make_bert(40, num_attention_heads=4)), {}, "same num_attention_heads, got 2 and 4"),
         (student, Teacher(base), {"layers": [1]}, r"for each of the student's 2, got \[1\]"),
-        (make_student(student, layers=[0]), Teacher(base), {}, r"a model of 2 layers, of which it has \[0\], the teacher has 4"),
+        (make_student(student, layers=[0]), Teacher(base), {}, r"made of a model of 2 layers, .*has 4: say"),
         (student, Teacher(base), {"loss": "tf"}, "loss must be one of"),
     ]
     for own, teacher, changes, match in cases:

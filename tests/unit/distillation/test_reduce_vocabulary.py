@@ -367,6 +367,30 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("kind", [RandConfig, LoraConfig])
+def test_rows_of_tokens_that_all_went_leave_the_adapter_and_no_adapter_is_reduced_twice(kind, bert, reduced, tmp_path):
+    gone = sorted({*range(20)} - {*reduced.kept.tolist()})[:2]
+    fields = {"density": 0.3, "init_weights": False} if kind is RandConfig else {"init_lora_weights": False}
+    base = make_bert(bert[0].config.vocab_size)
+    adapted = get_peft_model(base, kind(target_modules=["query"], trainable_token_indices=gone, **fields)).eval()
+    adapted.save_pretrained(tmp_path / "whole")
+    found = reduce_adapter(tmp_path / "whole", tmp_path / "adapter", vocabulary=reduced)
+    assert (sum(found.kept.values()), found.num_lost) == (0, 2 * 16)
+    small = reduce_vocabulary(make_bert(bert[0].config.vocab_size), bert[1], texts=TEXTS).model
+    served = PeftModel.from_pretrained(small, tmp_path / "adapter").eval()
+    ids = ids_of(reduced.tokenizer, TEXTS[1]).input_ids
+    with torch.no_grad():
+        # PEFT computes the output matrix of a tied model without its bias where rows are trained: hidden states.
+        own, whole = (one.base_model.model.bert for one in (served, adapted))
+        assert torch.equal(own(ids).last_hidden_state, whole(reduced.kept[ids]).last_hidden_state)
+    reduced.save_pretrained(tmp_path / "small")
+    reduce_adapter(tmp_path / "whole", tmp_path / "again", vocabulary=tmp_path / "small")
+    for one in ("again", "adapter") if kind is RandConfig else ("again",):
+        with pytest.raises(FormatError, match="belongs to a reduced model already"):
+            reduce_adapter(tmp_path / one, tmp_path / "twice", vocabulary=tmp_path / "small")
+    assert not (tmp_path / "twice").exists()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_serves_the_reduced_model(name, bert, reduced, tmp_path):
     model, tokenizer = bert
