@@ -264,6 +264,8 @@ class BiaffineParser:
 
     def _decode(self, arc_scores: Tensor, is_word: Tensor, decode: str) -> Tensor:
         check_one_of("decode", decode, DECODERS)
+        if bool(arc_scores.isnan().any()):
+            raise ConfigError("the scores of heads are NaN, so there is no best one: the run that trained it diverged.")
         best = arc_scores.argmax(-1)
         if decode == "mst":
             found = arc_scores.detach().double().cpu()

@@ -165,6 +165,14 @@ def test_the_tree_is_decoded_on_demand_and_by_config():
         model(**inputs, decode="best")
 
 
+@pytest.mark.parametrize("decode", ["greedy", "mst"])
+def test_scores_that_are_no_numbers_give_no_parse(decode):
+    model = parser()
+    torch.nn.init.constant_(model.biaffine_arcs.weight, float("nan"))
+    with pytest.raises(ConfigError, match="the scores of heads are NaN"):
+        model(**batch(), decode=decode)
+
+
 def test_a_pretrained_encoder_gets_heads_at_zero_and_comes_back_from_its_folder(tmp_path):
     encoder().save_pretrained(tmp_path / "encoder")
     made = BiaffineParser.from_pretrained(tmp_path / "encoder")
