@@ -175,10 +175,11 @@ class DistillationTraining:
     def _last_layers(self) -> tuple[LastLayer, LastLayer]:
         """Of student and teacher, where one's last layer learns from, or teaches, a layer that is not the last."""
         assert self.teacher is not None
-        aligned = self._aligned if self.distillation_loss.hidden else []
-        last = stack_of(inner_model(self.teacher.model))[1] - 1
-        own = bool(aligned) and aligned[-1] != last
-        return LastLayer(self.model, wanted=own), LastLayer(self.teacher.model, wanted=last in aligned[:-1])
+        own = theirs = False
+        if self.distillation_loss.hidden:
+            last = stack_of(inner_model(self.teacher.model))[1] - 1
+            own, theirs = self._aligned[-1] != last, last in self._aligned[:-1]
+        return LastLayer(self.model, wanted=own), LastLayer(self.teacher.model, wanted=theirs)
 
     def _hidden_states(
         self, outputs: Any, target: Any, lasts: tuple[LastLayer, LastLayer]

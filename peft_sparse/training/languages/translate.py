@@ -313,7 +313,9 @@ def _active_adapters(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [] if any(layer.disable_adapters for layer in layers) else list(model.active_adapters)
+    active = model.active_adapters
+    # A method of models that transformers itself gave adapters.
+    return [] if any(layer.disable_adapters for layer in layers) else list(active() if callable(active) else active)
 
 
 def _digest_of_tokenizer(tokenizer: Any) -> str:

@@ -231,14 +231,8 @@ def _check_layers_exist(config: TargetRequest, modules: Iterable[str]) -> None:
         return
     there = {layer for name in modules if (layer := _layer_of(config, name)) is not None}
     if unknown := sorted(set(wanted) - there):
-        raise ConfigError(
-            f"layers_to_transform: there is no layer {', '.join(map(str, unknown))}; "
-            + (
-                f"layers count from {min(there)} to {max(there)}."
-                if there
-                else "no module's path has a layer's number."
-            )
-        )
+        known = f"layers count from {min(there)} to {max(there)}" if there else "no module's path has a number"
+        raise ConfigError(f"layers_to_transform: there is no layer {', '.join(map(str, unknown))}; {known}.")
 
 
 def base_prefix(model: nn.Module) -> str:

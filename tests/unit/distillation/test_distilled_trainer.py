@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     AutoModel,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -217,6 +219,17 @@ def test_a_student_of_the_first_layers_starts_without_a_difference(tmp_path):
     base = make_llama(40)
     trainer = make_trainer(tmp_path, make_student(base, layers=[0, 1]), Teacher(base))
     assert trainer.compute_loss(trainer.model, dict(BATCH)).item() == 0
+
+
+def test_predictions_alone_ask_for_no_layers(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    base = AlbertForSequenceClassification(AlbertConfig(vocab_size=40, embedding_size=8, num_labels=3, **sizes))
+    loss = DistillationLoss(attention=0.0, hidden=0.0, prediction=1.0)
+    trainer = make_trainer(tmp_path, classifier(), Teacher(base), loss=loss)
+    with torch.no_grad():
+        found, own, target = trainer.compute_loss(trainer.model, dict(BATCH)), trainer.model(**BATCH), base(**BATCH)
+    expected = prediction_loss(own.logits, target.logits, torch.ones(2), temperature=2.0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_labels_of_another_order_are_refused(tmp_path):
