@@ -161,6 +161,12 @@ def find_file(where: str, language: str, split: str, *, option: str = "--data") 
     return found
 
 
+def apart(train: Path | None, test: Path | None, *, option: str = "--data") -> None:
+    """Refuse to test on the file that was trained on; None is a place that is no file here."""
+    if train is not None and train == test:
+        raise bad(f"{train} would be both trained and tested on: a pattern with {{split}} tells the two apart", option)
+
+
 def filled(pattern: Path, language: str, *, option: str, split: str = "") -> Path:
     """The file of a language's split."""
     if "{language}" not in str(pattern):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import typer
+from _readers import bad
 from _squad import best_span, f1, windows
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -42,6 +43,7 @@ class Task:
         score: (rows, answers) -> in [0, 1].
         clean: what rows are before anything else.
         lists: fields that are lists.
+        least_labels: of training rows; with one, there would be nothing to tell apart.
     """
 
     fields: tuple[str, ...]
@@ -54,6 +56,7 @@ class Task:
     score: Callable[[Sequence[Row], Sequence[Any]], float]
     clean: Callable[[Row], Row] = dict
     lists: tuple[str, ...] = ()
+    least_labels: int = 2
 
 
 def batched(model, features: list[dict], collate: Callable):
@@ -78,6 +81,25 @@ def ids_of(labels: Sequence[str], row: Row, names: Sequence[Any]) -> list[int]:
     if unknown is not None:
         raise typer.BadParameter(f"the label {unknown!r} is none of the source's: {list(labels)}", param_hint="--data")
     return [labels.index(name) for name in names]
+
+
+def labels_of(task: Task, train: Sequence[Row], tests: Mapping[str, Sequence[Row]]) -> list[str] | None:
+    """The labels of the training rows, by which the head has its outputs; says what of tests is none of them."""
+    labels = task.labels(train)
+    if labels is None:
+        return None
+    if len(labels) < task.least_labels:
+        raise bad(f"all training rows have the label {labels[0]!r}: there is nothing to learn", "--data")
+    for code, rows in tests.items():
+        own = task.labels(rows) or []
+        unknown = [label for label in own if label not in labels]
+        if unknown and len(unknown) == len(own):
+            raise bad(
+                f"{code!r} is tested on the labels {own[:8]}, and training has none of them: {labels[:8]}", "--data"
+            )
+        if unknown:
+            typer.echo(f"Training has no label {unknown[:8]}, which {code!r} is tested on: never predicted.", err=True)
+    return labels
 
 
 def numbered(labels: Sequence[str]) -> dict[str, dict]:
@@ -141,12 +163,16 @@ def entity_f1(rows, answers) -> float:
 
 def without_dropped(row: Row) -> Row:
     """MasakhaNER's dates and CoNLL's miscellany are no entities, in training and test."""
-    tags = map(str, row["tags"])
-    return {**row, "tags": ["O" if tag.rpartition("-")[2] in DROPPED_ENTITIES else tag for tag in tags]}
+    return {**row, "tags": ["O" if tag.rpartition("-")[2] in DROPPED_ENTITIES else tag for tag in row["tags"]]}
 
 
 def token_model(where: str, labels):
     return AutoModelForTokenClassification.from_pretrained(where, num_labels=len(labels), **numbered(labels))
+
+
+def with_texts(field: str, row: Row) -> Row:
+    """A label that is a number is its name, whichever kind of file it is from."""
+    return {**row, field: [str(label).strip() for label in row[field]]}
 
 
 def of_words(field: str, metric: str, score: Callable, clean: Callable = dict) -> Task:
@@ -159,7 +185,7 @@ def of_words(field: str, metric: str, score: Callable, clean: Callable = dict) -
         collator=DataCollatorForTokenClassification,
         predict=lambda *given: predict_words(*given, field=field),
         score=score,
-        clean=clean,
+        clean=lambda row: clean(with_texts(field, row)),
         lists=("tokens", field),
     )
 
@@ -168,7 +194,11 @@ def of_words(field: str, metric: str, score: Callable, clean: Callable = dict) -
 
 
 def with_numbers(row: Row) -> Row:
-    return {**row, "heads": [int(head) for head in row["heads"]]}
+    try:
+        heads = [int(head) for head in row["heads"]]
+    except (TypeError, ValueError) as error:
+        raise bad(f"heads must be numbers of words, 0 the root, got {row['heads']}", "--data") from error
+    return {**row, "heads": heads, "relations": [str(relation).strip() for relation in row["relations"]]}
 
 
 def encode_trees(tokenizer, rows, labels, longest) -> list[dict]:
@@ -240,7 +270,7 @@ def of_texts(fields: tuple[str, ...], metric: str, score: Callable) -> Task:
         predict=lambda *given: predict_texts(*given, fields=fields),
         score=score,
         # A label that is a number is its name, whichever kind of file it is from.
-        clean=lambda row: {**row, **{field: str(row[field]) for field in named}},
+        clean=lambda row: {**row, **{field: str(row[field]) for field in fields}, "label": str(row["label"]).strip()},
     )
 
 
@@ -298,6 +328,7 @@ TASKS = {
         score=labelled_attachment,
         clean=with_numbers,
         lists=("tokens", "heads", "relations"),
+        least_labels=1,
     ),
     "nli": of_texts(("premise", "hypothesis"), "accuracy", text_accuracy),
     "sentiment": of_texts(("text",), "macro F1", macro_f1),

@@ -23,6 +23,7 @@ arm); and raw text, by default in DIR/text.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,12 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _adapters import MethodName
-from _data import field_names, read_rows, read_set, read_text, with_columns
+from _data import apart, field_names, find_file, read_rows, read_set, read_text, with_columns
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _readers import run
 from _recipes import LANGUAGE
 from _report import paired_bootstrap, plot, save, table
-from _tasks import TASKS
+from _tasks import TASKS, labels_of
 from _training import Schedule, Workshop, use
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -110,7 +111,15 @@ def real(
     """Rows, raw text and `read_lexicon`'s words; each row of the source has its translation in the target language."""
     how = {"columns": columns or {}, "needed": ("id", *TASK.fields)}
     parts = ((source, "train"), (target, "train"), (target, "test"))
+    apart(*(find_file(data, target, split) for split in ("train", "test")))
     labelled, gold, test = ([TASK.clean(row) for row in read_rows(data, *part, **how)] for part in parts)
+    for code, own in ((source, labelled), (target, gold)):
+        if twice := [one for one, count in Counter(str(row["id"]) for row in own).items() if count > 1]:
+            raise typer.BadParameter(
+                f"{code!r} has {len(twice)} ids of several rows, {twice[0]!r} for one: which row is the translation of "
+                "which is not known",
+                param_hint="--data",
+            )
     ids = {str(row["id"]): row for row in gold}
     if missing := [row["id"] for row in labelled if str(row["id"]) not in ids]:
         raise typer.BadParameter(f"{target!r} has no translation of {source!r}'s row {missing[0]}", param_hint="--data")
@@ -129,7 +138,8 @@ def read_lexicon(source: str, target: str, *, file: str = "", words: tuple[str, 
     rows = with_columns(
         rows, columns, (), name=file, option="--lexicon", named_by=lambda field: "--lexicon-columns SOURCE TARGET"
     )
-    return {str(row["from"]).lower(): str(row["to"]) for row in rows}
+    pairs = ((str(row["from"]).strip().lower(), str(row["to"]).strip()) for row in rows)
+    return {word: translation for word, translation in pairs if word and translation}  # some words have none
 
 
 def main(
@@ -150,8 +160,8 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of each phase of the task adapter.")] = 120,
     language_steps: Annotated[int, typer.Option(min=1, help="The same of language adapters.")] = 120,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-3; 2e-4 with --data]")] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of each kind to use. \\[default: all]")] = None,
-    resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 200,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of each kind to use. \\[default: all]")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 200,
     seed: Annotated[int, typer.Option(help="Of draws, heads and the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where all is saved.")] = Path("outputs/mixed_data"),
 ) -> None:
@@ -169,11 +179,11 @@ def main(
     if rows is not None:
         parts = {name: getattr(mixture, name)[:rows] for name in ("labelled", "gold", "test")}
         mixture = Mixture(**{**vars(mixture), **parts})
-    rate = rate or (2e-3 if not data else 2e-4)
+    rate = (2e-4 if data else 2e-3) if rate is None else rate
     of_language = Schedule(language_steps, language_steps, 16, 1.5 * rate, 0.2, 64, LANGUAGE.l1)
     of_task = Schedule(steps, steps, 16, rate, 0.2 if not data else 0.08, 64)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    labels = TASK.labels(mixture.labelled)
+    labels = labels_of(TASK, mixture.labelled, {mixture.target: mixture.test})
     known = arms(mixture, shots or [20, 100], seed=seed)
     if unknown := [name for name in arm or [] if name not in known]:
         raise typer.BadParameter(f"must be of {', '.join(known)}, got {unknown[0]!r}", param_hint="--arm")

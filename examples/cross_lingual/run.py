@@ -27,12 +27,12 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _adapters import MethodName
-from _data import field_names, read_rows, read_text
+from _data import apart, field_names, find_file, read_rows, read_text
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _readers import run
 from _recipes import LANGUAGE, RECIPES
 from _report import paired_bootstrap, plot, save, table
-from _tasks import TASKS, Task
+from _tasks import TASKS, Task, labels_of
 from _training import Schedule, Workshop, steps_of, use
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -69,6 +69,8 @@ def read_tables(task: Task, data: str, test_data: str, source: list[str], target
                 "or --data for one source and --test-data for one target",
                 param_hint=option,
             )
+    for code in set(source) & set(target):
+        apart(find_file(data, code, "train"), find_file(test_data or data, code, "test"))
     how = {"columns": columns, "needed": task.fields, "lists": task.lists}
     train = {code: read_rows(data, code, "train", **how) for code in source}
     return train, {code: read_rows(test_data or data, code, "test", **how) for code in target}
@@ -91,8 +93,8 @@ def main(
     ] = None,
     language_steps: Annotated[int | None, typer.Option(min=1, help="The same of language adapters.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate of the task adapter, LT-SFT's.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of each file to use. \\[default: all]")] = None,
-    resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 200,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of each file to use. \\[default: all]")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 200,
     seed: Annotated[int, typer.Option(help="Of heads, orders and the invented languages.")] = 0,
     output: Annotated[Path, typer.Option(help="Where adapters, table and plot are saved.")] = Path(
         "outputs/cross_lingual"
@@ -120,7 +122,7 @@ def main(
         texts = {code: read_text(text, code, column=text_column) for code in codes}
         base = model
     train, tests = ({code: [chosen.clean(row) for row in own] for code, own in part.items()} for part in (train, tests))
-    labels = chosen.labels([row for own in train.values() for row in own])
+    labels = labels_of(chosen, [row for own in train.values() for row in own], tests)
     tokenizer = AutoTokenizer.from_pretrained(base, add_prefix_space=True)
     if data:
         plain = {code: Source(own, code) for code, own in train.items()}
@@ -128,7 +130,7 @@ def main(
     else:
         of_language = _with(INVENTED_LANGUAGE, language_steps)
         of_task = _with(INVENTED_TASK, steps)
-    of_task = Schedule(**{**vars(of_task), "rate": rate or of_task.rate})
+    of_task = Schedule(**{**vars(of_task), "rate": of_task.rate if rate is None else rate})
     encoded = {
         code: Source(chosen.encode(tokenizer, own, labels, of_task.max_length), code) for code, own in train.items()
     }

@@ -89,9 +89,15 @@ def _read(files: list[str]) -> dict[str, list[str]]:
     from ..distillation.shrink import read_texts
 
     found: dict[str, list[str]] = {}
+    called: dict[str, str] = {}
     for given in files:
         language, sign, path = given.partition("=")
         if not sign or Path(given).is_file():
             language, path = Path(given).stem, given
+            if called.setdefault(language, given) != given:
+                raise ConfigError(
+                    f"{called[language]} and {given} are both called {language!r}: say which languages they are of, "
+                    "LANGUAGE=FILE."
+                )
         found.setdefault(language, []).extend(read_texts(path))
     return found

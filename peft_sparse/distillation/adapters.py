@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 _TOKEN_ROWS = "trainable_tokens_delta"
+# LoRA's factors on the side of the hidden states, which may be as wide as the vocabulary is large.
+_HIDDEN_SIDE = ("lora_A.weight", "lora_embedding_B")
 # Where a vocabulary's matrices lie in classes that the reduced model is none of: heads of language models.
 _OUTPUT = re.compile(r"lm_head|predictions|embed_tokens|word_embeddings|embed_out|generator|vocab|(^|\.)(wte|shared)\.")
 
@@ -90,6 +92,7 @@ def reduce_adapter(
     if Path(output).resolve() == Path(adapter).resolve():
         raise ConfigError(f"the output {os.fspath(output)!r} is the adapter itself. Give another folder.")
     config = read_config(adapter)
+    _check_not_reduced(adapter, config, rows, vocabulary)
     write = _reduce_sparse if config.get("peft_type") == "SPARSE_FT" else _reduce_other
     cut = _Cut(rows, os.fspath(adapter), config, _shapes_of(vocabulary))
     with AtomicFolder(Path(output), overwrite=overwrite, what="adapter", doors=(SOURCE, CONFIG_FILE)) as folder:
@@ -97,6 +100,21 @@ def reduce_adapter(
     result = cut.result(Path(output))
     logger.info("Reduced %s: %d numbers of tokens that went are lost", os.fspath(adapter), result.num_lost)
     return result
+
+
+def _check_not_reduced(
+    adapter: str | os.PathLike[str], config: Mapping[str, Any], rows: VocabularyRows, vocabulary: object
+) -> None:
+    """Refuse an adapter of the reduced model itself: ids of tokens in it are the new ones already."""
+    base, size = config.get("base_model_name_or_path"), (config.get("provenance") or {}).get("tokens")
+    is_its_own = (
+        isinstance(vocabulary, (str, os.PathLike)) and base and Path(base).resolve() == Path(vocabulary).resolve()
+    )
+    if is_its_own or (size is not None and size != rows.old_size):
+        raise FormatError(
+            f"{os.fspath(adapter)} belongs to a reduced model already ({base!r}): nothing in it is to be re-indexed. "
+            "Nothing was written. Give the adapter of the whole model."
+        )
 
 
 def _rows_of(vocabulary: ReducedVocabulary | VocabularyRows | str | os.PathLike[str]) -> VocabularyRows:
@@ -186,19 +204,25 @@ class _Cut:
             sizes = [place for place, size in enumerate(tensor.shape) if size == self.rows.old_size]
             if not self.is_of_vocabulary(name, self.rows.old_size if sizes else -1):
                 return tensor
-            if not sizes and "lora" in name:
-                return tensor  # the factor on the side of the hidden states
+            if name.endswith(_HIDDEN_SIDE) or (not sizes and "lora" in name):
+                return tensor
             self._check_size(name, tuple(tensor.shape), sizes)
             cut = tensor.index_select(sizes[0], self.rows.kept)
         self._count(name, cut.numel(), tensor.numel() - cut.numel())
         return cut.contiguous()
 
+    def tensors(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors with the rows that stayed, without those of rows of tokens that all went."""
+        cut = {name: self.tensor(name, tensor) for name, tensor in given.items()}
+        return {name: tensor for name, tensor in cut.items() if len(tensor) or not name.endswith(_TOKEN_ROWS)}
+
     def new_token_indices(self) -> Any:
-        """`trainable_token_indices` of the config, under new ids."""
+        """`trainable_token_indices` of the config, under new ids; None if all of them went."""
         given = self.token_indices
         if isinstance(given, Mapping):
-            return {module: self._renumbered(ids) for module, ids in given.items()}
-        return given if given is None else self._renumbered(given)
+            new = {module: self._renumbered(ids) for module, ids in given.items()}
+            return {module: ids for module, ids in new.items() if ids} or None
+        return given if given is None else self._renumbered(given) or None
 
     def result(self, directory: Path) -> ReducedAdapter:
         """What was kept and lost."""
@@ -246,7 +270,7 @@ def _reduce_sparse(adapter: str | os.PathLike[str], cut: _Cut, base: str | None,
     cut.check_model({name: delta.shape for name, delta in files.deltas.items()})
     deltas = {name: cut.delta(name, delta) for name, delta in files.deltas.items()}
     own = {name: tensor for name, tensor in files.others.items() if ".base_layer." not in name}  # copies of the base's
-    others = {name: cut.tensor(name, tensor) for name, tensor in own.items()}
+    others = cut.tensors(own)
     config = SparseConfig.from_pretrained(os.fspath(files.folder))
     config = replace(config, trainable_token_indices=cut.new_token_indices())
     config.counts = (
@@ -263,7 +287,7 @@ def _reduce_other(adapter: str | os.PathLike[str], cut: _Cut, base: str | None, 
     path = need_file(adapter, SOURCE)
     config = read_config(adapter)
     named = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(path).items()}
-    tensors = {PREFIX + name: cut.tensor(name, tensor) for name, tensor in named.items()}
+    tensors = {PREFIX + name: tensor for name, tensor in cut.tensors(named).items()}
     if config.get("trainable_token_indices") is not None:
         config["trainable_token_indices"] = cut.new_token_indices()
     config["base_model_name_or_path"] = base or config.get("base_model_name_or_path")

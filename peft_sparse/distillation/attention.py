@@ -10,6 +10,10 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from ..errors import ConfigError
 from .student import stack_of
@@ -52,12 +56,29 @@ def use_eager_attention(model: nn.Module) -> None:
 
 def is_causal(model: nn.Module) -> bool:
     """Whether tokens see only those before them."""
-    found = [vars(module).get("is_causal") for module in inner_model(model).modules() if _is_attention(module)]
-    return any(one is True for one in found)
+    inner = inner_model(model)
+    found = [vars(module).get("is_causal") for module in inner.modules() if _is_attention(module)]
+    if any(one is not None for one in found):
+        return any(one is True for one in found)
+    # BLOOM, MPT, XGLM and others do not say it in their layers.
+    config = inner.config.get_text_config()
+    is_decoder_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return bool(getattr(config, "is_decoder", False)) or (
+        is_decoder_alone and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__
+
+
+def _window_of(attention: nn.Module) -> int | None:
+    """How far a query sees, itself included: the layer's own; of Mistral's kind, the config's in all layers."""
+    held = vars(attention)
+    window = held.get("sliding_window")
+    if "sliding_window" not in held and getattr(held.get("config"), "layer_types", None) is None:
+        window = getattr(held.get("config"), "sliding_window", None)
+    return window if isinstance(window, int) else None
 
 
 class AttentionMaps:
@@ -86,8 +107,8 @@ class AttentionMaps:
             for module in stack[index].modules():
                 if _is_attention(module):
                     self._handles.append(module.register_forward_hook(partial(self._keep, index)))
-                    window = vars(module).get("sliding_window")
-                    self.windows[index] = window if isinstance(window, int) else self.windows.get(index)
+                    window = _window_of(module)
+                    self.windows[index] = window if window is not None else self.windows.get(index)
         return self
 
     def __exit__(

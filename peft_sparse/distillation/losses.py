@@ -81,19 +81,19 @@ def pair_mask(mask: Tensor, *, causal: bool = False, window: int | None = None) 
     Args:
         mask: [B, T], non-zero where there is a token.
         causal: a query sees no key after itself.
-        window: of causal attention, how many keys a query sees at most, itself included; None for all.
+        window: how many keys a query sees at most to a side, itself included; None for all.
 
     Returns:
         [B, T, T] bool, query by key.
     """
     is_token = mask.bool()
     pairs = is_token[:, :, None] & is_token[:, None, :]
+    places = torch.arange(mask.shape[1], device=mask.device)
+    distance = places[:, None] - places[None, :]
     if causal:
-        places = torch.arange(mask.shape[1], device=mask.device)
-        distance = places[:, None] - places[None, :]
         pairs = pairs & (distance >= 0)
-        if window is not None:
-            pairs = pairs & (distance < window)
+    if window is not None:
+        pairs = pairs & (distance.abs() < window)
     return pairs
 
 

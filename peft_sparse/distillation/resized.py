@@ -18,6 +18,8 @@ from ..errors import ConfigError
 # Entries of configs that hold ids, but for those called "..._token_id", "..._token_ids" and "..._token_index".
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _SEQUENCES = ("bad_words_ids", "force_words_ids")
+# Those that hold {language or task: id} (Whisper, SeamlessM4T).
+_MAPPINGS = ("lang_to_id", "task_to_id", "text_decoder_lang_to_code_id")
 PLAIN = (int, float, str, bool, tuple, type(None))
 
 
@@ -163,7 +165,9 @@ def _named_ids(config: Any, size: int) -> Iterator[tuple[Any, str, Any]]:
     """(holder, key, id or list of ids) of a config, and of what is nested in it and is of the same vocabulary."""
     entries = config if isinstance(config, dict) else vars(config)
     for key, value in list(entries.items()):
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key in _MAPPINGS:
+            yield from ((value, name, one) for name, one in list(value.items()) if is_whole(one))
+        elif isinstance(value, dict):
             yield from _named_ids(value, size)
         elif isinstance(value, PretrainedConfig):
             if getattr(value, "vocab_size", size) == size:

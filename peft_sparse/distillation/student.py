@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # In the student's config, and so in its config.json: which layers of the teacher its own were, by index from 0.
 LAYERS_KEY = "teacher_layers"
+# Beside it: how many layers that teacher had, for the indices mean those of no other.
+DEPTH_KEY = "teacher_num_layers"
 COPIED, RANDOM = "copied", "random"
 
 
@@ -76,6 +78,7 @@ def make_student(
             if isinstance(held, type(config.get_text_config())):
                 _slice_config(held, kept, depth)
     setattr(student.config, LAYERS_KEY, kept)
+    setattr(student.config, DEPTH_KEY, depth)
     if dropout is not None:
         _set_dropout(student, dropout)
     for parameter in student.parameters():

@@ -54,20 +54,23 @@ class Teacher:
         }
         self.languages = {language: names[where] for language, where in adapters.items()}
         self.task = None if task is None else self._add(task, "task")
-        self._active: list[str] | None = None
         self._generates = any(self.model.peft_config[name].peft_type == MAD_G for name in self.languages.values())
         for language in self.languages if self._generates else ():
             self.activate(language)  # one that the typology does not have is refused here
         self.model.eval().requires_grad_(False)
 
     def _add(self, where: str | os.PathLike[str], name: str) -> str:
+        where = os.fspath(where)
         if not isinstance(self.model, PeftModel):
-            self.model = PeftModel.from_pretrained(self.model, os.fspath(where), adapter_name=name)
+            self.model = PeftModel.from_pretrained(self.model, where, adapter_name=name)
             return name
-        if where in self.model.peft_config:
-            return os.fspath(where)
-        self.model.load_adapter(os.fspath(where), name)
-        return name
+        taken = self.model.peft_config
+        if where in taken:
+            return where
+        # PEFT would load the file into an adapter that has the name already.
+        free = next(one for one in (name, *(f"{name}_{i}" for i in range(len(taken)))) if one not in taken)
+        self.model.load_adapter(where, free)
+        return free
 
     def activate(self, language: str | None) -> None:
         """Switch to a language's adapter, with the task's above it.
@@ -84,10 +87,10 @@ class Teacher:
             )
         wanted = [self.languages[language]] if self.languages else []
         wanted += [self.task] if self.task is not None else []
-        if wanted and wanted != self._active:
+        # Asked of the model, where others may have switched in the meantime.
+        if wanted and wanted != list(self.model.active_adapters):
             self.model.base_model.set_adapter(wanted)
             self.model.requires_grad_(False)
-            self._active = wanted
         if self._generates and language is not None:
             set_language(self.model, language)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PretrainedConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import ConfigError
 from ..training.derived import derived_trainer
 from ..training.languages.multisource import LANGUAGE
 from .attention import AttentionMaps, inner_model, is_causal, is_checkpointing, use_eager_attention
+from .last_layer import LastLayer
 from .losses import (
     DistillationLoss,
     attention_loss,
@@ -25,12 +26,14 @@ from .losses import (
     prediction_loss,
     prediction_mask,
 )
-from .student import LAYERS_KEY, stack_of
+from .student import DEPTH_KEY, LAYERS_KEY, stack_of
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 _BULKY = ("hidden_states", "attentions")
+# What transformers calls the problems whose logits are no distribution over labels.
+_NO_DISTRIBUTION = {"multi_label_classification", "regression"}
 
 
 class DistillationTraining:
@@ -79,7 +82,7 @@ class DistillationTraining:
         self._layers = None if layers is None else list(layers)
         self._aligned: list[int] = []
         self._prepared: nn.Module | None = None
-        self._terms: dict[bool, dict[str, list[Tensor]]] = {True: {}, False: {}}
+        self._terms: dict[bool, dict[str, list[tuple[Tensor, int]]]] = {True: {}, False: {}}
         super().__init__(*args, **kwargs)
         if self.teacher is not None:
             # Each micro-batch has a mean of its own, which the trainer divides by the number of those in a step.
@@ -138,25 +141,25 @@ class DistillationTraining:
         aligned = self._aligned if weights.attention else []
         own = AttentionMaps(self.model, range(len(aligned)))
         theirs = AttentionMaps(self.teacher.model, aligned)
+        lasts = self._last_layers()
         terms: dict[str, Tensor] = {}
-        with own, theirs:
+        with own, theirs, lasts[0], lasts[1]:
             outputs = self._student_outputs(model, given, terms)
             unlabelled = {key: value for key, value in given.items() if key != "labels"}
             target = self.teacher(language, **unlabelled, output_hidden_states=weights.hidden > 0)
         mask = _token_mask(given)
         if weights.attention:
             maps = own.maps()
-            self._check_gradient(maps)
+            self._check_gradient(maps, "attention maps", "attention")
             causal = is_causal(self.model)
             masks = [pair_mask(mask, causal=causal, window=own.windows[index]) for index in range(len(maps))]
             terms["attention"] = attention_loss(maps, theirs.maps(), masks)
         if weights.hidden:
-            states = [target.hidden_states[0], *(target.hidden_states[index + 1] for index in self._aligned)]
-            terms["hidden"] = hidden_loss(outputs["hidden_states"], states, mask)
+            terms["hidden"] = hidden_loss(*self._hidden_states(outputs, target, lasts), mask)
         if weights.prediction:
             terms["prediction"] = self._prediction(outputs, target, mask, given.get("labels"))
         loss = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
-        self._keep(model.training, terms)
+        self._keep(model.training, terms, len(mask))
         if not return_outputs:
             return loss
         return loss, type(outputs)(**{key: value for key, value in outputs.items() if key not in _BULKY})
@@ -168,6 +171,30 @@ class DistillationTraining:
             return model(**asked)
         terms["labels"], outputs = super().compute_loss(model, asked, return_outputs=True)
         return outputs
+
+    def _last_layers(self) -> tuple[LastLayer, LastLayer]:
+        """Of student and teacher, where one's last layer learns from, or teaches, a layer that is not the last."""
+        assert self.teacher is not None
+        own = theirs = False
+        if self.distillation_loss.hidden:
+            last = stack_of(inner_model(self.teacher.model))[1] - 1
+            own, theirs = self._aligned[-1] != last, last in self._aligned[:-1]
+        return LastLayer(self.model, wanted=own), LastLayer(self.teacher.model, wanted=theirs)
+
+    def _hidden_states(
+        self, outputs: Any, target: Any, lasts: tuple[LastLayer, LastLayer]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The embeddings and layers of the student, and what each of them learns from."""
+        own = list(outputs["hidden_states"])
+        theirs = [target.hidden_states[0], *(target.hidden_states[index + 1] for index in self._aligned)]
+        if lasts[0].output is not None:
+            self._check_gradient([lasts[0].output], "hidden states of the last layer", "hidden")
+            own[-1] = lasts[0].output
+        if lasts[1].output is not None:
+            last = len(target.hidden_states) - 2
+            for place, index in enumerate(self._aligned[:-1], start=1):
+                theirs[place] = lasts[1].output if index == last else theirs[place]
+        return own, theirs
 
     def _prediction(self, outputs: Any, target: Any, mask: Tensor, labels: Tensor | None) -> Tensor:
         temperature = self.distillation_loss.temperature
@@ -185,8 +212,10 @@ class DistillationTraining:
                 "prediction needs logits of the same two labels or more from student and teacher, got the shapes "
                 f"{tuple(own.shape)} and {tuple(theirs.shape)}."
             )
-        if inner_model(self.model).config.problem_type == "multi_label_classification":
+        configs = [inner_model(one).config for one in (self.model, self.teacher.model)]
+        if _NO_DISTRIBUTION & {config.problem_type for config in configs}:
             raise ConfigError("prediction compares distributions over labels that exclude each other: prediction=0.")
+        _check_labels(*(_names_of_labels(config, own.shape[-1]) for config in configs))
         if own.dim() == 2:
             counted = mask.new_ones(len(own))
         else:
@@ -195,12 +224,12 @@ class DistillationTraining:
             counted = prediction_mask(mask, labels, next_token=next_token)
         return prediction_loss(own, theirs, counted, temperature=temperature)
 
-    def _check_gradient(self, maps: Sequence[Tensor]) -> None:
+    def _check_gradient(self, caught: Sequence[Tensor], what: str, field: str) -> None:
         checkpoints = torch.is_grad_enabled() and is_checkpointing(inner_model(self.model))
-        if checkpoints and not all(one.requires_grad for one in maps):
+        if checkpoints and not all(one.requires_grad for one in caught):
             raise ConfigError(
-                "attention maps have no gradient under reentrant gradient checkpointing. Set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or distil without: attention=0."
+                f"{what} have no gradient under reentrant gradient checkpointing. Set "
+                f"gradient_checkpointing_kwargs={{'use_reentrant': False}}, or distil without: {field}=0."
             )
 
     def prediction_step(
@@ -216,15 +245,22 @@ class DistillationTraining:
 
     # ---- logs ----------------------------------------------------------------------------------------
 
-    def _keep(self, training: bool, terms: Mapping[str, Tensor]) -> None:
+    def _keep(self, training: bool, terms: Mapping[str, Tensor], size: int) -> None:
+        # As the trainer's own loss: micro-batches count alike in training, examples in evaluation.
+        weight = 1 if training else min(size, self.args.eval_batch_size)
         for name, term in terms.items():
-            self._terms[training].setdefault(name, []).append(term.detach().float())
+            self._terms[training].setdefault(name, []).append((term.detach().float(), weight))
 
     def _means(self, training: bool, prefix: str) -> dict[str, float]:
         """{name of a term: its mean since this was last asked for, over all processes}."""
         found, self._terms[training] = self._terms[training], {}
-        means = {name: torch.stack(terms).mean() for name, terms in found.items()}
-        return {f"{prefix}{name}": self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
+        means = {}
+        for name, kept in found.items():
+            total = torch.stack([term * weight for term, weight in kept]).sum()
+            sums = torch.stack([total, total.new_tensor(float(sum(weight for _, weight in kept)))])
+            total, count = self.accelerator.gather(sums[None]).sum(0).tolist()
+            means[f"{prefix}{name}"] = total / count
+        return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean of each term since the last time."""
@@ -249,9 +285,30 @@ def _check_same(what: str, own: int, theirs: int) -> None:
         )
 
 
+def _names_of_labels(config: PretrainedConfig, count: int) -> list[str] | None:
+    """Names of so many outputs; None if the config has none for them but transformers' own ("LABEL_0")."""
+    known = config.id2label or {}
+    names = [known[index] for index in sorted(known)]
+    return names if len(names) == count and names != [f"LABEL_{index}" for index in range(count)] else None
+
+
+def _check_labels(student: list[str] | None, teacher: list[str] | None) -> None:
+    if student is not None and teacher is not None and student != teacher:
+        raise ConfigError(
+            f"student and teacher must have the same labels in the same order (config.id2label), got {student} and "
+            f"{teacher}. Make the student's head with the teacher's labels, or distil without: prediction=0."
+        )
+
+
 def _aligned(student: nn.Module, teacher: nn.Module, layers: Sequence[int] | None) -> list[int]:
     own, theirs = stack_of(student)[1], stack_of(teacher)[1]
     found = layers if layers is not None else getattr(student.config, LAYERS_KEY, None)
+    depth = getattr(student.config, DEPTH_KEY, theirs)
+    if layers is None and depth != theirs:
+        raise ConfigError(
+            f"the student was made of a model of {depth} layers, of which it has {found}, the teacher has {theirs}: "
+            "say which of the teacher's layers it learns from, layers=[...]."
+        )
     if found is None:
         if theirs % own:
             raise ConfigError(

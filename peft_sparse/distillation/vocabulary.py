@@ -114,8 +114,10 @@ def reduce_vocabulary(
     check_model(model)
     languages = by_language(texts)
     kept_texts = [text for ones in by_language(keep_texts, name="keep_texts").values() for text in ones]
-    if not any(languages.values()):
-        raise ConfigError("texts must hold at least one text, got none. An iterator may have been used up.")
+    empty = [language for language, ones in languages.items() if not any(ones)]
+    if empty or not languages:
+        of = f" of {empty[0]!r}" if empty and isinstance(texts, Mapping) else ""
+        raise ConfigError(f"texts must hold at least one text{of}, got none. An iterator may have been used up.")
     wanted = _Wanted(languages, min_count, min_probability, keep_characters, kept_texts, keep_tokens)
     spec, tokens, new_ids, smaller, smaller_spec = _renumbering(model, tokenizer, wanted)
     size = model.get_input_embeddings().weight.shape[0]
@@ -231,10 +233,11 @@ def _ids_of(names: Iterable[str], tokens: Mapping[int, str]) -> set[int]:
     if isinstance(names, str):
         raise ConfigError(f"keep_tokens must be a list of tokens, got one: write [{names!r}].")
     ids = {token: index for index, token in tokens.items()}
-    for name in names:
+    wanted = list(names)  # an iterator gives them once
+    for name in wanted:
         if name not in ids:
             raise ConfigError(f"keep_tokens: the tokenizer has no token {name!r}.{nearest(name, ids)}")
-    return {ids[name] for name in names}
+    return {ids[name] for name in wanted}
 
 
 def _in_order(kept: set[int], tokens: Mapping[int, str], size: int) -> list[int]:

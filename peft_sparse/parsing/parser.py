@@ -160,13 +160,15 @@ class BiaffineParser:
             roots: False leaves words on the root out of the loss. A saved parser knows all four.
 
         Raises:
-            ConfigError: a setting or an encoder that there is no parser for.
+            ConfigError: a setting or an encoder that there is no parser for, or other labels than a saved parser's, as
+                many as those.
         """
         if surplus := {"num_labels", "id2label", "label2id"} & kwargs.keys():
             raise ConfigError(f"{sorted(surplus)[0]} is not taken: labels=[...] names the relations in their order.")
         if "config" not in kwargs:
             wanted = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "subfolder") if name in kwargs}
             kwargs["config"] = AutoConfig.from_pretrained(pretrained_model_name_or_path, **wanted)
+        _check_saved_labels(kwargs["config"], labels)
         config = kwargs["config"] = _configured(kwargs["config"], labels, root, decode, roots)
         made = parser_class(config)
         return super(BiaffineParser, made).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
@@ -239,12 +241,15 @@ class BiaffineParser:
 
     def _root(self, states: Tensor, encoded: Any, attention_mask: Tensor | None) -> Tensor:
         """[batch, size]; the first token is behind the padding where that is at the left."""
-        if _settings(self.config)["root"] == "pooled":
-            return encoded.pooler_output
-        if attention_mask is None:
-            return states[:, 0]
+        is_pooled = _settings(self.config)["root"] == "pooled"
+        if attention_mask is None or (is_pooled and bool(attention_mask[:, 0].all())):
+            return encoded.pooler_output if is_pooled else states[:, 0]
         first = attention_mask.bool().int().argmax(1)
-        return states[torch.arange(len(states), device=states.device), first]
+        rows = torch.arange(len(states), device=states.device)
+        if not is_pooled:
+            return states[rows, first]
+        # Poolers take the first place, whatever is there.
+        return self.base_model.pooler(encoded.last_hidden_state[rows, first][:, None])
 
     def _relation_scores(self, words: Tensor, heads: Tensor, arcs: Tensor) -> Tensor:
         chosen = arcs.clamp(min=0)[..., None].expand(-1, -1, heads.shape[-1])
@@ -259,6 +264,8 @@ class BiaffineParser:
 
     def _decode(self, arc_scores: Tensor, is_word: Tensor, decode: str) -> Tensor:
         check_one_of("decode", decode, DECODERS)
+        if bool(arc_scores.isnan().any()):
+            raise ConfigError("the scores of heads are NaN, so there is no best one: the run that trained it diverged.")
         best = arc_scores.argmax(-1)
         if decode == "mst":
             found = arc_scores.detach().double().cpu()
@@ -329,6 +336,18 @@ def _configured(
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     setattr(config, _SETTINGS, settings)
     return config
+
+
+def _check_saved_labels(config: PretrainedConfig, labels: Sequence[str] | None) -> None:
+    """Refuse names for a saved head's outputs that are not its own: each would mean another relation."""
+    if labels is None or getattr(config, _SETTINGS, None) is None:
+        return
+    own = [config.id2label[index] for index in sorted(config.id2label)]
+    if len(own) == len(labels) and own != list(labels):
+        raise ConfigError(
+            f"labels: the saved parser has {own}, in this order, got {list(labels)}. Leave labels out; for a new head "
+            "load the encoder alone: BiaffineParser.from_pretrained(<the encoder>, labels=[...])."
+        )
 
 
 def _dropout(config: PretrainedConfig) -> float:

@@ -29,7 +29,8 @@ def attachment_scores(predicted: Sequence[Parse], gold: Sequence[Parse], *, root
         {"uas": ..., "las": ...}, in [0, 1]; NaN if no word counts.
 
     Raises:
-        ConfigError: not the same number of sentences, or of words in one of them.
+        ConfigError: not the same number of sentences, or of words in one of them; heads that are texts, or relations
+            that are names on one side and ids on the other.
     """
     if len(predicted) != len(gold):
         raise ConfigError(f"predicted must hold as many sentences as gold, got {len(predicted)} and {len(gold)}.")
@@ -41,6 +42,10 @@ def attachment_scores(predicted: Sequence[Parse], gold: Sequence[Parse], *, root
                 f"sentence {number}: predicted and gold heads and relations must be as many, got {lengths}."
             )
         found += list(zip(*own, *right, strict=True))
+    if any(isinstance(word[0], str) or isinstance(word[2], str) for word in found):
+        raise ConfigError("heads must be numbers (0 the root, j word j), got texts.")
+    if len({isinstance(relation, str) for word in found for relation in (word[1], word[3])}) > 1:
+        raise ConfigError("relations of predicted and gold must be names in both or ids in both, got some of either.")
     counted = [word for word in found if roots or word[2] != 0]
     if not counted:
         return {"uas": float("nan"), "las": float("nan")}

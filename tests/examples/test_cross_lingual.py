@@ -229,6 +229,37 @@ def test_files_that_cannot_be_read_are_refused(modules, tmp_path):
         modules("_tasks").ids_of(["A"], {}, ["A", "Z"])
 
 
+def test_labels_are_names_and_some_of_them_are_in_training(modules, capsys):
+    tasks = modules("_tasks")
+    pos, dp, sentiment = (tasks.TASKS[name] for name in ("pos", "dp", "sentiment"))
+    numbers, texts = ({"tokens": ["a", "b"], "upos": tags} for tags in ([3, 1], ["3", "1 "]))
+    assert pos.clean(numbers)["upos"] == pos.clean(texts)["upos"] == ["3", "1"]
+    assert sentiment.clean({"text": "good ", "label": " positive"}) == {"text": "good ", "label": "positive"}
+    with pytest.raises(BadParameter, match=r"heads must be numbers .* got \[None\]"):
+        dp.clean({"heads": [None], "relations": ["root"]})
+    rows = [{"text": "a", "label": label} for label in ("bad", "good")]
+    assert tasks.labels_of(sentiment, rows, {"far": rows[:1]}) == ["bad", "good"]
+    assert not capsys.readouterr().err
+    assert tasks.labels_of(sentiment, rows, {"far": [*rows, {"text": "b", "label": "fair"}]}) == ["bad", "good"]
+    assert "Training has no label ['fair'], which 'far' is tested on: never predicted." in capsys.readouterr().err
+    with pytest.raises(BadParameter, match=r"'far' is tested on the labels \['Good'\], and training has none"):
+        tasks.labels_of(sentiment, rows, {"far": [{"text": "a", "label": "Good"}]})
+    with pytest.raises(BadParameter, match="all training rows have the label 'bad': there is nothing to learn"):
+        tasks.labels_of(sentiment, rows[:1], {"far": rows})
+    tree = {"tokens": ["a"], "heads": [0], "relations": ["root"]}
+    assert tasks.labels_of(dp, [tree], {"far": [tree]}) == ["root"]
+    assert tasks.labels_of(tasks.TASKS["qa"], [], {"far": []}) is None
+
+
+def test_what_is_trained_on_is_not_tested_on(run, tmp_path):
+    (tmp_path / "near.jsonl").write_text('{"text": "a", "label": "x"}\n')
+    pattern = str(tmp_path / "{language}.jsonl")
+    options = ["--data", pattern, "--model", "m", "--no-language", "--source", "near", "--target", "near"]
+    code, output = run("--task", "sentiment", *options)
+    assert code == 2
+    assert "bothtrainedandtestedon" in output.replace(" ", "")
+
+
 def test_squads_scores_are_the_official_ones(modules):
     squad = modules("_squad")
     # Of the official script: articles, case and punctuation do not count, words do.
@@ -346,13 +377,21 @@ def test_mixed_data_reads_translations_and_a_lexicon(run, modules, tmp_path):
     lexicon.write_text("ind,x\nInd,aceh\n")
     with pytest.raises(BadParameter, match=r"row 1: no 'ace'\. It has \['ind', 'x'\]; --lexicon-columns SOURCE TARGET"):
         mixed.real(str(tmp_path), "ind", "ace", file=str(lexicon))
+    lexicon.write_text("ind,x\nInd,aceh\nace,\n")  # a word without a translation stays
     found = mixed.real(str(tmp_path), "ind", "ace", file=str(lexicon), words=("ind", "x"))
+    assert found.lexicon == {"ind": "aceh"}
     assert [row["id"] for row in found.gold] == [row["id"] for row in found.labelled] == [3, 1, 2]
     assert [row["text"] for row in mixed.word_by_word(found.labelled, found.lexicon)] == ["aceh 3", "aceh 1", "aceh 2"]
     assert found.text == {"ind": ["satu"], "ace": ["sa"]}
     # Without a lexicon that arm is missing, and the others are there.
     plain = mixed.real(str(tmp_path / "rows"), "ind", "ace", text=str(tmp_path / "text"))
     assert list(mixed.arms(plain, [1], seed=0)) == ["zero-shot", "few-shot 1", "few-shot 1 x10", "gold"]
+    with pytest.raises(BadParameter, match="would be both trained and tested on"):
+        mixed.real(str(tmp_path / "rows" / "{language}" / "train.jsonl"), "ind", "ace", text=str(tmp_path / "text"))
+    gold = tmp_path / "rows" / "ace" / "train.jsonl"
+    gold.write_text(gold.read_text().replace('"id": 2', '"id": 1'))
+    with pytest.raises(BadParameter, match="'ace' has 1 ids of several rows, '1' for one"):
+        mixed.real(str(tmp_path / "rows"), "ind", "ace", text=str(tmp_path / "text"))
     code, output = run("--data", tmp_path, name="mixed_data")
     assert code == 2
     assert "give an encoder" in output

@@ -60,11 +60,15 @@ class LanguageSwitch(TrainerCallback):
             look_up_languages(model, self._languages)
         self._before: dict[str, int] = {}
         self._totals: dict[str, int] = dict(self.counts)
-        self._handle = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        self._now: str | None = None
+        self._handles = [model.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        if activate is not None:
+            self._handles.append(model.register_forward_hook(self._watch_backward))
 
     def remove(self) -> None:
         """Stop. What is active in the model stays so."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def __enter__(self) -> LanguageSwitch:
         return self
@@ -93,7 +97,26 @@ class LanguageSwitch(TrainerCallback):
         if self._activate is None:
             return args, kwargs
         self._activate(model, language)
+        self._now = language
         return args, {key: value for key, value in kwargs.items() if key != LANGUAGE}
+
+    def _watch_backward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Layers that gradient checkpointing computes again must find the language of their forward active."""
+        if not (torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())):
+            return
+        language = self._now
+
+        def check(gradient: torch.Tensor) -> None:
+            if self._now != language:
+                raise ConfigError(
+                    f"gradient checkpointing computes layers of a batch in {language!r} again, and {self._now!r} is "
+                    "active: several forwards in different languages came before their backward. Run the backward of "
+                    "each batch before the next forward."
+                )
+
+        for one in output.values() if isinstance(output, Mapping) else [output]:
+            if isinstance(one, torch.Tensor) and one.requires_grad:
+                one.register_hook(check)
 
     # ---- as a callback -------------------------------------------------------------------------------
 
@@ -159,7 +182,8 @@ def language_below_task(adapters: Mapping[str, str | None], task: str) -> Callab
         wanted = [task] if below is None else [below, task]
         if list(model.active_adapters) != wanted:
             model.base_model.set_adapter(wanted)
-            if below is not None:
-                model.base_model.set_requires_grad(below, requires_grad=False)
+        if below is not None:
+            # Also where somebody else has activated both, which lets both train.
+            model.base_model.set_requires_grad(below, requires_grad=False)
 
     return activate

@@ -8,6 +8,7 @@ and so languages, of its own.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...checks import check_one_of
+from ...checks import check_one_of, is_number, nearest
 from ...errors import ConfigError
 from .mixture import DRAWS, EXACT, INDEPENDENT, BatchLanguage, Source, as_sources, exact_schedule
 
@@ -61,7 +62,7 @@ def sampling_probabilities(
         {language: probability}, with sum 1.
 
     Raises:
-        ConfigError: no languages, an empty one, or a setting out of range.
+        ConfigError: no languages, an empty one, a setting out of range, or a factor of a language that there is not.
 
     Source: thesis 3.4.2 (cap 500,000, exponent 0.5).
     """
@@ -72,6 +73,11 @@ def sampling_probabilities(
     if not 0 <= exponent <= 1:
         raise ConfigError(f"exponent must be in [0, 1], got {exponent}")
     factors = upsampling or {}
+    for name, factor in factors.items():
+        if name not in sizes:
+            raise ConfigError(f"upsampling names {name!r}, which is none of {sorted(sizes)}.{nearest(name, sizes)}")
+        if not is_number(factor) or not 0 < factor < math.inf:
+            raise ConfigError(f"upsampling of {name!r} must be a number above 0, got {factor!r}.")
     weights = {name: factors.get(name, 1.0) * min(size, cap) ** exponent for name, size in sizes.items()}
     total = sum(weights.values())
     return {language: weight / total for language, weight in weights.items()}
@@ -206,20 +212,26 @@ class MultiSourceDataset(Dataset[LanguageBatch]):
         return kept[1]
 
 
-def evaluation_batches(sources: Mapping[str, Sequence[Any]], *, batch_size: int, seed: int = 0) -> list[LanguageBatch]:
+def evaluation_batches(
+    sources: Mapping[str, Sequence[Any] | Source], *, batch_size: int, seed: int = 0
+) -> list[LanguageBatch]:
     """Every example once, in order, in batches of one language: an evaluation data set for `MultiSourceCollator`.
 
     Pass {language: evaluation_batches({language: rows}, ...)} as `eval_dataset` for a figure per language, and
     `per_device_eval_batch_size=1`. The last batch of a language may be smaller, and a trainer's loss is the mean over
     batches, whatever their size.
+
+    Raises:
+        ConfigError: a language without rows, or a batch size below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be >= 1, got {batch_size}")
     batches = []
-    for place, (language, rows) in enumerate(sources.items()):
+    for place, source in enumerate(as_sources(sources).values()):
+        rows = source.examples
         for first in range(0, len(rows), batch_size):
             examples = tuple(rows[index] for index in range(first, min(first + batch_size, len(rows))))
-            batches.append(LanguageBatch(language, examples, _mixed(seed, place, first)))
+            batches.append(LanguageBatch(source.language, examples, _mixed(seed, place, first)))
     return batches
 
 

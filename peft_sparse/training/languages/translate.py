@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 
+from ..._peft_bridge import BaseTunerLayer
 from ...errors import ConfigError, FormatError
 from ...files import write_atomically
 from ..progress import progress_bar
@@ -94,6 +95,12 @@ def translate_rows(
     output, fields = Path(output), [fields] if isinstance(fields, str) else list(fields)
     _check_rows(rows, fields, batch_size, max_length)
     _check_model(model)
+    own = getattr(getattr(model, "generation_config", None), "num_return_sequences", None)
+    if (count := (generation or {}).get("num_return_sequences", own)) not in (None, 1):
+        raise ConfigError(
+            f"num_return_sequences (generation=..., or the model's generation_config) must be 1, got {count}: a row "
+            "has one translation."
+        )
     forced = _set_languages(tokenizer, source, target)
     settings = {
         "fields": fields,
@@ -103,6 +110,8 @@ def translate_rows(
         "max_length": max_length,
         "generation": dict(generation or {}),
         "model": _fingerprint(model),
+        "adapters": _active_adapters(model),
+        "tokenizer": _digest_of_tokenizer(tokenizer),
         "rows": _digest(rows),
     }
     notes, partial = (output.with_name(f".{output.name}.{kind}") for kind in ("settings", "partial"))
@@ -129,8 +138,12 @@ def translate_rows(
             advance(start)
             for first in range(start, len(rows), per_batch):
                 batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
-                texts = [prefix + row[field] for row in batch for field in fields]
-                found, cut, unfinished = _generate(model, tokenizer, texts, max_length, arguments)
+                texts = [row[field] for row in batch for field in fields]
+                # A blank text stays, of which a model would make something up.
+                filled = [prefix + text for text in texts if text.strip()]
+                made, cut, unfinished = _generate(model, tokenizer, filled, max_length, arguments)
+                rest = iter(made)
+                found = [next(rest) if text.strip() else text for text in texts]
                 num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
                 new = [
                     {**row, **dict(zip(fields, found[i * len(fields) : (i + 1) * len(fields)], strict=True))}
@@ -223,6 +236,8 @@ def _set_languages(tokenizer: Any, source: str | None, target: str | None) -> in
         if not hasattr(tokenizer, "src_lang"):
             raise ConfigError("source: this tokenizer marks no language of its texts; leave it out.")
         tokenizer.src_lang = source
+    elif getattr(tokenizer, "src_lang", None):
+        logger.warning("The texts are taken for %r, as the tokenizer has it: source=...", tokenizer.src_lang)
     return None if target is None else vocabulary[named["target"]]
 
 
@@ -235,6 +250,8 @@ def _generate(
     model: Any, tokenizer: Any, texts: list[str], max_length: int, arguments: Mapping[str, Any]
 ) -> tuple[list[str], int, int]:
     """Translations; how many texts were cut; how many translations were."""
+    if not texts:
+        return [], 0, 0
     lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
     encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     encoded = {name: tensor.to(model.device) for name, tensor in encoded.items() if name != "token_type_ids"}
@@ -264,10 +281,12 @@ def _check_settings(notes: Path, settings: Mapping[str, Any], output: Path) -> N
         before = json.loads(notes.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{notes} is damaged: delete it and {output}, and translate again ({error})") from error
-    changed = [name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))]
+    # What an older version did not write down is not compared.
+    known = [name for name in settings if name in before]
+    changed = [name for name in known if before[name] != json.loads(json.dumps(settings[name]))]
     if changed:
         name = changed[0]
-        what = "" if name in ("rows", "model") else f": {before.get(name)!r} then, {settings[name]!r} now"
+        what = "" if name in ("rows", "model", "tokenizer") else f": {before.get(name)!r} then, {settings[name]!r} now"
         raise ConfigError(f"{output} was begun with other {name}{what}. Name another file, or delete it and {notes}.")
 
 
@@ -287,6 +306,22 @@ def _read_lines(path: Path, *, is_whole: bool) -> Iterator[Row]:
 
 def _lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _active_adapters(model: Any) -> list[str]:
+    """The adapters that translate, which the weights alone do not say."""
+    if not hasattr(model, "peft_config"):
+        return []
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = model.active_adapters
+    # A method of models that transformers itself gave adapters.
+    return [] if any(layer.disable_adapters for layer in layers) else list(active() if callable(active) else active)
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str:
+    words = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    known = json.dumps([words, str(getattr(tokenizer, "src_lang", None))])
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:

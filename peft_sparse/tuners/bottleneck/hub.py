@@ -114,7 +114,8 @@ def save_adapter_hub(
 
     Raises:
         ConfigError: the model has no such bottleneck adapter.
-        FormatError: the architecture is another one, or the library has no head that computes the same.
+        FormatError: the architecture is another one, the adapter lies where the library has none of that kind, or the
+            library has no head that computes the same.
     """
     base = base_model_of(model)
     config: BottleneckConfig = config_of(model, adapter_name, BOTTLENECK, called="a bottleneck adapter")
@@ -146,9 +147,25 @@ def save_adapter_hub(
     theirs = _library_config(config, width=width, size=size, left_out=left_out)
     about = {"hidden_size": width, "model_type": model_type, "model_class": type(base).__name__, "model_name": ""}
     adapter = HubAdapter(adapter_name, theirs, tensors, invertible, about)
+    _check_places(base, adapter, BottleneckConfig(kind=config.kind, invertible=config.invertible, leave_out=left_out))
     if with_head:
         _add_head(adapter, base)
     write_adapter_hub(folder, adapter, path_of=path_of)
+
+
+def _check_places(base: nn.Module, adapter: HubAdapter, config: BottleneckConfig) -> None:
+    """Refuse to write an adapter that its library's config, `config` here, would put elsewhere."""
+    config.exclude_modules = _without_cross_attention(base, config, adapter)
+    theirs = {path: site.placement for path, site in find_sites(resolve(config, base), base).items()}
+    own = {
+        path: layer.placements[adapter.name] for path, layer in iter_layers(base) if adapter.name in layer.placements
+    }
+    if own != theirs:
+        path = min(path for path, _ in own.items() ^ theirs.items())
+        raise FormatError(
+            f"adapter {adapter.name!r} lies where the adapters library has none of its kind: at {path} it is "
+            f"{own.get(path)!r}, and there {theirs.get(path)!r}. Use save_pretrained()."
+        )
 
 
 def _library_config(config: BottleneckConfig, *, width: int, size: int, left_out: list[int]) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def find_sites(config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
             f"target_modules={config.target_modules!r} matches no module of this {type(model).__name__}. "
             f"{_candidates(modules)}"
         )
-    kept = _kept_layers(config, paths)
+    kept = _kept_layers(config, paths, modules)
     sites = {name: Site(config.placement, _width(name, modules[name], model)) for name in paths if name in kept}
     if not sites:
         raise ConfigError(
@@ -201,13 +201,19 @@ def find_sites(config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
     return {name: sites[name] for name in modules if name in sites}
 
 
-def _kept_layers(config: BottleneckConfig, paths: list[str]) -> set[str]:
-    """The paths whose layers `layers_to_transform` and `leave_out` keep."""
+def _kept_layers(config: BottleneckConfig, paths: list[str], modules: Iterable[str]) -> set[str]:
+    """The paths whose layers `layers_to_transform` and `leave_out` keep.
+
+    Args:
+        config: a resolved config.
+        paths: of the targets.
+        modules: paths of all modules: the last layer is the model's, whether it is a target or not.
+    """
     wanted, left_out = config.layers_to_transform, config.leave_out or []
     if wanted is None and not left_out:
         return set(paths)
-    places = {name: re.match(r"(?P<stack>.*?)\.(?P<index>\d+)(\.|$)", name) for name in paths}
-    numbered = {name: (found["stack"], int(found["index"])) for name, found in places.items() if found}
+    numbered = _numbered(paths)
+    everywhere = _numbered(modules).values()
     if not numbered:
         raise ConfigError(
             f"layers_to_transform and leave_out need layers that are numbered in their paths; the targets are {paths}."
@@ -215,7 +221,7 @@ def _kept_layers(config: BottleneckConfig, paths: list[str]) -> set[str]:
     wanted = [wanted] if isinstance(wanted, int) else wanted
     kept, existing = set(), set()
     for stack in {stack for stack, _ in numbered.values()}:
-        count = 1 + max(index for other, index in numbered.values() if other == stack)
+        count = 1 + max(index for other, index in everywhere if other == stack)
         existing.update(range(-count, count))
         dropped = {index % count for index in left_out if -count <= index < count}
         kept.update(
@@ -223,13 +229,19 @@ def _kept_layers(config: BottleneckConfig, paths: list[str]) -> set[str]:
             for name, (other, index) in numbered.items()
             if other == stack and index not in dropped and (wanted is None or index in wanted)
         )
-    unknown = sorted(index for index in {*(wanted or ()), *left_out} if index not in existing)
+    unknown = sorted({index for index in wanted or () if index < 0} | ({*(wanted or ()), *left_out} - existing))
     if unknown:
         raise ConfigError(
             f"layers_to_transform and leave_out: there is no layer {', '.join(map(str, unknown))}; "
             f"layers count from 0 to {max(existing)} (or from the end, in leave_out: -1 is the last)."
         )
     return kept
+
+
+def _numbered(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """{path: (its stack, its layer)} of those in a layer."""
+    found = {name: re.match(r"(?P<stack>.*?)\.(?P<index>\d+)(\.|$)", name) for name in paths}
+    return {name: (place["stack"], int(place["index"])) for name, place in found.items() if place}
 
 
 def _at_end(pattern: str) -> str:

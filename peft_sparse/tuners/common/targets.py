@@ -47,7 +47,8 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     A config with `counts` (one that came from a file) names its parameters itself; the rules decide otherwise.
 
     Raises:
-        ConfigError: a parameter of `counts` or of `target_parameters` is not in the model.
+        ConfigError: a parameter of `counts` or of `target_parameters` is not in the model, or a layer of
+            `layers_to_transform`.
     """
     modules = dict(named_targets(model))
     if config.counts is not None:
@@ -55,6 +56,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
         return _from_counts(config.counts, modules)
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
+    _check_layers_exist(config, modules)
     rules = [_module_rule(config, model, modules), _norm_rule(config), _parameter_rule(config, modules)]
     targets: Targets = {}
     for name, module in modules.items():
@@ -204,14 +206,33 @@ def _warn_of_bypassed(target: str, paths: list[str]) -> None:
         logger.warning("%s leaves out %s: nn.MultiheadAttention never calls it.", target, ", ".join(paths))
 
 
-def _in_layers(config: TargetRequest, name: str) -> bool:
+def _wanted_layers(config: TargetRequest) -> list[int] | None:
+    """The layers that a config names; None where it names none."""
     layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
+    wanted = [layers] if isinstance(layers, int) else list(layers or ())
+    return wanted or None
+
+
+def _layer_of(config: TargetRequest, name: str) -> int | None:
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     list_name = rf"(?:{'|'.join(patterns)})" if patterns else r"[^.]+"
     found = match(rf"(?:.*?\.)??{list_name}\.(\d+)(?:\.|$)", name)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return None if found is None else int(found[1])
+
+
+def _in_layers(config: TargetRequest, name: str) -> bool:
+    wanted = _wanted_layers(config)
+    return wanted is None or _layer_of(config, name) in wanted
+
+
+def _check_layers_exist(config: TargetRequest, modules: Iterable[str]) -> None:
+    wanted = _wanted_layers(config)
+    if wanted is None:
+        return
+    there = {layer for name in modules if (layer := _layer_of(config, name)) is not None}
+    if unknown := sorted(set(wanted) - there):
+        known = f"layers count from {min(there)} to {max(there)}" if there else "no module's path has a number"
+        raise ConfigError(f"layers_to_transform: there is no layer {', '.join(map(str, unknown))}; {known}.")
 
 
 def base_prefix(model: nn.Module) -> str:

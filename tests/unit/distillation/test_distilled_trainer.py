@@ -9,13 +9,21 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoModel,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    BloomConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    MistralConfig,
+    ModernBertConfig,
+    RoFormerConfig,
     Trainer,
+    XGLMConfig,
 )
 
 from peft_sparse import (
@@ -34,7 +42,7 @@ from peft_sparse import (
     sparse_trainer,
 )
 from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teacher, distilled_trainer, make_student
-from peft_sparse.distillation.attention import is_checkpointing
+from peft_sparse.distillation.attention import AttentionMaps, is_causal, is_checkpointing
 from peft_sparse.distillation.losses import attention_loss, hidden_loss, pair_mask, prediction_loss, prediction_mask
 from tests.support.tokenizers import make_bert, make_llama
 from tests.support.training import make_args
@@ -155,6 +163,91 @@ def test_sliding_windows_count_only_what_they_see(tmp_path):
     assert trainer._means(True, "") == pytest.approx({k: expected[k] for k in ("attention", "hidden")}, rel=1e-5)
 
 
+def attention_of(config) -> tuple[bool, list[int | None], list[torch.Tensor]]:
+    """What is said of a model's attention, and its maps [B, H, T, T]."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad(), AttentionMaps(model, range(2)) as caught:
+        model(input_ids=torch.arange(5, 13)[None])
+    return is_causal(model), [caught.windows[index] for index in range(2)], caught.maps()
+
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+KINDS_OF_ATTENTION = {
+    "bloom": BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2),
+    "xglm": XGLMConfig(vocab_size=40, d_model=16, num_layers=2, attention_heads=2, ffn_dim=24),
+    "a decoder of an encoder's kind": RoFormerConfig(**SIZES, is_decoder=True),
+    "an encoder of its kind": RoFormerConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=3),
+    "modernbert": ModernBertConfig(
+        **SIZES, local_attention=4, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ATTENTION)
+def test_which_pairs_count_is_what_the_model_computes(kind):
+    causal, windows, maps = attention_of(KINDS_OF_ATTENTION[kind])
+    everywhere = torch.ones(1, 8, dtype=torch.long)
+    for window, found in zip(windows, maps, strict=True):
+        assert torch.equal(found[:, 0] > 0, pair_mask(everywhere, causal=causal, window=window))
+
+
+@pytest.mark.parametrize(("own", "theirs"), [([0, 1], [0, 1]), ([0, 3], [3, 0])])
+def test_a_last_layer_and_one_in_the_middle_are_both_compared_before_the_final_norm(own, theirs, tmp_path):
+    base, other = make_llama(40), make_llama(40, seed=1)
+    torch.nn.init.uniform_(base.model.norm.weight, 2, 3)
+    student = make_student(other, layers=own)
+    raw = {}
+    for name, model, depth in (("own", student, 2), ("theirs", base, 4)):
+        for index in range(depth):
+            keep = lambda _, __, output, key=(name, index): raw.update({key: output.detach().double()})  # noqa: E731
+            model.model.layers[index].register_forward_hook(keep)
+    trainer = make_trainer(tmp_path, student, Teacher(base), loss=DistillationLoss(attention=0.0), layers=theirs)
+    found = trainer.compute_loss(student, dict(BATCH)).item()
+    embedded = [model.get_input_embeddings()(IDS).detach().double() for model in (student, base)]
+    pairs = [(raw["own", place], raw["theirs", index]) for place, index in enumerate(theirs)]
+    expected = hidden_loss([embedded[0], *(a for a, _ in pairs)], [embedded[1], *(b for _, b in pairs)],
+                           BATCH["attention_mask"])  # fmt: skip
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_student_of_the_first_layers_starts_without_a_difference(tmp_path):
+    base = make_llama(40)
+    trainer = make_trainer(tmp_path, make_student(base, layers=[0, 1]), Teacher(base))
+    assert trainer.compute_loss(trainer.model, dict(BATCH)).item() == 0
+
+
+def test_predictions_alone_ask_for_no_layers(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    base = AlbertForSequenceClassification(AlbertConfig(vocab_size=40, embedding_size=8, num_labels=3, **sizes))
+    loss = DistillationLoss(attention=0.0, hidden=0.0, prediction=1.0)
+    trainer = make_trainer(tmp_path, classifier(), Teacher(base), loss=loss)
+    with torch.no_grad():
+        found, own, target = trainer.compute_loss(trainer.model, dict(BATCH)), trainer.model(**BATCH), base(**BATCH)
+    expected = prediction_loss(own.logits, target.logits, torch.ones(2), temperature=2.0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_labels_of_another_order_are_refused(tmp_path):
+    names = ["negative", "neutral", "positive"]
+    base = classifier(id2label=dict(enumerate(names)))
+    trainer = make_trainer(tmp_path, make_student(base, stride=2), Teacher(base), loss="teacher_forcing")
+    assert trainer.compute_loss(trainer.model, dict(LABELLED)).isfinite()
+    for config, match in (
+        ({"id2label": dict(enumerate(names[::-1]))}, r"same labels in the same order .*, got \['positive'"),
+        ({"problem_type": "regression"}, "distributions over labels that exclude each other"),
+    ):
+        student = make_student(classifier(**config), stride=2)
+        trainer = make_trainer(tmp_path, student, Teacher(classifier(id2label=dict(enumerate(names)))),
+                               loss="teacher_forcing")  # fmt: skip
+        with pytest.raises(ConfigError, match=match):
+            trainer.compute_loss(student, dict(LABELLED))
+
+
 def test_spans_of_answers(tmp_path):
     base = make_bert(40, cls=BertForQuestionAnswering)
     student = make_student(make_bert(40, cls=BertForQuestionAnswering, initializer_range=0.5), stride=2)
@@ -224,6 +317,18 @@ def test_evaluation_gives_the_students_own_logits(tmp_path):
     assert seen["labels"].tolist() == batch["labels"].tolist()
 
 
+def test_the_terms_of_an_evaluation_add_up_to_its_loss(tmp_path):
+    """With a last batch that is smaller than the others."""
+    base = classifier()
+    student = make_student(base, stride=2)
+    torch.nn.init.normal_(student.get_input_embeddings().weight)
+    trainer = make_trainer(tmp_path, student, Teacher(base), per_device_eval_batch_size=3)
+    found = trainer.evaluate()
+    singly = [trainer.compute_loss(student, {k: v[None] for k, v in row.items()}).item() for row in rows(4)]
+    assert len({round(loss, 4) for loss in singly}) == 4
+    assert found["eval_loss_attention"] + found["eval_loss_hidden"] == pytest.approx(found["eval_loss"], rel=1e-6)
+
+
 # Languages and adapters
 
 
@@ -269,6 +374,20 @@ def test_a_teacher_speaks_each_language_below_the_task(adapters):
         teacher(**BATCH)
     alone = Teacher(classifier(), languages={"ind": adapters / "ind"})
     torch.testing.assert_close(alone(**BATCH).logits, merged(adapters, "ind"))
+
+
+@torch.no_grad()
+def test_a_teacher_in_a_model_that_others_use(adapters):
+    """Adapters that are there keep their weights, whatever they are called, and another's switch is undone."""
+    model = PeftModel.from_pretrained(classifier(), adapters / "ind", adapter_name="task")
+    held = {name: delta.values.clone() for name, _, _, delta in iter_deltas(model, "task")}
+    teacher = Teacher(model, languages={"ind": "task", "jav": adapters / "jav"}, task=adapters / "task")
+    assert all(torch.equal(delta.values, held[name]) for name, _, _, delta in iter_deltas(model, "task"))
+    expected = {language: merged(adapters, language, "task") for language in ("ind", "jav")}
+    torch.testing.assert_close(teacher("ind", **BATCH).logits, expected["ind"])
+    model.set_adapter("task")
+    torch.testing.assert_close(teacher("ind", **BATCH).logits, expected["ind"])
+    torch.testing.assert_close(teacher("jav", **BATCH).logits, expected["jav"])
 
 
 @torch.no_grad()
@@ -492,6 +611,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         (student, Teacher(make_bert(40, hidden_size=8)), {}, "same hidden_size, got 16 and 8"),
         (student, Teacher(make_bert(40, num_attention_heads=4)), {}, "same num_attention_heads, got 2 and 4"),
         (student, Teacher(base), {"layers": [1]}, r"for each of the student's 2, got \[1\]"),
+        (make_student(student, layers=[0]), Teacher(base), {}, r"made of a model of 2 layers, .*has 4: say"),
         (student, Teacher(base), {"loss": "tf"}, "loss must be one of"),
     ]
     for own, teacher, changes, match in cases:

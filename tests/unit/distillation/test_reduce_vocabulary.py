@@ -143,9 +143,14 @@ def test_a_decoder_generates_the_same(tied):
     size = len(tokenizer)
     model = make_llama(size, tie_word_embeddings=tied, pad_token_id=1, bos_token_id=2, eos_token_id=[3, 70])
     model.generation_config.update(eos_token_id=[3, 70], suppress_tokens=[5, 80], bad_words_ids=[[9, 10], [300]])
-    small = reduce_vocabulary(model, tokenizer, texts=TEXTS, keep_tokens=[tokenizer.convert_ids_to_tokens(80)])
+    model.generation_config.lang_to_id = {"<|a|>": 200}
+    small = reduce_vocabulary(model, tokenizer, texts=TEXTS, keep_tokens=iter([tokenizer.convert_ids_to_tokens(80)]))
+    assert model.generation_config.lang_to_id == {"<|a|>": 200}
+    del model.generation_config.lang_to_id
     new_id = {int(old): new for new, old in enumerate(small.kept)}
     assert small.model.config.eos_token_id == [3, new_id[70]] == small.model.generation_config.eos_token_id
+    assert small.model.generation_config.lang_to_id == {"<|a|>": new_id[200]}
+    del small.model.generation_config.lang_to_id
     assert small.model.generation_config.suppress_tokens == [new_id[old] for old in (5, 80) if old in new_id]
     kept_words = [[new_id[one] for one in word] for word in ([9, 10], [300]) if set(word) <= set(new_id)]
     assert small.model.generation_config.bad_words_ids == (kept_words or None)
@@ -157,7 +162,7 @@ def test_a_decoder_generates_the_same(tied):
     torch.testing.assert_close(new, old[..., small.kept])
 
 
-def test_the_size_of_the_vocabulary_may_be_that_of_other_things():
+def test_the_size_of_the_vocabulary_may_be_that_of_other_things(tmp_path):
     letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{one}" for one in "abcdefgh")]
     tokens = [*letters, *(f"word{number}" for number in range(32 - len(letters)))]
     made = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
@@ -171,6 +176,14 @@ def test_the_size_of_the_vocabulary_may_be_that_of_other_things():
         "cls.predictions.decoder.bias",
     }
     assert small.model.config.intermediate_size == small.model.config.type_vocab_size == 32
+    config = LoraConfig(r=2, target_modules=["word_embeddings", "decoder"], init_lora_weights=False)
+    tuned = get_peft_model(model, config).eval()
+    tuned.save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+    reduce_adapter(tmp_path / "whole", tmp_path / "small", vocabulary=small)
+    served = PeftModel.from_pretrained(small.model, tmp_path / "small").eval()
+    ids = ids_of(small.tokenizer, "abc").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(served(ids).logits, tuned(small.kept[ids]).logits[..., small.kept])
 
 
 def test_a_pad_id_that_positions_are_counted_from_stays():
@@ -297,6 +310,7 @@ def test_characters_may_go_where_bytes_stand_in():
         ({"texts": [3]}, "number 0 of 'texts' must be a text or a list of words: 3"),
         ({"texts": []}, "texts must hold at least one text, got none"),
         ({"texts": {"a": iter([])}}, "An iterator may have been used up"),
+        ({"texts": {"ind": TEXTS, "jav": [""]}}, "texts must hold at least one text of 'jav', got none"),
         ({"min_count": 0}, "min_count must be a whole number >= 1, got 0"),
         ({"min_count": True}, "min_count must be a whole number >= 1, got True"),
         ({"min_probability": 1.0}, r"min_probability must be in \[0, 1\), got 1.0"),
@@ -351,6 +365,30 @@ CONFIGS = {
         target_modules=["query"], init_lora_weights=False, trainable_token_indices={"word_embeddings": [0, 7, 9, 15]}
     ),
 }
+
+
+@pytest.mark.parametrize("kind", [RandConfig, LoraConfig])
+def test_rows_of_tokens_that_all_went_leave_the_adapter_and_no_adapter_is_reduced_twice(kind, bert, reduced, tmp_path):
+    gone = sorted({*range(20)} - {*reduced.kept.tolist()})[:2]
+    fields = {"density": 0.3, "init_weights": False} if kind is RandConfig else {"init_lora_weights": False}
+    base = make_bert(bert[0].config.vocab_size)
+    adapted = get_peft_model(base, kind(target_modules=["query"], trainable_token_indices=gone, **fields)).eval()
+    adapted.save_pretrained(tmp_path / "whole")
+    found = reduce_adapter(tmp_path / "whole", tmp_path / "adapter", vocabulary=reduced)
+    assert (sum(found.kept.values()), found.num_lost) == (0, 2 * 16)
+    small = reduce_vocabulary(make_bert(bert[0].config.vocab_size), bert[1], texts=TEXTS).model
+    served = PeftModel.from_pretrained(small, tmp_path / "adapter").eval()
+    ids = ids_of(reduced.tokenizer, TEXTS[1]).input_ids
+    with torch.no_grad():
+        # PEFT computes the output matrix of a tied model without its bias where rows are trained: hidden states.
+        own, whole = (one.base_model.model.bert for one in (served, adapted))
+        assert torch.equal(own(ids).last_hidden_state, whole(reduced.kept[ids]).last_hidden_state)
+    reduced.save_pretrained(tmp_path / "small")
+    reduce_adapter(tmp_path / "whole", tmp_path / "again", vocabulary=tmp_path / "small")
+    for one in ("again", "adapter") if kind is RandConfig else ("again",):
+        with pytest.raises(FormatError, match="belongs to a reduced model already"):
+            reduce_adapter(tmp_path / one, tmp_path / "twice", vocabulary=tmp_path / "small")
+    assert not (tmp_path / "twice").exists()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -135,8 +135,9 @@ def test_padding_changes_nothing():
     assert own.arcs[0].tolist() == of_batch.arcs[0, :n].tolist()
 
 
-def test_left_padding_moves_the_root():
-    model, words = parser(), tokenizer()
+@pytest.mark.parametrize("root", ["cls", "pooled"])
+def test_left_padding_moves_the_root(root):
+    model, words = parser(root=root), tokenizer()
     right = ParserCollator(words)(rows(6))
     words.padding_side = "left"
     left = ParserCollator(words)(rows(6))
@@ -164,6 +165,14 @@ def test_the_tree_is_decoded_on_demand_and_by_config():
         model(**inputs, decode="best")
 
 
+@pytest.mark.parametrize("decode", ["greedy", "mst"])
+def test_scores_that_are_no_numbers_give_no_parse(decode):
+    model = parser()
+    torch.nn.init.constant_(model.biaffine_arcs.weight, float("nan"))
+    with pytest.raises(ConfigError, match="the scores of heads are NaN"):
+        model(**batch(), decode=decode)
+
+
 def test_a_pretrained_encoder_gets_heads_at_zero_and_comes_back_from_its_folder(tmp_path):
     encoder().save_pretrained(tmp_path / "encoder")
     made = BiaffineParser.from_pretrained(tmp_path / "encoder")
@@ -186,6 +195,9 @@ def test_a_pretrained_encoder_gets_heads_at_zero_and_comes_back_from_its_folder(
     with torch.no_grad():
         assert torch.equal(model(**inputs).loss, again(**inputs).loss)
         assert torch.equal(model(**inputs).arcs, again(**inputs).arcs)
+    with pytest.raises(ConfigError, match=r"labels: the saved parser has \['det'.*, got \['root'"):
+        BiaffineParser.from_pretrained(tmp_path / "parser", labels=LABELS[::-1])
+    assert BiaffineParser.from_pretrained(tmp_path / "parser", labels=LABELS).config.label2id["root"] == 3
     assert torch.equal(
         AutoModel.from_pretrained(tmp_path / "parser").embeddings.word_embeddings.weight,
         model.bert.embeddings.word_embeddings.weight,

@@ -90,3 +90,10 @@ def test_sentences_that_do_not_fit_are_refused():
         attachment_scores([([0], ["a"])], [([0], ["a"])] * 2)
     with pytest.raises(ConfigError, match=r"sentence 0: .* must be as many, got \[1, 1, 2, 2\]"):
         attachment_scores([([0], ["a"])], [([0, 1], ["a", "b"])])
+
+
+def test_names_are_not_compared_with_ids():
+    with pytest.raises(ConfigError, match="names in both or ids in both"):
+        attachment_scores([([0, 1], [3, 1])], [([0, 1], ["root", "det"])])
+    with pytest.raises(ConfigError, match="heads must be numbers"):
+        attachment_scores([([0, 1], ["root", "det"])], [(["0", "1"], ["root", "det"])])

@@ -55,6 +55,28 @@ def test_the_task_trains_and_the_language_does_not():
         assert all(".task" in name for name in training)
         assert all(model.get_parameter(name).grad is not None for name in training)
     assert switch.counts == {"eng": 1, "ind": 0, "quy": 2}
+    model.base_model.set_adapter([ADAPTERS["quy"], "task"])  # which lets both train
+    model.train()(**batch_of("quy"))
+    assert all(".task" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_layers_are_computed_again_in_the_language_of_their_forward_or_not_at_all():
+    def gradients(*, checkpointing, together):
+        model = make_languages_and_task().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with LanguageSwitch(model, SIZES, activate=language_below_task(ADAPTERS, "task")):
+            losses = [model(**batch_of("eng")).loss if together else model(**batch_of("eng")).loss.backward()]
+            losses.append(model(**batch_of("quy")).loss)
+            sum(losses[not together :]).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(checkpointing=False, together=False)
+    for how in ({"checkpointing": False, "together": True}, {"checkpointing": True, "together": False}):
+        for name, gradient in gradients(**how).items():
+            torch.testing.assert_close(gradient, expected[name])
+    with pytest.raises(ConfigError, match="layers of a batch in 'eng' again, and 'quy' is active"):
+        gradients(checkpointing=True, together=True)
 
 
 def test_a_model_that_takes_the_language_gets_it():

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
-from peft_sparse import ConfigError, MultiSourceCollator, MultiSourceDataset, evaluation_batches
+from peft_sparse import ConfigError, MultiSourceCollator, MultiSourceDataset, Source, evaluation_batches
 from peft_sparse.training.languages.multisource import LanguageBatch, sampling_probabilities
 from tests.support.languages import make_sources, stack
 from tests.support.tokenizers import of_words
@@ -37,6 +37,8 @@ def test_probabilities_of_the_thesis():
         ({"sizes": {"a": 1, "b": 0}}, "every language must have at least one example, got {'a': 1, 'b': 0}"),
         ({"sizes": {"a": 1}, "cap": 0}, "cap must be >= 1 examples, got 0"),
         ({"sizes": {"a": 1}, "exponent": 1.5}, r"exponent must be in \[0, 1\], got 1.5"),
+        ({"sizes": {"ace": 1}, "upsampling": {"acee": 2}}, r"names 'acee', which is none of .*Did you mean 'ace'"),
+        ({"sizes": {"a": 1}, "upsampling": {"a": -1}}, "upsampling of 'a' must be a number above 0, got -1"),
     ],
 )
 def test_probabilities_that_are_refused(arguments, message):
@@ -145,6 +147,10 @@ def test_evaluation_sees_every_row_once():
     assert [b.seed for b in evaluation_batches(make_sources(), batch_size=5)] == [b.seed for b in batches]
     with pytest.raises(ConfigError, match="batch_size must be >= 1, got 0"):
         evaluation_batches(make_sources(), batch_size=0)
+    with pytest.raises(ConfigError, match=r"every language must have at least one example, got .*'jav': 0"):
+        evaluation_batches({**make_sources(), "jav": []}, batch_size=5)
+    of_source = evaluation_batches({"gold": Source(make_sources()["ind"], "ind")}, batch_size=5)
+    assert [(batch.language, rows_of(batch)) for batch in of_source] == [("ind", [0, 1, 2, 3, 4])]
 
 
 def test_masked_language_modelling():

@@ -28,6 +28,9 @@ from peft_sparse import (
 )
 from tests.support.translators import MODELS, bert, made, rows, tokenizer
 
+# What older versions did not write down of a run.
+_NEWER = ("adapters", "tokenizer")
+
 
 def translate(model, output, **changes):
     settings = {"fields": ["text"], "batch_size": 2, "max_length": 8}
@@ -59,6 +62,26 @@ def test_several_fields_are_translated_and_labels_go_along(tmp_path):
     assert [row["premise"] for row in both.rows] == [row["premise"] for row in one.rows]
     assert len({row["hypothesis"] for row in both.rows}) == 1
     assert [row["hypothesis"] for row in one.rows] == ["w1 w2"] * 7
+
+
+def test_a_blank_text_stays_and_moves_no_other(tmp_path):
+    whole = translate(made("bart"), tmp_path / "whole.jsonl", batch_size=1).rows
+    blank = rows()
+    for place, text in ((1, ""), (2, "  "), (3, "")):
+        blank[place] = {**blank[place], "text": text}
+    found = translate(made("bart"), tmp_path / "out.jsonl", rows=blank, prefix="").rows
+    assert [row["text"] for row in found[:4]] == [whole[0]["text"], "", "  ", ""]
+    assert found[4:] == whole[4:]
+
+
+def test_one_translation_a_row(tmp_path):
+    several = {"num_beams": 2, "num_return_sequences": 2}
+    by_config = made("bart")
+    by_config.generation_config.update(**several)
+    for model, how in ((made("bart"), several), (by_config, None)):
+        with pytest.raises(ConfigError, match=r"num_return_sequences .* must be 1, got 2"):
+            translate(model, tmp_path / "out.jsonl", generation=how)
+    assert not list(tmp_path.iterdir())
 
 
 class Killed(RuntimeError):
@@ -110,6 +133,20 @@ def test_a_run_with_other_rows_settings_or_weights_is_refused(tmp_path):
             translate(made("bart"), tmp_path / "out.jsonl", **change)
     with pytest.raises(ConfigError, match="was begun with other model"):
         translate(made("bart", seed=1), tmp_path / "out.jsonl")
+    tuned = get_peft_model(made("bart"), RandConfig(density=0.5, target_modules="all-linear", init_weights=False))
+    tuned.add_adapter("other", RandConfig(density=0.5, target_modules="all-linear", init_weights=False, seed=1))
+    translate(tuned, tmp_path / "tuned.jsonl")
+    tuned.set_adapter("other")
+    with pytest.raises(ConfigError, match=r"begun with other adapters: \['default'\] then, \['other'\] now"):
+        translate(tuned, tmp_path / "tuned.jsonl")
+    other = tokenizer()
+    other.add_tokens(["w99"])
+    with pytest.raises(ConfigError, match="was begun with other tokenizer"):
+        translate_rows(rows(), made("bart"), other, tmp_path / "out.jsonl", fields=["text"], max_length=8)
+    notes = tmp_path / ".out.jsonl.settings"
+    older = {name: value for name, value in json.loads(notes.read_text()).items() if name not in _NEWER}
+    notes.write_text(json.dumps(older))
+    assert translate(made("bart"), tmp_path / "out.jsonl").num_resumed == 7
     (tmp_path / "mine.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="was not written by translate_rows"):
         translate(made("bart"), tmp_path / "mine.jsonl")

@@ -226,6 +226,30 @@ def test_only_a_bottleneck_adapter_is_written(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"target_modules": r".*layer\.\d+\.output\.dense", "placement": "output"},
+            r"layer\.0\.output\.LayerNorm it is None, and there 'norm'",
+        ),
+        (
+            {"target_modules": ["output.LayerNorm"], "placement": "norm"},
+            r"layer\.0\.attention\.output\.LayerNorm it is 'norm', and there None",
+        ),
+        (
+            {"kind": "houlsby", "exclude_modules": ["attention.output.dropout"]},
+            r"layer\.0\.attention\.output\.dropout it is None, and there 'output'",
+        ),
+    ],
+)
+def test_an_adapter_at_places_of_its_own_is_not_written_as_one_of_the_librarys(fields, message, tmp_path):
+    model = get_peft_model(bert(), BottleneckConfig(bottleneck_size=2, **fields))
+    with pytest.raises(FormatError, match=f"lies where the adapters library has none of its kind: .*{message}"):
+        save_adapter_hub(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 DOORS = {
     "hub": "load_adapter_hub",
     "composable": "peft-sparse import .* composable-sft|composable-sft .* peft-sparse import",

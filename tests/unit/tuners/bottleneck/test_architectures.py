@@ -177,6 +177,8 @@ def test_layers_of_a_base_model_without_head():
         ({"leave_out": [3, 0]}, [1, 2]),
         ({"layers_to_transform": [1, 2], "leave_out": [-2]}, [1]),
         ({"layers_to_transform": 3}, [3]),
+        # The last layer is the model's, also where it is no target.
+        ({"leave_out": [-1], "exclude_modules": r"encoder\.layer\.3\..*"}, [0, 1, 2]),
     ):
         model = get_peft_model(transformers.BertModel(transformers.BertConfig(**sizes)), BottleneckConfig(**fields))
         assert [path for path, _ in iter_bottlenecks(model)] == [f"encoder.layer.{i}.output.LayerNorm" for i in wanted]
@@ -194,6 +196,10 @@ def test_both_stacks_count_their_layers_from_zero():
     ("fields", "message"),
     [
         ({"layers_to_transform": [7]}, r"there is no layer 7; layers count from 0 to 1"),
+        (
+            {"layers_to_transform": [0, -1]},
+            r"there is no layer -1; layers .* \(or from the end, in leave_out",
+        ),
         ({"leave_out": [-3]}, r"there is no layer -3"),
         ({"leave_out": [0, 1]}, r"leave_out=\[0, 1\] leave no layer"),
         ({"target_modules": ["nothing"]}, r"target_modules=\['nothing'\] matches no module .* norms \['attention.out"),

@@ -19,7 +19,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_sparse import ConfigError, LotteryTicketConfig, RandConfig, SparseConfig, iter_deltas, start_dense_phase
+from peft_sparse import (
+    AdaSftConfig,
+    ConfigError,
+    LotteryTicketConfig,
+    RandConfig,
+    SparseConfig,
+    iter_deltas,
+    start_dense_phase,
+)
 from tests.support import models
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 30}
@@ -135,6 +143,17 @@ def test_excluded_saved_and_left_out_layers():
     assert {name.split(".")[2] for name in names} == {"1"}
     tuned = get_peft_model(bert(), RandConfig(density=0.5, target_modules="all", modules_to_save=["pooler"]))
     assert not any("pooler" in name for name, _, _, _ in iter_deltas(tuned))
+
+
+@pytest.mark.parametrize("make", [lambda **fields: RandConfig(density=0.5, **fields), AdaSftConfig])
+def test_layers_that_there_are_not_are_refused_beside_those_that_there_are(make):
+    for layers, message in (
+        ([0, -1], "there is no layer -1; layers count from 0 to 2"),
+        ([1, 3], "there is no layer 3; layers count"),
+        (7, "there is no layer 7"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            get_peft_model(llama(), make(layers_to_transform=layers, target_modules="all-linear"))
 
 
 def test_gpt2_conv1d_is_linear():
