@@ -13,6 +13,7 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
 from ...errors import ConfigError
+from .adapter_names import known_list, known_names
 from .adding import adding
 from .announcements import ON_STACK, announce
 from .base_model import KnownModules, path_in_base
@@ -138,11 +139,22 @@ class AdapterTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
-        set_adapters(self, adapter_name, inference_mode=inference_mode)
+        names = known_names(adapter_name, self.peft_config) or []
+        set_adapters(self, adapter_name if isinstance(adapter_name, str) else names, inference_mode=inference_mode)
         # Not where all were loaded to be used: trainers are slow to import.
         active = self.active_adapters
         if len(active) > 1 and not all(self.peft_config[name].inference_mode for name in active):
             announce(ON_STACK)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's method, for adapters that the model has."""
+        super().set_requires_grad(known_names(adapter_names, self.peft_config), requires_grad)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """PEFT's method, for adapters that the model has."""
+        return super().merge_and_unload(progressbar, safe_merge, known_list(adapter_names, self.peft_config))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
@@ -319,6 +331,7 @@ class WeightTuner(AdapterTuner):
             safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
                 infinite in the base weights' dtype are always refused.
         """
+        adapter_names = known_list(adapter_names, self.peft_config)
         layers = self._layers_without_offloading()
         if layers is None:
             with self._checked(self.tuned_layers(), adapter_names, safe_merge=safe_merge):
