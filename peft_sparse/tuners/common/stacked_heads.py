@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, ModulesToSaveWrapper
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def set_adapters(tuner: AdapterTuner, adapter_name: str | Sequence[str], *, infe
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     layers = tuner.around.of_kind(tuner.tuner_layer_cls)
     hidden = set_heads(tuner, names, inference_mode=inference_mode)
-    merged = [layer for layer in layers if layer.merged]
+    merged = [layer for layer in tuner.around.of_kind(BaseTunerLayer) if layer.merged]
     if merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
         tuner.unmerge_layers(merged)

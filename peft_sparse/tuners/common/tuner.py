@@ -437,3 +437,6 @@ class WeightTuner(AdapterTuner):
         for layer in self.tuned_layers():
             layer.merged_adapters.clear()
             layer.restore()
+        for layer in self.around.of_kind(BaseTunerLayer):
+            if layer.merged:  # PEFT's, of trained tokens
+                layer.unmerge()

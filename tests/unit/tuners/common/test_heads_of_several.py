@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from peft_sparse import ConfigError
 from tests.support.adapters import TYPES, adapted, config
-from tests.support.models import llama, logits
+from tests.support.models import IDS, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -123,3 +123,56 @@ def test_an_adapter_without_rows_is_saved_and_loaded_beside_one_that_has_them(ki
     for name in "ba":
         loaded.set_adapter(name)
         assert torch.equal(logits(loaded), wanted[name])
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_layers_without_the_merged_adapter_do_not_compute_with_the_active_one(kind):
+    model = adapted(kind, llama(), "a")
+    model.add_adapter("b", config(kind, target_modules=["q_proj"]))
+    wanted = outputs(model)
+    for twin in (model, copy.deepcopy(model)):
+        twin.merge_adapter(["b"], safe_merge=True)
+        torch.testing.assert_close(logits(twin), wanted["b"])
+        twin.unmerge_adapter()
+        assert torch.equal(logits(twin), wanted["a"])
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_merged_rows_of_trained_tokens_go_with_their_adapter(kind):
+    model = with_own(kind, ROWS)
+    wanted = outputs(model)
+    model.set_adapter("b")
+    model.merge_adapter()
+    model.set_adapter("a")
+    assert torch.equal(logits(model), wanted["a"])
+    model.set_adapter("b")
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), wanted["b"])
+    assert torch.equal(logits(model.unload()), logits(llama()))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_embeddings_beside_a_saved_adapter_have_nothing_merged_into_them(kind, tmp_path):
+    model = adapted(kind, llama(), target_modules=["lm_head", "down_proj"])
+    wanted = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(model), wanted)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path).eval()), wanted)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_adapters_with_and_without_a_head_and_rows_share_a_batch(kind):
+    model = with_own(kind, HEAD)
+    model.add_adapter("c", config(kind, **ROWS))
+    model.get_input_embeddings().token_adapter.trainable_tokens_delta["c"].data += 1
+    model.eval()
+    found = outputs(model)
+    model.set_adapter("c")
+    found |= {"c": logits(model), "__base__": logits(llama())}
+    names = ["c", "a", "__base__", "b"]
+    ids = IDS[:1].expand(len(names), -1)
+    with torch.no_grad():
+        together = model(input_ids=ids, adapter_names=names).logits
+    for row, name in zip(together, names, strict=True):
+        torch.testing.assert_close(row, found[name][0])
