@@ -176,3 +176,24 @@ def test_adapters_with_and_without_a_head_and_rows_share_a_batch(kind):
         together = model(input_ids=ids, adapter_names=names).logits
     for row, name in zip(together, names, strict=True):
         torch.testing.assert_close(row, found[name][0])
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_adapter_that_is_added_or_loaded_leaves_the_active_one_as_it_is(kind, tie, tmp_path):
+    model = adapted(kind, llama(tie_word_embeddings=tie), "a", "b", **ROWS)
+    for name in "ab":
+        model.get_input_embeddings().token_adapter.trainable_tokens_delta[name].data += 1
+    wanted = outputs(model)
+    model.save_pretrained(tmp_path)
+    plain = adapted(kind, llama(tie_word_embeddings=tie), "c")
+    expected = logits(plain)
+    trains = [name for name, p in plain.named_parameters() if p.requires_grad]
+    plain.load_adapter(tmp_path / "a", "a")
+    assert torch.equal(logits(plain.eval()), expected)
+    plain.load_adapter(tmp_path / "b", "b")
+    assert torch.equal(logits(plain.eval()), expected)
+    assert [name for name, p in plain.named_parameters() if p.requires_grad] == trains
+    for name in "ab":
+        plain.set_adapter(name)
+        assert torch.equal(logits(plain), wanted[name])
