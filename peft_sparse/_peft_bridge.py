@@ -103,6 +103,12 @@ INTERNALS = (
         _OTHER, "ModulesToSaveWrapper", ("delete_adapter", "set_adapter"), "tests/unit/tuners/sparse_ft/test_heads.py"
     ),
     Internal(
+        _OTHER,
+        "TrainableTokensWrapper",
+        ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map"),
+        "tests/unit/tuners/common/test_heads_of_several.py",
+    ),
+    Internal(
         _QUANTIZATION,
         "QuantizationBackend",
         ("backend_name", "get_base_weight", "set_base_weight", "supports_merge"),
@@ -157,6 +163,7 @@ check_adapters_to_merge = _FOUND["check_adapters_to_merge"]
 NoMatchingPeftModuleError = _FOUND["NoMatchingPeftModuleError"]
 AuxiliaryTrainingWrapper = _FOUND["AuxiliaryTrainingWrapper"]
 ModulesToSaveWrapper = _FOUND["ModulesToSaveWrapper"]
+TrainableTokensWrapper = _FOUND["TrainableTokensWrapper"]
 QuantizationBackend = _FOUND["QuantizationBackend"]
 get_quantization_kwargs = _FOUND["get_quantization_kwargs"]
 quantization_extra_repr = _FOUND["quantization_extra_repr"]
@@ -226,6 +233,7 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     check_peft_version()
     _OURS.add(name)
     take_several_adapters()
+    let_adapters_lack_token_rows()
     if add_peft_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
@@ -266,3 +274,26 @@ def take_several_adapters() -> None:
 
     PeftModel.set_adapter = set_adapter
     PeftModel.delete_adapter = delete_adapter
+
+
+def let_adapters_lack_token_rows() -> None:
+    """Let an adapter without `trainable_token_indices` be saved and loaded beside one that has them.
+
+    PEFT's wrapper looks every adapter's rows up, and so raises a KeyError of its own. Its wrapper of heads asks first.
+    """
+    kind = TrainableTokensWrapper
+    if hasattr(kind.adapter_state_dict, "__wrapped__"):
+        return
+    state_of, map_of = kind.adapter_state_dict, kind.adapter_state_dict_load_map
+
+    @wraps(state_of)
+    def adapter_state_dict(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        has_rows = adapter_name in self._get_available_adapters()
+        return state_of(self, adapter_name, *args, **kwargs) if has_rows else {}
+
+    @wraps(map_of)
+    def adapter_state_dict_load_map(self: Any, adapter_name: str) -> dict[str, str]:
+        return map_of(self, adapter_name) if adapter_name in self._get_available_adapters() else {}
+
+    kind.adapter_state_dict = adapter_state_dict
+    kind.adapter_state_dict_load_map = adapter_state_dict_load_map

@@ -349,7 +349,9 @@ class _Embedding(torch.autograd.Function):
             found, place = _entries_of_rows(support, rows, width)
             entries.append(found)
             compact.append(place)
-        tuned = Overlay(compact).add(weight[rows], [value[e] for value, e in zip(values, entries, strict=True)])
+        tuned = Overlay(compact).add(
+            F.embedding(rows, weight), [value[e] for value, e in zip(values, entries, strict=True)]
+        )
         ctx.padding_idx, ctx.width, ctx.numel, ctx.observers = padding_idx, width, weight.numel(), observers
         ctx.made_in = current_pass()
         ctx.values = [(value.shape, value.dtype) for value in values]

@@ -99,6 +99,18 @@ class Replacement:
         return torch.cat([values.detach(), filled])[self.order.to(values.device)]
 
 
+def replacement_between(old: Tensor, new: Tensor) -> Replacement:
+    """What leads from one support of a tensor to another.
+
+    Args:
+        old: [k] sorted and unique.
+        new: [k'] likewise, on the same device.
+    """
+    (_, stays), (_, was_there) = positions(new, old), positions(old, new)
+    candidates = Candidates(new, torch.zeros(new.numel(), device=new.device))
+    return _assemble(old, (~stays).nonzero().squeeze(1), candidates, (~was_there).nonzero().squeeze(1))
+
+
 def drop_and_grow(
     indices: Tensor, drop_scores: Tensor, candidates: Candidates, *, num_replaced: int, name: str = "the tensor"
 ) -> Replacement:

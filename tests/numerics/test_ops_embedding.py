@@ -214,3 +214,10 @@ def test_bitwise_comparison_notices_a_rounding_too_many(monkeypatch):
     merged = Overlay(indices).add(weight, values)
     each_delta_rounded(monkeypatch)
     assert not torch.equal(ops.embedding(IDS, weight, list(zip(values, indices, strict=True))), merged[IDS])
+
+
+@pytest.mark.parametrize("token", [-1, -100, ROWS])
+def test_an_id_that_is_no_row_is_refused_as_by_torch(token):
+    weight, values, indices = make((40,))
+    with pytest.raises(IndexError, match="out of range"):
+        ops.embedding(torch.tensor([3, token]), weight, list(zip(values, indices, strict=True)))

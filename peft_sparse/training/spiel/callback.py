@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...files import atomic_file, save_tensors
 from ..decay import decay_deltas_only
 from ..fitted_rate import iter_rate_fits
+from ..merged import refuse_merged
 from ..rates import warn_of_rate
 from ..trainer.completeness import naming
 from .reselector import iter_reselectors
@@ -39,6 +40,7 @@ class ReselectionCallback(TrainerCallback):
     ) -> None:
         reselectors = list(iter_reselectors(model))
         if reselectors:
+            refuse_merged(model)
             warn_of_rate(model, kwargs.get("optimizer"))
             decay_deltas_only(kwargs.get("optimizer"), model)
         # A sparse trainer has read the state already, from wherever its checkpoint lies. It may count fewer updates

@@ -23,6 +23,7 @@ from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielM
 from ...tuners.sparse_ft.drivers import iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
+from .changed_supports import ChangedSupports
 from .clock import check_clock
 from .dropping import choose_replacements, drop_scores
 from .estimate import Estimate
@@ -72,6 +73,7 @@ class Reselector:
         # The update after which a reselection was due that waits for clearer gradients.
         self._due: int | None = None
         self._record = WeightRecord(self.deltas, keeps_values=config.drop_by == "change_since_reselection")
+        self._supports = ChangedSupports(self.deltas)
         self._taps: dict[str, GradientTap] = {}
         self._covers = MomentumCovers(self.deltas) if isinstance(config, SpielMAConfig) else None
         self._open_window()
@@ -133,6 +135,7 @@ class Reselector:
         refuse_processes(self.adapter_name, self.config.budget, self.deltas)
         if self.update:
             self._continues = True
+            self._record.begin_run(self.update)
             self.skip_to(0)
         elif not self.is_restored:
             self.begin_window()
@@ -153,6 +156,7 @@ class Reselector:
         """
         if self._updates.before(step):
             self._end_update(may_reselect=False)
+        self._supports.before_step(self._updates.optimizers_of)
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
@@ -223,6 +227,7 @@ class Reselector:
             self._due = None
         if schedule.is_first_of_window(self.update + 1):
             self._open_window()
+        self._supports.after_update(self._updates.optimizers())
 
     def _must_select(self, schedule: Schedule) -> bool:
         """Whether a reselection that is due cannot wait for clearer gradients: the next window or the end is near."""
@@ -284,6 +289,7 @@ class Reselector:
         factor = clip_factor(self.max_grad_norm, self._updates.optimizers(), **old)
         for name, replacement in replacements.items():
             self._apply(name, replacement, values[name], factor)
+        self._supports.note()
         supports = {name: delta.indices for name, delta in self.deltas.items()}
         check_same_supports(supports, when=f"after update {self.update} of adapter {self.adapter_name!r}")
         replaced = sum(r.num_grown for r in replacements.values())
@@ -328,6 +334,7 @@ class Reselector:
         for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
             reindex(optimizer, delta.held_values, replacement, seeds)
         delta.set_support(replacement.indices, values)
+        self._record.replaced(name)
         self._random_versions[name] = delta.support_version
         if self.config.counts is not None:
             self.config.counts[name] = delta.count

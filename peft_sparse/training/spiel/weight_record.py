@@ -23,25 +23,42 @@ class WeightRecord:
         self._deltas, self._keeps_values = deltas, keeps_values
         self._grown_at = {name: torch.zeros(delta.count, dtype=torch.int32) for name, delta in deltas.items()}
         self._values: dict[str, Tensor] = {}
+        # Of the supports that this is about.
+        self._versions = {name: delta.support_version for name, delta in deltas.items()}
 
     def grown_at(self, name: str) -> Tensor:
         """[k] int32, the update after which each weight of a tensor was last grown; 0 for those of the first support.
 
-        It begins anew if a load gave the tensor another number of weights.
+        It begins anew if a load gave the tensor other weights. Before 0 are those of an earlier run.
         """
-        count = self._deltas[name].count
-        if self._grown_at[name].numel() != count:
-            self._grown_at[name] = torch.zeros(count, dtype=torch.int32)
+        self._look(name)
         return self._grown_at[name]
 
+    def begin_run(self, update: int) -> None:
+        """Another run begins, after so many updates: they are counted from 0 again."""
+        for name in self._deltas:
+            self._grown_at[name] = self.grown_at(name) - update
+
     def last_values(self, name: str) -> Tensor | None:
-        """[k] the values after the last reselection, if they are kept and there was one."""
+        """[k] the values after the last reselection, if they are kept and there was one, and no load since."""
+        self._look(name)
         return self._values.get(name)
 
     def mean_age(self, update: int) -> float:
         """Updates since a weight was last grown, mean over all weights."""
-        total = sum(grown.numel() for grown in self._grown_at.values())
-        return sum(float((update - grown).sum()) for grown in self._grown_at.values()) / total
+        grown = [self.grown_at(name) for name in self._deltas]
+        return sum(float((update - one).sum()) for one in grown) / sum(one.numel() for one in grown)
+
+    def _look(self, name: str) -> None:
+        delta = self._deltas[name]
+        if self._versions[name] != delta.support_version or self._grown_at[name].numel() != delta.count:
+            self._grown_at[name] = torch.zeros(delta.count, dtype=torch.int32)
+            self._values.pop(name, None)
+            self._versions[name] = delta.support_version
+
+    def replaced(self, name: str) -> None:
+        """The tensor has the support now that `replace` told of."""
+        self._versions[name] = self._deltas[name].support_version
 
     def replace(self, name: str, replacement: Replacement, values: Tensor, *, update: int) -> None:
         """Take a replacement into account, before the tensor has its new support.
@@ -65,6 +82,7 @@ class WeightRecord:
         """Go on where `state_dict` was taken; other names are passed over."""
         self._values = {}
         for name, delta in self._deltas.items():
+            self._versions[name] = delta.support_version
             self._grown_at[name] = state[f"grown_at.{name}"].clone()
             if f"last_values.{name}" in state:
                 self._values[name] = state[f"last_values.{name}"].to(delta.values.device, copy=True)

@@ -137,7 +137,11 @@ class Linear(WeightLayer):
 
         Cost: while merged, a second copy of the weight.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if self.acts(name)]
+        asked = check_adapters_to_merge(self, adapter_names) or []
+        names = [name for name in asked if self.acts(name)]
+        if adapter_names is not None and not names:
+            # Merged all the same: its active adapters, which are others, do not act.
+            self.merged_adapters.extend(asked)
         if not names:
             return
         self.refuse_parts()

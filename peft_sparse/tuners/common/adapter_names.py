@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from peft import PeftConfig
 from torch import nn
@@ -58,3 +58,33 @@ def _trained_whole(configs: list[PeftConfig]) -> list[str]:
         tokens = getattr(config, "trainable_token_indices", None)
         found += [*(getattr(config, "modules_to_save", None) or ()), *(tokens if isinstance(tokens, dict) else ())]
     return found
+
+
+def known_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[str] | None:
+    """The adapters that a verb was asked for, in order and each once; None, which stands for the active ones, as it is.
+
+    Args:
+        names: one name or several.
+        known: the adapters of the model.
+
+    Raises:
+        ConfigError: the model has no such adapter. PEFT's layers would do nothing for it, and say nothing.
+    """
+    if names is None:
+        return None
+    asked = list(dict.fromkeys([names] if isinstance(names, str) else names))
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ConfigError(f"adapter {unknown[0]!r} is not in the model, which has {list(known)}.")
+    return asked
+
+
+def known_list(names: Sequence[str] | None, known: Collection[str]) -> list[str] | None:
+    """`known_names` for verbs that PEFT wants a list for.
+
+    Raises:
+        TypeError: it is a single string.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+    return known_names(names, known)

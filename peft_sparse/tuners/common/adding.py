@@ -13,6 +13,7 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper
 from .adapter_names import check_adapter_name
 from .heads_in_files import check_heads, with_heads
 from .made_for_file import note_new
+from .stacked_heads import set_heads
 
 if TYPE_CHECKING:
     from .tuner import AdapterTuner
@@ -39,6 +40,8 @@ def adding(tuner: AdapterTuner, model: nn.Module, adapter_name: str) -> Iterator
         note_new(tuner, config, adapter_name)
         undo.pop_all()
     if not is_first:
+        # PEFT activates the rows of trained tokens in an output layer that is tied, whatever adapter is active.
+        set_heads(tuner, tuner.active_adapters)
         # PEFT restores what trains and what does not but for parameters whose paths hold the new adapter's name.
         _let_train(before)
 

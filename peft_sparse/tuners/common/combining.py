@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from math import isfinite
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from peft import PeftConfig
 
-from ..._peft_bridge import BaseTuner, ModulesToSaveWrapper
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, ModulesToSaveWrapper
 from ...checks import is_number
 from ...errors import ConfigError
 
@@ -63,8 +64,8 @@ def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], ada
 
 
 def choose_head(tuner: BaseTuner, adapters: list[str], head_from: str | None) -> str | None:
-    """The adapter whose heads a new one gets: `head_from`, the only one that has any, or None."""
-    having = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
+    """The adapter whose heads and token rows a new one gets: `head_from`, the only one that has any, or None."""
+    having = [name for name in dict.fromkeys(adapters) if _has_head(tuner.peft_config[name])]
     if head_from is not None:
         if head_from not in having:
             raise ConfigError(
@@ -73,22 +74,33 @@ def choose_head(tuner: BaseTuner, adapters: list[str], head_from: str | None) ->
         return head_from
     if len(having) > 1:
         raise ConfigError(
-            f"the adapters {having} all have heads (modules_to_save): say whose to keep with head_from=..."
+            f"the adapters {having} all have heads or token rows of their own (modules_to_save, "
+            "trainable_token_indices): say whose to keep with head_from=..."
         )
     return having[0] if having else None
 
 
+def _has_head(config: PeftConfig) -> bool:
+    return bool(config.modules_to_save or getattr(config, "trainable_token_indices", None))
+
+
 def copy_heads(tuner: BaseTuner, source: str, target: str) -> None:
-    """Give one adapter the heads of another."""
+    """Give one adapter the heads of another, and its rows of trained tokens."""
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
             module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())
+        elif isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "token_adapter"):
+            rows = module.token_adapter.trainable_tokens_delta
+            if source in rows:
+                rows[target].data.copy_(rows[source].data)
 
 
 def inherited(tuner: BaseTuner, adapters: Sequence[str], head: str | None) -> dict[str, Any]:
     """Fields of the new adapter's config that the combined ones have already; `head` is whose heads it gets."""
     first = tuner.peft_config[adapters[0]]
+    tokens = getattr(tuner.peft_config[head], "trainable_token_indices", None) if head else None
     return {
+        **({} if tokens is None else {"trainable_token_indices": copy.deepcopy(tokens)}),
         "modules_to_save": tuner.peft_config[head].modules_to_save if head else None,
         "task_type": tuner.peft_config[head].task_type if head else first.task_type,
         "base_model_name_or_path": first.base_model_name_or_path,

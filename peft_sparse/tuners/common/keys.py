@@ -17,6 +17,7 @@ from ...core.names import PREFIX, SLOTS, unwrapped, without_adapter
 from ...core.sharded import how_sharded, is_sharded, whole
 from ...errors import FormatError
 from .base_model import modules_around_adapters
+from .layer import PARAMETERS, WeightLayer
 
 # What PEFT leaves out of the names of modules that save themselves.
 _FSDP = "_fsdp_wrapped_module."
@@ -57,6 +58,7 @@ def own_state(
         own[key] = whole(tensor)
     _put_back_heads(model, adapter_name, state_dict, given)
     _put_back_embeddings(model, state_dict, given)
+    _unmerge_embeddings(model, state_dict, given)
     return {key: own[key] for key in live}
 
 
@@ -157,6 +159,18 @@ def _put_back_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given:
             if unwrapped(key) in given or SLOTS & set(name.split(".")) or how_sharded(parameter) is not None:
                 continue
             state_dict[key] = parameter.detach()
+
+
+def _unmerge_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given: dict[str, str]) -> None:
+    """Of embeddings that adapters are merged into, what the base model has: PEFT saves some beside an adapter."""
+    own = {id(module) for module in embeddings_of(model)}
+    for path, module in model.named_modules():
+        if id(module) not in own or not isinstance(module, WeightLayer) or not module.merged:
+            continue
+        for name in PARAMETERS:
+            key = given.get(unwrapped(f"{path}.base_layer.{name}"))
+            if key is not None:
+                state_dict[key] = module.pristine(name).detach()
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Module]:

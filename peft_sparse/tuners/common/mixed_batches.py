@@ -45,7 +45,12 @@ def names_by_module(
         if isinstance(module, (kind, AuxiliaryTrainingWrapper)):
             # Beam search repeats every example inside the decoder, not in the encoder.
             repeats = 1 if module in in_encoder else beams
-            yield module, [name for name in adapter_names for _ in range(repeats)]
+            own = adapter_names
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                # Of an adapter without a head of its own the base model's acts, as when it alone is active.
+                having = module._get_available_adapters()
+                own = [name if name in having else BASE for name in adapter_names]
+            yield module, [name for name in own for _ in range(repeats)]
 
 
 def give_names(module: nn.Module, names: list[str]) -> RemovableHandle:

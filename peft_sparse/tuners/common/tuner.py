@@ -13,6 +13,7 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
 from ...errors import ConfigError
+from .adapter_names import known_list, known_names
 from .adding import adding
 from .announcements import ON_STACK, announce
 from .base_model import KnownModules, path_in_base
@@ -21,7 +22,7 @@ from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, receiving
 from .mixed_batches import give_names, names_by_module
-from .stacked_heads import delete_heads, set_adapters
+from .stacked_heads import check_heads_of_merged, check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
 
 
 class AdapterTuner(BaseTuner):
@@ -138,11 +139,41 @@ class AdapterTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several; of several with heads for the same module the last one's head acts."""
-        set_adapters(self, adapter_name, inference_mode=inference_mode)
+        names = known_names(adapter_name, self.peft_config) or []
+        set_adapters(self, adapter_name if isinstance(adapter_name, str) else names, inference_mode=inference_mode)
         # Not where all were loaded to be used: trainers are slow to import.
         active = self.active_adapters
         if len(active) > 1 and not all(self.peft_config[name].inference_mode for name in active):
             announce(ON_STACK)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's method, for adapters that the model has."""
+        super().set_requires_grad(known_names(adapter_names, self.peft_config), requires_grad)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """PEFT's method; adapters that are named bring their heads along, and must be there."""
+        adapter_names = known_list(adapter_names, self.peft_config)
+        check_rows_to_merge(self, adapter_names or [])
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and adapter_names is not None:
+            # PEFT leaves the head of the active adapter, and looks for rows of tokens that an adapter may not have.
+            set_heads_to_merge(self, adapter_names)
+            for layer in self.tuned_layers():
+                layer.set_adapter(adapter_names, inference_mode=True)
+            adapter_names = None
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
@@ -319,6 +350,9 @@ class WeightTuner(AdapterTuner):
             safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
                 infinite in the base weights' dtype are always refused.
         """
+        adapter_names = known_list(adapter_names, self.peft_config)
+        if adapter_names is not None:
+            check_heads_of_merged(self, adapter_names)
         layers = self._layers_without_offloading()
         if layers is None:
             with self._checked(self.tuned_layers(), adapter_names, safe_merge=safe_merge):
@@ -327,12 +361,18 @@ class WeightTuner(AdapterTuner):
         merge, others = self._ready_to_merge(layers, adapter_names)
         with self._checked(others, adapter_names, safe_merge=safe_merge):
             if merge is None or merge():
-                for layer in others:
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+                self._merge_layers(others, adapter_names, safe_merge=safe_merge)
                 return
         with self._checked(layers, adapter_names, safe_merge=safe_merge):
-            for layer in layers:
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            self._merge_layers(layers, adapter_names, safe_merge=safe_merge)
+
+    def _merge_layers(self, layers: list[Any], adapter_names: list[str] | None, *, safe_merge: bool) -> None:
+        for layer in layers:
+            names = adapter_names
+            if names is not None and not isinstance(layer, self.tuner_layer_cls):
+                # PEFT's layers of trained tokens know no adapter that has none.
+                names = [name for name in names if name in layer._all_available_adapter_names()]
+            layer.merge(adapter_names=names, safe_merge=safe_merge)
 
     @contextmanager
     def _checked(self, layers: Sequence[Any], adapter_names: list[str] | None, *, safe_merge: bool) -> Iterator[None]:
@@ -397,3 +437,6 @@ class WeightTuner(AdapterTuner):
         for layer in self.tuned_layers():
             layer.merged_adapters.clear()
             layer.restore()
+        for layer in self.around.of_kind(BaseTunerLayer):
+            if layer.merged:  # PEFT's, of trained tokens
+                layer.unmerge()

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..bottleneck.adapter import BottleneckWeights
 
+# Entries of a tensor that are looked at, at least, before it is taken to be what it was.
+_NUM_PROBES = 8
+
 
 class _Kept(NamedTuple):
     key: tuple[Any, ...]
@@ -21,8 +24,10 @@ class _Kept(NamedTuple):
 class KeptWeights:
     """Keeps what one site generated for one language, until anything that it was generated from changes.
 
-    Changes are told by the tensors' identity, storage, dtype and version: whatever writes into them is seen but for
-    in-place operations on `parameter.data`. Copies and pickles start empty.
+    Changes are told by the tensors' identity, storage, dtype and version, and on a CPU by a few of their entries, for
+    `parameter.data.copy_(average)` leaves no version behind. What is not seen is such an operation that spares these
+    entries, and any in-place operation on `parameter.data` elsewhere, where looking would mean waiting for the device.
+    Copies and pickles start empty.
 
     Cost: the weights of one adapter, 2hm numbers, where a forward reads 2hm(d_l + d_b) to generate them.
     """
@@ -52,7 +57,7 @@ class KeptWeights:
             return generate()
         kind = sources[0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (language, autocast, *((t._version, t.data_ptr(), t.dtype) for t in sources))
+        key = (language, autocast, *((t._version, t.data_ptr(), t.dtype, _some_entries(t)) for t in sources))
         kept = self._kept
         if kept is None or kept.key != key or not all(k() is s for k, s in zip(kept.sources, sources, strict=True)):
             self._kept = None
@@ -65,3 +70,11 @@ class KeptWeights:
 
     def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
         return KeptWeights, ()
+
+
+def _some_entries(tensor: Tensor) -> tuple[float, ...]:
+    """A few numbers of a tensor on a CPU, spread over it."""
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        return ()
+    flat = tensor.detach().view(-1)
+    return tuple(flat[:: max(1, flat.numel() // _NUM_PROBES)].tolist())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
+from ..common.adapter_names import known_list
 from ..common.base_model import path_in_base
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
@@ -173,6 +174,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
         """
         if not dequantize:
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        adapter_names = known_list(adapter_names, self.peft_config)
         self._check_merged(adapter_names, safe_merge=safe_merge)
         dequantization = Dequantization(self.model)
         drivers.stop(self.model)

@@ -230,6 +230,44 @@ def test_a_second_run_of_a_trainer_goes_on_from_the_first(tmp_path):
     history = driver(trainer.model).history
     assert [r.update for r in history] == [2, 6, 2, 6]
     assert [r.share_replaced > 0.5 for r in history] == [True, False, False, False]
+    # No weight gets younger with the second run, but for those that it grows.
+    assert history[3].mean_age > history[2].mean_age > history[1].mean_age > 0
+
+
+def in_place(delta, entries):
+    """Something with one entry per weight, where the weights are."""
+    return torch.zeros(delta.numel).scatter(0, delta.indices.long(), entries.float())
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+@pytest.mark.parametrize("cls", METHODS)
+def test_an_earlier_state_of_the_adapter_does_not_get_the_moments_of_other_weights(cls, is_restored):
+    model = make(cls)
+    optimizer = optimizer_of(model, SparseAdamW)
+    train(model, optimizer, range(3))
+    earlier = copy.deepcopy((get_peft_model_state_dict(model), optimizer.state_dict()))
+    train(model, optimizer, range(3, 7))
+    _, _, _, delta = next(iter_deltas(model))
+    support = delta.indices.clone()
+
+    def moments_and_ages():
+        state = optimizer.state[delta.values]
+        return in_place(delta, state["exp_avg"]), in_place(delta, state["age"].expand(delta.count))
+
+    moments, ages = moments_and_ages()
+    set_peft_model_state_dict(model, earlier[0])
+    if is_restored:
+        optimizer.load_state_dict(earlier[1])
+        moments, ages = moments_and_ages()
+    model(**batch(700)).loss.backward()
+    gradient, tuned = (in_place(delta, entries) for entries in (delta.values.grad, torch.ones(delta.count)))
+    optimizer.step()
+
+    assert 0 < torch.isin(delta.indices, support).sum() < delta.count, "the second reselection replaced some"
+    now, older = moments_and_ages()
+    torch.testing.assert_close(now, (0.9 * moments + 0.1 * gradient) * tuned)
+    assert torch.equal(older, (ages + 1) * tuned)
+    assert not any(grown.any() for grown in driver(model).grown_at().values())
 
 
 def test_an_adapter_for_inference_is_not_driven(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer
 
-from peft_sparse import SM3, SparseAdamW, SparseTrainer, SpielAGConfig, SpielMAConfig, iter_reselectors
+from peft_sparse import SM3, ConfigError, SparseAdamW, SparseTrainer, SpielAGConfig, SpielMAConfig, iter_reselectors
 from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 
 FIELDS = {"density": 0.05, "reselection_steps": 4, "estimation_steps": 2}
@@ -45,6 +45,18 @@ def test_a_plain_trainer_keeps_its_optimizer(tmp_path):
     run = trainer(tmp_path, kind=Trainer)
     run.train()
     assert type(getattr(run.optimizer, "optimizer", run.optimizer)) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, SparseTrainer])
+def test_an_adapter_that_is_merged_is_not_left_out_of_a_run_in_silence(tmp_path, trainer_class):
+    model = get_peft_model(make_bert(), SpielAGConfig(density=0.05, modules_to_save=["classifier"]))
+    model.merge_adapter()
+    trainer = trainer_class(model=model, args=make_args(tmp_path, max_steps=2), train_dataset=Labelled())
+    with pytest.raises(ConfigError, match=r"\['default'\] are merged.*unmerge_adapter\(\) first"):
+        trainer.train()
+    model.unmerge_adapter()
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_reselections_are_logged_once(tmp_path):

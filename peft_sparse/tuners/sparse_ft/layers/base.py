@@ -336,6 +336,7 @@ class SparseLayer(WeightLayer):
             ValueError: `safe_merge` found a NaN or an infinity; the layer is as it was.
             ConfigError: this process holds only a part of the weights.
         """
+        is_named = adapter_names is not None
         adapter_names = check_adapters_to_merge(self, adapter_names)
         if not adapter_names:
             return
@@ -343,7 +344,8 @@ class SparseLayer(WeightLayer):
         self.refuse_parts(present)
         if safe_merge:
             self.check_finite([*self.merged_adapters, *present])
-        self.merged_adapters.extend(present)
+        # A layer that has nothing of them is merged all the same: its active adapters, which are others, do not act.
+        self.merged_adapters.extend(adapter_names if is_named else present)
         with loaded(self.get_base_layer(), store=True):
             for parameter in PARAMETERS:
                 self.write(parameter, self.merged_adapters)

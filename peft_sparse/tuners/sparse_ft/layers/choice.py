@@ -71,7 +71,13 @@ def wrapper_for(
         return Linear
     if isinstance(base, Conv1D):
         return partial(Linear, fan_in_fan_out=True)
-    if isinstance(base, nn.Embedding) and base.max_norm is None and not is_packed(base.weight):
+    if isinstance(base, nn.Embedding) and (base.max_norm is not None or base.scale_grad_by_freq):
+        raise ConfigError(
+            f"target module {name} rescales its rows (max_norm) or their gradients (scale_grad_by_freq), which a delta "
+            f"on them would not see. Leave it out with exclude_modules=[{name!r}], or train it whole with "
+            f"modules_to_save=[{name!r}]."
+        )
+    if isinstance(base, nn.Embedding) and not is_packed(base.weight):
         is_lookup = kind.forward is nn.Embedding.forward or hasattr(base, "embed_scale")
         if is_lookup:
             return Embedding

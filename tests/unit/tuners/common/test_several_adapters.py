@@ -82,3 +82,36 @@ def test_other_tuners_keep_what_peft_does():
     before = PeftModel.set_adapter
     take_several_adapters()
     assert PeftModel.set_adapter is before
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_verb_refuses_an_adapter_that_is_not_there_and_changes_nothing(kind):
+    model = adapted(kind, llama(), "a", "b")
+    expected, tuner = logits(model), model.base_model
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    for verb in (
+        *(lambda: tuner.set_adapter("bb"), lambda: tuner.set_adapter(["a", "bb"])),
+        *(lambda: model.set_requires_grad("bb", requires_grad=False), lambda: model.set_requires_grad(["b", "bb"])),
+        *(lambda: model.merge_adapter(["a", "bb"]), lambda: model.merge_and_unload(adapter_names=["a", "bb"])),
+    ):
+        with pytest.raises(
+            ValueError, match=r"adapter 'bb' is not in the model, which has \['a', 'b'\]|cannot be merged"
+        ):
+            verb()
+    with pytest.raises(TypeError, match="list of strings"):
+        model.merge_and_unload(adapter_names="bb")
+    assert torch.equal(logits(model), expected)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trains
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_adapter_that_is_named_twice_acts_once(kind):
+    model = adapted(kind, llama(), "a", "b")
+    expected = logits(model)
+    model.base_model.set_adapter(["a", "a"])
+    assert torch.equal(logits(model), expected)
+    if kind in ("SPARSE_FT", "ADA_SFT"):
+        model.merge_adapter(["a", "a"])
+        torch.testing.assert_close(logits(model), expected)
+        model.unmerge_adapter()
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["a", "a"])), expected)

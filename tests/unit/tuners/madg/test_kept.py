@@ -63,6 +63,10 @@ def change_data(model, parameter):
     parameter.data = parameter.data * 1.5
 
 
+def change_data_in_place(model, parameter):
+    parameter.data.mul_(1.5)
+
+
 def exchange(model, parameter):
     for module in model.modules():
         for name, own in module.named_parameters(recurse=False):
@@ -80,7 +84,7 @@ def step(model, parameter):
     torch.optim.SGD([parameter], lr=0.1).step()
 
 
-@pytest.mark.parametrize("change", [change_in_place, change_data, exchange, load, step])
+@pytest.mark.parametrize("change", [change_in_place, change_data, change_data_in_place, exchange, load, step])
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_any_change_of_any_parameter_is_seen(request_, change):
     case = MadGCase(request_)

@@ -280,3 +280,11 @@ def test_a_billion_parameters_allocate_in_under_a_second(budget):
     tuned = get_peft_model(base, LotteryTicketConfig(density=0.01, target_modules="all", budget=budget))
     assert time.process_time() - start < 1
     assert tuned.peft_config["default"].counts is None
+
+
+@pytest.mark.parametrize("setting", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_rescales_is_refused_by_name(setting):
+    model = nn.Sequential(nn.Embedding(10, 4, **setting), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match=r"module 0 rescales its rows .*exclude_modules=\['0'\]"):
+        get_peft_model(model, RandConfig(density=0.5, target_modules=["0"]))
+    assert type(model[0]) is nn.Embedding

@@ -1,0 +1,79 @@
+"""Supports that change in the middle of a run without a reselection: by loading an earlier state of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ...optim.reindex import reindex, state_holders
+from ...selection.replacement import replacement_between
+from ...tuners.sparse_ft.layers.delta import AdapterDelta
+
+
+class ChangedSupports:
+    """Takes what optimizers remember of an adapter's weights along when its weights are others all of a sudden.
+
+    A trainer loads its best checkpoint and is asked to train on; a loop goes back to an earlier state by hand. The
+    moments that the optimizer holds are of the support before, entry by entry, and would be taken for those of other
+    weights. An optimizer whose own state was loaded meanwhile is left alone: that state is of the same checkpoint.
+
+    Args:
+        deltas: {parameter name: delta}.
+    """
+
+    def __init__(self, deltas: Mapping[str, AdapterDelta]) -> None:
+        self._deltas = deltas
+        # {optimizer: a tensor of its state as the last update left it}
+        self._left: WeakKeyDictionary[Optimizer, ReferenceType[Tensor]] = WeakKeyDictionary()
+        self.note()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_left"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._left = WeakKeyDictionary()
+
+    def note(self) -> None:
+        """Take the supports as they are now for those that optimizers know."""
+        self._known = {name: (delta.support_version, delta.indices) for name, delta in self._deltas.items()}
+
+    def after_update(self, optimizers: Iterable[Optimizer]) -> None:
+        """An update was made, by these optimizers."""
+        for optimizer in optimizers:
+            if (tensor := self._a_tensor_of(optimizer)) is not None:
+                self._left[optimizer] = ref(tensor)
+
+    def before_step(self, optimizers_of: Callable[[Tensor], list[Optimizer]]) -> None:
+        """A step begins: carry the state of whatever has another support now.
+
+        Args:
+            optimizers_of: gives the optimizers that have stepped on some values.
+        """
+        changed = [name for name, delta in self._deltas.items() if delta.support_version != self._known[name][0]]
+        for name in changed:
+            delta, (_, old) = self._deltas[name], self._known[name]
+            held = delta.held_values
+            if self._left:
+                replacement = replacement_between(old.to(delta.indices.device), delta.indices)
+                kept = [optimizer for optimizer in optimizers_of(held) if self._is_as_left(optimizer)]
+                for optimizer in state_holders(kept, held) if kept else ():
+                    reindex(optimizer, held, replacement)
+        if changed:
+            self.note()
+
+    def _is_as_left(self, optimizer: Optimizer) -> bool:
+        left = self._left.get(optimizer)
+        return left is not None and left() is not None and left() is self._a_tensor_of(optimizer)
+
+    def _a_tensor_of(self, optimizer: Optimizer) -> Tensor | None:
+        for delta in self._deltas.values():
+            state = optimizer.state.get(delta.held_values, {})
+            for value in state.values():
+                if isinstance(value, Tensor) and value.dim():
+                    return value
+        return None
