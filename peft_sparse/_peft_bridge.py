@@ -109,6 +109,12 @@ INTERNALS = (
         "tests/unit/tuners/common/test_heads_of_several.py",
     ),
     Internal(
+        "peft.tuners.trainable_tokens.layer",
+        "TrainableTokensLayer",
+        ("_check_overlapping_tokens", "forward_adapters", "get_merged_weights"),
+        "tests/unit/tuners/common/test_heads_of_several.py",
+    ),
+    Internal(
         _QUANTIZATION,
         "QuantizationBackend",
         ("backend_name", "get_base_weight", "set_base_weight", "supports_merge"),
@@ -164,6 +170,7 @@ NoMatchingPeftModuleError = _FOUND["NoMatchingPeftModuleError"]
 AuxiliaryTrainingWrapper = _FOUND["AuxiliaryTrainingWrapper"]
 ModulesToSaveWrapper = _FOUND["ModulesToSaveWrapper"]
 TrainableTokensWrapper = _FOUND["TrainableTokensWrapper"]
+TrainableTokensLayer = _FOUND["TrainableTokensLayer"]
 QuantizationBackend = _FOUND["QuantizationBackend"]
 get_quantization_kwargs = _FOUND["get_quantization_kwargs"]
 quantization_extra_repr = _FOUND["quantization_extra_repr"]

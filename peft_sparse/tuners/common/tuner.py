@@ -23,6 +23,7 @@ from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, receiving
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import check_heads_of_merged, check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
+from .token_rows import keep_biases
 
 
 class AdapterTuner(BaseTuner):
@@ -63,6 +64,7 @@ class AdapterTuner(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            keep_biases(model)
             self._complete(config, model, adapter_name, requested)
 
     def _plan(self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None) -> None:

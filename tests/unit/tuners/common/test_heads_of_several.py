@@ -7,11 +7,11 @@ import logging
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from peft_sparse import ConfigError
 from tests.support.adapters import TYPES, adapted, config
-from tests.support.models import IDS, llama, logits
+from tests.support.models import IDS, bert, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -197,3 +197,26 @@ def test_an_adapter_that_is_added_or_loaded_leaves_the_active_one_as_it_is(kind,
     for name in "ab":
         plain.set_adapter(name)
         assert torch.equal(logits(plain), wanted[name])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_tied_output_matrix_keeps_its_bias_beside_trained_rows(kind, tmp_path):
+    # PEFT's own layer computes it without.
+    def base():
+        model = bert()
+        model.cls.predictions.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+        return model
+
+    plain = base()
+    plain.bert.embeddings.word_embeddings.weight.data[[1, 7]] += 1.0
+    # As it starts an adapter changes nothing.
+    model = get_peft_model(base(), config(kind, init_weights=True, trainable_token_indices=[1, 7])).eval()
+    next(p for n, p in model.named_parameters() if "trainable_tokens_delta" in n).data += 1.0
+    found = logits(model)
+    torch.testing.assert_close(found, logits(plain))
+    assert torch.equal(logits(copy.deepcopy(model)), found)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base()))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), found)
+    torch.testing.assert_close(logits(model.merge_and_unload()), found)
