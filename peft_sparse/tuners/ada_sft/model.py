@@ -17,7 +17,7 @@ from ..common.combining import Combined
 from ..common.made_for_file import Receipt
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
-from ..common.tuner import WeightTuner
+from ..common.weight_tuner import WeightTuner
 from . import compose, state
 from .config import MASK, AdaSftConfig
 from .iteration import iter_masked, iter_masked_layers

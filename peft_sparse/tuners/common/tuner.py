@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, receiving
 from .mixed_batches import give_names, names_by_module
-from .stacked_heads import check_heads_of_merged, check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
+from .stacked_heads import check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
 from .token_rows import keep_biases
 
 
@@ -330,115 +330,3 @@ class AdapterTuner(BaseTuner):
             FormatError: the file is damaged or does not fit the model.
         """
         return to_model_keys(model, adapter_name, state_dict, cls.tuner_layer_cls)
-
-
-class WeightTuner(AdapterTuner):
-    """Base class of tuners whose layers are `WeightLayer`s, and whose configs are copies of the user's."""
-
-    # Paths of the modules that the adapter being added targets.
-    _targets: Collection[str]
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        # The targets are known; PEFT needs some value to iterate over and to name in its errors.
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(self._targets)
-        return peft_config
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights until `unmerge_adapter`, which restores them bit for bit.
-
-        Args:
-            adapter_names: the adapters to merge; the active ones if None.
-            safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
-                infinite in the base weights' dtype are always refused.
-        """
-        adapter_names = known_list(adapter_names, self.peft_config)
-        if adapter_names is not None:
-            check_heads_of_merged(self, adapter_names)
-        layers = self._layers_without_offloading()
-        if layers is None:
-            with self._checked(self.tuned_layers(), adapter_names, safe_merge=safe_merge):
-                super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-            return
-        merge, others = self._ready_to_merge(layers, adapter_names)
-        with self._checked(others, adapter_names, safe_merge=safe_merge):
-            if merge is None or merge():
-                self._merge_layers(others, adapter_names, safe_merge=safe_merge)
-                return
-        with self._checked(layers, adapter_names, safe_merge=safe_merge):
-            self._merge_layers(layers, adapter_names, safe_merge=safe_merge)
-
-    def _merge_layers(self, layers: list[Any], adapter_names: list[str] | None, *, safe_merge: bool) -> None:
-        for layer in layers:
-            names = adapter_names
-            if names is not None and not isinstance(layer, self.tuner_layer_cls):
-                # PEFT's layers of trained tokens know no adapter that has none.
-                names = [name for name in names if name in layer._all_available_adapter_names()]
-            layer.merge(adapter_names=names, safe_merge=safe_merge)
-
-    @contextmanager
-    def _checked(self, layers: Sequence[Any], adapter_names: list[str] | None, *, safe_merge: bool) -> Iterator[None]:
-        """Refuse what cannot be merged into these layers, of any tuner; what ours read for that, the merge finds."""
-        ours = [layer for layer in layers if isinstance(layer, self.tuner_layer_cls)]
-        try:
-            for layer in ours:
-                layer.keep_entries(True)
-            self._check_merged(adapter_names, safe_merge=safe_merge, layers=ours)
-            if ours:
-                self._check_merge_allowed()
-            yield
-        finally:
-            for layer in ours:
-                layer.keep_entries(False)
-
-    def _ready_to_merge(
-        self, layers: list[Any], adapter_names: list[str] | None
-    ) -> tuple[Callable[[], bool] | None, list[Any]]:
-        """What merges into some of the layers in one pass, if there is that, and the others.
-
-        It changes nothing and returns False where it would have to refuse, or to look closer.
-        """
-        return None, layers
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base weights bit for bit."""
-        layers = self._layers_without_offloading()
-        if layers is None:
-            super().unmerge_adapter()
-            return
-        self.unmerge_layers(layers)
-
-    def _layers_without_offloading(self) -> list[Any] | None:
-        """The layers of all tuners; None if accelerate keeps weights elsewhere, for which PEFT walks every layer."""
-        around = self.around
-        if any("_hf_hook" in vars(module) for module in around.modules):
-            return None
-        return list(around.of_kind(BaseTunerLayer))
-
-    def _check_merged(
-        self, adapter_names: list[str] | None, *, safe_merge: bool, layers: Sequence[Any] | None = None
-    ) -> None:
-        for layer in self.tuned_layers() if layers is None else layers:
-            check = layer.check_finite if safe_merge else layer.check_range
-            check(adapter_names if adapter_names is not None else layer.active_adapters)
-
-    def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Refuse to merge for good what cannot be, before anything is touched."""
-        if merge:
-            self._check_merge_allowed()
-            self._check_merged(adapter_names, safe_merge=safe_merge)
-
-    def _as_before(self, model: nn.Module) -> None:
-        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in self.trainable_before)
-
-    def _restore(self) -> None:
-        """Take whatever is merged or written out of the base weights."""
-        for layer in self.tuned_layers():
-            layer.merged_adapters.clear()
-            layer.restore()
-        for layer in self.around.of_kind(BaseTunerLayer):
-            if layer.merged:  # PEFT's, of trained tokens
-                layer.unmerge()

@@ -16,7 +16,7 @@ from ..common.combining import Combined
 from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
-from ..common.tuner import WeightTuner
+from ..common.weight_tuner import WeightTuner
 from . import compose, drivers, state, together
 from .allocation import Allocation, allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
