@@ -81,7 +81,20 @@ def _window_of(attention: nn.Module) -> int | None:
     return window if isinstance(window, int) else None
 
 
-class AttentionMaps:
+class Hooked:
+    """Base class of what watches a model by hooks while a `with` block lasts: they go with the block."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class AttentionMaps(Hooked):
     """Keeps the attention probabilities of some layers while a `with` block lasts.
 
     Args:
@@ -93,10 +106,10 @@ class AttentionMaps:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
         self._model = inner_model(model)
         self._layers = list(layers)
         self._found: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
         self.windows: dict[int, int | None] = {}
 
     def __enter__(self) -> AttentionMaps:
@@ -110,12 +123,6 @@ class AttentionMaps:
                     window = _window_of(module)
                     self.windows[index] = window if window is not None else self.windows.get(index)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _keep(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         found = output[1] if isinstance(output, tuple) and len(output) > 1 else None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from .attention import inner_model
+from .attention import Hooked, inner_model
 from .student import stack_of
 
 
-class LastLayer:
+class LastLayer(Hooked):
     """Keeps the output of a model's last layer while a `with` block lasts.
 
     The last of a model's `hidden_states` is behind the final norm (Llama, ModernBERT), all others are before any: where
@@ -26,8 +25,8 @@ class LastLayer:
     """
 
     def __init__(self, model: nn.Module, *, wanted: bool) -> None:
+        super().__init__()
         self._model, self._wanted = inner_model(model), wanted
-        self._handles: list[Any] = []
         self.output: Tensor | None = None
 
     def __enter__(self) -> LastLayer:
@@ -36,12 +35,6 @@ class LastLayer:
             last = self._model.get_submodule(f"{path}.{depth - 1}")
             self._handles = [last.register_forward_hook(self._keep)]
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.output is None:
