@@ -6,8 +6,8 @@
     python tests/benchmarks/instruction_quality.py --plot curves.png --minutes 0       # from what has run
 
 Every method trains as many weights as LoRA (full fine-tuning: all), takes the same number of optimizer steps on the
-same batches in the same order (a function of the seed), with cosine decay after a short warm-up, no weight decay and
-gradients clipped to norm 1. LT-SFT spends half of its steps in the dense phase, with `--dense-learning-rate`, and half
+same batches in the same order (a function of the seed), with cosine decay after a short warm-up, no weight decay (but
+`--weight-decay`) and gradients clipped to norm 1. LT-SFT spends half of its steps in the dense phase, with `--dense-learning-rate`, and half
 in the sparse phase, which starts the rows over. Frozen bases are bfloat16 with float32 adapters; where base weights
 themselves train (full fine-tuning, LT-SFT) they are float32 under bfloat16 autocast, for many updates are too small for
 bfloat16. (All is float32 on a processor without bfloat16 units.) The loss is the mean over all answer tokens of the
@@ -121,6 +121,7 @@ def train(
             per_device_train_batch_size=1,
             logging_nan_inf_filter=False,
             learning_rate=rate,
+            weight_decay=options.weight_decay,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, options.steps // 20),
             seed=seed,
@@ -181,6 +182,8 @@ def settings_of(options: argparse.Namespace, checksum: int) -> Callable[[str], d
 
     def settings(name: str) -> dict:
         fields = [] if name == UNTUNED else ["steps", "batch_size", "density"]
+        if name != UNTUNED and options.weight_decay:
+            fields += ["weight_decay"]
         if name.startswith("spiel"):
             fields += ["reselection_steps", "estimation_steps"]
         if name == LOTTERY:
@@ -257,6 +260,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--learning-rates", nargs="*", default=[], metavar="METHOD=A,B,...", help="instead of the built-in"
     )
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="lambda, decoupled, of every method")
     parser.add_argument("--dense-learning-rate", type=float, default=5e-5, help="of LT-SFT's dense phase")
     parser.add_argument("--reselection-steps", type=int, default=10, help="S of SpIEL")
     parser.add_argument("--estimation-steps", type=int, default=3, help="gamma of SpIEL")
