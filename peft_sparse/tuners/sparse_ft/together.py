@@ -8,7 +8,7 @@ not finite: then the slow way decides. Layers of any other kind, and models with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -126,16 +126,7 @@ def _overlap(weights: Iterable[Tensor]) -> bool:
 @contextmanager
 def _writing(layers: Sequence[Linear]) -> Iterator[None]:
     """Keep other threads off the weights of all these layers."""
-    held: list[dict[str, Any]] = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
-            own = vars(layer)
-            own["_lock"].acquire()
-            held.append(own)
-            own["_num_writing"] += 1
-            own["_num_writes"] += 1
+            stack.enter_context(layer._writing)
         yield
-    finally:
-        for own in held:
-            own["_num_writing"] -= 1
-            own["_lock"].release()

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from ...common.shown_state import ShownState
 from .delta import AdapterDelta
 from .newest import with_newest
 from .quick import ActiveWeights
-from .written import Written, flat, is_all_there, is_another
+from .written import Writing, Written, flat, is_all_there, is_another
 
 
 class SparseLayer(WeightLayer):
@@ -50,6 +49,7 @@ class SparseLayer(WeightLayer):
         self.num_resident = 0
         # Held by what writes into the base weight, and by what reads a weight that may be written into.
         self._lock = threading.RLock()
+        self._writing = Writing(self._lock)
         # Names of parameters that another module shares (tied embeddings): never written in place.
         self.tied_parameters: set[str] = set()
         self._written: dict[str, Written] = {}
@@ -60,9 +60,6 @@ class SparseLayer(WeightLayer):
         # {adapter: its deltas alone}, for batches that name an adapter for each example, and of adapters that act
         # together, by their names.
         self._named: dict[str | tuple[str, ...], ActiveWeights] = {}
-        # How often writing into the base parameters began, and how much of it is under way: the quick forward of linear
-        # layers locks nothing, and looks at both.
-        self._num_writes, self._num_writing = 0, 0
         self._shown = ShownState(self)
         base = self.get_base_layer()
         with warnings.catch_warnings():
@@ -111,6 +108,10 @@ class SparseLayer(WeightLayer):
         names = self.active_adapters if adapters is None else adapters
         return [held[name] for name in names if name in held and held[name].takes_part]
 
+    def all_active_deltas(self) -> list[AdapterDelta]:
+        """`active_deltas` of every tensor."""
+        return [delta for parameter in PARAMETERS for delta in self.active_deltas(parameter)]
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, and which values train (PEFT's method, without walks over single parameters)."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -150,23 +151,20 @@ class SparseLayer(WeightLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if not any(self.active_deltas(parameter) for parameter in PARAMETERS):
+        deltas = self.all_active_deltas()
+        if not deltas:
             self.restore()
             return self.base_layer(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            for parameter in PARAMETERS:
-                for delta in self.active_deltas(parameter):
-                    delta.check_support()
+            for delta in deltas:
+                delta.check_support()
         if torch.is_grad_enabled():
-            self.keep_dtypes(in_forward=True)
+            keep_dtypes(deltas, in_forward=True)
         return called(self.get_base_layer(), partial(self._delta_forward, self.active_adapters), (x, *args), kwargs)
 
-    def keep_dtypes(self, *, in_forward: bool = False) -> None:
+    def keep_dtypes(self) -> None:
         """Undo casts of the active adapters' values that nobody asked for: see `AdapterDelta.keep_dtype`."""
-        for parameter in PARAMETERS:
-            for delta in self.active_deltas(parameter):
-                if delta.values.dtype != delta.values_dtype:
-                    delta.keep_dtype(in_forward=in_forward)
+        keep_dtypes(self.all_active_deltas())
 
     def acts(self, adapter_name: str) -> bool:
         return any(self.active_deltas(parameter, [adapter_name]) for parameter in PARAMETERS)
@@ -238,20 +236,10 @@ class SparseLayer(WeightLayer):
         else:
             self.restore(parameter)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._lock:
-            self._num_writing += 1
-            self._num_writes += 1
-            try:
-                yield
-            finally:
-                self._num_writing -= 1
-
     def write_entries(self, parameter: str, key: tuple[Any, ...], overlay: Overlay, values: Sequence[Tensor]) -> None:
         """`write` for what `overlay` gave, and one tensor of values for each of its deltas."""
         base = self.get_base_layer()
-        with self._writing():
+        with self._writing:
             written = self._written.get(parameter)
             if written is None or written.key != key or is_another(written.target, getattr(base, parameter)):
                 self.restore(parameter)
@@ -280,7 +268,7 @@ class SparseLayer(WeightLayer):
         """Take whatever is written out of the base parameters (of one, or of all), bit for bit."""
         if not self._written:
             return
-        with self._writing():
+        with self._writing:
             for name in PARAMETERS if parameter is None else (parameter,):
                 self._restore(name, self._written.pop(name, None))
             if not self._written:
@@ -312,14 +300,16 @@ class SparseLayer(WeightLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_shown", "_active", "_named")}
+        own = ("_lock", "_writing", "_shown", "_active", "_named")
+        return {key: value for key, value in vars(self).items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is in no `resident` block, and has its own memory.
         super().__setstate__(state)
         self._lock, self._shown = threading.RLock(), ShownState(self)
+        self._writing = Writing(self._lock)
         self._forget()
-        self.num_resident, self._num_writes, self._num_writing, self._checked = 0, 0, 0, None
+        self.num_resident, self._checked = 0, None
         if not self.merged:
             self.restore()
 
@@ -407,3 +397,10 @@ class SparseLayer(WeightLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""
         return False
+
+
+def keep_dtypes(deltas: Sequence[AdapterDelta], *, in_forward: bool = False) -> None:
+    """Undo casts of their values that nobody asked for: see `AdapterDelta.keep_dtype`."""
+    for delta in deltas:
+        if delta.values.dtype != delta.values_dtype:
+            delta.keep_dtype(in_forward=in_forward)

@@ -118,7 +118,8 @@ class AdapterDelta(NeverOffloaded):
     @property
     def count(self) -> int:
         """k, the number of tuned weights."""
-        return self.values.numel()
+        values = self._parameters.get("values")
+        return (self.values if values is None else values).numel()
 
     @property
     def takes_part(self) -> bool:

@@ -60,19 +60,19 @@ class Linear(SparseLayer):
         base = self._modules["base_layer"]
         if self.merged_adapters:
             return output_of(base, x)
-        active, writes = self._active, self._num_writes
+        active, writes = self._active, self._writing.begun
         if active is None or not active.holds(base._parameters.get("weight"), self._active_adapter):
             active = self._active = self.acting(base, self._active_adapter)
         if active is None or has_hooks(base):
             return None
         result = None
         if self.num_resident:
-            if not self._num_writing and active.is_written_in(self._written):
+            if not self._writing.depth and active.is_written_in(self._written):
                 result = output_of(base, x)
-        elif not self._num_writing and "weight" not in self._written:
+        elif not self._writing.depth and "weight" not in self._written:
             result = active.with_few_rows(base, x)
         # Nothing was locked; had another thread begun to write, it would have counted first.
-        return self._locked_output(active, base, x) if result is None or self._num_writes != writes else result
+        return self._locked_output(active, base, x) if result is None or self._writing.begun != writes else result
 
     def _locked_output(self, active: ActiveWeights, base: nn.Module, x: Tensor) -> Tensor | None:
         """The output in resident mode, whatever is written into the weight now; None outside of it."""
@@ -97,7 +97,7 @@ class Linear(SparseLayer):
         if values is None or not can_be_put_back(before, weight) or not is_writable(active):
             return False
         kept = torch.empty(values.numel(), dtype=weight.dtype)
-        with self._writing():
+        with self._writing:
             native.write_back_([(weight, before.overlay.support, before.originals, None)])
             native.keep_and_write_([(weight, active.overlay.support, kept, values)])
             now = Written(active.key, active.overlay, originals=kept, shape=active.shape, target=weight)
@@ -149,7 +149,7 @@ class Linear(SparseLayer):
     def _mixed_by_kernels(self, adapter_names: list[str], x: Tensor) -> Tensor | None:
         """The base layer's output for all examples, and what each one's deltas add to it, if kernels can add it."""
         self.restore()
-        base, writes = self._modules["base_layer"], self._num_writes
+        base, writes = self._modules["base_layer"], self._writing.begun
         rows, found = x.numel() // max(1, len(x) * x.shape[-1]), []
         for name, first, count in _runs(adapter_names):
             if not self.acts(name):
@@ -166,7 +166,7 @@ class Linear(SparseLayer):
             return None
         for first, count, product, values in found:
             product.add_(y, x, count, base.weight, values, first_row=first)
-        return None if self._num_writing or self._num_writes != writes else y
+        return None if self._writing.depth or self._writing.begun != writes else y
 
     def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own, deltas = self.get_base_layer().weight, self.active_deltas("weight", [name])

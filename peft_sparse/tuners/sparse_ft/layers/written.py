@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,34 @@ from .quick import Snapshot
 
 # The weights that kernels keep and write in one pass.
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Writing:
+    """Held while a layer's parameters are written into, once or several times over by one thread.
+
+    Who locks nothing asks before and after whether anyone has `begun`, or is at it.
+
+    Args:
+        lock: of the layer.
+
+    Attributes:
+        begun: how often writing began.
+        depth: how much of it is under way.
+    """
+
+    __slots__ = ("_lock", "begun", "depth")
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self._lock, self.begun, self.depth = lock, 0, 0
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+        self.depth += 1
+        self.begun += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        self.depth -= 1
+        self._lock.__exit__(*exception)
 
 
 @dataclass
