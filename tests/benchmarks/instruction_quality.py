@@ -6,13 +6,13 @@
     python tests/benchmarks/instruction_quality.py --plot curves.png --minutes 0       # from what has run
 
 Every method trains as many weights as LoRA (full fine-tuning: all), takes the same number of optimizer steps on the
-same batches in the same order (a function of the seed), with cosine decay after a short warm-up, no weight decay (but
-`--weight-decay`) and gradients clipped to norm 1. LT-SFT spends half of its steps in the dense phase, with `--dense-learning-rate`, and half
-in the sparse phase, which starts the rows over. Frozen bases are bfloat16 with float32 adapters; where base weights
-themselves train (full fine-tuning, LT-SFT) they are float32 under bfloat16 autocast, for many updates are too small for
-bfloat16. (All is float32 on a processor without bfloat16 units.) The loss is the mean over all answer tokens of the
-held-out rows, in nats. With `--general FILE` the loss on other text (its first lines) is measured as well: what the
-tuning made the model forget.
+same batches in the same order (a function of the seed), with cosine decay after a short warm-up, gradients clipped to
+norm 1, and no weight decay without `--weight-decay`. LT-SFT spends half of its steps in the dense phase, with
+`--dense-learning-rate`, and half in the sparse phase, which starts the rows over. Frozen bases are bfloat16 with
+float32 adapters; where base weights themselves train (full fine-tuning, LT-SFT) they are float32 under bfloat16
+autocast, for many updates are too small for bfloat16. (All is float32 on a processor without bfloat16 units.) The loss
+is the mean over all answer tokens of the held-out rows, in nats. With `--general FILE` the loss on other text (its
+first lines) is measured as well: what the tuning made the model forget.
 
 With the first seed every method runs at the rates of its row, and at more, by factors of two, until its best has a
 worse one on either side; the other seeds run at the best, methods with the lowest loss first. A finished run is a line

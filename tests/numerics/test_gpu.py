@@ -15,7 +15,7 @@ from peft_sparse import RandConfig, resident
 from peft_sparse.core.backends import sddmm
 from peft_sparse.core.masked import MaskedPart, masked_linear
 from peft_sparse.selection.top_k import top_k
-from tests.numerics import test_entries, test_layers, test_ops_embedding, test_products
+from tests.numerics import test_entries, test_layers, test_lookup, test_products
 from tests.numerics.test_entries import kernel  # noqa: F401 (a fixture)
 from tests.support.gpu import DEVICE, MARKS, exact_float32  # noqa: F401 (a fixture of every test)
 from tests.support.ops import check_linear, make_case, run, sparse_linear
@@ -116,9 +116,7 @@ def test_outside_of_resident_mode_one_copy_of_a_weight_lives_at_a_time():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding(dtype, counts, padding_idx):
     values_dtype = F64 if dtype == F64 else F32
-    test_ops_embedding.check_embedding(
-        counts, dtype=dtype, values_dtype=values_dtype, padding_idx=padding_idx, device=DEVICE
-    )
+    test_lookup.check_embedding(counts, dtype=dtype, values_dtype=values_dtype, padding_idx=padding_idx, device=DEVICE)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

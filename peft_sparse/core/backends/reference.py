@@ -46,7 +46,7 @@ def embedding(
     *,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Twin of `ops.embedding`: a lookup in the dense tuned weight."""
+    """Twin of `lookup.embedding`: a lookup in the dense tuned weight."""
     return F.embedding(ids, tuned_weight(weight, deltas), padding_idx=padding_idx)
 
 

@@ -22,7 +22,7 @@ from ...common.base_module import called, loaded
 from ...common.layer import PARAMETERS, WeightLayer, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
 from ...common.shown_state import ShownState
-from .delta import AdapterDelta
+from .delta import AdapterDelta, keep_dtypes
 from .newest import with_newest
 from .quick import ActiveWeights
 from .written import Writing, Written, flat, is_all_there, is_another
@@ -397,10 +397,3 @@ class SparseLayer(WeightLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate this layer's adapter by LoRA: it can for linear weights."""
         return False
-
-
-def keep_dtypes(deltas: Sequence[AdapterDelta], *, in_forward: bool = False) -> None:
-    """Undo casts of their values that nobody asked for: see `AdapterDelta.keep_dtype`."""
-    for delta in deltas:
-        if delta.values.dtype != delta.values_dtype:
-            delta.keep_dtype(in_forward=in_forward)

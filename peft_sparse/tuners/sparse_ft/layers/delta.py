@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -333,6 +333,13 @@ class AdapterDelta(NeverOffloaded):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, count={self.count}, dtype={self.values.dtype}"
+
+
+def keep_dtypes(deltas: Sequence[AdapterDelta], *, in_forward: bool = False) -> None:
+    """Undo casts of their values that nobody asked for: see `AdapterDelta.keep_dtype`."""
+    for delta in deltas:
+        if delta.values.dtype != delta.values_dtype:
+            delta.keep_dtype(in_forward=in_forward)
 
 
 def _checksum(indices: Tensor) -> Tensor:

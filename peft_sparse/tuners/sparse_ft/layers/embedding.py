@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....core import ops
+from ....core import lookup, ops
 from .base import SparseLayer
 
 
@@ -47,7 +47,7 @@ class Embedding(SparseLayer):
             result = F.embedding(x, self.effective("weight", adapters), base.padding_idx)
         else:
             deltas = self.active_deltas("weight", adapters)
-            result = ops.embedding(
+            result = lookup.embedding(
                 x,
                 base.weight,
                 [(d.values, d.indices) for d in deltas],

@@ -1,4 +1,4 @@
-"""`ops.embedding` against the dense float64 oracle, and bit for bit against the merged weight."""
+"""`lookup.embedding` against the dense float64 oracle, and bit for bit against the merged weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peft_sparse.core import ops
+from peft_sparse.core import lookup
 from peft_sparse.core.backends import reference
 from peft_sparse.core.overlay import Overlay
 from tests.numerics.test_ops import LargestOutput, saved_by
@@ -31,9 +31,9 @@ def make(
     return weight, values, [support(ROWS * WIDTH, k, seed=i).to(device) for i, k in enumerate(counts)]
 
 
-def run(lookup, ids, weight, values, indices, output_grad, **options) -> dict[str, Tensor]:
+def run(compute, ids, weight, values, indices, output_grad, **options) -> dict[str, Tensor]:
     leaves = [value.detach().clone().requires_grad_() for value in values]
-    output = lookup(ids, weight, list(zip(leaves, indices, strict=True)), **options)
+    output = compute(ids, weight, list(zip(leaves, indices, strict=True)), **options)
     output.backward(output_grad.to(output.dtype))
     return {"output": output.detach(), **{f"gradient of values {i}": leaf.grad for i, leaf in enumerate(leaves)}}
 
@@ -46,7 +46,7 @@ def check_embedding(
     output_grad = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     double = [value.double() for value in values]
     compare(
-        run(ops.embedding, ids, weight, values, indices, output_grad, **options),
+        run(lookup.embedding, ids, weight, values, indices, output_grad, **options),
         run(reference.embedding, ids, weight, values, indices, output_grad, **options),
         run(reference.embedding, ids, weight.double(), double, indices, output_grad, **options),
     )
@@ -65,7 +65,7 @@ def test_output_and_gradients(dtype, counts, padding_idx):
 def test_rows_are_the_merged_weights_bit_for_bit(counts, dtype):
     weight, values, indices = make(counts, dtype=dtype)
     merged = Overlay(indices).add(weight, values)
-    found = ops.embedding(IDS, weight, list(zip(values, indices, strict=True)))
+    found = lookup.embedding(IDS, weight, list(zip(values, indices, strict=True)))
     assert torch.equal(found, F.embedding(IDS, merged))
     assert torch.equal(found.signbit(), F.embedding(IDS, merged).signbit())
 
@@ -96,22 +96,22 @@ def test_many_repeats_are_summed_in_float32():
     # 3000 ones exceed what bfloat16 counts in steps of one, so a bfloat16 sum would stop at 256.
     weight, indices = torch.zeros(2, 2, dtype=torch.bfloat16), torch.tensor([1], dtype=torch.int32)
     values = torch.zeros(1, requires_grad=True)
-    ops.embedding(torch.zeros(3000, dtype=torch.int64), weight, [(values, indices)]).sum().backward()
+    lookup.embedding(torch.zeros(3000, dtype=torch.int64), weight, [(values, indices)]).sum().backward()
     assert values.grad.tolist() == [3000.0]
 
 
 def test_no_deltas_and_no_gradient():
     weight, values, indices = make((40,))
-    assert torch.equal(ops.embedding(IDS, weight, []), F.embedding(IDS, weight))
+    assert torch.equal(lookup.embedding(IDS, weight, []), F.embedding(IDS, weight))
     with torch.no_grad():
-        assert not ops.embedding(IDS, weight, [(values[0], indices[0])]).requires_grad
+        assert not lookup.embedding(IDS, weight, [(values[0], indices[0])]).requires_grad
 
 
 def test_frozen_values_beside_trained_ones():
     weight, values, indices = make((90, 40))
-    expected = run(ops.embedding, IDS, weight, values, indices, torch.ones(2, 4, WIDTH))["gradient of values 1"]
+    expected = run(lookup.embedding, IDS, weight, values, indices, torch.ones(2, 4, WIDTH))["gradient of values 1"]
     values[0].requires_grad_(False)
-    ops.embedding(IDS, weight, list(zip(values, indices, strict=True))).sum().backward()
+    lookup.embedding(IDS, weight, list(zip(values, indices, strict=True))).sum().backward()
     assert values[0].grad is None
     assert torch.equal(values[1].grad, expected)
 
@@ -119,31 +119,31 @@ def test_frozen_values_beside_trained_ones():
 def test_the_weight_gets_no_gradient():
     weight, values, indices = make((40,))
     weight.requires_grad_()
-    ops.embedding(IDS, weight, [(values[0], indices[0])]).sum().backward()
+    lookup.embedding(IDS, weight, [(values[0], indices[0])]).sum().backward()
     assert weight.grad is None
 
 
 def test_gradcheck():
     weight, values, indices = make((90, 40), dtype=torch.float64, values_dtype=torch.float64)
 
-    def lookup(*leaves: Tensor) -> Tensor:
-        return ops.embedding(IDS, weight, list(zip(leaves, indices, strict=True)), padding_idx=None)
+    def looked_up(*leaves: Tensor) -> Tensor:
+        return lookup.embedding(IDS, weight, list(zip(leaves, indices, strict=True)), padding_idx=None)
 
-    assert torch.autograd.gradcheck(lookup, tuple(values))
+    assert torch.autograd.gradcheck(looked_up, tuple(values))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
     weight, values, indices = make((90, 40))
     deltas = list(zip(values, indices, strict=True))
-    ops.embedding(IDS, weight, deltas).square().sum().backward()
+    lookup.embedding(IDS, weight, deltas).square().sum().backward()
     expected = [value.grad for value in values]
     values_again = [value.detach().clone().requires_grad_() for value in values]
     again = list(zip(values_again, indices, strict=True))
     # Reentrant checkpointing wants an input that requires a gradient.
     trigger = torch.zeros(1, requires_grad=True)
     output = checkpoint(
-        lambda _: ops.embedding(IDS, weight, again).square().sum(), trigger, use_reentrant=use_reentrant
+        lambda _: lookup.embedding(IDS, weight, again).square().sum(), trigger, use_reentrant=use_reentrant
     )
     output.backward()
     assert all(torch.equal(a.grad, b) for a, b in zip(values_again, expected, strict=True))
@@ -154,9 +154,10 @@ def test_only_the_rows_of_the_batch_are_made():
     deltas = list(zip(values, indices, strict=True))
     ids = torch.tensor([3, 7, 3])
     with LargestOutput() as largest:
-        ops.embedding(ids, weight, deltas).sum().backward()
+        lookup.embedding(ids, weight, deltas).sum().backward()
     assert largest.numel < weight.numel() / 2
-    assert max(tensor.numel() for tensor in saved_by(lambda: ops.embedding(ids, weight, deltas))) < weight.numel() / 2
+    saved = saved_by(lambda: lookup.embedding(ids, weight, deltas))
+    assert max(tensor.numel() for tensor in saved) < weight.numel() / 2
     with LargestOutput() as largest:
         reference.embedding(ids, weight, deltas)
     assert largest.numel >= weight.numel()
@@ -168,13 +169,13 @@ def test_compiled(backend, padding_idx):
     torch._dynamo.reset()
     weight, values, indices = make((90, 40))
 
-    def lookup(ids, weight, deltas, *, padding_idx):
-        return ops.embedding(ids, weight, deltas, padding_idx=padding_idx)
+    def looked_up(ids, weight, deltas, *, padding_idx):
+        return lookup.embedding(ids, weight, deltas, padding_idx=padding_idx)
 
-    compiled = torch.compile(lookup, backend=backend, fullgraph=True)
+    compiled = torch.compile(looked_up, backend=backend, fullgraph=True)
     output_grad = torch.randn(2, 4, WIDTH)
     found = run(compiled, IDS, weight, values, indices, output_grad, padding_idx=padding_idx)
-    expected = run(ops.embedding, IDS, weight, values, indices, output_grad, padding_idx=padding_idx)
+    expected = run(lookup.embedding, IDS, weight, values, indices, output_grad, padding_idx=padding_idx)
     assert torch.equal(found["output"], expected["output"])
     assert torch.equal(found["output"].signbit(), expected["output"].signbit())
     for name, tensor in expected.items():
@@ -183,13 +184,13 @@ def test_compiled(backend, padding_idx):
 
 
 def neighbouring_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = ops._entries_of_rows
-    monkeypatch.setattr(ops, "_entries_of_rows", lambda indices, rows, width: entries(indices, rows - 1, width))
+    entries = lookup._entries_of_rows
+    monkeypatch.setattr(lookup, "_entries_of_rows", lambda indices, rows, width: entries(indices, rows - 1, width))
 
 
 def last_entry_of_a_row_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = ops._entries_of_rows
-    monkeypatch.setattr(ops, "_entries_of_rows", lambda *args: tuple(found[:-1] for found in entries(*args)))
+    entries = lookup._entries_of_rows
+    monkeypatch.setattr(lookup, "_entries_of_rows", lambda *args: tuple(found[:-1] for found in entries(*args)))
 
 
 def each_delta_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +214,11 @@ def test_bitwise_comparison_notices_a_rounding_too_many(monkeypatch):
     weight, values, indices = make((200, 200), dtype=torch.bfloat16)
     merged = Overlay(indices).add(weight, values)
     each_delta_rounded(monkeypatch)
-    assert not torch.equal(ops.embedding(IDS, weight, list(zip(values, indices, strict=True))), merged[IDS])
+    assert not torch.equal(lookup.embedding(IDS, weight, list(zip(values, indices, strict=True))), merged[IDS])
 
 
 @pytest.mark.parametrize("token", [-1, -100, ROWS])
 def test_an_id_that_is_no_row_is_refused_as_by_torch(token):
     weight, values, indices = make((40,))
     with pytest.raises(IndexError, match="out of range"):
-        ops.embedding(torch.tensor([3, token]), weight, list(zip(values, indices, strict=True)))
+        lookup.embedding(torch.tensor([3, token]), weight, list(zip(values, indices, strict=True)))
