@@ -1,12 +1,9 @@
-"""Distillation in trainers: what the loss is, who learns, what is written, and the phases of sparse trainers."""
+"""Distillation in trainers: what the loss is, who learns, what is logged and written, and what is refused."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AlbertConfig,
@@ -28,53 +25,13 @@ from transformers import (
 
 from peft_sparse import (
     ConfigError,
-    DeftXConfig,
-    LotteryTicketConfig,
-    MadGConfig,
-    MultiSourceCollator,
-    MultiSourceDataset,
-    OneShotConfig,
-    RandConfig,
-    SparseTrainer,
-    evaluation_batches,
-    iter_deltas,
-    resident,
-    sparse_trainer,
 )
 from peft_sparse.distillation import DistillationLoss, DistillationTrainer, Teacher, distilled_trainer, make_student
 from peft_sparse.distillation.attention import AttentionMaps, is_causal, is_checkpointing
 from peft_sparse.distillation.losses import attention_loss, hidden_loss, pair_mask, prediction_loss, prediction_mask
+from tests.support.distillation import BATCH, IDS, LABELLED, classifier, make_trainer, rows
 from tests.support.tokenizers import make_bert, make_llama
 from tests.support.training import make_args
-
-IDS = torch.tensor([[1, 5, 7, 9, 2], [4, 6, 8, 0, 0]])
-BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
-LABELLED = {**BATCH, "labels": torch.tensor([0, 2])}
-
-
-def rows(count: int = 8, *, labels: bool = False) -> list[dict]:
-    generator = torch.Generator().manual_seed(2)
-    found = []
-    for number in range(count):
-        ids = torch.randint(1, 40, (5,), generator=generator)
-        ids[5 - number % 3 :] = 0
-        found.append({"input_ids": ids, "attention_mask": (ids > 0).long()})
-        if labels:
-            found[-1]["labels"] = int(ids[0]) % 3
-    return found
-
-
-def make_trainer(folder, student, teacher, *, cls=DistillationTrainer, labels=False, dense_args=None, **changes):
-    loss, layers = changes.pop("loss", "general"), changes.pop("layers", None)
-    more = {} if dense_args is None else {"dense_args": dense_args}
-    return cls(
-        model=student, teacher=teacher, loss=loss, layers=layers, args=make_args(folder, **{"max_steps": 2, **changes}),
-        train_dataset=rows(labels=labels), eval_dataset=rows(4, labels=labels), **more,
-    )  # fmt: skip
-
-
-def classifier(**changes):
-    return make_bert(40, cls=BertForSequenceClassification, num_labels=3, **changes)
 
 
 @torch.no_grad()
@@ -329,277 +286,6 @@ def test_the_terms_of_an_evaluation_add_up_to_its_loss(tmp_path):
     assert found["eval_loss_attention"] + found["eval_loss_hidden"] == pytest.approx(found["eval_loss"], rel=1e-6)
 
 
-# Languages and adapters
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("ind", "jav")):
-        config = RandConfig(num_weights=300, init_weights=False, seed=seed, target_modules="all")
-        torch.manual_seed(seed)
-        get_peft_model(classifier(), config).save_pretrained(folder / name)
-    torch.manual_seed(9)
-    config = RandConfig(num_weights=200, init_weights=False, modules_to_save=["classifier"])
-    task = get_peft_model(classifier(), config)
-    torch.nn.init.normal_(task.base_model.model.classifier.modules_to_save["default"].weight)
-    task.save_pretrained(folder / "task")
-    return folder
-
-
-@torch.no_grad()
-def merged(folder, *names):
-    model = classifier()
-    for name in names:
-        model = PeftModel.from_pretrained(model, folder / name).merge_and_unload()
-    return model.eval()(**BATCH).logits
-
-
-@torch.no_grad()
-def test_a_teacher_speaks_each_language_below_the_task(adapters):
-    teacher = Teacher(
-        classifier(), languages={"ind": adapters / "ind", "jav": adapters / "jav"}, task=adapters / "task"
-    )
-    for language in ("ind", "jav", "ind"):
-        found = teacher(language, **BATCH).logits
-        torch.testing.assert_close(found, merged(adapters, language, "task"))
-    assert not torch.allclose(merged(adapters, "ind", "task"), merged(adapters, "jav", "task"))
-    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
-    assert not teacher.model.training
-    with pytest.raises(
-        ConfigError, match=r"must be one that the teacher has an adapter for \(\['ind', 'jav'\]\), got 'min'"
-    ):
-        teacher("min", **BATCH)
-    with pytest.raises(ConfigError, match="got None"):
-        teacher(**BATCH)
-    alone = Teacher(classifier(), languages={"ind": adapters / "ind"})
-    torch.testing.assert_close(alone(**BATCH).logits, merged(adapters, "ind"))
-
-
-@torch.no_grad()
-def test_a_teacher_in_a_model_that_others_use(adapters):
-    """Adapters that are there keep their weights, whatever they are called, and another's switch is undone."""
-    model = PeftModel.from_pretrained(classifier(), adapters / "ind", adapter_name="task")
-    held = {name: delta.values.clone() for name, _, _, delta in iter_deltas(model, "task")}
-    teacher = Teacher(model, languages={"ind": "task", "jav": adapters / "jav"}, task=adapters / "task")
-    assert all(torch.equal(delta.values, held[name]) for name, _, _, delta in iter_deltas(model, "task"))
-    expected = {language: merged(adapters, language, "task") for language in ("ind", "jav")}
-    torch.testing.assert_close(teacher("ind", **BATCH).logits, expected["ind"])
-    model.set_adapter("task")
-    torch.testing.assert_close(teacher("ind", **BATCH).logits, expected["ind"])
-    torch.testing.assert_close(teacher("jav", **BATCH).logits, expected["jav"])
-
-
-@torch.no_grad()
-def test_a_teacher_whose_languages_are_generated(tmp_path):
-    vectors = {"ind": torch.tensor([1.0, 0.0, 1.0]), "jav": torch.tensor([0.0, 1.0, 1.0])}
-    config = MadGConfig(bottleneck_size=3, language_dim=4, typology=vectors, language="ind", init_weights=False)
-    torch.manual_seed(4)
-    tuned = get_peft_model(classifier(), config).eval()
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
-    expected = {}
-    for language in vectors:
-        with tuned.base_model.set_language(language):
-            expected[language] = tuned(**BATCH).logits
-    tuned.base_model.set_language("jav")
-    tuned.base_model.set_language("ind")
-    tuned.save_pretrained(tmp_path / "madg")
-    assert not torch.allclose(expected["ind"], expected["jav"])
-    teacher = Teacher(classifier(), languages=dict.fromkeys(vectors, tmp_path / "madg"))
-    assert len(teacher.model.peft_config) == 1
-    for language in ("jav", "ind", "jav"):
-        assert torch.equal(teacher(language, **BATCH).logits, expected[language])
-    with pytest.raises(ConfigError, match="got 'min'"):
-        teacher("min", **BATCH)
-    with pytest.raises(ConfigError, match="min"):
-        Teacher(classifier(), languages={"ind": tmp_path / "madg", "min": tmp_path / "madg"})
-
-
-@torch.no_grad()
-def test_a_resident_teacher_switches_exactly(adapters):
-    base = classifier()
-    teacher = Teacher(base, languages={"ind": adapters / "ind", "jav": adapters / "jav"}, task=adapters / "task")
-    expected = {language: teacher(language, **BATCH).logits for language in ("ind", "jav")}
-    pristine = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-    with resident(teacher.model):
-        for language in ("jav", "ind", "jav", "ind") * 5:
-            torch.testing.assert_close(teacher(language, **BATCH).logits, expected[language])
-    assert all(torch.equal(tensor, pristine[name]) for name, tensor in teacher.model.state_dict().items())
-    for language, logits in expected.items():
-        assert torch.equal(teacher(language, **BATCH).logits, logits)
-
-
-def test_a_student_of_a_resident_teacher_learns_the_same(adapters, tmp_path):
-    ends = []
-    for is_resident in (False, True):
-        languages = {"ind": adapters / "ind", "jav": adapters / "jav"}
-        teacher = Teacher(make_bert(40, cls=BertForSequenceClassification, num_labels=3), languages=languages)
-        student = make_student(make_bert(40, cls=BertModel), stride=2)
-        batches = MultiSourceDataset({"ind": rows(6), "jav": rows(6)}, num_batches=6, batch_size=3, exponent=0.0)
-        # Adam would divide what rounding leaves of a gradient of zero by its own size.
-        args = make_args(tmp_path, max_steps=6, per_device_train_batch_size=1, learning_rate=0.1, optim="sgd")
-        collate = MultiSourceCollator(torch.utils.data.default_collate)
-        with resident(teacher.model) if is_resident else nullcontext():
-            DistillationTrainer(
-                model=student, teacher=teacher, args=args, train_dataset=batches, data_collator=collate
-            ).train()
-        ends.append(student.state_dict())
-    start = make_student(make_bert(40, cls=BertModel), stride=2).state_dict()
-    assert not torch.allclose(
-        ends[0]["encoder.layer.1.output.dense.weight"], start["encoder.layer.1.output.dense.weight"]
-    )
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6)
-
-
-def test_batches_of_two_languages_train_a_full_student_in_phase_one(adapters, tmp_path):
-    teacher = Teacher(make_bert(40, cls=BertForSequenceClassification, num_labels=3),
-                      languages={"ind": adapters / "ind", "jav": adapters / "jav"})  # fmt: skip
-    student = make_student(make_bert(40, cls=BertModel), stride=2)
-    seen: list[str] = []
-    activate = teacher.activate
-    teacher.activate = lambda language: (seen.append(language), activate(language))
-    batches = MultiSourceDataset({"ind": rows(6), "jav": rows(6)}, num_batches=6, batch_size=3, exponent=0.0)
-    collate = MultiSourceCollator(torch.utils.data.default_collate)
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=make_args(tmp_path, max_steps=6, per_device_train_batch_size=1,
-        per_device_eval_batch_size=1), train_dataset=batches, data_collator=collate,
-        eval_dataset=evaluation_batches({"ind": rows(3)}, batch_size=3),
-    )  # fmt: skip
-    trainer.train()
-    assert {"ind", "jav"} == set(seen[:6])
-    assert seen[:6].count("ind") == batches.counts["ind"]
-    moved = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {"embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"} <= moved
-    metrics = trainer.evaluate()  # without labels there is a loss all the same
-    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss_attention"] + metrics["eval_loss_hidden"])
-
-
-# Sparse trainers
-
-
-@pytest.mark.parametrize(
-    "order", [lambda: distilled_trainer(SparseTrainer), lambda: sparse_trainer(DistillationTrainer)]
-)
-def test_both_phases_of_a_lottery_ticket_go_by_the_teacher(order, tmp_path):
-    base = classifier()
-    config = LotteryTicketConfig(num_weights=60, modules_to_save=["classifier"])
-    student = get_peft_model(make_student(base, stride=2), config)
-    frozen = {name: tensor.clone() for name, tensor in student.base_model.model.bert.state_dict().items()}
-    trainer = make_trainer(
-        tmp_path, student, Teacher(base), cls=order(), labels=True, loss="teacher_forcing", dense_args={"max_steps": 2}
-    )
-    trainer.train()
-    history = [*trainer.dense_state.log_history, *trainer.state.log_history]
-    logged = [entry for entry in history if "loss" in entry]
-    assert [entry["phase"] for entry in logged] == ["dense", "dense", "sparse", "sparse"]
-    for entry in logged:
-        terms = sum(entry[f"loss_{name}"] for name in ("attention", "hidden", "prediction"))
-        assert entry["loss"] == pytest.approx(terms, rel=1e-3)
-    assert sum(student.peft_config["default"].counts.values()) == 60
-    kept = {n: t for n, t in student.base_model.model.bert.state_dict().items() if n in frozen and "sparse_ft" not in n}
-    assert all(torch.equal(tensor, frozen[name]) for name, tensor in kept.items())
-    student.save_pretrained(tmp_path / "task")
-    plain = PeftModel.from_pretrained(make_student(classifier(), stride=2), tmp_path / "task").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(plain(**BATCH).logits, student.eval()(**BATCH).logits)
-
-
-TICKETS = {
-    "LT-SFT": lambda **fields: LotteryTicketConfig(**fields),
-    "SC-SFT": lambda **fields: LotteryTicketConfig(**fields, budget={r"layer\.0\.": 0.75, r"^(?!.*layer\.0\.)": 0.25}),
-    "DeFT-X": lambda **fields: DeftXConfig(**fields, rank=2, residual_density=0.3),
-}
-
-
-# Changes as large as gradients: Adam's first steps are all of one size.
-PLAIN_STEPS = {"optim": "sgd", "learning_rate": 0.1}
-
-
-def selected_by_hand(name: str, folder, base, teacher) -> dict[str, list[int]]:
-    """What a full-rank run under the distillation loss says of a ticket's 60 weights."""
-    student = make_student(base, stride=2)
-    before = {name: tensor.clone() for name, tensor in student.named_parameters()}
-    trainer = make_trainer(
-        folder, student, Teacher(teacher), labels=True, loss="teacher_forcing", **PLAIN_STEPS, max_steps=3
-    )
-    trainer.train()
-    moved = {n: (p.detach() - before[n]) for n, p in student.named_parameters() if n.startswith("bert.")}
-    scores = {}
-    for key, change in moved.items():
-        if name == "DeFT-X" and change.dim() == 2 and "embeddings" not in key:
-            left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
-            leading = (left[:, :2] * values[:2]) @ right[:2]
-            rest = change.double() - leading
-            kept = rest.abs().flatten().topk(round(0.3 * rest.numel())).indices
-            whole = leading.flatten()
-            whole[kept] = change.double().flatten()[kept]
-            change = whole.reshape(change.shape)
-        scores[key] = change.double().abs().flatten()
-    groups = [(60, list(scores))]
-    if name == "SC-SFT":
-        first = [key for key in scores if "layer.0." in key]
-        groups = [(45, first), (15, [key for key in scores if key not in first])]
-    chosen: dict[str, list[int]] = {key: [] for key in scores}
-    for count, keys in groups:
-        every = torch.cat([scores[key] for key in keys])
-        places = [(key, index) for key in keys for index in range(scores[key].numel())]
-        for place in every.topk(count).indices.tolist():
-            chosen[places[place][0]].append(places[place][1])
-    return {key: sorted(indices) for key, indices in chosen.items()}
-
-
-@pytest.mark.parametrize("name", [pytest.param(t, marks=[pytest.mark.slow] * (t != "LT-SFT")) for t in TICKETS])
-def test_every_ticket_is_drawn_by_the_distillation_loss(name, tmp_path):
-    base, teacher = classifier(), classifier(initializer_range=0.5)
-    config = TICKETS[name](
-        num_weights=60, target_modules="all", target_biases=True, target_norms=True, modules_to_save=["classifier"]
-    )
-    student = get_peft_model(make_student(base, stride=2), config)
-    trainer = make_trainer(
-        tmp_path, student, Teacher(teacher), cls=distilled_trainer(SparseTrainer), labels=True,
-        loss="teacher_forcing", **PLAIN_STEPS, dense_args={"max_steps": 3},
-    )  # fmt: skip
-    trainer.train()
-    found = {key: delta.indices.tolist() for key, _, _, delta in iter_deltas(student, "default")}
-    expected = selected_by_hand(name, tmp_path, classifier(), teacher)
-    assert {key: indices for key, indices in found.items() if indices} == {k: v for k, v in expected.items() if v}
-    labels = selected_by_hand(name, tmp_path, classifier(), classifier(initializer_range=0.2))
-    assert labels != expected  # another teacher, other weights
-
-
-def test_gradients_of_the_distillation_loss_choose_weights(tmp_path):
-    base = classifier()
-    chosen = []
-    for loss in ("teacher_forcing", "self_taught"):
-        config = OneShotConfig(num_weights=40, criterion="fisher", modules_to_save=["classifier"])
-        student = get_peft_model(make_student(base, stride=2), config)
-        teacher = Teacher(classifier(initializer_range=0.5))
-        trainer = make_trainer(tmp_path, student, teacher, cls=distilled_trainer(SparseTrainer), labels=True, loss=loss)
-        trainer.train()
-        chosen.append({name: delta.indices.tolist() for name, _, _, delta in iter_deltas(student, "default")})
-        assert sum(map(len, chosen[-1].values())) == 40
-    assert chosen[0] != chosen[1]
-
-
-def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(tmp_path):
-    results = []
-    for resume in (False, True):
-        base = classifier()
-        trainer = make_trainer(
-            tmp_path, make_student(base, stride=2), Teacher(base), max_steps=4, save_strategy="steps", save_steps=2
-        )
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
-        results.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-
-
-# Refusals
-
-
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
     base = classifier()
     student = make_student(base, stride=2)
@@ -684,3 +370,15 @@ def test_without_teacher_it_is_the_plain_trainer(tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(tmp_path):
+    results = []
+    for resume in (False, True):
+        base = classifier()
+        trainer = make_trainer(
+            tmp_path, make_student(base, stride=2), Teacher(base), max_steps=4, save_strategy="steps", save_steps=2
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        results.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
