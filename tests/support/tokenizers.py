@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BatchEncoding, BertForMaskedLM, PreTrainedTokenizerFast
 
 from tests.support.models import bert, llama
 
 LETTERS = "abcd"
+# In those letters.
+TEXTS = ["abab cdc aab", "dcba abba cc"]
 KINDS = ("WordPiece", "Unigram", "BPE", "byte BPE", "byte-fallback BPE", "WordLevel")
 
 
@@ -146,6 +148,10 @@ def make(kind: str, rng: random.Random) -> Tokenizer:
         "byte-fallback BPE": lambda: bpe(rng, byte_fallback=True),
         "WordLevel": lambda: word_level(rng),
     }[kind]()
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> BatchEncoding:
+    return tokenizer(text, truncation=False, padding=False, return_tensors="pt")
 
 
 def random_texts(rng: random.Random, count: int) -> list[str]:
