@@ -176,6 +176,24 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
         )
 
 
+def check_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
+    """Refuse to write into a folder that is read: what is in it would be lost, or taken for a part of the result.
+
+    Args:
+        output: where something is to be written.
+        inputs: {what it is: folder, file or Hub id}; with an underscore for a blank.
+
+    Raises:
+        ConfigError: the output is one of them.
+    """
+    place = Path(output).resolve()
+    for name, given in inputs.items():
+        path = Path(given if given is not None else "").expanduser().resolve()
+        if given is not None and path.exists() and place in (path, *([path.parent] if path.is_file() else [])):
+            what = name.replace("_", " ")
+            raise ConfigError(f"the output {os.fspath(output)!r} is the {what} itself. Give another directory.")
+
+
 class _Staging:
     """A hidden folder that lives as long as its writer; the lock in it tells other processes whether that is alive."""
 
