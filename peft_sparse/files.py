@@ -163,8 +163,10 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
     """Refuse a directory that holds something, unless it is to be overwritten; clear up after killed writers first.
 
     Raises:
-        ConfigError: it does, or it is a file.
+        ConfigError: it does, or it is a file, or begins with ~.
     """
+    if os.fspath(directory).startswith("~"):
+        raise ConfigError(f"{directory} begins with ~, which stands for a home only in a shell. Give the whole path.")
     path = Path(directory).resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{directory} is a file, not a directory. Give another output directory.")
