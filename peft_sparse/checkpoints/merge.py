@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ..checks import check_whole, dtype_named
+from ..checks import check_factors, check_whole, dtype_named
 from ..composition.chance import warn_of_coinciding_draws
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
@@ -148,15 +146,7 @@ def _read_part(where: str | os.PathLike[str]) -> Part:
 def _check_factors(parts: list[Part], weights: Sequence[float] | None) -> list[float] | None:
     if not parts:
         raise ConfigError("at least one adapter is needed to merge, got none.")
-    if weights is not None and (isinstance(weights, (str, Real)) or not hasattr(weights, "__len__")):
-        raise ConfigError(f"weights must be a list with one number per adapter, got {weights!r}.")
-    if weights is not None and len(weights) != len(parts):
-        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(parts)} adapters.")
-    if weights is None:
-        return None
-    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
-    return [float(weight) for weight in weights]
+    return None if weights is None else check_factors(weights, len(parts))
 
 
 def _choose_head(parts: list[Part], head_from: str | None) -> Part | None:

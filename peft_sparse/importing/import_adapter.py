@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.tasks import BASE_CLASSES
+from ..checkpoints.tasks import BASE_CLASSES, HEADS
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
@@ -181,6 +181,7 @@ def _choose_heads(
     else:
         saved = request.settings.get("modules_to_save") or ()
         saved = (saved,) if isinstance(saved, str) else tuple(saved)
+        saved += HEADS.get(foreign.task_type or "", ())  # PEFT before 0.8 did not write these into the config
         of_mlm = {}
         heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
     if with_head is False:
