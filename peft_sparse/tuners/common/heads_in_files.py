@@ -96,15 +96,16 @@ def check_shapes(tuner: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
 def _check_names(config: PeftConfig, model: nn.Module, adapter_name: str) -> None:
     """Tell of heads that the model does not have: PEFT would train none, and say nothing."""
     of_tasks = {head for heads in HEADS.values() for head in heads}
-    names = [name for name in config.modules_to_save or () if name not in of_tasks]
+    names = list(config.modules_to_save or ())
     paths = [unwrapped(path) for path, _ in modules_around_adapters(model)]
-    missing = [name for name in names if not any(path.endswith(name) for path in paths)]
+    found = [name for name in names if any(path.endswith(name) for path in paths)]
+    missing = [name for name in names if name not in found and name not in of_tasks]
     if not missing:
         return
     endings = {path.rpartition(".")[2] for path in paths if path}
     hints = "".join(nearest(name, endings) for name in missing)
     said = f"modules_to_save of adapter {adapter_name!r}: no module of the model is called {missing}.{hints}"
-    if len(missing) == len(names):
+    if not found:
         raise ConfigError(f"{said} Nothing would be trained whole.")
     logger.warning("%s", said)
 
