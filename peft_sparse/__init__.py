@@ -12,6 +12,7 @@ from pathlib import Path
 from ._names import lazy, read_stub
 from ._peft_bridge import register
 from .training import fitted_rate as _fitted_rate  # noqa: F401
+from .training import merged as _merged  # noqa: F401
 from .training import stacked_adapters as _stacked_adapters  # noqa: F401
 from .training.phases import unfinished as unfinished
 from .training.spiel import start as _start  # noqa: F401

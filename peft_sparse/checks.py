@@ -6,7 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import TypeGuard
+from math import isfinite
+from numbers import Real
+from typing import Any, TypeGuard
 
 import torch
 
@@ -89,6 +91,21 @@ def check_share(name: str, value: object, *, way_out: str = "") -> None:
     """
     if not is_number(value) or not 0 < value <= 1:
         raise ConfigError(f"{name} must be in (0, 1], got {value!r}.{' ' if way_out else ''}{way_out}")
+
+
+def check_factors(weights: Any, count: int) -> list[float]:
+    """The factors of so many adapters in a sum, as plain numbers.
+
+    Raises:
+        ConfigError: they are not one finite number for each.
+    """
+    if isinstance(weights, (str, bytes)) or not hasattr(weights, "__len__"):
+        raise ConfigError(f"weights must be a list with one number per adapter, got {weights!r}.")
+    if len(weights) != count:
+        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {count} adapters.")
+    if not all(isinstance(one, Real) and not isinstance(one, bool) and isfinite(one) for one in weights):
+        raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
+    return [float(one) for one in weights]
 
 
 def check_modules(name: str, value: object) -> None:

@@ -163,8 +163,10 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
     """Refuse a directory that holds something, unless it is to be overwritten; clear up after killed writers first.
 
     Raises:
-        ConfigError: it does, or it is a file.
+        ConfigError: it does, or it is a file, or begins with ~.
     """
+    if os.fspath(directory).startswith("~"):
+        raise ConfigError(f"{directory} begins with ~, which stands for a home only in a shell. Give the whole path.")
     path = Path(directory).resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{directory} is a file, not a directory. Give another output directory.")
@@ -174,6 +176,24 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
             f"{directory} exists and is not empty. Give another output directory, or replace the {what} in it with "
             "overwrite=True (--overwrite)."
         )
+
+
+def check_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
+    """Refuse to write into a folder that is read: what is in it would be lost, or taken for a part of the result.
+
+    Args:
+        output: where something is to be written.
+        inputs: {what it is: folder, file or Hub id}; with an underscore for a blank.
+
+    Raises:
+        ConfigError: the output is one of them.
+    """
+    place = Path(output).resolve()
+    for name, given in inputs.items():
+        path = Path(given if given is not None else "").expanduser().resolve()
+        if given is not None and path.exists() and place in (path, *([path.parent] if path.is_file() else [])):
+            what = name.replace("_", " ")
+            raise ConfigError(f"the output {os.fspath(output)!r} is the {what} itself. Give another directory.")
 
 
 class _Staging:

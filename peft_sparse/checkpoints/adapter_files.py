@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from torch import Tensor
 
 from ..checks import nearest
@@ -187,15 +189,28 @@ def _fetch(where: str | os.PathLike[str], name: str, revision: str | None) -> Pa
         raise ConfigError(
             f"There is no folder '{given}', and it is no id of the Hub (owner/name[/folder][@revision]).{_nearby(path)}"
         )
+    if found["folder"] and not found["revision"] and Path(path.parts[0]).is_dir():
+        # Most likely a path with a mistake: the Hub is not asked, which takes long where it cannot be reached.
+        raise ConfigError(
+            f"There is no folder '{given}', though there is '{path.parts[0]}'.{_nearby(path)} If it is meant to be an "
+            f"id of the Hub, name the revision: '{given}@main'."
+        )
     if revision is not None and found["revision"] not in (None, revision):
         raise ConfigError(f"'{given}' names a revision, and another one is given beside it, {revision!r}. Give one.")
     revision = found["revision"] or revision
     try:
         return Path(hf_hub_download(found["repo"], name, subfolder=found["folder"], revision=revision))
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not _is_cached(found["repo"]):
+            # The Hub cannot be reached, and was asked for long enough: no other file of it need be looked for.
+            raise _not_on_hub(where, name, error) from error
         raise
     except (HfHubHTTPError, HFValidationError) as error:
         raise _not_on_hub(where, name, error) from error
+
+
+def _is_cached(repo: str) -> bool:
+    return Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model")).is_dir()
 
 
 def _not_on_hub(where: str | os.PathLike[str], name: str, error: Exception) -> ConfigError:

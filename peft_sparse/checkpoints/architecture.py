@@ -31,7 +31,7 @@ def read_config(path_or_id: str | os.PathLike[str], *, revision: str | None = No
         ConfigError: there is none, or its architecture is not one of transformers'.
     """
     where = os.fspath(path_or_id)
-    if where.startswith(("/", "./", "../", "~")) and not os.path.isdir(where):
+    if (where.startswith(("/", "./", "../", "~")) or where.count("/") > 1) and not os.path.isdir(where):
         raise ConfigError(f"there is no folder {where!r}: give the folder of a model or its id on the Hub.")
     try:
         return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)

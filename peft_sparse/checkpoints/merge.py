@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ..checks import check_factors, check_whole, dtype_named
 from ..composition.chance import warn_of_coinciding_draws
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
+from ..files import check_apart
 from .adapter_files import in_list, read_adapter
 from .merge_plan import Change, MergePlan, Part
 from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def merge_checkpoint(
             revision ("owner/name/folder@revision").
         output: directory to write into.
         weights: one factor per adapter, of any sign, as for `add_weighted_adapter`; None adds all of them as they are,
-            as `merge_and_unload(adapter_names=...)` does.
+            each once, as `merge_and_unload(adapter_names=...)` does.
         head_from: the one of `adapters` whose heads (`modules_to_save`) the result gets, if several have some.
         dtype: dtype of the result's floating-point tensors; None keeps each as it is. Sums are rounded once, to it.
         revision: of the base model on the Hub.
@@ -82,12 +84,17 @@ def merge_checkpoint(
 
     Cost: the memory of the adapters, one shard of the result and the largest tensor.
     """
-    parts = [_read_part(adapter) for adapter in in_list(adapters)]
+    given = in_list(adapters)
+    for adapter in given:
+        check_apart(output, adapter=adapter)
+    check_whole("max_shard_bytes", max_shard_bytes)
+    if dtype is not None:
+        dtype = dtype_named("dtype", dtype, _DTYPES)
+    parts = [_read_part(adapter) for adapter in (_each_once(given) if weights is None else given)]
     factors = _check_factors(parts, weights)
     head = _choose_head(parts, None if head_from is None else os.fspath(head_from))
     checkpoint = Checkpoint(base, revision=revision)
-    if checkpoint.folder.resolve() == Path(output).resolve():
-        raise ConfigError(f"the output {os.fspath(output)!r} is the base checkpoint itself. Give another directory.")
+    check_apart(output, base_checkpoint=checkpoint.folder)
     if checkpoint.config.get("quantization_config"):
         raise ConfigError(
             f"{checkpoint.source} is quantised, and a delta would be lost in rounding. Merge into the unquantised "
@@ -114,6 +121,15 @@ def merge_checkpoint(
     return Merged(Path(output), num_weights, [*changed, *plan.added], plan.added)
 
 
+def _each_once(adapters: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+    """Adapters in order; a folder that is named twice, however it is spelled, once."""
+    found: dict[str, str | os.PathLike[str]] = {}
+    for one in adapters:
+        folder = Path(one).expanduser()
+        found.setdefault(os.path.realpath(folder) if folder.is_dir() else os.fspath(one), one)
+    return list(found.values())
+
+
 def _read_part(where: str | os.PathLike[str]) -> Part:
     files = read_adapter(where)
     if files.config.get("trainable_token_indices"):
@@ -130,13 +146,7 @@ def _read_part(where: str | os.PathLike[str]) -> Part:
 def _check_factors(parts: list[Part], weights: Sequence[float] | None) -> list[float] | None:
     if not parts:
         raise ConfigError("at least one adapter is needed to merge, got none.")
-    if weights is not None and len(weights) != len(parts):
-        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(parts)} adapters.")
-    if weights is None:
-        return None
-    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
-    return [float(weight) for weight in weights]
+    return None if weights is None else check_factors(weights, len(parts))
 
 
 def _choose_head(parts: list[Part], head_from: str | None) -> Part | None:

@@ -28,6 +28,8 @@ MAX_SHARD_BYTES = 10**9
 # What a checkpoint holds beside its weights: configs, tokenizers, chat templates, the code of its own classes.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# An adapter that lies in the same folder is no part of the checkpoint.
+_OF_ADAPTERS = "adapter_config.json"
 _READ_BEFORE_CLOSING = 2**26
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -132,7 +134,8 @@ class Checkpoint:
     def companions(self) -> list[Path]:
         """The files beside the weights that a copy needs: configs, tokenizer, chat template, code; no weights."""
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in _PICKLED and not path.name.endswith(".index.json"))
+        others = {*_PICKLED, _OF_ADAPTERS}
+        return sorted(path for path in found if path.name not in others and not path.name.endswith(".index.json"))
 
 
 def _find_folder(source: str, revision: str | None) -> Path:
@@ -171,6 +174,19 @@ def _find_shards(folder: Path, source: str) -> dict[str, set[str]]:
     return shards
 
 
+def refuse_beside_adapter(directory: str | os.PathLike[str]) -> None:
+    """Refuse to write a checkpoint into an adapter's folder, where transformers would load the adapter on top of it.
+
+    Raises:
+        ConfigError: there is an adapter_config.json.
+    """
+    if Path(directory, _OF_ADAPTERS).is_file():
+        raise ConfigError(
+            f"{os.fspath(directory)} holds an adapter ({_OF_ADAPTERS}), which transformers would load together with a "
+            "checkpoint in the same folder. Give another output directory."
+        )
+
+
 class ShardWriter:
     """Writes a checkpoint tensor by tensor into a directory that appears only when all of it is there.
 
@@ -191,7 +207,7 @@ class ShardWriter:
         staging: where files are collected until then; whatever else is put there moves along.
 
     Raises:
-        ConfigError: the directory holds something and `overwrite` was not asked for.
+        ConfigError: the directory holds something and `overwrite` was not asked for; or it holds an adapter.
 
     Cost: the memory of one shard; mapped tensors that go in unchanged cost none that the system cannot take back.
     """
@@ -201,6 +217,7 @@ class ShardWriter:
     ) -> None:
         if max_shard_bytes < 1:
             raise ConfigError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+        refuse_beside_adapter(directory)
         self.max_shard_bytes = max_shard_bytes
         self._folder = AtomicFolder(
             directory,

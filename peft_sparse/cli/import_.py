@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..importing.foreign import COMPOSABLE_SFT
 from ..importing.import_adapter import import_adapter
 from . import app
 from ._options import AsJson, BaseRevision, Output, Overwrite, say
@@ -62,5 +63,6 @@ def import_to_folder(
     lines.append(f"base model: {imported.base}")
     lines += [f"heads: {', '.join(imported.heads)}"] if imported.heads else []
     lines += [f"labels: {', '.join(imported.labels)}"] if imported.labels else []
-    lines += [f"left out: {', '.join(imported.left_out)} (--head imports them)"] if imported.left_out else []
+    way_in = " (--head imports them)" if imported.kind == COMPOSABLE_SFT else ""
+    lines += [f"left out: {', '.join(imported.left_out)}{way_in}"] if imported.left_out else []
     say(*lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
@@ -23,6 +24,13 @@ from ._options import AsJson
 from ._values import parse_dtype, parse_size
 
 _LORA, _BOTTLENECK, _ADA_SFT, _FULL = "lora", "bottleneck", "ada_sft", "full"
+# {method that is no sparse one: the options that say what it trains}
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    _LORA: ("--rank", "--target-modules"),
+    _BOTTLENECK: ("--bottleneck-size",),
+    _ADA_SFT: ("--target-modules",),
+    _FULL: (),
+}
 
 
 @app.command()
@@ -31,8 +39,8 @@ def plan(
     method: Annotated[
         str, typer.Option(help="rand, lottery_ticket, spiel_ag, spiel_ma, ..., ada_sft, bottleneck, lora or full.")
     ] = "rand",
-    density: Annotated[float, typer.Option(help="Share of the targeted weights to tune.")] = 0.01,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
+    density: Annotated[float | None, typer.Option(help="Share of the targeted weights. [default: 0.01]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of LoRA. [default: 8]")] = None,
     bottleneck_size: Annotated[
         int | None, typer.Option(help="Width inside of bottleneck adapters. A 16th of the model's by default.")
     ] = None,
@@ -60,6 +68,9 @@ def plan(
     """Say how much memory a training run will need, and for what."""
     limit = None if gpu is None else parse_size(gpu, name="--gpu")
     targets = _parse_targets(target_modules)
+    if limit is None:  # else it may be of use for the methods that are tried instead
+        given = {"--density": density, "--rank": rank, "--bottleneck-size": bottleneck_size}
+        _check_of_use(method_called(method.replace("-", "_")), {**given, "--target-modules": targets})
     plan_with = partial(
         plan_memory,
         model,
@@ -100,17 +111,31 @@ def _parse_targets(text: str | None) -> str | list[str] | None:
     return [name.strip() for name in text.split(",")] if text is not None and "," in text else text
 
 
+def _check_of_use(method: str, given: Mapping[str, object]) -> None:
+    """Refuse options that change nothing about this method."""
+    own = _OPTIONS.get(method, ("--density", "--target-modules"))
+    for option, value in given.items():
+        if value is not None and option not in own:
+            takes = f", which takes {' and '.join(own)}" if own else ""
+            raise ConfigError(f"{option} means nothing to --method {method}{takes}.")
+
+
 def _config(
-    method: str, *, density: float, rank: int, bottleneck_size: int | None, targets: str | list[str] | None
+    method: str,
+    *,
+    density: float | None,
+    rank: int | None,
+    bottleneck_size: int | None,
+    targets: str | list[str] | None,
 ) -> PeftConfig | None:
     method = method_called(method.replace("-", "_"))
     linear = "all-linear" if targets in (None, "all") else targets
     if method == _FULL:
         return None
     if method == _LORA:
-        if rank < 1:
+        if rank is not None and rank < 1:
             raise ConfigError(f"--rank must be a whole number >= 1, got {rank}.")
-        return LoraConfig(r=rank, target_modules=linear)
+        return LoraConfig(r=8 if rank is None else rank, target_modules=linear)
     if method == _ADA_SFT:
         return AdaSftConfig(target_modules=linear)
     if method == _BOTTLENECK:
@@ -119,4 +144,4 @@ def _config(
     # Of these two the weights are given, and no density says how many.
     methods = METHODS.keys() - {"fixed", "given"}
     check_one_of("--method", method, sorted([*methods, _ADA_SFT, _BOTTLENECK, _LORA, _FULL]))
-    return SparseConfig(method=method, density=density, target_modules=targets)
+    return SparseConfig(method=method, density=0.01 if density is None else density, target_modules=targets)

@@ -90,6 +90,7 @@ def _read(files: list[str]) -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {}
     called: dict[str, str] = {}
+    taken: set[tuple[str, Path]] = set()
     for given in files:
         language, sign, path = given.partition("=")
         if not sign or Path(given).is_file():
@@ -99,5 +100,7 @@ def _read(files: list[str]) -> dict[str, list[str]]:
                     f"{called[language]} and {given} are both called {language!r}: say which languages they are of, "
                     "LANGUAGE=FILE."
                 )
-        found.setdefault(language, []).extend(read_texts(path))
+        if (language, Path(path).resolve()) not in taken:  # counted once, however often it is named
+            taken.add((language, Path(path).resolve()))
+            found.setdefault(language, []).extend(read_texts(path))
     return found

@@ -23,8 +23,8 @@ from ..checkpoints.shards import WEIGHTS, Checkpoint
 from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
 from ..core.names import PREFIX
-from ..errors import ConfigError, FormatError
-from ..files import AtomicFolder, save_tensors
+from ..errors import FormatError
+from ..files import AtomicFolder, check_apart, save_tensors
 from ..selection.anatomy import place_of
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .rows import VocabularyRows
@@ -88,9 +88,8 @@ def reduce_adapter(
     """
     if base is None and isinstance(vocabulary, (str, os.PathLike)):
         base = os.fspath(vocabulary)
+    check_apart(output, adapter=adapter, model=vocabulary if isinstance(vocabulary, (str, os.PathLike)) else None)
     rows = _rows_of(vocabulary)
-    if Path(output).resolve() == Path(adapter).resolve():
-        raise ConfigError(f"the output {os.fspath(output)!r} is the adapter itself. Give another folder.")
     config = read_config(adapter)
     _check_not_reduced(adapter, config, rows, vocabulary)
     write = _reduce_sparse if config.get("peft_type") == "SPARSE_FT" else _reduce_other

@@ -13,9 +13,9 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config
-from ..checkpoints.shards import CONFIG, WEIGHTS
+from ..checkpoints.shards import CONFIG, WEIGHTS, refuse_beside_adapter
 from ..errors import ConfigError, FormatError
-from ..files import AtomicFolder, check_output
+from ..files import AtomicFolder, check_apart, check_output
 from .counting import Sameness, by_language
 from .student import make_student
 from .vocabulary import num_bytes, on_new_texts, reduce_vocabulary
@@ -75,8 +75,8 @@ def shrink(
             exists.
     """
     check_output(output, overwrite=overwrite, what="model")
-    if Path(output).resolve() == Path(model).resolve():
-        raise ConfigError(f"the output {os.fspath(output)!r} is the model itself. Give another folder.")
+    check_apart(output, model=model)
+    refuse_beside_adapter(output)
     languages = by_language(texts)
     whole, tokenizer = _load(os.fspath(model), revision)
     sizes = whole.num_parameters(), num_bytes(whole), whole.config.get_text_config().num_hidden_layers

@@ -16,7 +16,7 @@ from ..checkpoints.foreign import COMPOSABLE_SFT, way_in
 from ..checkpoints.native import build
 from ..checkpoints.shards import Checkpoint
 from ..errors import ConfigError, FormatError
-from ..files import check_output
+from ..files import check_apart, check_output
 from ..selection.budget import Budget, groups_of, total_from_request
 from ..selection.criteria import Denoising, change_criterion
 from ..tuners.sparse_ft.configs.base import SparseConfig
@@ -124,6 +124,7 @@ def extract_adapter(
         raise ConfigError(f"num_weights='changed' keeps all that differ, which leaves no budget; got {budget!r}.")
     denoising = Denoising(rank=rank, residual_density=residual_density, denoise_embeddings=denoise_embeddings)
     scores = change_criterion(criterion, denoising)
+    check_apart(output, base_model=base, tuned_model=tuned)
     check_output(output, overwrite=overwrite, what=ADAPTER)
     source = _open(os.fspath(base), os.fspath(tuned), base_revision, tuned_revision)
     names = [name for name in source.skeleton.targets(request) if name in set(source.names)]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.architecture import Names, skeleton, tied_groups
 from ..checkpoints.tasks import HEADS
 from ..errors import ConfigError, FormatError
+from ..tuners.common.target_checks import warn_of_exclusions
 from ..tuners.common.targets import find_targets, is_excluded, is_left_out_norm, is_linear
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.layers.base import PARAMETERS
@@ -108,6 +109,7 @@ class Skeleton:
     def targets(self, config: SparseConfig) -> list[str]:
         """The tunable parameters that a config targets; all of them if it names none."""
         if _targets_everything(config):
+            warn_of_exclusions(config.exclude_modules, (name for name, _ in self.model.named_modules()))
             return [name for name in self.tunable() if not self._is_excluded(config, name)]
         wanted = {f"{path}.{part}" for path, parts in find_targets(config, self.model).items() for part in parts}
         return [name for name, same in self.tunable().items() if wanted.intersection(same)]

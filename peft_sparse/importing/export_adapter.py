@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoints.adapter_files import read_adapter
 from ..errors import ConfigError
-from ..files import check_output
+from ..files import check_apart, check_output
 from .composable_sft import DIFF_FILE, write_composable_sft
 from .foreign import COMPOSABLE_SFT
 from .passengers import check_passengers
@@ -76,6 +76,7 @@ def export_adapter(
     if to == COMPOSABLE_SFT and (base, rank) != (None, None):
         raise ConfigError(f"base and rank are for {', '.join(STOCK)}: {COMPOSABLE_SFT} needs neither.")
     files = read_adapter(adapter)
+    check_apart(output, adapter=adapter, base_model=base)
     check_output(output, overwrite=overwrite)
     if to == COMPOSABLE_SFT:
         check_passengers(files, DIFF_FILE)

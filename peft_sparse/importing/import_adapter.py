@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.tasks import BASE_CLASSES
+from ..checkpoints.tasks import BASE_CLASSES, HEADS
 from ..errors import ConfigError, FormatError
-from ..files import check_output
+from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
 from .base import check_shapes, config_of_base
 from .composable_sft import is_mlm_head
@@ -113,6 +113,7 @@ def import_adapter(
     Cost: 7.67 million weights of composable-sft: three seconds on one core, and 250 MB beyond the libraries.
     """
     _check_arguments(task_type, labels)
+    check_apart(output, adapter=where, base_model=base)
     check_output(output, overwrite=overwrite)
     request = Request(where, base, base_revision, revision, task_type)
     foreign, low_rank = READERS[request.kind](request)
@@ -180,6 +181,7 @@ def _choose_heads(
     else:
         saved = request.settings.get("modules_to_save") or ()
         saved = (saved,) if isinstance(saved, str) else tuple(saved)
+        saved += HEADS.get(foreign.task_type or "", ())  # PEFT before 0.8 did not write these into the config
         of_mlm = {}
         heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
     if with_head is False:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.adapter_files import CONFIG_FILE, AdapterFiles
 from ..checkpoints.native import SOURCE
+from ..checks import check_whole
 from ..core.delta import SparseDelta
 from ..core.names import PREFIX
 from ..errors import ConfigError
@@ -198,8 +199,7 @@ def _lora(deltas: Mapping[str, SparseDelta], layers: Mapping[str, nn.Module], ra
             "a sparse difference is of full rank, and LoRA comes as near as its rank allows: give one, rank=... "
             "(--rank), and look at the error."
         )
-    if rank < 1:
-        raise ConfigError(f"rank must be at least 1, got {rank}.")
+    check_whole("rank", rank)
     tensors: dict[str, Tensor] = {}
     lost = whole = 0.0
     for name, delta in deltas.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..checkpoints.adapter_files import in_list
+from ..checks import check_factors
 from ..composition.overlap import Deltas, Interference, Overlap, interference, overlap
 from ..errors import ConfigError
 from ..selection.anatomy import by_group
@@ -82,7 +83,7 @@ def conflicts(
     if unknown or len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"adapters must name two or more different ones of {known}, got {names}")
     deltas = [_deltas_of(model, name) for name in names]
-    factors = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    factors = [1.0] * len(names) if weights is None else check_factors(weights, len(names))
     groups = by_group(dict.fromkeys(parameter for part in deltas for parameter in part))
     per_group = {
         group: interference([{p: part[p] for p in inside if p in part} for part in deltas], factors)

@@ -33,6 +33,7 @@ class PlannedOptimizer:
         self.name = name
         self.has_ages = False
         self._parameters = list(parameters)
+        self._values = {id(delta.values) for delta in deltas}  # heads grow no weights
         makers: dict[str, Callable[[], Optimizer]] = {
             "adamw": lambda: AdamW(self._parameters, foreach=False),
             "sparse_adamw": lambda: SparseAdamW(self._parameters),
@@ -49,7 +50,7 @@ class PlannedOptimizer:
         """Make the states."""
         self.step()
         for parameter, state in self._optimizer.state.items():
-            if self.has_ages and "age" in state:
+            if self.has_ages and "age" in state and id(parameter) in self._values:
                 state["age"] = torch.zeros_like(parameter, dtype=torch.int32)
 
     def step(self) -> None:

@@ -43,7 +43,7 @@ _CHOSEN_BYTES = 4 + 8
 # The fields of a config that say what it targets.
 _REQUEST = (
     "target_modules", "exclude_modules", "target_biases", "target_norms", "target_parameters", "layers_to_transform",
-    "layers_pattern", "modules_to_save", "values_dtype", "task_type",
+    "layers_pattern", "modules_to_save", "trainable_token_indices", "values_dtype", "task_type",
 )  # fmt: skip
 
 
@@ -155,15 +155,27 @@ def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workloa
     Ties.untie(model, owners)
     model.requires_grad_(False)
     trained = [getattr(module, which) for module, which in owners]
-    for parameter in trained:
+    own = {id(parameter) for parameter in trained}
+    # PEFT trains copies of them. The phase keeps another one, to undo what it did to them.
+    heads = [p for p in _heads_of(model, config) if id(p) not in own]
+    for parameter in (*trained, *heads):
         parameter.requires_grad_(True)
-    optimizer = PlannedOptimizer(workload.optimizer or "adamw", trained)
+    optimizer = PlannedOptimizer(workload.optimizer or "adamw", [*trained, *heads])
     step = _measure(model, model, optimizer, workload)
     untied = base_bytes(model) - base
     originals = {"copy of the weights": nbytes(trained)}
     on_device = originals if workload.device == "cpu" or config.l1 else {}
     parts = {"base weights": base + untied, **_parts_of(step, optimizer), **on_device}
-    return PhaseMemory(name, parts, nbytes(trained), {} if on_device else originals)
+    if heads:
+        parts["heads"] = 2 * nbytes(heads)
+    return PhaseMemory(name, parts, nbytes([*trained, *heads]), {} if on_device else originals)
+
+
+def _heads_of(model: PreTrainedModel, config: SparseConfig) -> list[nn.Parameter]:
+    """The parameters that an adapter trains whole, as PEFT finds them: by the ends of their modules' paths."""
+    ends = tuple(config.modules_to_save or ())
+    modules = [module for path, module in model.named_modules() if ends and path.endswith(ends)]
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def _sparse_training(

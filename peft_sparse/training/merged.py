@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._peft_bridge import BaseTunerLayer
 from ..errors import ConfigError
+from ..tuners.common.announcements import ON_MERGE
 from ..tuners.common.base_model import modules_around_adapters
 
 
@@ -27,3 +31,24 @@ def refuse_merged(model: nn.Module) -> None:
                 f"the adapters {layer.merged_adapters} are merged (at {path}), so the run would leave them as they "
                 "are: model.unmerge_adapter() first. To train heads alone on merged weights: merge_and_unload()."
             )
+
+
+class MergedCallback(TrainerCallback):
+    """Refuses to train merged adapters, in every trainer that is built after `install`."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        refuse_merged(model)
+
+
+def install() -> None:
+    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
+    # Here and not above: transformers' trainer is slow to import.
+    import transformers.trainer
+
+    if MergedCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(MergedCallback)
+
+
+ON_MERGE.append(install)

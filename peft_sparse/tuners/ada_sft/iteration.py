@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..common.adapter_config import refuse_unknown
 from ..common.base_model import iter_tuned
 from .layer import Linear
 from .masked_weight import MaskedWeight
@@ -17,7 +18,15 @@ def iter_masked_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def iter_masked(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Linear, MaskedWeight]]:
-    """(name of the parameter in the base model, its layer, what the adapter holds on it) of every masked weight."""
+    """(name of the parameter in the base model, its layer, what the adapter holds on it) of every masked weight.
+
+    Raises:
+        ConfigError: the model has adapters, and none of this name.
+    """
+    is_there = False
     for name, layer in iter_masked_layers(model):
         for masked in layer.masked([adapter_name]):
+            is_there = True
             yield f"{name}.weight", layer, masked
+    if not is_there:
+        refuse_unknown(model, adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class AdaSftModel(WeightTuner):
 
     def _plan(
         self, config: AdaSftConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
-    ) -> None:
+    ) -> Collection[str]:
         if state_dict is not None:
             config.phase = state.phase_of(state_dict)
         self._request = copy.copy(config)
@@ -61,6 +62,7 @@ class AdaSftModel(WeightTuner):
             except ConfigError as error:
                 refused[name] = error
         refuse_unsupported(refused, [name for name in self._targets if name not in refused])
+        return self._targets
 
     def _complete(self, config: AdaSftConfig, model: nn.Module, adapter_name: str, requested: AdaSftConfig) -> None:
         config.target_modules = stored_target_modules(self._request, self._targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -58,10 +59,11 @@ class BottleneckModel(AdapterTuner):
 
     def _plan(
         self, config: BottleneckConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
-    ) -> None:
+    ) -> Collection[str]:
         refuse_new_adapter(model, adapter_name)
         self._sites: dict[str, Site] = self._find_sites(config, model)
         self._detach_inverse()
+        return self._sites
 
     def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...errors import ConfigError
+from ..common.adapter_config import refuse_unknown
 from ..common.base_model import iter_tuned
 from .adapter import Bottleneck, BottleneckWeights
 from .layer import BottleneckLayer
@@ -22,11 +23,18 @@ def iter_bottlenecks(model: nn.Module, adapter_name: str = "default") -> Iterato
     """(path of its site in the base model, module) of every bottleneck of an adapter, in the order of the model.
 
     Invertible adapters are not among them.
+
+    Raises:
+        ConfigError: the model has adapters, and none of this name.
     """
+    is_there = False
     for name, layer in iter_layers(model):
         held = layer.adapters
         if adapter_name in held and isinstance(held[adapter_name], Bottleneck):
+            is_there = True
             yield name, held[adapter_name]
+    if not is_there:
+        refuse_unknown(model, adapter_name)
 
 
 def bottleneck_weights(model: nn.Module, adapter_name: str = "default") -> dict[str, BottleneckWeights]:

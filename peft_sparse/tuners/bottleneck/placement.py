@@ -24,6 +24,7 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer, _get_in_out_features
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
+from ..common.target_checks import warn_of_exclusions
 from ..common.targets import is_excluded, named_targets
 from .config import BottleneckConfig
 
@@ -178,6 +179,7 @@ def find_sites(config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         ConfigError: no module matches, a layer index does not exist, or a width cannot be found.
     """
     modules = dict(named_targets(model))
+    warn_of_exclusions(config.exclude_modules, modules)
     paths = [name for name in modules if _matches(config.target_modules, name) and not is_excluded(config, name)]
     if not paths:
         raise ConfigError(
@@ -196,6 +198,11 @@ def find_sites(config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
             raise ConfigError(
                 f"invertible_module={config.invertible_module!r} must match exactly one module, which is no target of "
                 f"the other adapters; it matches {embeddings or 'none'}."
+            )
+        if is_excluded(config, embeddings[0]):
+            raise ConfigError(
+                f"invertible_module={config.invertible_module!r} is {embeddings[0]}, which exclude_modules or "
+                "modules_to_save names too: a module can be adapted or trained whole, not both."
             )
         sites[embeddings[0]] = Site(INVERTIBLE, _width(embeddings[0], modules[embeddings[0]], model, embedding=True))
     return {name: sites[name] for name in modules if name in sites}

@@ -7,7 +7,10 @@ from typing import Any
 from peft import PeftType
 from torch import nn
 
+from ..._peft_bridge import BaseTunerLayer
+from ...checks import nearest
 from ...errors import ConfigError
+from .base_model import base_model_of, modules_around_adapters
 
 
 def peft_configs(model: nn.Module) -> dict[str, Any]:
@@ -25,6 +28,26 @@ def peft_configs(model: nn.Module) -> dict[str, Any]:
             "with a LotteryTicketConfig or an AdaSftConfig."
         )
     return wrapped.peft_config
+
+
+def refuse_unknown(model: nn.Module, adapter_name: str) -> None:
+    """Refuse the name of an adapter that a model with adapters does not have: walking over it would find nothing.
+
+    Args:
+        model: whatever carries adapters; one without any is left to the caller.
+        adapter_name: the name.
+
+    Raises:
+        ConfigError: it has others; the message lists them.
+    """
+    layers = [module for _, module in modules_around_adapters(model) if isinstance(module, BaseTunerLayer)]
+    known = {name for layer in layers for name in layer._all_available_adapter_names()}
+    configs = getattr(base_model_of(model), "peft_config", None)  # PEFT notes all of them there, and transformers too
+    known |= set(configs) if isinstance(configs, dict) else set()
+    if known and adapter_name not in known:
+        raise ConfigError(
+            f"adapter_name must be one of {sorted(known)}, got {adapter_name!r}.{nearest(adapter_name, known)}"
+        )
 
 
 def config_of(model: nn.Module, adapter_name: str, kind: PeftType, *, called: str, way_out: str = "") -> Any:

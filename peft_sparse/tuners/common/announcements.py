@@ -1,4 +1,4 @@
-"""Who is told when an adapter is made, or several are made active, so that trainers have to know of it.
+"""Who is told when an adapter is made, several are made active, or some are merged: trainers have to know.
 
 Training imports the tuners and not the other way round, so it registers here how it tells the trainers to come.
 """
@@ -13,6 +13,8 @@ ON_UNFINISHED: list[Callable[[], None]] = []
 ON_START: list[Callable[[], None]] = []
 # Called when several adapters are made active, and not all of them are there to be used only.
 ON_STACK: list[Callable[[], None]] = []
+# Called when adapters are merged that are there to be trained.
+ON_MERGE: list[Callable[[], None]] = []
 
 
 def announce(listeners: list[Callable[[], None]] = ON_UNFINISHED) -> None:

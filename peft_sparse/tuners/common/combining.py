@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from math import isfinite
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftConfig
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, ModulesToSaveWrapper
-from ...checks import is_number
+from ...checks import check_factors
 from ...errors import ConfigError
+from .base_model import modules_of_adapter
 
 
 class Combined(NamedTuple):
@@ -41,10 +42,23 @@ def add_combined(tuner: BaseTuner, combined: Combined, adapter_name: str, *, hea
         tuner.inject_adapter(tuner.model, adapter_name)
         undo.callback(tuner.delete_adapter, adapter_name)
         combined.write(adapter_name)
+        _check_finite(tuner, adapter_name)
         if head:
             copy_heads(tuner, head, adapter_name)
         tuner.set_requires_grad(adapter_name, requires_grad=False)
         undo.pop_all()
+
+
+def _check_finite(tuner: BaseTuner, adapter_name: str) -> None:
+    """Refuse a sum that its dtype does not hold."""
+    for module in modules_of_adapter(tuner.model, adapter_name):
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+                raise ConfigError(
+                    f"the sum of these adapters holds {int((~parameter.isfinite()).sum())} values that are infinite or "
+                    f"NaN: {parameter.dtype} holds numbers up to {torch.finfo(parameter.dtype).max:.4g}. Give smaller "
+                    "weights, or adapters with a wider values_dtype."
+                )
 
 
 def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -53,10 +67,7 @@ def check_names(tuner: BaseTuner, adapters: list[str], weights: list[float], ada
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown or not adapters:
         raise ConfigError(f"adapters must name adapters of this model, got {adapters}. It has {known}.")
-    if len(adapters) != len(weights):
-        raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
-    if not all(is_number(weight) and isfinite(weight) for weight in weights):
-        raise ConfigError(f"weights must be finite numbers, got {weights}.")
+    check_factors(weights, len(adapters))
     if adapter_name in tuner.peft_config:
         raise ConfigError(
             f"adapter_name {adapter_name!r} is taken; this model has {known}. Delete it first, or choose another name."

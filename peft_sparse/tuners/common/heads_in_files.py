@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import BaseTunerLayer, ModulesToSaveWrapper
 from ...checkpoints.tasks import HEADS
+from ...checks import nearest
 from ...core.names import unwrapped
 from ...core.sharded import is_sharded
 from ...errors import ConfigError, FormatError
@@ -29,11 +30,14 @@ def check_heads(config: PeftConfig, model: nn.Module, adapter_name: str) -> None
         adapter_name: for the messages.
 
     Raises:
-        ConfigError: a head is a module that another adapter tunes, or inside of a compiled model.
+        ConfigError: a head is a module that another adapter tunes, or inside of a compiled model; or the model has
+            none of the modules that a new adapter's config names.
         FormatError: the adapter's file lacks a head.
     """
     _drop_heads_of_the_task(config, adapter_name)
     held = config.held_in_file
+    if held is None:
+        _check_names(config, model, adapter_name)
     for path, name, module in _named_by(config.modules_to_save or (), model):
         if isinstance(module, BaseTunerLayer):
             raise ConfigError(
@@ -87,6 +91,23 @@ def check_shapes(tuner: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
                 f"the head tensor '{unwrapped(path)}.{name.partition('.')[2]}' has shape {tuple(given.shape)} in "
                 f"the file and {tuple(own.shape)} in this model. Nothing was loaded. {way_out}"
             )
+
+
+def _check_names(config: PeftConfig, model: nn.Module, adapter_name: str) -> None:
+    """Tell of heads that the model does not have: PEFT would train none, and say nothing."""
+    of_tasks = {head for heads in HEADS.values() for head in heads}
+    names = list(config.modules_to_save or ())
+    paths = [unwrapped(path) for path, _ in modules_around_adapters(model)]
+    found = [name for name in names if any(path.endswith(name) for path in paths)]
+    missing = [name for name in names if name not in found and name not in of_tasks]
+    if not missing:
+        return
+    endings = {path.rpartition(".")[2] for path in paths if path}
+    hints = "".join(nearest(name, endings) for name in missing)
+    said = f"modules_to_save of adapter {adapter_name!r}: no module of the model is called {missing}.{hints}"
+    if not found:
+        raise ConfigError(f"{said} Nothing would be trained whole.")
+    logger.warning("%s", said)
 
 
 def _drop_heads_of_the_task(config: PeftConfig, adapter_name: str) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 from ..._peft_bridge import NoMatchingPeftModuleError
 from ...checks import nearest
 from ...errors import ConfigError
+from ...selection.patterns import fullmatch
 
 logger = logging.getLogger(__name__)
 
 _KEYWORDS = ("all", "all-linear")
-_KEYWORD_ALONE = " It is written by itself, not in a list: target_modules='all-linear'."
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
 
 
@@ -61,12 +61,34 @@ def check_names(target_modules: Any, modules: Iterable[str], *, is_empty: bool) 
     if not missing:
         return
     if is_empty:
+        keyword = next((keyword for keyword in _KEYWORDS if f"Did you mean {keyword!r}?" in hints), None)
+        alone = f" It is written by itself, not in a list: target_modules={keyword!r}." if keyword else ""
         # PEFT's own words first, which others look for.
         raise NothingTargetedError(
             f"Target modules {target_modules} not found in the base model. Please check the target modules and try "
-            f"again.{hints}{_KEYWORD_ALONE if any(f'{k!r}?' in hints for k in _KEYWORDS) else ''}"
+            f"again.{hints}{alone}"
         )
     logger.warning("target_modules: no module of the model is called %s.%s", ", ".join(map(repr, missing)), hints)
+
+
+def warn_of_exclusions(exclude_modules: Any, modules: Iterable[str]) -> None:
+    """Tell of names in `exclude_modules` that nothing in the model has, for what was meant is tuned then.
+
+    Args:
+        exclude_modules: as the user wrote it.
+        modules: paths of the model's modules.
+    """
+    modules = list(modules)
+    if isinstance(exclude_modules, str):
+        missing = [] if any(fullmatch(exclude_modules, path) for path in modules) else [exclude_modules]
+    else:
+        endings = {part for path in modules for part in _endings(path)} if exclude_modules else set()
+        missing = sorted(name for name in exclude_modules or () if name not in endings)
+    for name in missing:
+        hint = nearest(name, {part for path in modules for part in _endings(path)})
+        logger.warning(
+            "exclude_modules: no module of the model is called %r, and none is left out for it.%s", name, hint
+        )
 
 
 def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:

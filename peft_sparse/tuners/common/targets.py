@@ -18,7 +18,7 @@ from .base_model import modules_around_adapters, path_in_base
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
-from .target_checks import check_names, no_linear, refuse_norms_by_name, warn_if_deeper
+from .target_checks import check_names, no_linear, refuse_norms_by_name, warn_if_deeper, warn_of_exclusions
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
     _check_layers_exist(config, modules)
+    warn_of_exclusions(config.exclude_modules, modules)
     rules = [_module_rule(config, model, modules), _norm_rule(config), _parameter_rule(config, modules)]
     targets: Targets = {}
     for name, module in modules.items():
@@ -100,7 +101,10 @@ def is_excluded(config: TargetRequest, name: str) -> bool:
         return True
     if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
         return True
-    return any(match(rf"(^|.*\.){head}($|\..*)", name) for head in config.modules_to_save or ())
+    # PEFT trains every module whose path ends so, inside of a name as well: "classifier" means "pre_classifier", too.
+    heads = tuple(config.modules_to_save or ())
+    parts = name.split(".")
+    return bool(heads) and any(".".join(parts[:end]).endswith(heads) for end in range(1, len(parts) + 1))
 
 
 def stored_target_modules(config: TargetRequest, targets: Targets) -> set[str] | str:

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper, TrainableTokensLayer
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensLayer
+from ...errors import ConfigError
+from .base_model import modules_around_adapters, path_in_base
+
+
+def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str]) -> None:
+    """Refuse rows of trained tokens in a module that is tuned, or trained whole, before the model is touched.
+
+    Args:
+        config: of a new adapter.
+        model: the base model, still without it.
+        tuned: paths of the modules that it is going to tune.
+
+    Raises:
+        ConfigError: there are such rows.
+    """
+    rows = getattr(config, "trainable_token_indices", None)
+    if rows is None:
+        return
+    modules = list(modules_around_adapters(model))
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    own = {path for path, module in modules if embeddings is not None and module is embeddings}
+    ends = tuple(rows) if isinstance(rows, dict) else tuple(own or ("embed_tokens",))
+    found = {path: module for path, module in modules if path.endswith(ends)}
+    if own & found.keys() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        output = model.get_output_embeddings()
+        found.update({path: module for path, module in modules if output is not None and module is output})
+    heads = tuple(getattr(config, "modules_to_save", None) or ())
+    for path, module in found.items():
+        if path_in_base(path) in tuned or isinstance(module, BaseTunerLayer):
+            also, way_out = "an adapter tunes", f"Leave it out there with exclude_modules=[{path_in_base(path)!r}]"
+        elif heads and path.endswith(heads):
+            also, way_out = f"modules_to_save={list(heads)} trains whole", "Leave one of the two out"
+        else:
+            continue
+        raise ConfigError(
+            f"trainable_token_indices trains rows of {path_in_base(path)}, which {also}: a matrix can be tuned, "
+            f"trained whole or trained in some rows, and only one of these. {way_out}."
+        )
 
 
 class TokenRowsBesideBias(TrainableTokensLayer):

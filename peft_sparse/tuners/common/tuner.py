@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, receiving
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
-from .token_rows import keep_biases
+from .token_rows import check_token_rows, keep_biases
 
 
 class AdapterTuner(BaseTuner):
@@ -56,7 +56,7 @@ class AdapterTuner(BaseTuner):
         """
         requested = self.peft_config[adapter_name]
         with adding(self, model, adapter_name) as config:
-            self._plan(config, model, adapter_name, state_dict)
+            check_token_rows(config, model, self._plan(config, model, adapter_name, state_dict))
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -67,8 +67,13 @@ class AdapterTuner(BaseTuner):
             keep_biases(model)
             self._complete(config, model, adapter_name, requested)
 
-    def _plan(self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None) -> None:
+    def _plan(
+        self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
+    ) -> Collection[str]:
         """Resolve the tuner's copy of a config, in place, and say where the adapter goes; the model stays untouched.
+
+        Returns:
+            paths of the modules that get a part of the adapter.
 
         Raises:
             ConfigError: the request cannot be met on this model.

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer
 from .adapter_names import known_list
+from .announcements import ON_MERGE, announce
 from .stacked_heads import check_heads_of_merged
 from .tuner import AdapterTuner
 
@@ -38,6 +39,10 @@ class WeightTuner(AdapterTuner):
         adapter_names = known_list(adapter_names, self.peft_config)
         if adapter_names is not None:
             check_heads_of_merged(self, adapter_names)
+        # Not of those that were loaded to be used: trainers are slow to import.
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        if not all(self.peft_config[name].inference_mode for name in chosen):
+            announce(ON_MERGE)
         layers = self._layers_without_offloading()
         if layers is None:
             with self._checked(self.tuned_layers(), adapter_names, safe_merge=safe_merge):

@@ -21,7 +21,7 @@ from ..bottleneck.applying import PerExample
 from ..common.base_module import NeverOffloaded
 from .config import MadGConfig
 from .kept import KeptWeights
-from .languages import MadGState
+from .languages import Languages, MadGState
 from .saved_typology import as_typology, digest_of, save_vector, saved_vectors
 
 
@@ -236,9 +236,14 @@ class SiteGenerator(NeverOffloaded):
         self._kept.drop()
         return super()._apply(fn, recurse)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What is to be added to the residual, with the language that is set: [B, ..., h] like `x`, in its dtype."""
-        current = self._state.current()
+    def forward(self, x: Tensor, languages: Languages | None = None) -> Tensor:
+        """What is to be added to the residual: [B, ..., h] like `x`, in its dtype.
+
+        Args:
+            x: [B, ..., h].
+            languages: those of its examples; what is set if None.
+        """
+        current = self._state.current() if languages is None else languages
         if isinstance(current, str):
             return self._add(self._weights_for(current), x)
         self._kept.drop()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 from torch import nn
 
 from ...errors import ConfigError
@@ -38,6 +42,23 @@ class MadGLayer(BottleneckLayer):
         return SiteGenerator(
             config, shared=shared, state=self.state, owns_shared=is_first, width=site.width, device=device
         )
+
+    def at(self, placement: str, adapters: Sequence[str] | None = None) -> list[Any]:
+        """As a bottleneck layer's; in a mixed batch each example's adapter computes with that example's language."""
+        found = super().at(placement, adapters)
+        names = self.row_names if adapters is None else None
+        current = self.state.current() if names is not None and found else ""
+        if names is None or isinstance(current, str):
+            return found
+        if len(current) != len(names):
+            raise ConfigError(
+                f"language must name one language per example ({len(names)}), got {len(current)}: {current}."
+            )
+        (mixed,) = found
+        for name, site in mixed.adapters.items():
+            own = tuple(code for code, row in zip(current, names, strict=True) if row == name)
+            mixed.adapters[name] = partial(site, languages=own)
+        return found
 
     def built_in(self, adapter_name: str) -> nn.Module:
         language = self.state.current()

@@ -15,6 +15,7 @@ from ..bottleneck.model import BottleneckModel
 from ..bottleneck.own_weights import iter_layers
 from ..bottleneck.placement import Site
 from ..bottleneck.state import unfit
+from ..common.adapter_config import refuse_unknown
 from ..common.base_model import base_model_of
 from ..common.made_for_file import Receipt
 from .config import MadGConfig
@@ -180,10 +181,18 @@ class MadGModel(BottleneckModel):
 
 
 def iter_sites(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, SiteGenerator]]:
-    """(path of the site in the base model, its generator) of a MAD-G adapter, in the order of the model."""
+    """(path of the site in the base model, its generator) of a MAD-G adapter, in the order of the model.
+
+    Raises:
+        ConfigError: the model has adapters, and none of this name.
+    """
+    is_there = False
     for path, layer in iter_layers(model):
         if isinstance(layer, MadGLayer) and adapter_name in layer.adapters:
+            is_there = True
             yield path, layer.adapters[adapter_name]
+    if not is_there:
+        refuse_unknown(model, adapter_name)
 
 
 def state_of(model: nn.Module) -> MadGState | None:

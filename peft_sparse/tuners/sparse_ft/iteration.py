@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..common.adapter_config import refuse_unknown
 from ..common.base_model import iter_tuned
 from .layers.base import PARAMETERS, SparseLayer
 from .layers.delta import AdapterDelta
@@ -27,8 +28,15 @@ def iter_deltas(
 
     Yields:
         (name of the parameter in the base model, its layer, "weight" or "bias", the delta).
+
+    Raises:
+        ConfigError: the model has adapters, and none of this name.
     """
+    is_there = False
     for name, layer in iter_layers(model):
         for parameter in PARAMETERS:
             if adapter_name in layer._modules[f"sparse_ft_{parameter}"]:
+                is_there = True
                 yield f"{name}.{parameter}", layer, parameter, layer.deltas_of(parameter)[adapter_name]
+    if not is_there:
+        refuse_unknown(model, adapter_name)

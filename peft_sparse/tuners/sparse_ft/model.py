@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -48,13 +48,14 @@ class SparseModel(WrappedInTraining, WeightTuner):
 
     def _plan(
         self, config: SparseConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
-    ) -> None:
+    ) -> Collection[str]:
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
         if config.counts is not None:
             state.leave_out_other_heads(config, model, adapter_name)
         self._planned = allocate(config, model)
         self._targets, self._counts = self._planned.targets, self._planned.counts or {}
+        return self._targets
 
     def _complete(self, config: SparseConfig, model: nn.Module, adapter_name: str, requested: SparseConfig) -> None:
         planned = self._planned

@@ -256,3 +256,39 @@ def test_a_head_that_is_tied_unties(tmp_path):
     assert_same(tmp_path / "out", load(LlamaForCausalLM, base, adapter).merge_and_unload(), tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(reloaded.lm_head.weight, reloaded.model.embed_tokens.weight + 1)
+
+
+def test_an_adapter_that_is_named_twice_is_added_once_unless_each_has_a_factor(tmp_path):
+    base = save_base(tmp_path, llama())
+    adapter = save_adapter(tmp_path, llama())
+    once = merge_checkpoint(base, [adapter], tmp_path / "once")
+    again = f"{adapter}/../{adapter.name}/"
+    twice = merge_checkpoint(base, [adapter, again], tmp_path / "twice")
+    merge_checkpoint(base, [adapter, again], tmp_path / "halves", weights=[0.25, 0.75])
+    for folder in ("twice", "halves"):
+        for name in Checkpoint(tmp_path / "once").names():
+            assert torch.equal(
+                Checkpoint(tmp_path / folder).tensor(name), Checkpoint(tmp_path / "once").tensor(name)
+            ), name
+    assert twice.num_weights == once.num_weights
+
+
+def test_an_adapter_beside_the_base_checkpoint_is_not_copied(tmp_path):
+    base = save_base(tmp_path, llama())
+    save_adapter(tmp_path, llama(), "base", seed=1)
+    adapter = save_adapter(tmp_path, llama())
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = load(LlamaForCausalLM, tmp_path / "out").state_dict()
+    assert not hasattr(merged, "peft_config")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+
+
+def test_a_dtype_may_be_named(tmp_path):
+    base, adapter = save_base(tmp_path, llama()), save_adapter(tmp_path, llama())
+    merge_checkpoint(base, [adapter], tmp_path / "object", dtype=torch.bfloat16)
+    merge_checkpoint(base, [adapter], tmp_path / "name", dtype="bfloat16")
+    one, other = (load_file(tmp_path / folder / WEIGHTS) for folder in ("object", "name"))
+    assert {tensor.dtype for tensor in other.values()} == {torch.bfloat16}
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())

@@ -199,3 +199,18 @@ def test_infinities_of_the_base_are_its_own(tmp_path):
     merged = merge_checkpoint(base, [write_adapter(tmp_path / "a", NORM)], tmp_path / "out", dtype=torch.bfloat16)
     norm = Checkpoint(merged.directory).tensor("model.norm.weight")
     assert norm[:4].tolist() == [1.0, 1.5, 1.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        (r"dtype must be one of \['float32', .*got 'int8'", {"dtype": torch.int8}),
+        (r"dtype must be one of .*got 'float8_e4m3fn'", {"dtype": torch.float8_e4m3fn}),
+        ("weights must be a list with one number per adapter, got '1'", {"weights": "1"}),
+        ("weights must be a list with one number per adapter, got 0.5", {"weights": 0.5}),
+        ("max_shard_bytes must be an int >= 1, got '1GB'", {"max_shard_bytes": "1GB"}),
+    ],
+)
+def test_arguments_of_another_kind_are_named(base, tmp_path, match, options):
+    adapter = write_adapter(tmp_path / "a", {"model.norm.weight": one_weight(16)})
+    refuse(base, [adapter], tmp_path, ConfigError, match, **options)

@@ -50,6 +50,19 @@ def test_it_shrinks_and_says_how_much(folder, tmp_path):
     assert len(tokenizer) == model.config.vocab_size < before.config.vocab_size
 
 
+def test_a_file_that_is_named_twice_is_counted_once(folder, tmp_path):
+    texts, link = folder / "ind.txt", tmp_path / "ind.txt"
+    link.symlink_to(texts)
+    once = run(folder / "model", "--min-count", 2, "--texts", f"ind={texts}", "-o", tmp_path / "once")
+    twice = run(folder / "model", "--min-count", 2, "--texts", f"ind={texts}", f"ind={link}", "-o", tmp_path / "twice")
+    assert (once.exit_code, twice.exit_code) == (0, 0), twice.output
+    sizes = {len(AutoTokenizer.from_pretrained(tmp_path / name)) for name in ("once", "twice")}
+    everything = run(folder / "model", "--texts", texts, "-o", tmp_path / "all")
+    assert everything.exit_code == 0
+    assert len(sizes) == 1
+    assert sizes.pop() < len(AutoTokenizer.from_pretrained(tmp_path / "all")), "the texts tell nothing"
+
+
 def test_an_adapter_follows(folder, tmp_path):
     assert run(folder / "model", "--texts", folder / "jav.jsonl", "-o", tmp_path / "small").exit_code == 0
     result = run(folder / "adapter", "--like", tmp_path / "small", "-o", tmp_path / "adapter")

@@ -117,12 +117,14 @@ def test_training_can_go_on_by_the_same_settings(tmp_path, base):
     assert json.loads((tmp_path / "out3" / "adapter_config.json").read_text())["method"] == "fixed"
 
 
-def test_heads_and_embeddings_that_came_along(tmp_path):
+@pytest.mark.parametrize("saved", [["score"], None])
+def test_heads_and_embeddings_that_came_along(tmp_path, saved):
+    """The PEFT that the fork was made of saves the heads of a task, and does not name them in the config."""
     model = llama(LlamaForSequenceClassification, num_labels=3)
     model.save_pretrained(tmp_path / "base")
     head, embeddings = torch.randn(3, 16), torch.randn(30, 16)
     content = {**tensors(), "score.weight": head, "model.embed_tokens.weight": embeddings}
-    config = settings(tmp_path / "base", task_type="SEQ_CLS", modules_to_save=["score"])
+    config = settings(tmp_path / "base", task_type="SEQ_CLS", modules_to_save=saved)
     write_peft(tmp_path / "sft", config, content)
     imported = import_adapter(tmp_path / "sft", tmp_path / "out")
     assert (imported.heads, imported.left_out) == (("score",), ("model.embed_tokens.weight",))

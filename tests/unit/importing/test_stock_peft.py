@@ -127,7 +127,7 @@ def test_factors_of_a_large_matrix():
     [
         ({"target_modules": "all"}, {"to": "shira"}, r"not weights of linear layers.*word_embeddings.weight \(Embed"),
         ({}, {"to": "lora"}, r"sparse difference is of full rank"),
-        ({}, {"to": "lora", "rank": 0}, r"rank must be at least 1, got 0"),
+        ({}, {"to": "lora", "rank": 0}, r"rank must be an int >= 1, got 0"),
         ({}, {"to": "shira", "rank": 4}, r"rank is LoRA's"),
         ({}, {"to": "composable-sft", "rank": 4}, r"base and rank are for shira, supertuning, lora"),
         ({}, {"to": "vera"}, r"to must be one of .*'lora'"),

@@ -78,6 +78,17 @@ def test_names_are_checked(names):
         conflicts(model_with("x", "y"), names)
 
 
-def test_weights_are_checked():
-    with pytest.raises(ConfigError, match="one number per adapter, got 1 for 2"):
-        conflicts({"a": first(), "b": second()}, weights=[1.0])
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ([1.0], "one number per adapter, got 1 for 2"),
+        ([1.0, float("nan")], r"finite numbers, got \[1\.0, nan\]"),
+        ([1.0, "2"], "finite numbers, got"),
+        ([1.0, True], "finite numbers, got"),
+        ("12", "a list with one number per adapter, got '12'"),
+        (0.5, "a list with one number per adapter, got 0.5"),
+    ],
+)
+def test_weights_are_checked(weights, match):
+    with pytest.raises(ConfigError, match=match):
+        conflicts({"a": first(), "b": second()}, weights=weights)

@@ -81,6 +81,14 @@ def test_the_command_plans_methods_without_a_density(folder, arguments, config):
         (["--method", "magic"], r"--method must be one of \[.*'full'.*'spiel_ag'.*\], got 'magic'"),
         (["--gpu", "24 apples"], "--gpu must be a size such as 24GB, 500MB or 80GiB, got '24 apples'"),
         (["--density", "3"], r"density must be in \(0, 1\]"),
+        (
+            ["--method", "bottleneck", "--target-modules", "mlp"],
+            "--target-modules means nothing to --method bottleneck",
+        ),
+        (["--method", "full", "--density", "0.1"], r"--density means nothing to --method full\."),
+        (["--method", "lora", "--density", "0.1"], "--density means .* lora, which takes --rank and --target-modules"),
+        (["--method", "ada-sft", "--density", "0.1"], "--density means nothing to --method ada_sft"),
+        (["--rank", "4"], "--rank means nothing to --method rand, which takes --density and --target-modules"),
     ],
 )
 def test_the_command_refuses(folder, arguments, match):

@@ -462,3 +462,28 @@ def test_more_tokens_than_the_model_has_positions():
 def test_an_unknown_task_is_refused():
     with pytest.raises(ConfigError, match=r"task_type must be one of \['CAUSAL_LM', .*got 'CAUSAL'"):
         plan_memory(LLAMA, RandConfig(**REQUEST), sequence_length=8, task_type="CAUSAL")
+
+
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+@pytest.mark.parametrize("make", [RandConfig, SpielAGConfig, SpielMAConfig, LotteryTicketConfig])
+def test_heads_and_rows_of_tokens_are_planned_as_they_train(make, whole):
+    config = make(num_weights=10, target_modules=["q_proj"], **whole)
+    extra = 50 * 16 if "modules_to_save" in whole else 2 * 16
+    plan = plan_memory(LLAMA, config, sequence_length=8)
+    assert plan.num_trained == 10 + extra
+    assert plan.phases[-1].all_gradients == 4 * (10 + extra)
+
+
+def test_the_dense_phase_trains_heads_and_keeps_where_they_started():
+    request = {"num_weights": 10, "target_modules": ["q_proj"]}
+    without = plan_memory(LLAMA, LotteryTicketConfig(**request), sequence_length=8).phases[0]
+    dense = plan_memory(LLAMA, LotteryTicketConfig(**request, modules_to_save=["lm_head"]), sequence_length=8).phases[0]
+    head = 4 * 50 * 16
+    real = get_peft_model(LlamaForCausalLM(LLAMA), LotteryTicketConfig(**request, modules_to_save=["lm_head"]))
+    with start_dense_phase(real) as phase:
+        trained = [p for p in real.parameters() if p.requires_grad]
+        assert dense.all_gradients == nbytes(trained) == without.all_gradients + head
+        assert nbytes(t for n, t in phase.start_of_others.items() if "lm_head" in n) == head
+        phase.abort()
+    assert dense.parts["heads"] == 2 * head
+    assert dense.parts["optimizer states"] == without.parts["optimizer states"] + 2 * head

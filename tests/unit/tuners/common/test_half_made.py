@@ -123,6 +123,17 @@ def test_a_sum_that_fails_leaves_the_adapters(monkeypatch, kind, where):
     assert model.active_adapters == ["a"]
 
 
+@pytest.mark.parametrize("kind", ["SPARSE_FT", "ADA_SFT"])
+def test_a_sum_that_its_dtype_does_not_hold_is_refused(kind):
+    model = two_adapters(kind)
+    before = picture(model)
+    with pytest.raises(
+        ConfigError, match=r"holds \d+ values that are infinite or NaN: torch\.float32 holds numbers up to 3"
+    ):
+        model.add_weighted_adapter(["a", "b"], [3e42, 3e42], "sum")
+    assert picture(model) == before
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
-from peft_sparse import generate_adapter, set_language
+from peft_sparse import ConfigError, generate_adapter, set_language
 from tests.support.exact import IDS, close, logits
 from tests.support.madg import MadGCase, fill_generators, generator_parameters, plain
 
@@ -105,3 +105,19 @@ def test_training_on_two_languages_moves_everything_and_resumes(case, tmp_path):
     model.load_adapter(tmp_path, adapter_name="default", is_trainable=True)
     set_language(model, "quy")
     close(logits(model.eval()), expected)
+
+
+def test_a_mixed_batch_may_be_of_several_languages(case):
+    model = case.model("one", "two")
+    ids, names, languages = IDS.repeat(2, 1)[:4], ["one", "two", "two", "__base__"], ["quy", "ace", "quy", "ace"]
+    with torch.no_grad():
+        found = model(input_ids=ids, adapter_names=names, language=languages).logits
+    for row, (name, language) in enumerate(zip(names, languages, strict=True)):
+        with torch.no_grad():
+            alone = case.base() if name == "__base__" else model
+            if name != "__base__":
+                model.set_adapter(name)
+            own = {} if name == "__base__" else {"language": language}
+            close(found[row : row + 1], alone(input_ids=ids[row : row + 1], **own).logits)
+    with pytest.raises(ConfigError, match=r"one language per example \(4\), got 3: \('quy', 'ace', 'quy'\)"):
+        model(input_ids=ids, adapter_names=names, language=languages[:3])
