@@ -103,7 +103,7 @@ def check_factors(weights: Any, count: int) -> list[float]:
         raise ConfigError(f"weights must be a list with one number per adapter, got {weights!r}.")
     if len(weights) != count:
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {count} adapters.")
-    if not all(isinstance(one, Real) and not isinstance(one, bool) and isfinite(one) for one in weights):
+    if not all(not isinstance(one, bool) and isinstance(one, Real) and isfinite(one) for one in weights):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
     return [float(one) for one in weights]
 
