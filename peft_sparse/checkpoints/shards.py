@@ -26,7 +26,11 @@ from .files import read_json
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_SHARD_BYTES = 10**9
 # What a checkpoint holds beside its weights: configs, tokenizers, chat templates, the code of its own classes.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+# (*.spm: Marian's and DeBERTa's pieces; *.tiktoken: Qwen's; *.codes: PhoBERT's.)
+COMPANIONS = (
+    *("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.codes"),
+    *("*.jinja", "additional_chat_templates/*.jinja", "*.py"),
+)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # An adapter that lies in the same folder is no part of the checkpoint.
 _OF_ADAPTERS = "adapter_config.json"
@@ -284,7 +288,9 @@ def copy_companions(checkpoint: Checkpoint, directory: Path, *, changed: Mapping
         changed: entries that config.json gets in the copy.
     """
     for path in checkpoint.companions():
-        shutil.copyfile(path, directory / path.name)
+        copy = directory / path.relative_to(checkpoint.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     if changed:
         text = json.dumps({**checkpoint.config, **changed}, indent=2, sort_keys=True)
         (directory / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def hub(folder, monkeypatch) -> list[tuple]:
-    """A Hub with one adapter; what was asked of it."""
+    """A Hub with one adapter, which is cached; what was asked of it."""
     asked = []
 
     def download(repo: str, name: str, *, subfolder: str | None, revision: str | None) -> str:
@@ -43,6 +43,7 @@ def hub(folder, monkeypatch) -> list[tuple]:
         return str(folder / name)
 
     monkeypatch.setattr(adapter_files, "hf_hub_download", download)
+    monkeypatch.setattr(adapter_files, "_is_cached", lambda repo: True)
     return asked
 
 
@@ -93,6 +94,12 @@ def test_what_is_not_there(hub, folder):
     assert find_file(folder, "other.json") is None
     with pytest.raises(ConfigError, match=r"There is no folder '\./gone', and it is no id of the Hub"):
         find_file("./gone", "other.json")
+
+
+def test_what_is_not_cached_where_the_hub_cannot_be_reached(hub, monkeypatch):
+    monkeypatch.setattr(adapter_files, "_is_cached", lambda repo: False)
+    with pytest.raises(ConfigError, match=r"cannot be had from the Hub: no nothing\.json$"):
+        find_file("lab/adapters", "nothing.json")
 
 
 def test_the_config_of_another_type_is_read_and_its_weights_are_not(folder):

@@ -243,6 +243,17 @@ def test_companions_are_the_small_files(saved, tmp_path):
     assert INDEX not in [path.name for path in Checkpoint(folder / "many").companions()]
 
 
+def test_pieces_of_tokenizers_and_named_chat_templates_are_copied(tmp_path):
+    save = write(tmp_path / "model", TENSORS)
+    names = ["additional_chat_templates/rag.jinja", "bpe.codes", "qwen.tiktoken", "source.spm", "target.spm"]
+    (save / "additional_chat_templates").mkdir()
+    for name in names:
+        (save / name).write_text(name)
+    with ShardWriter(tmp_path / "copy") as writer:
+        copy_companions(Checkpoint(tmp_path / "model"), writer.staging)
+    assert [(tmp_path / "copy" / name).read_text() for name in names] == names
+
+
 def test_a_single_file_goes_before_an_index(tmp_path):
     folder = write(tmp_path / "out", TENSORS, max_shard_bytes=1)
     save_file({"only": torch.ones(1)}, folder / WEIGHTS)
