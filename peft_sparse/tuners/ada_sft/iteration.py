@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..common.adapter_config import refuse_unknown
+from ..common.adapter_config import refusing_unknown
 from ..common.base_model import iter_tuned
 from .layer import Linear
 from .masked_weight import MaskedWeight
@@ -23,10 +23,9 @@ def iter_masked(model: nn.Module, adapter_name: str = "default") -> Iterator[tup
     Raises:
         ConfigError: the model has adapters, and none of this name.
     """
-    is_there = False
-    for name, layer in iter_masked_layers(model):
-        for masked in layer.masked([adapter_name]):
-            is_there = True
-            yield f"{name}.weight", layer, masked
-    if not is_there:
-        refuse_unknown(model, adapter_name)
+    found = (
+        (f"{name}.weight", layer, masked)
+        for name, layer in iter_masked_layers(model)
+        for masked in layer.masked([adapter_name])
+    )
+    return refusing_unknown(found, model, adapter_name)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...errors import ConfigError
-from ..common.adapter_config import refuse_unknown
+from ..common.adapter_config import refusing_unknown
 from ..common.base_model import iter_tuned
 from .adapter import Bottleneck, BottleneckWeights
 from .layer import BottleneckLayer
@@ -27,14 +27,12 @@ def iter_bottlenecks(model: nn.Module, adapter_name: str = "default") -> Iterato
     Raises:
         ConfigError: the model has adapters, and none of this name.
     """
-    is_there = False
-    for name, layer in iter_layers(model):
-        held = layer.adapters
-        if adapter_name in held and isinstance(held[adapter_name], Bottleneck):
-            is_there = True
-            yield name, held[adapter_name]
-    if not is_there:
-        refuse_unknown(model, adapter_name)
+    found = (
+        (name, layer.adapters[adapter_name])
+        for name, layer in iter_layers(model)
+        if adapter_name in layer.adapters and isinstance(layer.adapters[adapter_name], Bottleneck)
+    )
+    return refusing_unknown(found, model, adapter_name)
 
 
 def bottleneck_weights(model: nn.Module, adapter_name: str = "default") -> dict[str, BottleneckWeights]:

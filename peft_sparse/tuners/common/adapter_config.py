@@ -1,8 +1,9 @@
-"""The config of one adapter of a model, or an error that says which there are."""
+"""The config of one adapter of a model, and what is found of it, or an error that says which there are."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from peft import PeftType
 from torch import nn
@@ -11,6 +12,8 @@ from ..._peft_bridge import BaseTunerLayer
 from ...checks import nearest
 from ...errors import ConfigError
 from .base_model import base_model_of, modules_around_adapters
+
+T = TypeVar("T")
 
 
 def peft_configs(model: nn.Module) -> dict[str, Any]:
@@ -30,16 +33,23 @@ def peft_configs(model: nn.Module) -> dict[str, Any]:
     return wrapped.peft_config
 
 
-def refuse_unknown(model: nn.Module, adapter_name: str) -> None:
-    """Refuse the name of an adapter that a model with adapters does not have: walking over it would find nothing.
+def refusing_unknown(found: Iterable[T], model: nn.Module, adapter_name: str) -> Iterator[T]:
+    """What a walk over an adapter finds; a name that a model with adapters does not have is refused at its end.
 
     Args:
+        found: the walk.
         model: whatever carries adapters; one without any is left to the caller.
         adapter_name: the name.
 
     Raises:
-        ConfigError: it has others; the message lists them.
+        ConfigError: nothing was found, and the model has other adapters; the message lists them.
     """
+    is_there = False
+    for one in found:
+        is_there = True
+        yield one
+    if is_there:
+        return
     layers = [module for _, module in modules_around_adapters(model) if isinstance(module, BaseTunerLayer)]
     known = {name for layer in layers for name in layer._all_available_adapter_names()}
     configs = getattr(base_model_of(model), "peft_config", None)  # PEFT notes all of them there, and transformers too

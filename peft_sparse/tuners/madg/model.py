@@ -15,7 +15,7 @@ from ..bottleneck.model import BottleneckModel
 from ..bottleneck.own_weights import iter_layers
 from ..bottleneck.placement import Site
 from ..bottleneck.state import unfit
-from ..common.adapter_config import refuse_unknown
+from ..common.adapter_config import refusing_unknown
 from ..common.base_model import base_model_of
 from ..common.made_for_file import Receipt
 from .config import MadGConfig
@@ -186,13 +186,12 @@ def iter_sites(model: nn.Module, adapter_name: str = "default") -> Iterator[tupl
     Raises:
         ConfigError: the model has adapters, and none of this name.
     """
-    is_there = False
-    for path, layer in iter_layers(model):
-        if isinstance(layer, MadGLayer) and adapter_name in layer.adapters:
-            is_there = True
-            yield path, layer.adapters[adapter_name]
-    if not is_there:
-        refuse_unknown(model, adapter_name)
+    found = (
+        (path, layer.adapters[adapter_name])
+        for path, layer in iter_layers(model)
+        if isinstance(layer, MadGLayer) and adapter_name in layer.adapters
+    )
+    return refusing_unknown(found, model, adapter_name)
 
 
 def state_of(model: nn.Module) -> MadGState | None:

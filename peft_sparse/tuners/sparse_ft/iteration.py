@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..common.adapter_config import refuse_unknown
+from ..common.adapter_config import refusing_unknown
 from ..common.base_model import iter_tuned
 from .layers.base import PARAMETERS, SparseLayer
 from .layers.delta import AdapterDelta
@@ -32,11 +32,10 @@ def iter_deltas(
     Raises:
         ConfigError: the model has adapters, and none of this name.
     """
-    is_there = False
-    for name, layer in iter_layers(model):
-        for parameter in PARAMETERS:
-            if adapter_name in layer._modules[f"sparse_ft_{parameter}"]:
-                is_there = True
-                yield f"{name}.{parameter}", layer, parameter, layer.deltas_of(parameter)[adapter_name]
-    if not is_there:
-        refuse_unknown(model, adapter_name)
+    found = (
+        (f"{name}.{parameter}", layer, parameter, layer.deltas_of(parameter)[adapter_name])
+        for name, layer in iter_layers(model)
+        for parameter in PARAMETERS
+        if adapter_name in layer._modules[f"sparse_ft_{parameter}"]
+    )
+    return refusing_unknown(found, model, adapter_name)
