@@ -37,7 +37,6 @@ import argparse
 import fcntl
 import json
 import os
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -50,10 +49,10 @@ import torch
 import transformers
 from _bench_runs import DATA, MODELS, Results, write_whole
 from _bilingual_report import report
+from _console import wide_console
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _tasks import TASKS, numbered
 from _training import Schedule, Workshop, use
-from rich.console import Console
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -410,7 +409,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     transformers.logging.set_verbosity_error()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     results = Results(options.output, FIELDS, lambda _: settings_of(options))
     bench = Bench(options)
     try:

@@ -26,6 +26,7 @@ from statistics import median
 
 import torch
 from _bottleneck_worker import FROZEN
+from _console import wide_console
 from peft import get_peft_model
 from rich.console import Console
 from rich.progress import track
@@ -124,7 +125,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options, console = parse(), Console()
+    options, console = parse(), wide_console()
     warnings.filterwarnings("ignore")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     columns = ("", *LIBRARIES, "ratio (quartiles; of the fastest)", "memory", "theirs", "losses")

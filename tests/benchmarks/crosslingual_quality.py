@@ -48,7 +48,6 @@ seed; their standard error over test rows is a paired bootstrap, in which a sent
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import warnings
 import zlib
@@ -60,6 +59,7 @@ from statistics import mean
 import torch
 import transformers
 from _bench_runs import DATA, MODELS, Results
+from _console import wide_console
 from _crosslingual_data import SOURCES, Task, predict, read_task
 from _crosslingual_methods import BITFIT, FULL, LT_SFT, METHODS, Method
 from _crosslingual_report import BOTH, TASK, Row, Scorer, cells, markdown, plot, rich_table
@@ -351,7 +351,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # Wide enough for the table also where the output is a file.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = wide_console()
     if BITFIT in options.methods and not has_biases(options.model):
         console.print(f"{BITFIT} is left out: the model has no biases")
         options.methods.remove(BITFIT)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from _console import wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -147,7 +148,7 @@ def main() -> None:
     table.add_row("joint selection", "", "", f"{selecting:.1f}")
     table.add_row(f"{total / MEGA:.0f} million weights", "", "", f"{whole:.1f}")
     table.add_row("per 100 million", "", "", f"{whole / total * 100 * MEGA:.1f}")
-    Console().print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

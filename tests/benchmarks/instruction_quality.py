@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import tempfile
 import time
 import warnings
@@ -51,6 +50,7 @@ from pathlib import Path
 import torch
 import transformers
 from _bench_runs import DATA, FAST_BFLOAT16, MODELS, Results
+from _console import wide_console
 from _instruction_rows import collate, read_rows, read_texts, row_losses
 from _quality_methods import EXTRAS, LORA, LOTTERY, METHODS, UNTUNED, Method, Run, input_energies, linear_layers
 from _quality_runs import rates_run, table, wanted
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     works = [read_work(Path(data), tokenizer, options) for data in options.data]
     # Wide enough for the table also where the output is a file.
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = wide_console()
     for work in works:
         counts = f"{len(work.tasks.train)} rows to train on, {len(work.tasks.valid)} held out"
         console.print(f"{work.name}: {counts}; results in {options.output}")

@@ -21,8 +21,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from _console import wide_console
 from peft import PeftConfig, get_peft_model
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
@@ -116,7 +116,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = BertForMaskedLM(BertConfig(vocab_size=options.vocabulary, num_hidden_layers=options.layers))
     ids = torch.randint(options.vocabulary, (options.batch, options.length))
-    console, found = Console(), methods()
+    console, found = wide_console(), methods()
     table = Table("", "forward, backward", "ratio", "AdamW", "whole step, ratio", title="Time of a training step")
     sizes = Table("", "parameters", "generating one adapter", title="Hypernetworks")
     runs = []

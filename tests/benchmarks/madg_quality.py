@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import warnings
 import zlib
@@ -42,11 +41,11 @@ from pathlib import Path
 import torch
 import transformers
 from _bench_runs import DATA, DEVICE, MODELS, Results, train, write_whole
+from _console import wide_console
 from _crosslingual_data import MASKED, read_text
 from _madg_report import GENERATED, KINDS, MEAN, NEW, NONE, OWN, PARTS, report
 from _masked_training import MaskedTrainer, masked_loss
 from peft import PeftModel, get_peft_model
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import (
@@ -261,7 +260,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = wide_console()
     known = settings(options)
     folder = options.output.with_suffix("") / digest(known)
     results = Results(options.output, ("name", "language", "seed"), lambda _: known)

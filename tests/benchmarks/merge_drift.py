@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from _console import wide_console
 from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -166,7 +166,7 @@ def show(results: dict[str, Drift], *, title: str) -> None:
             f"{per_cycle:.2f}",
         )
         table.add_row(name, *cells)
-    Console().print(table)
+    wide_console().print(table)
 
 
 def main() -> None:

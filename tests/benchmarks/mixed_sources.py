@@ -28,7 +28,6 @@ ones for all seeds.
 from __future__ import annotations
 
 import argparse
-import sys
 import zlib
 from pathlib import Path
 from statistics import mean
@@ -36,6 +35,7 @@ from statistics import mean
 import mixed_data
 import transformers
 from _bench_runs import DATA, MODELS, Results, spread
+from _console import wide_console
 from _invented import tiny_bert
 from _paired import paired
 from _training import Schedule, Workshop, use
@@ -180,7 +180,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     transformers.logging.set_verbosity_error()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     results = Results(options.output, FIELDS, lambda _: settings_of(options))
     benches = {target: Bench(options, target) for target in options.targets}
     try:

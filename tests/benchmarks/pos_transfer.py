@@ -42,7 +42,6 @@ a folder of the same name, so a call with the same settings goes on where the la
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -54,6 +53,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from _bench_runs import DATA, MODELS, Results, write_whole
+from _console import wide_console
 from _data import read_file, read_text
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _masked_training import MaskedTrainer, masked_loss
@@ -419,7 +419,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     bench = Bench(options)
     results = Results(options.output, FIELDS, lambda _: settings_of(options))
     try:

@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from _console import wide_console
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from step_time import PRESETS, base_model, equal_rank, shapes_of
@@ -227,7 +227,7 @@ def main() -> None:
             ways = getattr(serving, what)()
             for row in rows(measure(ways, options.rounds, what)):
                 table.add_row(*row)
-            Console().print(table)
+            wide_console().print(table)
             serving.stack.close()
 
 

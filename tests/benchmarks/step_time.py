@@ -29,8 +29,8 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from _console import wide_console
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -264,7 +264,7 @@ def main() -> None:
         parser.error(f"--rounds must be at least 2, got {options.rounds}: one round has no spread")
     torch.set_num_threads(options.threads)
     found = methods(options)
-    console = Console()
+    console = wide_console()
     if options.memory_of is not None:
         print(peak_memory(next(m for m in found if m.name == options.memory_of), options))
         return

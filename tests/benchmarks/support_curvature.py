@@ -12,12 +12,12 @@ gradients' sizes on it) and turns earlier, so what it gains is decided by both. 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from _bench_runs import DATA, MODELS
+from _console import wide_console
 from _instruction_rows import collate, read_rows, row_losses
 from rich.console import Console
 from rich.progress import track
@@ -116,7 +116,7 @@ def main() -> None:
         shown = [f"[bold]{change:+.4f}[/]" if change == best else f"{change:+.4f}" for change in changes]
         table.add_row(label, f"{slope:.0f}", *shown)
     # Wide enough for the table also where the output is a file.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":
