@@ -32,13 +32,13 @@ import zlib
 from pathlib import Path
 from statistics import mean
 
-import mixed_data
 import transformers
 from _bench_runs import DATA, MODELS, Results, spread
 from _console import wide_console
 from _invented import tiny_bert
 from _paired import paired
 from _training import Schedule, Workshop, use
+from mixed_data import TASK, Mixture, arms, invented, real
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -51,10 +51,10 @@ SHOTS = (20, 100)
 WITH, WITHOUT = "with", "without"
 
 
-def nusax(folder: Path, source: str, target: str) -> mixed_data.Mixture:
+def nusax(folder: Path, source: str, target: str) -> Mixture:
     """NusaX and its lexicon, which is from Indonesian, in a folder."""
     lexicon = {"file": str(folder / "nusax_lexicon" / f"{target}.jsonl"), "words": ("ind", "x")}
-    return mixed_data.real(str(folder / "nusax_senti"), source, target, text=str(folder / "text"), **lexicon)
+    return real(str(folder / "nusax_senti"), source, target, text=str(folder / "text"), **lexicon)
 
 
 class Bench:
@@ -69,16 +69,16 @@ class Bench:
         self.options, self.target = options, target
         self.folder = options.output.with_suffix("") / f"{zlib.crc32(repr(settings_of(options)).encode()):08x}" / target
         if options.rehearse:
-            self.mixture, world = mixed_data.invented(0)
+            self.mixture, world = invented(0)
             self.base = str(tiny_bert(self.folder / "tiny_bert", world, steps=options.steps))
         else:
             self.mixture, self.base = nusax(options.data, options.source, target), str(options.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.labels = mixed_data.TASK.labels(self.mixture.labelled)
+        self.labels = TASK.labels(self.mixture.labelled)
         self._adapters: dict[str, Path] = {}
 
     def arms(self, seed: int) -> dict:
-        return mixed_data.arms(self.mixture, SHOTS, seed=seed)
+        return arms(self.mixture, SHOTS, seed=seed)
 
     def adapters(self) -> dict[str, Path]:
         """Of both languages, trained once."""
@@ -92,7 +92,7 @@ class Bench:
 
     def run(self, arm: str, language: str, seed: int) -> dict:
         """Answers on the target's test rows, and their score."""
-        options, task = self.options, mixed_data.TASK
+        options, task = self.options, TASK
         schedule = Schedule(
             options.steps, options.dense_steps, 16, options.rate, 0.08, options.length, dense_rate=options.dense_rate
         )
