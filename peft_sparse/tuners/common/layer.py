@@ -142,6 +142,10 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         """Take whatever is in the base parameters out of them, bit for bit."""
         raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
 
+    def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
+        """Raise a ConfigError if a tensor that `adapters` change is not whole in this process; changes nothing."""
+        raise TypeError(f"{type(self).__name__} does not say which tensors merging would write into")
+
     def check_finite(self, adapters: Sequence[str]) -> None:
         """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
         raise TypeError(f"{type(self).__name__} does not say what merging would write")

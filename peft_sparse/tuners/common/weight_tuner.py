@@ -12,6 +12,8 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer
 from .adapter_names import known_list
 from .announcements import ON_MERGE, announce
+from .base_model import iter_tuned
+from .broken_ties import forget_broken_ties
 from .stacked_heads import check_heads_of_merged
 from .tuner import AdapterTuner
 
@@ -110,17 +112,37 @@ class WeightTuner(AdapterTuner):
             check = layer.check_finite if safe_merge else layer.check_range
             check(adapter_names if adapter_names is not None else layer.active_adapters)
 
-    def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Refuse to merge for good what cannot be, before anything is touched."""
+    def _check_merge_allowed(self) -> None:
+        # Called by PEFT before the first layer is merged. Its own version warns about tied embeddings; here merging
+        # unties them.
+        for name, layer in iter_tuned(self.model, self.tuner_layer_cls):
+            layer.refuse_parts(layer.active_adapters, name)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
             self._check_merged(adapter_names, safe_merge=safe_merge)
-
-    def _as_before(self, model: nn.Module) -> None:
-        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
+        layers = self.tuned_layers()
+        if not merge:
+            self._restore()
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        for layer in layers:
+            layer._shown.end()
+        if merge:
+            forget_broken_ties(model)
+        # What trained before PEFT froze the base model trains again.
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self.trainable_before)
+        return model
 
     def _restore(self) -> None:
         """Take whatever is merged or written out of the base weights."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.adapter_names import known_list
 from ..common.base_model import path_in_base
-from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
@@ -27,10 +26,9 @@ from .layers.choice import wrapper_for
 from .layers.quantized import QuantizedLinear, warn_of_loss
 from .tied_tensors import mark_tied
 from .unselected import Selection, is_unselected
-from .wrapped import WrappedInTraining
 
 
-class SparseModel(WrappedInTraining, WeightTuner):
+class SparseModel(WeightTuner):
     """Sparse deltas on the targeted parameters of a model.
 
     Args:
@@ -116,6 +114,13 @@ class SparseModel(WrappedInTraining, WeightTuner):
         layer.update_layer(adapter_name, counts, dtype=dtype, inference_mode=config.inference_mode)
         return layer
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DDP would broadcast every support in every forward. All processes choose alike, so that is for nothing. It
+        # looks names up from whatever it wraps: the PeftModel, or the tuner.
+        names = [name for name, _ in self.model.named_buffers() if "sparse_ft_" in name]
+        return [prefix + name for name in names for prefix in ("base_model.model.", "model.")]
+
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -189,21 +194,14 @@ class SparseModel(WrappedInTraining, WeightTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_unloading(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
-        drivers.stop(self.model)
         layers = list(iter_layers(self.model))
-        if not merge:
-            self._restore()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        for _, layer in layers:
-            layer._shown.end()
+        drivers.stop(model)
         if merge:
             warn_of_loss(layers, way_back="")
-            forget_broken_ties(model)
         release_layouts(model)
-        self._as_before(model)
         return model
 
     @classmethod

@@ -341,7 +341,6 @@ class SparseLayer(WeightLayer):
                 self.write(parameter, self.merged_adapters)
 
     def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
-        """Raise a ConfigError if a tensor that `adapters` tune is not whole in this process; changes nothing."""
         for parameter in PARAMETERS:
             own = getattr(self.get_base_layer(), parameter, None)
             for delta in self.active_deltas(parameter, adapters):
