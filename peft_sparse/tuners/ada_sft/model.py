@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule
-from ...errors import ConfigError
-from ..common.announcements import announce
+from ..common.announcements import ON_UNFINISHED, announce
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt
-from ..common.target_checks import refuse_unsupported
+from ..common.target_checks import check_each
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, state
@@ -54,19 +53,13 @@ class AdaSftModel(WeightTuner):
         if held:
             self._targets = state.fit_head(config, model, adapter_name, self._targets, state.modules_of(held))
         modules = dict(named_targets(model))
-        refused: dict[str, ConfigError] = {}
-        for name in self._targets:
-            try:
-                check_linear(modules[name], name)
-            except ConfigError as error:
-                refused[name] = error
-        refuse_unsupported(refused, [name for name in self._targets if name not in refused])
+        check_each(self._targets, lambda name: check_linear(modules[name], name))
         return self._targets
 
     def _complete(self, config: AdaSftConfig, model: nn.Module, adapter_name: str, requested: AdaSftConfig) -> None:
         config.target_modules = stored_target_modules(self._request, self._targets)
         if config.phase == MASK:
-            announce()
+            announce(ON_UNFINISHED)
         if not config.init_weights and not config.inference_mode:
             for _, _, masked in iter_masked(model, adapter_name):
                 if not masked.trained.is_meta:

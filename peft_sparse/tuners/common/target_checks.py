@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ..._peft_bridge import NoMatchingPeftModuleError
@@ -112,6 +112,25 @@ def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:
                     f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one "
                     "of the two. Without target_norms the norms that are named are tuned."
                 )
+
+
+def check_each(paths: Collection[str], check: Callable[[str], object]) -> None:
+    """Check every target, and refuse all that cannot be tuned in one error.
+
+    Args:
+        paths: of the targets.
+        check: raises a ConfigError for one that cannot be tuned.
+
+    Raises:
+        ConfigError: see `refuse_unsupported`.
+    """
+    refused: dict[str, ConfigError] = {}
+    for path in paths:
+        try:
+            check(path)
+        except ConfigError as error:
+            refused[path] = error
+    refuse_unsupported(refused, [path for path in paths if path not in refused])
 
 
 def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, drivers, state, together
-from .allocation import Allocation, allocate, set_supports
+from .allocation import allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
 from .iteration import iter_deltas, iter_layers
@@ -66,30 +66,26 @@ class SparseModel(WeightTuner):
             config.target_modules = stored_target_modules(requested, self._targets)
         mark_tied(model, adapter_name, self.active_adapters)
         hold_layouts(model)
+        deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
         if source is not None:
-            for name, _, _, delta in iter_deltas(model, adapter_name):
+            supports = {name: delta.indices for name, _, _, delta in iter_deltas(model, source)}
+            for name, delta in deltas.items():
                 if not delta.values.is_meta:
-                    delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
+                    delta.set_support(supports[name])
         elif planned.counts is not None:
             config.counts = planned.counts
-            self._fill(model, adapter_name, planned)
+            is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
+            if is_known and not config.inference_mode:
+                set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
         if config.l1:
             coefficient = config.l1 / model_numel(model)
-            for _, _, _, delta in iter_deltas(model, adapter_name):
+            for delta in deltas.values():
                 delta.penalise(coefficient)
         if is_unselected(config):
             selection = Selection(adapter_name)
-            for _, _, _, delta in iter_deltas(model, adapter_name):
+            for delta in deltas.values():
                 delta.await_selection(selection)
         drivers.start(model, adapter_name, config)
-
-    def _fill(self, model: nn.Module, adapter_name: str, planned: Allocation) -> None:
-        """Set the supports that are known or random, and random values if the adapter is not to be the identity."""
-        config: SparseConfig = self.peft_config[adapter_name]
-        is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
-        if is_known and not config.inference_mode:
-            deltas = {name: d for name, _, _, d in iter_deltas(model, adapter_name)}
-            set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
         if path_in_base(key) in self._targets:
