@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
+from ..tuners.common.announcements import ON_START, announce
 from ..tuners.common.base_model import base_model_of
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.drivers import RATE_FITS, iter_drivers
@@ -78,10 +79,8 @@ class RateFit:
         self._found: dict[str, tuple[int, int, float]] = {}
         self._warned = False
         scaled_steps.add(self)
-        # Here and not above: transformers' trainer is slow to import. Its checkpoints keep what was measured.
-        from .spiel.callback import install
-
-        install()
+        # Trainers' checkpoints keep what was measured.
+        announce(ON_START)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -15,13 +16,14 @@ from ...tuners.common.announcements import ON_UNFINISHED
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.unselected import HOW_TO_SELECT, is_unselected, open_phase
+from ..callbacks import add_to_every_trainer
 from .mask_phase import is_in_mask_phase
 
 logger = logging.getLogger(__name__)
 
 
 class FirstPhaseCallback(TrainerCallback):
-    """Refuses to train what cannot train, in every trainer that is built after `install`."""
+    """Refuses to train what cannot train, in every trainer that is built from then on."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -70,13 +72,4 @@ def _is_active(model: nn.Module, adapter_name: str) -> bool:
     return any(adapter_name in layer.active_adapters for layer in layers)
 
 
-def install() -> None:
-    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
-    # Here and not above: transformers' trainer is slow to import.
-    import transformers.trainer
-
-    if FirstPhaseCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(FirstPhaseCallback)
-
-
-ON_UNFINISHED.append(install)
+ON_UNFINISHED.append(partial(add_to_every_trainer, FirstPhaseCallback))

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import transformers.trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,7 +28,8 @@ STATE_FILE = "sparse_training_state.safetensors"
 class ReselectionCallback(TrainerCallback):
     """Gives the length of the run to reselecting adapters, and their training state to checkpoints.
 
-    `install` puts it into the default callbacks of transformers, so that a plain `Trainer`, or TRL's, needs no word.
+    It is among transformers' default callbacks (`start.tell_trainers`), so that a plain `Trainer`, or TRL's, needs no
+    word.
     """
 
     def __init__(self) -> None:
@@ -103,12 +103,6 @@ class ReselectionCallback(TrainerCallback):
         is_just_in_time = args.enable_jit_checkpoint and control.should_training_stop and args.should_save
         if is_just_in_time and folder.is_dir() and not Path(folder, STATE_FILE).exists():
             _write(tensors, folder)
-
-
-def install() -> None:
-    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
-    if ReselectionCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(ReselectionCallback)
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
