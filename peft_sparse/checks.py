@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from fractions import Fraction
 from math import isfinite
 from numbers import Real
 from typing import Any, TypeGuard
@@ -71,6 +72,11 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a number, NaN and infinity among them; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_decimal(number: float) -> Fraction:
+    """The exact value of a number as it prints, so that 0.1 is a tenth."""
+    return Fraction(repr(float(number)))
 
 
 def check_whole(name: str, value: object, *, least: int = 1, way_out: str = "") -> None:
