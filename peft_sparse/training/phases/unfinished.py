@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import ConfigError
-from ...tuners.common.adapter_config import peft_configs
+from ...tuners.common.adapter_config import carrier_of
 from ...tuners.common.announcements import ON_UNFINISHED
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_deltas
@@ -42,13 +42,11 @@ def check_training(model: Any) -> None:
     Raises:
         ConfigError: the weights of an active adapter are not selected, and no dense phase of it is open.
     """
-    inner: Any = model
-    while not isinstance(getattr(inner, "peft_config", None), dict):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if inner is None:
-            return
+    inner = carrier_of(model)
+    if inner is None:
+        return
     phase = open_phase(base_model_of(inner))
-    names = [name for name in peft_configs(inner) if phase is None or phase.adapter_name != name]
+    names = [name for name in inner.peft_config if phase is None or phase.adapter_name != name]
     waiting = [name for name in names if is_unselected(inner.peft_config[name]) and _is_active(inner, name)]
     if waiting:
         wrap = "" if isinstance(inner, PeftModel) else "Make a PeftModel: get_peft_model(model, config). "
