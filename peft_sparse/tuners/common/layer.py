@@ -19,6 +19,7 @@ from ...core.ops import is_recorded
 from ...core.sharded import is_sharded
 from ...errors import ConfigError
 from .base_module import attribute_of, called, home_of, loaded, offload_hook, output_without_hooks, seen_through
+from .mixed_batches import check_one_per_example
 
 # The parameters of a base layer that adapters can change.
 PARAMETERS = ("weight", "bias")
@@ -174,11 +175,7 @@ class WeightLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """One adapter per example of the batch; "__base__" stands for none."""
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names must name one adapter per example ({len(x)}), "
-                f"got {len(adapter_names)} names: {adapter_names}"
-            )
+        check_one_per_example(adapter_names, x)
         if self.merged:
             raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
         if self.disable_adapters:

@@ -145,6 +145,16 @@ class LanguageContext:
         self._state.chosen = self._before
 
 
+def check_one_per_example(languages: tuple[str, ...], count: int) -> None:
+    """Refuse other than one language for each of `count` examples.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    if len(languages) != count:
+        raise ConfigError(f"language must name one language per example ({count}), got {len(languages)}: {languages}.")
+
+
 def as_languages(given: str | Sequence[str]) -> Languages:
     """A language, or one for each example; a list of one is that language, whatever the batch.
 
