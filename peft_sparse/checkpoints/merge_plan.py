@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checks import FLOAT_DTYPES
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.names import is_above_encoder
@@ -30,8 +31,6 @@ from .architecture import (
 from .shards import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +233,7 @@ class MergePlan:
             return f"the checkpoint has it more than once, as {', '.join(same)}"
         if self._checkpoint.shape(stored) != shape:
             return f"it has shape {shape} there, {self._checkpoint.shape(stored)} in the checkpoint"
-        if self._checkpoint.dtype(stored) not in _FLOATS:
+        if self._checkpoint.dtype(stored) not in FLOAT_DTYPES.values():
             return f"it is quantised in the checkpoint, of dtype {self._checkpoint.dtype(stored)}"
         return None
 

@@ -12,7 +12,7 @@ from ...._peft_bridge import add_peft_type
 from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
-from ....checks import check_one_of, dtype_name, is_whole, nearest
+from ....checks import FLOAT_DTYPES, check_one_of, dtype_name, is_finite, is_whole, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
 from ....selection.criteria import CRITERIA
@@ -25,8 +25,7 @@ BASE_METHOD = "fixed"
 # the adapter is made, the user, or else a first phase of training by its name: a dense phase, gradients over batches.
 NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
 DENSE_PHASE, GRADIENTS = "dense", "gradients"
-_LARGEST_L1 = 1e300
-VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+VALUE_DTYPES = tuple(FLOAT_DTYPES)
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
 # {what papers call a method, as `method_called` compares names: its name here}
@@ -221,7 +220,7 @@ class SparseConfig(WeightConfig):
         check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
         if not isinstance(self.fitted_rate, bool):
             raise ConfigError(f"fitted_rate must be True or False, got {self.fitted_rate!r}.")
-        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
+        if not (is_finite(self.l1) and self.l1 >= 0):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
 
