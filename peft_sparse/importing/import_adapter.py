@@ -120,9 +120,13 @@ def import_adapter(
     if not foreign.deltas and low_rank is None:
         raise FormatError(f"{foreign.source} changes no weight of the base model. Nothing was written.")
     if request.base_config is not None and request.kind == COMPOSABLE_SFT:
-        shapes = {name: delta.shape for name, delta in foreign.deltas.items()}
-        names = {"base": request.base, "source": foreign.source}
-        check_shapes(shapes, request.base_config, task_type=foreign.task_type, **names)
+        check_shapes(
+            {name: delta.shape for name, delta in foreign.deltas.items()},
+            request.base_config,
+            task_type=foreign.task_type,
+            base=request.base,
+            source=foreign.source,
+        )
     foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
     known = _labels_of(foreign, labels)
     provenance: dict[str, Any] = {

@@ -124,6 +124,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _of_adapter(adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_tensors` gave of one adapter, under its own keys."""
+    prefix = f"{adapter_name}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
 def _write(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
     if tensors:
         path = Path(folder, STATE_FILE)
@@ -148,9 +154,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors = load_file(path)
     states = {}
     for reselector in iter_reselectors(model):
-        prefix = f"{reselector.adapter_name}/"
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if state:
+        if state := _of_adapter(reselector.adapter_name, tensors):
             check_state(state, reselector.deltas, name=f"{path} (adapter {reselector.adapter_name!r})")
             states[reselector] = state
         else:
@@ -159,8 +163,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for reselector, state in states.items():
             reselector.load_state_dict(state)
         for fit in iter_rate_fits(model):
-            prefix = f"{fit.adapter_name}/"
-            fit.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            fit.load_state_dict(_of_adapter(fit.adapter_name, tensors))
 
 
 def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:
