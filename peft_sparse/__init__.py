@@ -14,7 +14,7 @@ from ._peft_bridge import register
 from .training import fitted_rate as _fitted_rate  # noqa: F401
 from .training import merged as _merged  # noqa: F401
 from .training import stacked_adapters as _stacked_adapters  # noqa: F401
-from .training.phases import unfinished as unfinished
+from .training.phases import unfinished as _unfinished  # noqa: F401
 from .training.spiel import start as _start  # noqa: F401
 from .tuners.ada_sft.config import AdaSftConfig as AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel as AdaSftModel

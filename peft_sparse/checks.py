@@ -70,6 +70,16 @@ def check_one_of(name: str, value: object, known: Iterable[str | None]) -> None:
         raise ConfigError(f"{name} must be one of {known}, got {value!r}.{hint}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}.")
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)

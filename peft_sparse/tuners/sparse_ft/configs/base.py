@@ -12,7 +12,7 @@ from ...._peft_bridge import add_peft_type
 from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
-from ....checks import FLOAT_DTYPES, check_one_of, dtype_name, is_finite, is_whole, nearest
+from ....checks import FLOAT_DTYPES, check_flag, check_one_of, dtype_name, is_finite, is_whole, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
 from ....selection.criteria import CRITERIA
@@ -218,8 +218,7 @@ class SparseConfig(WeightConfig):
             )
         self._check_targets()
         check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
-        if not isinstance(self.fitted_rate, bool):
-            raise ConfigError(f"fitted_rate must be True or False, got {self.fitted_rate!r}.")
+        check_flag("fitted_rate", self.fitted_rate)
         if not (is_finite(self.l1) and self.l1 >= 0):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
