@@ -53,6 +53,11 @@ def without_adapter(key: str, adapter_name: str) -> str:
     return ".".join(kept)
 
 
+def ends_with(path: str, name: str) -> bool:
+    """Whether a module's path is a name or ends with it, whole components alone: what `target_modules` means by it."""
+    return path == name or path.endswith(f".{name}")
+
+
 def is_above_encoder(path: str, root: str) -> bool:
     """Whether a module is of a head, or the pooler below it: what one class over a base model has and another has not.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.tasks import BASE_CLASSES, HEADS
+from ..core.names import ends_with
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
@@ -211,7 +212,7 @@ def _choose_heads(
 def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
     parts = parameter.split(".")
     paths = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(path == module or path.endswith(f".{module}") for path in paths for module in modules)
+    return any(ends_with(path, module) for path in paths for module in modules)
 
 
 def _labels_of(foreign: Foreign, labels: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Adapters that would stay as they are in a training run, since they are merged into the base weights."""
+"""Refusing to train adapters that are merged into the base weights: the run would leave them as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several active adapters in a trainer that knows of one: transformers' own resumes and keeps the best of the first."""
+"""Several active adapters in transformers' own trainer, which resumes, and loads the best of, the first one alone."""
 
 from __future__ import annotations
 

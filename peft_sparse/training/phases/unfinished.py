@@ -1,4 +1,4 @@
-"""What a trainer that knows no phases is told of an adapter that has its first phase before it."""
+"""Adapters that have a first phase before them, in trainers that know no phases: refused, or warned of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face trainer has to tell SpIEL, and what it keeps for it: any trainer gets this automatically."""
+"""The callback by which any Hugging Face trainer tells SpIEL how long it runs, and keeps its state in checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What starts when an adapter that reselects is added: its driver, and a word to the trainers that are built later."""
+"""What starts when a SpIEL adapter is added: its reselector, and a callback in the trainers that are built later."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..._peft_bridge import NoMatchingPeftModuleError
 from ...checks import nearest
+from ...core.names import ends_with
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
 
@@ -106,7 +107,7 @@ def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:
     for field, names in named.items():
         for name in names:
             module = name if field == "target_modules" else name.rpartition(".")[0]
-            found = [norm for path, norm in modules.items() if path == module or path.endswith(f".{module}")]
+            found = [norm for path, norm in modules.items() if ends_with(path, module)]
             if module and found and all(found):
                 raise ConfigError(
                     f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one "

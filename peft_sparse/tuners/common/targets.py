@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
+from ...core.names import ends_with
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
 from .base_model import modules_around_adapters, path_in_base
@@ -250,7 +251,7 @@ def _has_parameter(module: nn.Module, parameter: str) -> bool:
 
 
 def _ends_with_any(name: str, endings) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    return any(ends_with(name, ending) for ending in endings)
 
 
 def parameters_of(targets: Targets) -> list[str]:
