@@ -1,4 +1,4 @@
-"""What adapters do where they lie: one rule for the tuned layer and for the plain module that is left of it."""
+"""How adapters act at their placements: the same code for the tuned layer and for the plain module baked from it."""
 
 from __future__ import annotations
 

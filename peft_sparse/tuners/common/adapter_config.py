@@ -1,4 +1,4 @@
-"""The config of one adapter of a model, and what is found of it, or an error that says which there are."""
+"""Finding an adapter of a model by its name: its config, or an error that lists the adapters that there are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def peft_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def refusing_unknown(found: Iterable[T], model: nn.Module, adapter_name: str) -> Iterator[T]:
-    """What a walk over an adapter finds; a name that a model with adapters does not have is refused at its end.
+    """Pass on what a walk over an adapter finds; if that is nothing, refuse a name that the model does not have.
 
     Args:
         found: the walk.

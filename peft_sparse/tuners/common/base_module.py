@@ -1,4 +1,4 @@
-"""A base module as its adapters make it: with other parameters for one call, with its hooks, its weights loaded."""
+"""Calling a base module with other parameters, with its own hooks, and where accelerate offloads its weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
 
 
 def foreign_forward(module: nn.Module, name: str) -> ConfigError:
-    """What refuses such a module, by its path."""
+    """The error for such a module; `name` is its path."""
     return ConfigError(
         f"the forward of {name} ({type(module).__name__}) was replaced on this very module, by a function that reads "
         "its weight itself and would not see the delta. Add the adapter before whatever replaces it, or leave the "
@@ -151,6 +151,34 @@ def attribute_of(module: nn.Module, name: str, view: Callable[[], nn.Module]) ->
         if name in vars(module) or hasattr(kind, name):
             return getattr(view(), name)
     raise AttributeError(name)
+
+
+class LikeItsBase(nn.Module):
+    """A layer around a base module, whose attributes it has where it has none of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in modules:
+                raise
+            try:
+                return self._attribute_of_base(name)
+            except AttributeError:
+                pass
+            # torch's error, which names this layer's class.
+            raise
+
+    def _attribute_of_base(self, name: str) -> Any:
+        """What the base module has under a name: see `attribute_of`.
+
+        Raises:
+            AttributeError: it has nothing.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how its base layer is read")
 
 
 # ---- accelerate's offloading ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the configs of this library share in how they are written to disk and read from it."""
+"""Base class of all configs here: their common checks, the stages of training, and how files are written and read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What the tuner layers of this library share: being read like the base layer, one adapter per example of a batch, and
-what merging says.
-"""
+"""Base class of the layers that change weights: they are read like their base layer, and serve mixed batches."""
 
 from __future__ import annotations
 
@@ -18,7 +16,16 @@ from ...core.on_demand import on_demand
 from ...core.ops import is_recorded
 from ...core.sharded import is_sharded
 from ...errors import ConfigError
-from .base_module import attribute_of, called, home_of, loaded, offload_hook, output_without_hooks, seen_through
+from .base_module import (
+    LikeItsBase,
+    attribute_of,
+    called,
+    home_of,
+    loaded,
+    offload_hook,
+    output_without_hooks,
+    seen_through,
+)
 from .mixed_batches import check_one_per_example
 
 # The parameters of a base layer that adapters can change.
@@ -30,7 +37,7 @@ READ_ALONE = (
 )
 
 
-class WeightLayer(nn.Module, BaseTunerLayer):
+class WeightLayer(LikeItsBase, BaseTunerLayer):
     """Base class of tuner layers that change the parameters of the module that they wrap.
 
     To the model such a layer is its base layer with other weights: `weight` and `bias` are what the active adapters
@@ -104,20 +111,8 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
         raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
 
-    def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:
-            return modules[name]
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_layer" not in modules:
-                raise
-            try:
-                return attribute_of(self.get_base_layer(), name, self._view)
-            except AttributeError:
-                pass
-            raise
+    def _attribute_of_base(self, name: str) -> Any:
+        return attribute_of(self.get_base_layer(), name, self._view)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A setting of the base layer, such as the epsilon of a norm, is set where it acts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -147,13 +147,17 @@ class MadGModel(BottleneckModel):
 
     # ---- PEFT's verbs ----------------------------------------------------------------------------
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        state = _state(self)
+    def _begin_unloading(
+        self, layers: Mapping[str, MadGLayer], *, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
         if merge:
-            self._check_can_build_in(kwargs.get("adapter_names"))
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        state.detach()
-        return model
+            self._check_can_build_in(adapter_names)
+        super()._begin_unloading(layers, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, MadGLayer], *, merge: bool) -> None:
+        super()._end_unloading(model, layers, merge=merge)
+        for layer in layers.values():
+            layer.state.detach()
 
     def _check_can_build_in(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is replaced."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -183,22 +183,12 @@ class SparseModel(WeightTuner):
         dequantization.merge(adapter_names)
         return dequantization.finish(super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        layers = list(iter_layers(self.model))
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, SparseLayer], *, merge: bool) -> None:
+        super()._end_unloading(model, layers, merge=merge)
         drivers.stop(model)
         if merge:
-            warn_of_loss(layers, way_back="")
+            warn_of_loss(layers.items(), way_back="")
         release_layouts(model)
-        return model
 
     @classmethod
     def _for_file(

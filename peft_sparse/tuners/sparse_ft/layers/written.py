@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Writing:
     """Held while a layer's parameters are written into, once or several times over by one thread.
 
-    Who locks nothing asks before and after whether anyone has `begun`, or is at it.
+    A reader that takes no lock compares `begun` before and after, and looks at `depth`, to see whether anybody wrote.
 
     Args:
         lock: of the layer.
