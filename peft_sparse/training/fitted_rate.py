@@ -15,7 +15,7 @@ from ..selection.output_energy import step_scale
 from ..tuners.common.announcements import ON_START, announce
 from ..tuners.common.base_model import base_model_of
 from ..tuners.sparse_ft.configs.base import SparseConfig
-from ..tuners.sparse_ft.drivers import RATE_FITS, iter_drivers
+from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, iter_drivers
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.linear import Linear
@@ -188,4 +188,4 @@ def iter_rate_fits(model: nn.Module) -> Iterator[RateFit]:
     return (fit for fit in iter_drivers(base_model_of(model)) if isinstance(fit, RateFit))
 
 
-RATE_FITS[True] = RateFit
+FIELD_DRIVERS["fitted_rate"] = RateFit
