@@ -130,15 +130,7 @@ def import_adapter(
         )
     foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
     known = _labels_of(foreign, labels)
-    provenance: dict[str, Any] = {
-        "imported_from": foreign.source,
-        "format": foreign.kind,
-        "sha256": _sha256(foreign.path),
-        "revision": request.revision,
-        "labels": list(known),
-        "left_out": list(left_out),
-        "settings": dict(foreign.settings),
-    }
+    sha256 = _sha256(foreign.path)
     common: dict[str, Any] = {
         "modules_to_save": modules_of_heads(foreign) or None,
         "task_type": foreign.task_type,
@@ -146,6 +138,15 @@ def import_adapter(
         "base_model_name_or_path": request.base,
         "revision": request.base_revision,
         "inference_mode": True,
+    }
+    provenance = {
+        "imported_from": foreign.source,
+        "format": foreign.kind,
+        "sha256": sha256,
+        "revision": request.revision,
+        "labels": list(known),
+        "left_out": left_out,
+        "settings": dict(foreign.settings),
     }
     config = _config(foreign, common, {key: value for key, value in provenance.items() if value})
     if config is None or foreign.kind == ROSA:
@@ -164,7 +165,7 @@ def import_adapter(
         heads=tuple(common["modules_to_save"] or ()),
         labels=known,
         left_out=tuple(left_out),
-        sha256=provenance["sha256"],
+        sha256=sha256,
         file_size=size,
     )
 
