@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+# What is imported under a name with an underscore registers something: methods, their drivers, callbacks of trainers.
 from ._names import lazy, read_stub
 from ._peft_bridge import register
 from .training import fitted_rate as _fitted_rate  # noqa: F401

@@ -178,7 +178,7 @@ class LikeItsBase(nn.Module):
         Raises:
             AttributeError: it has nothing.
         """
-        raise TypeError(f"{type(self).__name__} does not say how its base layer is read")
+        raise NotImplementedError(f"{type(self).__name__} does not say how its base layer is read")
 
 
 # ---- accelerate's offloading ---------------------------------------------------------------------

@@ -101,15 +101,15 @@ class WeightLayer(LikeItsBase, BaseTunerLayer):
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
         """What `adapters` change a parameter by; empty if they do not."""
-        raise TypeError(f"{type(self).__name__} does not say what its adapters consist of")
+        raise NotImplementedError(f"{type(self).__name__} does not say what its adapters consist of")
 
     def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
         """What computes a parameter with `adapters` in it from the tensors of this moment, differentiably."""
-        raise TypeError(f"{type(self).__name__} does not say how its adapters change a parameter")
+        raise NotImplementedError(f"{type(self).__name__} does not say how its adapters change a parameter")
 
     def pristine(self, parameter: str) -> Tensor:
         """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
-        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
+        raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
 
     def _attribute_of_base(self, name: str) -> Any:
         return attribute_of(self.get_base_layer(), name, self._view)
@@ -132,23 +132,23 @@ class WeightLayer(LikeItsBase, BaseTunerLayer):
 
     def acts(self, adapter_name: str) -> bool:
         """Whether an adapter changes what this layer computes."""
-        raise TypeError(f"{type(self).__name__} does not say which adapters act")
+        raise NotImplementedError(f"{type(self).__name__} does not say which adapters act")
 
     def restore(self) -> None:
         """Take whatever is in the base parameters out of them, bit for bit."""
-        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
+        raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
 
     def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
         """Raise a ConfigError if a tensor that `adapters` change is not whole in this process; changes nothing."""
-        raise TypeError(f"{type(self).__name__} does not say which tensors merging would write into")
+        raise NotImplementedError(f"{type(self).__name__} does not say which tensors merging would write into")
 
     def check_finite(self, adapters: Sequence[str]) -> None:
         """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
-        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+        raise NotImplementedError(f"{type(self).__name__} does not say what merging would write")
 
     def check_range(self, adapters: Sequence[str]) -> None:
         """Raise a ConfigError if merging finite values would write infinities, as into float16; changes nothing."""
-        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+        raise NotImplementedError(f"{type(self).__name__} does not say what merging would write")
 
     def keep_entries(self, kept: bool) -> None:
         """Keep what the checks of a merge read, for the merge that follows at once; or give it up."""
@@ -166,7 +166,7 @@ class WeightLayer(LikeItsBase, BaseTunerLayer):
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes with a delta")
+        raise NotImplementedError(f"{type(self).__name__} does not say how it computes with a delta")
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """One adapter per example of the batch; "__base__" stands for none."""

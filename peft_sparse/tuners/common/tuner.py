@@ -78,7 +78,7 @@ class AdapterTuner(BaseTuner):
         Raises:
             ConfigError: the request cannot be met on this model.
         """
-        raise TypeError(f"{type(self).__name__} does not say what a config means on a model")
+        raise NotImplementedError(f"{type(self).__name__} does not say what a config means on a model")
 
     def _complete(self, config: Any, model: nn.Module, adapter_name: str, requested: PeftConfig) -> None:
         """What is left to do when the layers of an adapter are in place; `requested` is the config as it was given."""
@@ -109,7 +109,7 @@ class AdapterTuner(BaseTuner):
             path: its path in the base model.
             parent: the module that holds it.
         """
-        raise TypeError(f"{type(self).__name__} does not say how an adapter comes into a layer")
+        raise NotImplementedError(f"{type(self).__name__} does not say how an adapter comes into a layer")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `.weight`, which a dropout, a feed-forward or a head of several layers (XLM-R's
@@ -267,7 +267,7 @@ class AdapterTuner(BaseTuner):
 
     def _combine(self, adapters: list[str], weights: list[float], fields: dict[str, Any], **how: Any) -> Combined:
         """The sum of adapters; `fields` are those of its config that the combined ones have already."""
-        raise TypeError(f"{type(self).__name__} does not say what the sum of adapters is")
+        raise NotImplementedError(f"{type(self).__name__} does not say what the sum of adapters is")
 
     # ---- files -----------------------------------------------------------------------------------
 
