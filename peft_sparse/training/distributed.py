@@ -115,7 +115,7 @@ def _own_group() -> Any:
 
 
 def refuse_processes(adapter_name: str, budget: object, deltas: Mapping[str, AdapterDelta]) -> None:
-    """Refuse what would silently train something else in several processes, or under what is made for them.
+    """Refuse settings with which several processes, or wrappers made for them, would silently train something else.
 
     Args:
         adapter_name: the adapter that reselects.

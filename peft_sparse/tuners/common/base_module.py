@@ -22,14 +22,14 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def own_forward(module: nn.Module) -> Any:
-    """A forward that was given to this very module, accelerate's hooks aside; None if it computes as its class does."""
+    """The forward that was set on this module itself, accelerate's aside; None if it computes as its class does."""
     given = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
     is_of_class = isinstance(given, MethodType) and given.__func__ is type(module).forward
     return None if is_of_class else given
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether a forward that was given to this very module may read its parameters past its caller."""
+    """Whether a forward that was set on this module itself is no method of it, and may read its weight alone."""
     given = own_forward(module)
     return given is not None and not (isinstance(given, MethodType) and given.__self__ is module)
 
@@ -44,7 +44,7 @@ def foreign_forward(module: nn.Module, name: str) -> ConfigError:
 
 
 def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """A module like `module`, whose parameters of these names are other tensors; that itself is left alone.
+    """A shallow copy of a module in which parameters of these names are other tensors; the module is left alone.
 
     It shares buffers and children, has no hooks, and what a method of it writes into its attributes is lost.
     """
@@ -154,7 +154,7 @@ def attribute_of(module: nn.Module, name: str, view: Callable[[], nn.Module]) ->
 
 
 class LikeItsBase(nn.Module):
-    """A layer around a base module, whose attributes it has where it has none of its own."""
+    """A layer around a base module: an attribute that it lacks is that of the base module."""
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -199,7 +199,7 @@ def home_of(module: nn.Module, tensor: Tensor) -> torch.device:
 
 @contextmanager
 def loaded(module: nn.Module, *, store: bool = False) -> Iterator[None]:
-    """Have a module's own parameters at hand, if accelerate offloaded them.
+    """Load a module's own parameters for the length of the block, if accelerate offloaded them.
 
     Args:
         module: which has them.

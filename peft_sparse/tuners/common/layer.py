@@ -100,11 +100,11 @@ class WeightLayer(LikeItsBase, BaseTunerLayer):
         return True
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
-        """What `adapters` change a parameter by; empty if they do not."""
+        """The trainable tensors by which `adapters` change a parameter; empty if they do not."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its adapters consist of")
 
     def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
-        """What computes a parameter with `adapters` in it from the tensors of this moment, differentiably."""
+        """A function that computes a parameter with `adapters` in it, differentiably, from the tensors as they are."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its adapters change a parameter")
 
     def pristine(self, parameter: str) -> Tensor:
@@ -217,7 +217,7 @@ def _refuse_rows(layer: WeightLayer) -> Tensor:
 
 
 def not_finite(adapters: Sequence[str], why: str) -> ValueError:
-    """What `check_finite` raises."""
+    """The error of `check_finite`."""
     # The first sentences are PEFT's: its tests match them for every tuner.
     return ValueError(
         f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. The base "
@@ -226,7 +226,7 @@ def not_finite(adapters: Sequence[str], why: str) -> ValueError:
 
 
 def beyond_range(adapters: Sequence[str], parameter: str, dtype: torch.dtype) -> ConfigError:
-    """What `check_range` raises."""
+    """The error of `check_range`."""
     return ConfigError(
         f"merging {', '.join(adapters)} would write infinities: with the adapter in it, a {parameter} leaves the range "
         f"of {dtype} (up to {torch.finfo(dtype).max:.6g}). The base model is unchanged. Load the base in bfloat16 "
@@ -235,7 +235,7 @@ def beyond_range(adapters: Sequence[str], parameter: str, dtype: torch.dtype) ->
 
 
 def not_whole(what: str, how: str | None) -> ConfigError:
-    """What refuses to merge where a process holds only a part of the weights; `how` is that of `how_sharded`."""
+    """The error where a process holds only a part of what is to be merged into; `how` is that of `how_sharded`."""
     return ConfigError(
         f"the {what} is {how}, and merging needs all of it. Save the adapter (model.save_pretrained, on every "
         "process), load it onto the base model in a single process, and merge there."

@@ -30,7 +30,7 @@ class NotInThisStateError(ConfigError):
 
 
 def no_linear(model: str) -> NothingTargetedError:
-    """What is said of "all-linear" on a model without linear layers; `model` is its class."""
+    """The error for "all-linear" on a model without linear layers; `model` is its class."""
     return NothingTargetedError(
         f"target_modules='all-linear' (the default) finds no linear layer in {model}. Sparse fine-tuning tunes "
         "embeddings, norms and convolutions as well (Ada-SFT does not): name them in target_modules, or take all of "

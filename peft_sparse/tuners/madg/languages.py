@@ -73,7 +73,7 @@ class MadGState:
         self._forward.batch = self._forward.passed_on = None
 
     def current(self) -> Languages:
-        """What the layer that asks has to compute with.
+        """The language, or languages, that a layer has to compute with now.
 
         Raises:
             ConfigError: no language is set, or a layer is computed again and it is not known with which.

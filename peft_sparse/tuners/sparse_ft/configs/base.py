@@ -169,7 +169,7 @@ class SparseConfig(WeightConfig):
 
     @property
     def first_phase(self) -> str | None:
-        """What is yet to choose the support: `selected_by`, if that is a phase and the weights are not chosen."""
+        """The phase that has yet to choose the support; None if there is none, or if it has chosen."""
         is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
         return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
 
@@ -180,9 +180,7 @@ class SparseConfig(WeightConfig):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """With a dense phase two, in the first of which the targets themselves train; where gradients choose the
-        support, their pass comes first; see `WeightConfig`.
-        """
+        """The dense phase, or the selection by gradients, if it is still to come; then training of the weights."""
         if self.first_phase == DENSE_PHASE:
             return (Stage("dense phase", trains=TARGETS), Stage("sparse phase"))
         if self.first_phase == GRADIENTS:
