@@ -29,7 +29,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether a forward that was set on this module itself is no method of it, and may read its weight alone."""
+    """Whether a function that is no method of the module replaces its forward: it may read the weight itself."""
     given = own_forward(module)
     return given is not None and not (isinstance(given, MethodType) and given.__self__ is module)
 
