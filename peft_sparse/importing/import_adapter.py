@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.tasks import BASE_CLASSES, HEADS
-from ..core.names import ends_with
+from ..core.names import is_trained_whole
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
@@ -189,7 +189,7 @@ def _choose_heads(
         saved = (saved,) if isinstance(saved, str) else tuple(saved)
         saved += HEADS.get(foreign.task_type or "", ())  # PEFT before 0.8 did not write these into the config
         of_mlm = {}
-        heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
+        heads = {name: tensor for name, tensor in heads.items() if is_trained_whole(name.rpartition(".")[0], saved)}
     if with_head is False:
         heads = {}
     elif of_mlm:
@@ -208,12 +208,6 @@ def _choose_heads(
     imported = {*heads, *(of_mlm if auto_mapping else ())}
     left_out = [name for name in foreign.heads if name not in imported]
     return replace(foreign, heads=heads, deltas=deltas), auto_mapping, left_out
-
-
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    parts = parameter.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(ends_with(path, module) for path in paths for module in modules)
 
 
 def _labels_of(foreign: Foreign, labels: Sequence[str] | None) -> tuple[str, ...]:
