@@ -9,12 +9,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+# What is imported under a name with an underscore registers something: methods, their drivers, callbacks of trainers.
 from ._names import lazy, read_stub
 from ._peft_bridge import register
 from .training import fitted_rate as _fitted_rate  # noqa: F401
 from .training import merged as _merged  # noqa: F401
 from .training import stacked_adapters as _stacked_adapters  # noqa: F401
-from .training.phases import unfinished as unfinished
+from .training.phases import unfinished as _unfinished  # noqa: F401
 from .training.spiel import start as _start  # noqa: F401
 from .tuners.ada_sft.config import AdaSftConfig as AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel as AdaSftModel

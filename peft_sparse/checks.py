@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from fractions import Fraction
 from math import isfinite
 from numbers import Real
 from typing import Any, TypeGuard
@@ -14,7 +15,13 @@ import torch
 
 from .errors import ConfigError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# The dtypes that weights and values of adapters may have, by the names that configs give them.
+FLOAT_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _REGEX = re.compile(r"[\\()\[\]{}*+?|^$]")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 
@@ -63,6 +70,16 @@ def check_one_of(name: str, value: object, known: Iterable[str | None]) -> None:
         raise ConfigError(f"{name} must be one of {known}, got {value!r}.{hint}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}.")
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -71,6 +88,23 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a number, NaN and infinity among them; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number that a float can hold; True and False are none."""
+    return is_number(value) and _fits_a_float(value)
+
+
+def _fits_a_float(number: Any) -> bool:
+    try:
+        return isfinite(number)
+    except OverflowError:  # an integer beyond all floats, which a file may hold
+        return False
+
+
+def as_decimal(number: float) -> Fraction:
+    """The exact value of a number as it prints, so that 0.1 is a tenth."""
+    return Fraction(repr(float(number)))
 
 
 def check_whole(name: str, value: object, *, least: int = 1, way_out: str = "") -> None:
@@ -103,7 +137,7 @@ def check_factors(weights: Any, count: int) -> list[float]:
         raise ConfigError(f"weights must be a list with one number per adapter, got {weights!r}.")
     if len(weights) != count:
         raise ConfigError(f"weights must hold one number per adapter, got {len(weights)} for {count} adapters.")
-    if not all(not isinstance(one, bool) and isinstance(one, Real) and isfinite(one) for one in weights):
+    if not all(not isinstance(one, bool) and isinstance(one, Real) and _fits_a_float(one) for one in weights):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)}.")
     return [float(one) for one in weights]
 
@@ -149,7 +183,7 @@ def dtype_named(name: str, value: object, known: Iterable[str]) -> torch.dtype:
     """
     found = dtype_name(value)
     check_one_of(name, found, known)
-    return _DTYPES[str(found)]
+    return FLOAT_DTYPES[str(found)]
 
 
 def shortened(value: object) -> str:

@@ -1,1 +1,1 @@
-"""Files: the native format (FORMAT.md) and the model card."""
+"""Files: the native format (FORMAT.md), the model card, AdapterHub's adapters, and merging into checkpoints on disk."""

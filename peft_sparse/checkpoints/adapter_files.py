@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.file_download import repo_folder_name
 from torch import Tensor
 
-from ..checks import nearest
+from ..checks import FLOAT_DTYPES, nearest
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
@@ -110,7 +110,7 @@ def _check_fields(config: Mapping[str, Any], where: str) -> None:
         "modules_to_save": modules is None or (isinstance(modules, list) and all(type(m) is str for m in modules)),
         "auto_mapping": mapping is None
         or (isinstance(mapping, dict) and all(type(mapping.get(key, "")) is str for key in _MAPPED)),
-        "values_dtype": config.get("values_dtype", "float32") in ("float32", "bfloat16", "float16", "float64"),
+        "values_dtype": config.get("values_dtype", "float32") in list(FLOAT_DTYPES),
         "base_model_name_or_path": isinstance(config.get("base_model_name_or_path"), (str, type(None))),
     }
     for name, holds in rules.items():

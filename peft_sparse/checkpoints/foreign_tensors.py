@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checks import FLOAT_DTYPES
 from ..errors import FormatError
 from ..untrusted import UNREADABLE, check_regular, unpacked_bytes
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # torch names what a pickle asks for in the middle of its advice to run it all the same.
 _ASKED_FOR = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")
 
@@ -99,7 +99,7 @@ def _check(key: str, tensor: Tensor, path: Path) -> None:
     """Refuse what has no bytes of its own behind its shape, and what is no floating-point number."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         raise FormatError(f"{path}: tensor {key!r} must be a dense one with data, got {_described(tensor)}.")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOAT_DTYPES.values():
         raise FormatError(
             f"{path}: tensor {key!r} must hold floating-point numbers (float32, float16, bfloat16 or float64), got "
             f"{_described(tensor)}."

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ..checks import check_factors, check_whole, dtype_named
+from ..checks import FLOAT_DTYPES, check_factors, check_whole, dtype_named
 from ..composition.chance import warn_of_coinciding_draws
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
@@ -22,8 +22,6 @@ from .merge_plan import Change, MergePlan, Part
 from .shards import MAX_SHARD_BYTES, Checkpoint, ShardWriter, copy_companions
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def merge_checkpoint(
         check_apart(output, adapter=adapter)
     check_whole("max_shard_bytes", max_shard_bytes)
     if dtype is not None:
-        dtype = dtype_named("dtype", dtype, _DTYPES)
+        dtype = dtype_named("dtype", dtype, FLOAT_DTYPES)
     parts = [_read_part(adapter) for adapter in (_each_once(given) if weights is None else given)]
     factors = _check_factors(parts, weights)
     head = _choose_head(parts, None if head_from is None else os.fspath(head_from))

@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checks import FLOAT_DTYPES
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
-from ..core.names import is_above_encoder
+from ..core.names import is_above_encoder, is_trained_whole
 from ..core.overlay import Overlay
 from ..errors import ConfigError, FormatError
 from .architecture import (
@@ -30,8 +31,6 @@ from .architecture import (
 from .shards import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +52,8 @@ class Part:
     @property
     def heads(self) -> dict[str, Tensor]:
         """The tensors of `modules_to_save`."""
-        modules = tuple(self.config.get("modules_to_save") or ())
-        return {name: tensor for name, tensor in self.others.items() if _lies_in(name, modules)}
+        modules = self.config.get("modules_to_save") or ()
+        return {n: tensor for n, tensor in self.others.items() if is_trained_whole(n.rpartition(".")[0], modules)}
 
 
 @dataclass(eq=False)
@@ -234,7 +233,7 @@ class MergePlan:
             return f"the checkpoint has it more than once, as {', '.join(same)}"
         if self._checkpoint.shape(stored) != shape:
             return f"it has shape {shape} there, {self._checkpoint.shape(stored)} in the checkpoint"
-        if self._checkpoint.dtype(stored) not in _FLOATS:
+        if self._checkpoint.dtype(stored) not in FLOAT_DTYPES.values():
             return f"it is quantised in the checkpoint, of dtype {self._checkpoint.dtype(stored)}"
         return None
 
@@ -296,11 +295,6 @@ class MergePlan:
 
     def _is_embedding(self, parameter: str) -> bool:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
-
-
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    pieces = parameter.split(".")
-    return bool(modules) and any(".".join(pieces[:end]).endswith(modules) for end in range(1, len(pieces)))
 
 
 def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import FLOAT_DTYPES
 from ..core.delta import SparseDelta
 from ..errors import FormatError
 
 VALUES, INDICES = "values", "_extra_state"
 REMEDY = "Nothing was loaded. Download the adapter again, or save it again from the model that trained it."
-VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor_names(parameter: str) -> tuple[str, str]:
@@ -34,7 +34,7 @@ def refuse_views(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_values(values: Tensor, name: str, source: str) -> None:
-    if values.dtype not in VALUE_DTYPES or values.dim() != 1:
+    if values.dtype not in FLOAT_DTYPES.values() or values.dim() != 1:
         found = f"{values.dtype} of shape {tuple(values.shape)}"
         rule = "one-dimensional float32, bfloat16, float16 or float64"
         raise FormatError(f"{source}: tensor '{name}' must be {rule}, got {found}. {REMEDY}")

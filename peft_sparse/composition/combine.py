@@ -10,7 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from ..checks import is_number
+from ..checks import check_one_of, is_number
 from ..core.backends.native import kernels
 from ..core.delta import SparseDelta
 from ..core.indices import FEW_SUPPORTS, positions, union
@@ -178,8 +178,7 @@ def _checked(
     majority_sign_method: str,
 ) -> Combination:
     """The combination that the name stands for, if the arguments fit it."""
-    if combination_type not in COMBINATIONS:
-        raise ConfigError(f"combination_type must be one of {list(COMBINATIONS)}, got {combination_type!r}")
+    check_one_of("combination_type", combination_type, COMBINATIONS)
     combination = COMBINATIONS[combination_type]
     if not deltas:
         raise ConfigError("at least one delta is needed to combine, got none")
@@ -190,10 +189,7 @@ def _checked(
     shapes = [tuple(delta.shape) for delta in deltas]
     if len(set(shapes)) > 1:
         raise ConfigError(f"only deltas of one weight can be combined, got the shapes {shapes}")
-    if majority_sign_method not in MAJORITY_SIGN_METHODS:
-        raise ConfigError(
-            f"majority_sign_method must be one of {list(MAJORITY_SIGN_METHODS)}, got {majority_sign_method!r}"
-        )
+    check_one_of("majority_sign_method", majority_sign_method, MAJORITY_SIGN_METHODS)
     if combination.prune is None and density is not None:
         pruning = [name for name, other in COMBINATIONS.items() if other.prune is not None]
         raise ConfigError(f"density={density} has no meaning for {combination_type!r}; it belongs to {pruning}")

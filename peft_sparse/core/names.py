@@ -4,6 +4,8 @@ torch.compile, and in an adapter's file.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 PREFIX = "base_model.model."
 # Path components that stand for a wrapper, not for a module of the model.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
@@ -51,6 +53,24 @@ def without_adapter(key: str, adapter_name: str) -> str:
         # An adapter may itself be called like a container.
         is_name = part in SLOTS and len(kept) > 1
     return ".".join(kept)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether a module's path is a name or ends with it, whole components alone: what `target_modules` means by it."""
+    return path == name or path.endswith(f".{name}")
+
+
+def is_trained_whole(path: str, modules: Collection[str]) -> bool:
+    """Whether `modules_to_save` names a module, or one that it lies in.
+
+    PEFT trains every module whose path ends so, inside of a name as well: "classifier" means "pre_classifier", too.
+
+    Args:
+        path: of the module.
+        modules: what `modules_to_save` holds.
+    """
+    ends, parts = tuple(modules), path.split(".")
+    return bool(ends) and any(".".join(parts[:end]).endswith(ends) for end in range(1, len(parts) + 1))
 
 
 def is_above_encoder(path: str, root: str) -> bool:

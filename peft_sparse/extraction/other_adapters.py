@@ -19,6 +19,7 @@ from ..checkpoints.files import load_tensors
 from ..checkpoints.foreign import way_in
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
+from ..core.names import is_trained_whole
 from ..errors import FormatError
 from ..selection.patterns import fullmatch
 from ..untrusted import UNREADABLE
@@ -91,7 +92,8 @@ class AdapterOnBase:
             config.init_lora_weights = True
         state = load_tensors(path)
         self._heads = _split_heads(state, kept, adapter)
-        self.heads = [head for head in kept if any(_is_inside(name, head) for name in self._heads)]
+        modules = [name.rpartition(".")[0] for name in self._heads]
+        self.heads = [head for head in kept if any(is_trained_whole(module, [head]) for module in modules)]
         _check_claims(settings, state, adapter)
         _name_targets(config, self.skeleton.model)
         _fill_with_nothing(self.skeleton.model)
@@ -149,16 +151,12 @@ def _name_targets(config: PeftConfig, model: nn.Module) -> None:
             setattr(config, field, {name for name, _ in model.named_modules() if fullmatch(pattern, name)})
 
 
-def _is_inside(name: str, module: str) -> bool:
-    return re.search(rf"(^|\.){re.escape(module)}\.", name) is not None
-
-
 def _split_heads(state: dict[str, Tensor], modules_to_save: list[str], adapter: str) -> dict[str, Tensor]:
     """Take out of a state dict what are not the tuner's own tensors; returns the heads among them."""
     heads: dict[str, Tensor] = {}
     for key in list(state):
         name = key.removeprefix(PREFIX)
-        if any(_is_inside(name, module) for module in modules_to_save):
+        if is_trained_whole(name.rpartition(".")[0], modules_to_save):
             heads[name] = state.pop(key)
         elif ".base_layer." in name or not re.search(r"lora_|shira_|supertuning_", name):
             # PEFT's save_embedding_layers adds the base model's own embeddings.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.adapter_files import read_adapter
+from ..checks import check_one_of
 from ..errors import ConfigError
 from ..files import check_apart, check_output
 from .composable_sft import DIFF_FILE, write_composable_sft
@@ -71,8 +72,7 @@ def export_adapter(
             adapter holds what the format has no place for, which is named.
         FormatError: the adapter is damaged, no sparse one, or not of that base.
     """
-    if to not in FORMATS:
-        raise ConfigError(f"to must be one of {list(FORMATS)}, got {to!r}.")
+    check_one_of("to", to, FORMATS)
     if to == COMPOSABLE_SFT and (base, rank) != (None, None):
         raise ConfigError(f"base and rank are for {', '.join(STOCK)}: {COMPOSABLE_SFT} needs neither.")
     files = read_adapter(adapter)

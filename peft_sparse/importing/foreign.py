@@ -65,6 +65,16 @@ def check_holdable(deltas: Mapping[str, SparseDelta], source: str) -> None:
             )
 
 
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse values of a run that had diverged.
+
+    Raises:
+        FormatError: some are NaN or infinite.
+    """
+    if broken := int((~values.isfinite()).sum()):
+        raise FormatError(f"{name}: {broken} values are NaN or infinite, so the run that wrote them had diverged.")
+
+
 def modules_of_heads(foreign: Foreign) -> list[str]:
     """The topmost modules that hold the heads and nothing else of the adapter: what PEFT calls `modules_to_save`.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
 from ..errors import FormatError
+from .foreign import check_finite
 
 
 def decode_gap_list(gaps: NDArray[np.int64], values: Tensor, shape: Sequence[int], *, name: str) -> SparseDelta:
@@ -41,8 +42,7 @@ def decode_gap_list(gaps: NDArray[np.int64], values: Tensor, shape: Sequence[int
         raise FormatError(f"{name}: values must be a list of floating-point numbers, got {_described(values)}.")
     if values.numel() != gaps.size:
         raise FormatError(f"{name}: there are {gaps.size} index_steps for {values.numel()} values.")
-    if broken := int((~values.isfinite()).sum()):
-        raise FormatError(f"{name}: {broken} values are NaN or infinite, so the run that wrote them had diverged.")
+    check_finite(values, name)
     numel = prod(shape)
     if gaps.size and (gaps[0] < 0 or (gaps[1:] < 1).any()):
         raise FormatError(f"{name}: index_steps must start at 0 or more and go on in steps of 1 or more.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.tasks import BASE_CLASSES, HEADS
+from ..core.names import is_trained_whole
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
@@ -120,20 +121,16 @@ def import_adapter(
     if not foreign.deltas and low_rank is None:
         raise FormatError(f"{foreign.source} changes no weight of the base model. Nothing was written.")
     if request.base_config is not None and request.kind == COMPOSABLE_SFT:
-        shapes = {name: delta.shape for name, delta in foreign.deltas.items()}
-        names = {"base": request.base, "source": foreign.source}
-        check_shapes(shapes, request.base_config, task_type=foreign.task_type, **names)
+        check_shapes(
+            {name: delta.shape for name, delta in foreign.deltas.items()},
+            request.base_config,
+            task_type=foreign.task_type,
+            base=request.base,
+            source=foreign.source,
+        )
     foreign, auto_mapping, left_out = _choose_heads(foreign, with_head, request)
     known = _labels_of(foreign, labels)
-    provenance: dict[str, Any] = {
-        "imported_from": foreign.source,
-        "format": foreign.kind,
-        "sha256": _sha256(foreign.path),
-        "revision": request.revision,
-        "labels": list(known),
-        "left_out": list(left_out),
-        "settings": dict(foreign.settings),
-    }
+    sha256 = _sha256(foreign.path)
     common: dict[str, Any] = {
         "modules_to_save": modules_of_heads(foreign) or None,
         "task_type": foreign.task_type,
@@ -141,6 +138,15 @@ def import_adapter(
         "base_model_name_or_path": request.base,
         "revision": request.base_revision,
         "inference_mode": True,
+    }
+    provenance = {
+        "imported_from": foreign.source,
+        "format": foreign.kind,
+        "sha256": sha256,
+        "revision": request.revision,
+        "labels": list(known),
+        "left_out": left_out,
+        "settings": dict(foreign.settings),
     }
     config = _config(foreign, common, {key: value for key, value in provenance.items() if value})
     if config is None or foreign.kind == ROSA:
@@ -159,7 +165,7 @@ def import_adapter(
         heads=tuple(common["modules_to_save"] or ()),
         labels=known,
         left_out=tuple(left_out),
-        sha256=provenance["sha256"],
+        sha256=sha256,
         file_size=size,
     )
 
@@ -183,7 +189,7 @@ def _choose_heads(
         saved = (saved,) if isinstance(saved, str) else tuple(saved)
         saved += HEADS.get(foreign.task_type or "", ())  # PEFT before 0.8 did not write these into the config
         of_mlm = {}
-        heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
+        heads = {name: tensor for name, tensor in heads.items() if is_trained_whole(name.rpartition(".")[0], saved)}
     if with_head is False:
         heads = {}
     elif of_mlm:
@@ -202,12 +208,6 @@ def _choose_heads(
     imported = {*heads, *(of_mlm if auto_mapping else ())}
     left_out = [name for name in foreign.heads if name not in imported]
     return replace(foreign, heads=heads, deltas=deltas), auto_mapping, left_out
-
-
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    parts = parameter.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(path == module or path.endswith(f".{module}") for path in paths for module in modules)
 
 
 def _labels_of(foreign: Foreign, labels: Sequence[str] | None) -> tuple[str, ...]:

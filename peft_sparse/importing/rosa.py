@@ -26,7 +26,7 @@ from ..core.indices import index_dtype
 from ..core.names import PREFIX
 from ..errors import ConfigError, FormatError
 from .base import parameters_of
-from .foreign import ROSA, Foreign, check_holdable
+from .foreign import ROSA, Foreign, check_finite, check_holdable
 from .torch_file import TorchFile
 
 # Columns are stored in 16 bits, with a sign that they have not.
@@ -203,8 +203,7 @@ def _delta(parts: Mapping[str, Tensor], shape: tuple[int, ...], name: str) -> Sp
         )
     if columns.dtype not in (torch.int16, torch.int32, torch.int64):
         raise FormatError(f"{name}: col_idx must be whole numbers, got {columns.dtype}.")
-    if broken := int((~values.isfinite()).sum()):
-        raise FormatError(f"{name}: {broken} values are NaN or infinite, so the run that wrote them had diverged.")
+    check_finite(values, name)
     unsigned = columns.long() & 0xFFFF if columns.dtype == torch.int16 else columns.long()
     if unsigned.numel() and not 0 <= int(unsigned.min()) <= int(unsigned.max()) < shape[1]:
         raise FormatError(

@@ -22,7 +22,7 @@ from ..core.names import PREFIX
 from ..errors import ConfigError, FormatError
 from ..selection.schedule import Schedule
 from .base import parameters_of
-from .foreign import SPIEL, Foreign, check_holdable
+from .foreign import SPIEL, Foreign, check_finite, check_holdable
 
 METHODS = {"rigl": "spiel_ag", "sm3": "spiel_ma"}
 _DELTA = re.compile(r"(?P<module>.+)\.sft_delta\.(?P<part>values|indices)")
@@ -154,8 +154,7 @@ def _delta(values: Tensor, indices: Tensor, shape: tuple[int, ...], name: str) -
         raise FormatError(f"{name}: there must be one value for each index, got {values.shape} and {indices.shape}.")
     if indices.dtype not in (torch.int32, torch.int64):
         raise FormatError(f"{name}: indices must be int32 or int64, got {indices.dtype}.")
-    if broken := int((~values.isfinite()).sum()):
-        raise FormatError(f"{name}: {broken} values are NaN or infinite, so the run that wrote them had diverged.")
+    check_finite(values, name)
     order = indices.long().argsort()
     positions = indices.long()[order]
     if positions.numel() and not 0 <= int(positions[0]) <= int(positions[-1]) < prod(shape):

@@ -1,3 +1,3 @@
-"""Looking at adapters (what is in them, how they relate, pictures of both), and ahead: what a run will take."""
+"""Looking at adapters: what is in them, how they relate, and pictures of both."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an optimizer's state of a grown weight starts from: a row for every optimizer that is known.
+"""What an optimizer's state starts from for a grown weight: a row for each known optimizer.
 
-It depends on what the optimizer does with the state, and is right if its own bias correction makes of it what a weight
-would have that had seen the estimated gradients.
+The right start depends on the optimizer: its own bias correction must turn it into the moments of a weight that has
+seen the estimated gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Taking a part of each step that an optimizer makes on some parameters, in any loop and under any optimizer.
+"""Scaling the steps that an optimizer makes on some parameters, in any loop and under any optimizer.
 
 Parameter groups with learning rates of their own would do the same, and cost a kernel launch for each group and update;
 they also could not follow a support that changes, for schedulers keep the rates that they began with.

@@ -1,4 +1,4 @@
-"""Being told of every optimizer step, in a loop that knows nothing of it."""
+"""Calling objects at every optimizer step, in loops that know nothing of them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, lcm, prod
 
-from ..checks import check_share, check_whole, is_number
+from ..checks import as_decimal, check_share, check_whole, is_number
 from ..errors import ConfigError
 from .layer_budgets import LAYER_BUDGETS, Zone, zones_of
 from .patterns import check_pattern, search
@@ -53,7 +53,7 @@ def round_density(density: float, numel: int) -> int:
         ConfigError: `density` outside (0, 1].
     """
     _check_density(density)
-    return min(numel, max(1, floor(_decimal(density) * numel + Fraction(1, 2))))
+    return min(numel, max(1, floor(as_decimal(density) * numel + Fraction(1, 2))))
 
 
 def check_request(
@@ -296,11 +296,6 @@ def _apportion(total: int, proportions: Sequence[int]) -> list[int]:
     return counts
 
 
-def _decimal(number: float) -> Fraction:
-    """The exact value of the number as it prints, so that 0.1 is a tenth."""
-    return Fraction(repr(float(number)))
-
-
 def _check_density(density: float) -> None:
     check_share("density", density, way_out="To give an absolute number of weights use num_weights=...")
 
@@ -308,7 +303,7 @@ def _check_density(density: float) -> None:
 def _checked_share(pattern: str, share: float) -> Fraction:
     if not is_number(share) or not 0 <= share <= 1:
         raise ConfigError(f"the share of budget group {pattern!r} must be in [0, 1], got {share}")
-    return _decimal(share)
+    return as_decimal(share)
 
 
 def _rank_one_count(shapes: Mapping[str, tuple[int, ...]], linear_names: Collection[str]) -> int:

@@ -7,13 +7,12 @@ token of an embedding, an output channel of a convolution. Vectors have no rows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from math import floor, prod
 
 import torch
 from torch import Tensor
 
-from ..checks import is_number
+from ..checks import as_decimal, is_number
 from ..core.indices import index_dtype
 from ..errors import ConfigError
 from .budget import Group
@@ -44,7 +43,7 @@ def num_rows(share: float | None, shape: Sequence[int]) -> int | None:
     """
     if share is None or len(shape) < 2 or prod(shape) == 0:
         return None
-    return max(1, floor(Fraction(repr(float(share))) * shape[0]))
+    return max(1, floor(as_decimal(share) * shape[0]))
 
 
 def room(share: float | None, shape: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import cos, floor, pi
 
-from ..checks import check_share, check_whole
+from ..checks import as_decimal, check_share, check_whole
 from ..errors import ConfigError
 
 KINDS = ("linear", "cosine")
@@ -71,7 +71,7 @@ class Schedule:
             return False
         if self.total_steps is None:
             return True
-        return update < self.total_steps and update <= _decimal(self.reselection_until) * self.total_steps
+        return update < self.total_steps and update <= as_decimal(self.reselection_until) * self.total_steps
 
     def window_end(self, update: int) -> int | None:
         """The last update of the estimation window that this update belongs to; None outside of windows."""
@@ -103,13 +103,8 @@ class Schedule:
         if self.replace_all_first and update == self.estimation_steps:
             return Fraction(1)
         if self.total_steps is None:
-            return _decimal(self.initial_rate)
+            return as_decimal(self.initial_rate)
         progress = Fraction(min(update, self.total_steps), self.total_steps)
         if self.kind == "linear":
-            return _decimal(self.initial_rate) * (1 - progress)
+            return as_decimal(self.initial_rate) * (1 - progress)
         return self.initial_rate / 2 * (1 + cos(pi * progress))
-
-
-def _decimal(number: float) -> Fraction:
-    """The decimal number that a float prints as."""
-    return Fraction(repr(float(number)))

@@ -150,7 +150,7 @@ def _above(scores: Tensor, threshold: float, name: str, at_most: int) -> tuple[T
 def streamed_top_k(
     scores: Iterable[tuple[str, Tensor]], k: int, *, min_score: float | None = None
 ) -> dict[str, Tensor]:
-    """`joint_top_k` of tensors that come one after the other and are seen once: for scores that are dear to compute.
+    """`joint_top_k` of tensors that come one after the other and are seen once: for scores that are costly to compute.
 
     What is among the k largest so far is remembered with its score; everything else of a tensor can go.
 

@@ -1,1 +1,1 @@
-"""Training: LT-SFT's two phases, as verbs for a loop of one's own and inside any Hugging Face trainer."""
+"""Training in any loop and any Hugging Face trainer: first phases, SpIEL's reselection, data in several languages."""

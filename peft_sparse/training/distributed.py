@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.indices import checksum
 from ..core.sharded import how_sharded, in_several_processes, is_sharded
 from ..errors import ConfigError, SelectionError
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
@@ -71,9 +72,7 @@ def check_same_supports(indices: Mapping[str, Tensor], *, when: str) -> None:
     first = next(iter(indices.values()))
     digest = torch.zeros((), dtype=torch.int64, device=first.device)
     for support in indices.values():
-        # Sums wrap around, and every position has its own odd factor.
-        factors = torch.arange(support.numel(), device=support.device) * 2654435761 + 40503
-        digest = digest * 31 + (support.long() * (2 * factors + 1)).sum().to(digest.device)
+        digest = digest * 31 + checksum(support).to(digest.device)
     total = sum(support.numel() for support in indices.values())
     _check_agreement(int(digest), total, first.device, f"the tuned weights {when}")
 
@@ -116,7 +115,7 @@ def _own_group() -> Any:
 
 
 def refuse_processes(adapter_name: str, budget: object, deltas: Mapping[str, AdapterDelta]) -> None:
-    """Refuse what would silently train something else in several processes, or under what is made for them.
+    """Refuse settings with which several processes, or wrappers made for them, would silently train something else.
 
     Args:
         adapter_name: the adapter that reselects.

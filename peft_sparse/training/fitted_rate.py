@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
+from ..tuners.common.announcements import ON_START, announce
 from ..tuners.common.base_model import base_model_of
 from ..tuners.sparse_ft.configs.base import SparseConfig
-from ..tuners.sparse_ft.drivers import RATE_FITS, iter_drivers
+from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, iter_drivers
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.linear import Linear
@@ -78,10 +79,8 @@ class RateFit:
         self._found: dict[str, tuple[int, int, float]] = {}
         self._warned = False
         scaled_steps.add(self)
-        # Here and not above: transformers' trainer is slow to import. Its checkpoints keep what was measured.
-        from .spiel.callback import install
-
-        install()
+        # Trainers' checkpoints keep what was measured.
+        announce(ON_START)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -189,4 +188,4 @@ def iter_rate_fits(model: nn.Module) -> Iterator[RateFit]:
     return (fit for fit in iter_drivers(base_model_of(model)) if isinstance(fit, RateFit))
 
 
-RATE_FITS[True] = RateFit
+FIELD_DRIVERS["fitted_rate"] = RateFit

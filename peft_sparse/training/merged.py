@@ -1,7 +1,8 @@
-"""Adapters that would stay as they are in a training run, since they are merged into the base weights."""
+"""Refusing to train adapters that are merged into the base weights: the run would leave them as they are."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from .._peft_bridge import BaseTunerLayer
 from ..errors import ConfigError
 from ..tuners.common.announcements import ON_MERGE
 from ..tuners.common.base_model import modules_around_adapters
+from .callbacks import add_to_every_trainer
 
 
 def refuse_merged(model: nn.Module) -> None:
@@ -34,7 +36,7 @@ def refuse_merged(model: nn.Module) -> None:
 
 
 class MergedCallback(TrainerCallback):
-    """Refuses to train merged adapters, in every trainer that is built after `install`."""
+    """Refuses to train merged adapters, in every trainer that is built from then on."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -42,13 +44,4 @@ class MergedCallback(TrainerCallback):
         refuse_merged(model)
 
 
-def install() -> None:
-    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
-    # Here and not above: transformers' trainer is slow to import.
-    import transformers.trainer
-
-    if MergedCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(MergedCallback)
-
-
-ON_MERGE.append(install)
+ON_MERGE.append(partial(add_to_every_trainer, MergedCallback))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..optim.sm3 import SM3
 from ..tuners.ada_sft.config import AdaSftConfig
+from ..tuners.common.adapter_config import carrier_of
 from ..tuners.common.base_model import base_model_of
 from ..tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
@@ -90,7 +91,8 @@ def warn_of_rate(model: nn.Module, optimizer: Any) -> None:
         for parameter in group["params"]
     }
     count = sum(p.numel() for p in base_model_of(model).parameters())
-    for name, config in _configs(model).items():
+    carrier = carrier_of(model)
+    for name, config in (carrier.peft_config if carrier is not None else {}).items():
         known = recommended(config, count, with_sm3=isinstance(optimizer, SM3))
         found = {rate_of[id(p)] for p in _trained(model, name, config) if id(p) in rate_of}
         if known is None or not any(found):
@@ -99,15 +101,6 @@ def warn_of_rate(model: nn.Module, optimizer: Any) -> None:
             _warn(name, config, rate, known, f"{known.low / rate:.0f} times smaller than")
         elif (rate := min(found)) * (1 + 1e-9) >= known.high * FACTOR:
             _warn(name, config, rate, known, f"{rate / known.high:.0f} times larger than")
-
-
-def _configs(model: nn.Module) -> dict[str, Any]:
-    """The configs of the adapters of a model, whatever it is wrapped in."""
-    while model is not None:
-        if found := getattr(model, "peft_config", None):
-            return dict(found)
-        model = getattr(model, "module", None)
-    return {}
 
 
 def _trained(model: nn.Module, name: str, config: Any) -> list[nn.Parameter]:

@@ -1,7 +1,8 @@
-"""Several active adapters in a trainer that knows of one: transformers' own resumes and keeps the best of the first."""
+"""Several active adapters in transformers' own trainer, which resumes, and loads the best of, the first one alone."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -11,12 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ConfigError
 from ..tuners.common.announcements import ON_STACK
 from ..tuners.common.base_model import modules_of_adapter
+from .callbacks import add_to_every_trainer
 
 WAY_OUT = "SparseTrainer and sparse_trainer(YourTrainer) bring back all that train."
 
 
 class StackedAdaptersCallback(TrainerCallback):
-    """Refuses what would bring back one of several active adapters, in every trainer that is built after `install`.
+    """Refuses what would bring back one of several active adapters, in every trainer that is built from then on.
 
     transformers' trainer loads the first active adapter of a checkpoint and leaves the others out of the model's sum.
     """
@@ -57,13 +59,4 @@ def trains(model: nn.Module, adapter_name: str) -> bool:
     return any(p.requires_grad for module in modules_of_adapter(model, adapter_name) for p in module.parameters())
 
 
-def install() -> None:
-    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
-    # Here and not above: transformers' trainer is slow to import.
-    import transformers.trainer
-
-    if StackedAdaptersCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(StackedAdaptersCallback)
-
-
-ON_STACK.append(install)
+ON_STACK.append(partial(add_to_every_trainer, StackedAdaptersCallback))

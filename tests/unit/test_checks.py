@@ -19,7 +19,7 @@ from peft_sparse import (
     SparseConfig,
     SpielAGConfig,
 )
-from peft_sparse.checks import check_one_of, dtype_named, nearest
+from peft_sparse.checks import check_factors, check_one_of, dtype_named, nearest
 from peft_sparse.errors import ConfigError
 
 MEANT = [
@@ -43,6 +43,10 @@ MEANT = [
     (lambda: RandConfig(density=0.1, layers_to_transform="1"), ConfigError, "layers_to_transform must be the index"),
     (lambda: BottleneckConfig(leave_out=[True]), ConfigError, "leave_out must be the index of a layer"),
     (lambda: RandConfig(density=0.1, init_weights="gaussian"), ConfigError, "init_weights must be True or False"),
+    (lambda: RandConfig(density=0.1, l1=True), ConfigError, "l1 must be a finite number >= 0, got True"),
+    (lambda: SpielAGConfig(density=0.1, max_grad_norm=10**400), ConfigError, "max_grad_norm must be a finite"),
+    (lambda: BottleneckConfig(scaling=-(10**400)), ConfigError, "scaling must be a finite number"),
+    (lambda: check_factors([1.0, 10**400], 2), ConfigError, "weights must be finite numbers, got [1.0, 1000"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""Ways to compute the same numbers: `reference` is slow and obviously right, `sddmm` is what training uses."""
+"""Ways to compute the same numbers: `reference` is slow and obviously right, the other modules are fast."""

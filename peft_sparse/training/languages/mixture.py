@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import is_finite, is_whole
 from ...errors import ConfigError
 
 INDEPENDENT, EXACT = "independent", "exact"
@@ -36,9 +37,8 @@ class Source:
     origin: str = "gold"
 
     def __post_init__(self) -> None:
-        number = self.upsampling
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
-            raise ConfigError(f"upsampling must be a number above 0, got {number!r}.")
+        if not (is_finite(self.upsampling) and self.upsampling > 0):
+            raise ConfigError(f"upsampling must be a number above 0, got {self.upsampling!r}.")
         if not isinstance(self.language, str) or not self.language:
             raise ConfigError(f"language must be the code of a language, got {self.language!r}.")
 
@@ -153,7 +153,7 @@ def few_shot(rows: Sequence[Any], k: int, *, seed: int = 0, stratify: str | None
     Raises:
         ConfigError: more rows are asked for than there are, or a row has no such field.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(rows):
+    if not is_whole(k) or not 1 <= k <= len(rows):
         raise ConfigError(f"k must be in 1..{len(rows)}, the number of rows there are, got {k!r}.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     if stratify is None:

@@ -8,7 +8,6 @@ and so languages, of its own.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...checks import check_one_of, is_number, nearest
+from ...checks import check_one_of, is_finite, nearest
 from ...errors import ConfigError
 from .mixture import DRAWS, EXACT, INDEPENDENT, BatchLanguage, Source, as_sources, exact_schedule
 
@@ -76,7 +75,7 @@ def sampling_probabilities(
     for name, factor in factors.items():
         if name not in sizes:
             raise ConfigError(f"upsampling names {name!r}, which is none of {sorted(sizes)}.{nearest(name, sizes)}")
-        if not is_number(factor) or not 0 < factor < math.inf:
+        if not (is_finite(factor) and factor > 0):
             raise ConfigError(f"upsampling of {name!r} must be a number above 0, got {factor!r}.")
     weights = {name: factors.get(name, 1.0) * min(size, cap) ** exponent for name, size in sizes.items()}
     total = sum(weights.values())
@@ -151,8 +150,14 @@ class MultiSourceDataset(Dataset[LanguageBatch]):
         self.probabilities = sampling_probabilities(sizes, cap=cap, exponent=exponent, upsampling=upsampling)
         generator = _generator(seed, 0, 0)
         if draw == EXACT:
-            how = {"num_batches": num_batches, "batch_size": batch_size, "cap": cap, "exponent": exponent}
-            self.schedule, self.probabilities = exact_schedule(self._known, **how, generator=generator)
+            self.schedule, self.probabilities = exact_schedule(
+                self._known,
+                num_batches=num_batches,
+                batch_size=batch_size,
+                cap=cap,
+                exponent=exponent,
+                generator=generator,
+            )
         else:
             chances = torch.tensor([self.probabilities[name] for name in self.names], dtype=torch.float64)
             drawn = torch.multinomial(chances, num_batches, replacement=True, generator=generator)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer
+from ...checks import is_whole
 from ...errors import ConfigError, FormatError
 from ...files import write_atomically
 from ..progress import progress_bar
@@ -95,12 +96,7 @@ def translate_rows(
     output, fields = Path(output), [fields] if isinstance(fields, str) else list(fields)
     _check_rows(rows, fields, batch_size, max_length)
     _check_model(model)
-    own = getattr(getattr(model, "generation_config", None), "num_return_sequences", None)
-    if (count := (generation or {}).get("num_return_sequences", own)) not in (None, 1):
-        raise ConfigError(
-            f"num_return_sequences (generation=..., or the model's generation_config) must be 1, got {count}: a row "
-            "has one translation."
-        )
+    _check_generation(model, generation or {})
     forced = _set_languages(tokenizer, source, target)
     settings = {
         "fields": fields,
@@ -129,6 +125,10 @@ def translate_rows(
     done = done[:start]
     begins = {} if forced is None else {"forced_bos_token_id": forced}
     arguments = {"max_new_tokens": max_length, **(generation or {}), **begins}
+
+    def generate(texts: list[str]) -> tuple[list[str], int, int]:
+        return _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments)
+
     was_training = model.training
     model.eval()
     write_atomically(partial, _lines(done))
@@ -138,17 +138,8 @@ def translate_rows(
             advance(start)
             for first in range(start, len(rows), per_batch):
                 batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
-                texts = [row[field] for row in batch for field in fields]
-                # A blank text stays, of which a model would make something up.
-                filled = [prefix + text for text in texts if text.strip()]
-                made, cut, unfinished = _generate(model, tokenizer, filled, max_length, arguments)
-                rest = iter(made)
-                found = [next(rest) if text.strip() else text for text in texts]
+                new, cut, unfinished = _translated(batch, fields, generate)
                 num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
-                new = [
-                    {**row, **dict(zip(fields, found[i * len(fields) : (i + 1) * len(fields)], strict=True))}
-                    for i, row in enumerate(batch)
-                ]
                 _append(partial, new)
                 done += new
                 advance(len(batch))
@@ -159,6 +150,20 @@ def translate_rows(
         if number:
             logger.warning("%s: %d %s at %d subwords: max_length=...", output, number, what, max_length)
     return Translated(output, done, start, num_cut, num_unfinished)
+
+
+def _translated(
+    batch: Sequence[Mapping[str, Any]],
+    fields: Sequence[str],
+    generate: Callable[[list[str]], tuple[list[str], int, int]],
+) -> tuple[list[Row], int, int]:
+    """The rows of a batch with translations in `fields`; how many texts were cut, and translations unfinished."""
+    texts = [row[field] for row in batch for field in fields]
+    # A blank text stays, of which a model would make something up.
+    made, cut, unfinished = generate([text for text in texts if text.strip()])
+    rest = iter(made)
+    found = iter([next(rest) if text.strip() else text for text in texts])
+    return [{**row, **{field: next(found) for field in fields}} for row in batch], cut, unfinished
 
 
 def add_language_code(model: Any, tokenizer: Any, code: str, *, like: str | None = None) -> int:
@@ -202,7 +207,7 @@ def add_language_code(model: Any, tokenizer: Any, code: str, *, like: str | None
 
 def _check_rows(rows: Sequence[Mapping[str, Any]], fields: list[str], batch_size: int, max_length: int) -> None:
     for name, number in (("batch_size", batch_size), ("max_length", max_length)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if not is_whole(number) or number < 1:
             raise ConfigError(f"{name} must be >= 1, got {number!r}")
     if not len(rows) or not fields:
         raise ConfigError(f"there is nothing to translate: {len(rows)} rows, fields {fields}.")
@@ -218,6 +223,15 @@ def _check_model(model: nn.Module) -> None:
         raise ConfigError(
             f"model must be a sequence-to-sequence model, such as AutoModelForSeq2SeqLM loads, got "
             f"{type(model).__name__}."
+        )
+
+
+def _check_generation(model: Any, generation: Mapping[str, Any]) -> None:
+    own = getattr(getattr(model, "generation_config", None), "num_return_sequences", None)
+    if (count := generation.get("num_return_sequences", own)) not in (None, 1):
+        raise ConfigError(
+            f"num_return_sequences (generation=..., or the model's generation_config) must be 1, got {count}: a row "
+            "has one translation."
         )
 
 

@@ -1,1 +1,1 @@
-"""The phases before the sparse one: what they train, how they end, and how they are saved."""
+"""First phases: dense training (LT-SFT, DeFT-X), masks (Ada-SFT), selection by gradients, and their checkpoints."""

@@ -1,4 +1,4 @@
-"""What a first phase is to a trainer and its checkpoints, and the phases that there are."""
+"""The interface of a first phase, to trainers and their checkpoints, and the registry of phases."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What a trainer that knows no phases is told of an adapter that has its first phase before it."""
+"""Adapters that have a first phase before them, in trainers that know no phases: refused, or warned of."""
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -10,18 +11,19 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import ConfigError
-from ...tuners.common.adapter_config import peft_configs
+from ...tuners.common.adapter_config import carrier_of
 from ...tuners.common.announcements import ON_UNFINISHED
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.unselected import HOW_TO_SELECT, is_unselected, open_phase
+from ..callbacks import add_to_every_trainer
 from .mask_phase import is_in_mask_phase
 
 logger = logging.getLogger(__name__)
 
 
 class FirstPhaseCallback(TrainerCallback):
-    """Refuses to train what cannot train, in every trainer that is built after `install`."""
+    """Refuses to train what cannot train, in every trainer that is built from then on."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -40,13 +42,11 @@ def check_training(model: Any) -> None:
     Raises:
         ConfigError: the weights of an active adapter are not selected, and no dense phase of it is open.
     """
-    inner: Any = model
-    while not isinstance(getattr(inner, "peft_config", None), dict):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if inner is None:
-            return
+    inner = carrier_of(model)
+    if inner is None:
+        return
     phase = open_phase(base_model_of(inner))
-    names = [name for name in peft_configs(inner) if phase is None or phase.adapter_name != name]
+    names = [name for name in inner.peft_config if phase is None or phase.adapter_name != name]
     waiting = [name for name in names if is_unselected(inner.peft_config[name]) and _is_active(inner, name)]
     if waiting:
         wrap = "" if isinstance(inner, PeftModel) else "Make a PeftModel: get_peft_model(model, config). "
@@ -70,13 +70,4 @@ def _is_active(model: nn.Module, adapter_name: str) -> bool:
     return any(adapter_name in layer.active_adapters for layer in layers)
 
 
-def install() -> None:
-    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
-    # Here and not above: transformers' trainer is slow to import.
-    import transformers.trainer
-
-    if FirstPhaseCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(FirstPhaseCallback)
-
-
-ON_UNFINISHED.append(install)
+ON_UNFINISHED.append(partial(add_to_every_trainer, FirstPhaseCallback))

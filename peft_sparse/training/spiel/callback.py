@@ -1,4 +1,4 @@
-"""What a Hugging Face trainer has to tell SpIEL, and what it keeps for it: any trainer gets this automatically."""
+"""The callback by which any Hugging Face trainer tells SpIEL how long it runs, and keeps its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import transformers.trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,7 +28,8 @@ STATE_FILE = "sparse_training_state.safetensors"
 class ReselectionCallback(TrainerCallback):
     """Gives the length of the run to reselecting adapters, and their training state to checkpoints.
 
-    `install` puts it into the default callbacks of transformers, so that a plain `Trainer`, or TRL's, needs no word.
+    It is among transformers' default callbacks (`start.tell_trainers`), so that a plain `Trainer`, or TRL's, needs no
+    word.
     """
 
     def __init__(self) -> None:
@@ -105,12 +105,6 @@ class ReselectionCallback(TrainerCallback):
             _write(tensors, folder)
 
 
-def install() -> None:
-    """Make every trainer that is built from now on use the callback; a second call changes nothing."""
-    if ReselectionCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(ReselectionCallback)
-
-
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the training state of a model's reselecting adapters, and what `fitted_rate` has measured, into a
     checkpoint; nothing if there are none.
@@ -128,6 +122,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         for driver in (*iter_reselectors(model), *iter_rate_fits(model))
         for key, tensor in driver.state_dict().items()
     }
+
+
+def _of_adapter(adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_tensors` gave of one adapter, under its own keys."""
+    prefix = f"{adapter_name}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _write(tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
@@ -154,9 +154,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors = load_file(path)
     states = {}
     for reselector in iter_reselectors(model):
-        prefix = f"{reselector.adapter_name}/"
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if state:
+        if state := _of_adapter(reselector.adapter_name, tensors):
             check_state(state, reselector.deltas, name=f"{path} (adapter {reselector.adapter_name!r})")
             states[reselector] = state
         else:
@@ -165,8 +163,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for reselector, state in states.items():
             reselector.load_state_dict(state)
         for fit in iter_rate_fits(model):
-            prefix = f"{fit.adapter_name}/"
-            fit.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            fit.load_state_dict(_of_adapter(fit.adapter_name, tensors))
 
 
 def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:

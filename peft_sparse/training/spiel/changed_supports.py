@@ -15,11 +15,11 @@ from ...tuners.sparse_ft.layers.delta import AdapterDelta
 
 
 class ChangedSupports:
-    """Takes what optimizers remember of an adapter's weights along when its weights are others all of a sudden.
+    """Carries the state of optimizers over when an adapter's support has changed by other means than a reselection.
 
-    A trainer loads its best checkpoint and is asked to train on; a loop goes back to an earlier state by hand. The
-    moments that the optimizer holds are of the support before, entry by entry, and would be taken for those of other
-    weights. An optimizer whose own state was loaded meanwhile is left alone: that state is of the same checkpoint.
+    A trainer loads its best checkpoint and trains on; a loop goes back to an earlier state by hand. The moments that
+    the optimizer holds belong to the weights of the old support, entry by entry. An optimizer whose own state was
+    loaded meanwhile is left alone: that state belongs to the same checkpoint.
 
     Args:
         deltas: {parameter name: delta}.

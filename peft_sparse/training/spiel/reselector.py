@@ -34,7 +34,7 @@ from .saved_state import check_state
 from .seeding import clip_factor, seeds_of
 from .updates import Updates, first_not_finite
 from .weight_record import WeightRecord
-from .window import is_clear, read_estimates, saved_estimates, tap_gradients
+from .window import estimates_of, is_clear, read_estimates, saved_estimates, tap_gradients
 
 
 class Reselector:
@@ -58,9 +58,9 @@ class Reselector:
     def __init__(self, model: nn.Module, adapter_name: str, config: SpielConfig) -> None:
         self.adapter_name = adapter_name
         self.config = config
-        self.deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
-        self._places = {name: (layer, which) for name, layer, which, _ in iter_deltas(model, adapter_name)}
-        self._layer = next((layer for _, layer, _, _ in iter_deltas(model, adapter_name)), None)
+        found = list(iter_deltas(model, adapter_name))
+        self.deltas = {name: delta for name, _, _, delta in found}
+        self._places = {name: (layer, which) for name, layer, which, _ in found}
         self.update = 0
         self.total_steps = config.total_steps
         self.max_grad_norm = config.max_grad_norm
@@ -121,11 +121,6 @@ class Reselector:
     def _was_loaded(self) -> bool:
         return any(self._random_versions.get(name) not in (None, d.support_version) for name, d in self.deltas.items())
 
-    @property
-    def has_counted_none(self) -> bool:
-        """Whether no update was ever counted, nor told by a state."""
-        return self.update == 0 and not self._continues
-
     def begin_training(self, total_steps: int) -> None:
         """A trainer begins a run of so many updates. A second run goes on from the support of the first.
 
@@ -170,7 +165,7 @@ class Reselector:
         refuse_processes(self.adapter_name, self.config.budget, self.deltas)
         names = self._updates.after(step, is_active=self._is_active())
         if names:
-            if self.has_counted_none:
+            if self.update == 0 and not self._continues:
                 check_clock(self.adapter_name, step.optimizer, [self.deltas[name] for name in names])
             what = f"update {self.update + 1} of adapter {self.adapter_name!r}"
             if (broken := first_not_finite(self.deltas, names)) is not None:
@@ -208,7 +203,7 @@ class Reselector:
         return self._is_active() and any(delta.held_values.requires_grad for delta in self.deltas.values())
 
     def _is_active(self) -> bool:
-        layer = self._layer
+        layer, _ = next(iter(self._places.values()), (None, ""))
         return layer is not None and not layer.disable_adapters and self.adapter_name in layer.active_adapters
 
     @torch.no_grad()
@@ -258,8 +253,11 @@ class Reselector:
         schedule, following = self.schedule, self.update + 1
         if estimates is None and not schedule.is_first_of_window(following):
             return
-        how = {"until": schedule.window_end(following), "schedule": schedule, "estimates": estimates or {}}
-        self._taps = tap_gradients(self.config, self.deltas, self._places, **how)
+        end = schedule.window_end(following)
+        replaces_all = end is not None and schedule.rate(end) == 1
+        self._taps = tap_gradients(
+            self.config, self.deltas, self._places, replaces_all=replaces_all, estimates=estimates or {}
+        )
 
     def _close_window(self) -> None:
         for name in self._taps:
@@ -285,8 +283,13 @@ class Reselector:
         )
         total = sum(delta.count for delta in self.deltas.values())
         mean_abs = sum(float(v.abs().sum(dtype=torch.float64)) for v in values.values()) / total
-        old = {"deltas": self.deltas, "replacements": replacements, "estimates": self._estimates()}
-        factor = clip_factor(self.max_grad_norm, self._updates.optimizers(), **old)
+        factor = clip_factor(
+            self.max_grad_norm,
+            self._updates.optimizers(),
+            deltas=self.deltas,
+            replacements=replacements,
+            estimates=estimates_of(self._taps),
+        )
         for name, replacement in replacements.items():
             self._apply(name, replacement, values[name], factor)
         self._supports.note()
@@ -306,11 +309,8 @@ class Reselector:
         squared = self.config.grow_by == "fisher"
         return {
             name: Candidates(estimate.indices[estimate.nominated], self._taps[name].scores(squared=squared))
-            for name, estimate in self._estimates().items()
+            for name, estimate in estimates_of(self._taps).items()
         }
-
-    def _estimates(self) -> dict[str, Estimate]:
-        return {name: tap.estimate for name, tap in self._taps.items() if tap.estimate is not None}
 
     def _drop_scores(self, name: str, values: Tensor) -> Tensor:
         held = self.deltas[name].held_values
@@ -325,10 +325,10 @@ class Reselector:
 
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]
-        estimate = self._estimates().get(name)
-        seeds = seeds_of(estimate, replacement, clip_factor=factor) if estimate is not None else None
         if self._covers is not None:
             seeds = self._covers.seeds(name, replacement.new_indices)
+        else:
+            seeds = seeds_of(estimates_of(self._taps)[name], replacement, clip_factor=factor)
         values = replacement.carry(values)
         self._record.replace(name, replacement, values, update=self.update)
         for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
@@ -398,6 +398,4 @@ stepped: StepWatch[Reselector] = StepWatch(register_optimizer_step_post_hook, _a
 
 def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:
     """The reselectors that drive adapters of a model."""
-    for driver in iter_drivers(base_model_of(model)):
-        if isinstance(driver, Reselector):
-            yield driver
+    return (driver for driver in iter_drivers(base_model_of(model)) if isinstance(driver, Reselector))

@@ -1,4 +1,4 @@
-"""What the saved state of a reselecting adapter has to look like before any of it is believed."""
+"""Checks of a reselecting adapter's saved state, before any of it is used."""
 
 from __future__ import annotations
 

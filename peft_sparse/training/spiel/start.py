@@ -1,4 +1,4 @@
-"""What starts when an adapter that reselects is added: its driver, and a word to the trainers that are built later."""
+"""What starts when a SpIEL adapter is added: its reselector, and a callback in the trainers that are built later."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from ...tuners.common.announcements import ON_START, announce
 from ...tuners.sparse_ft.configs.spiel import SpielConfig
 from ...tuners.sparse_ft.drivers import DRIVERS
+from ..callbacks import add_to_every_trainer
 from .reselector import Reselector
 
 
@@ -18,11 +19,11 @@ def start_reselector(model: nn.Module, adapter_name: str, config: SpielConfig) -
 
 
 def tell_trainers() -> None:
-    """Let every trainer that is built from now on know of reselecting adapters."""
-    # Here and not above: transformers' trainer is slow to import, and nobody else wants it.
-    from .callback import install
+    """Let every trainer that is built from now on know of reselecting adapters, and of fitted rates."""
+    # Here and not above: it imports transformers' trainer, which is slow.
+    from .callback import ReselectionCallback
 
-    install()
+    add_to_every_trainer(ReselectionCallback)
 
 
 DRIVERS["spiel_ag"] = start_reselector

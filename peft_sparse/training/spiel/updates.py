@@ -105,8 +105,7 @@ class Updates:
 
     def optimizers_of(self, values: Tensor) -> list[Optimizer]:
         """The optimizers that stepped on some values: several where one is built around another."""
-        alive = [optimizer for held in self._optimizers if (optimizer := held()) is not None]
-        return [optimizer for optimizer in alive if any(p is values for p in all_parameters(optimizer))]
+        return [optimizer for optimizer in self.optimizers() if any(p is values for p in all_parameters(optimizer))]
 
     def optimizers(self) -> list[Optimizer]:
         """All optimizers that stepped on the adapter's values."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...selection.criteria import CRITERIA, WEIGHT
 from ...selection.rows import num_rows
-from ...selection.schedule import Schedule
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from .estimate import ESTIMATE_PARTS, Estimate
@@ -23,8 +22,7 @@ def tap_gradients(
     deltas: Mapping[str, AdapterDelta],
     places: Mapping[str, tuple[Any, str]],
     *,
-    until: int | None,
-    schedule: Schedule,
+    replaces_all: bool,
     estimates: Mapping[str, Estimate],
 ) -> dict[str, GradientTap]:
     """Begin to watch the gradients of an adapter's tensors.
@@ -33,8 +31,7 @@ def tap_gradients(
         config: of the adapter.
         deltas: {parameter name: delta}.
         places: {parameter name: (layer, which of its parameters)}.
-        until: the last update of the window, if that is known.
-        schedule: when to reselect and how much.
+        replaces_all: whether the reselection at the end of the window replaces every weight.
         estimates: {parameter name: what the window has seen already}.
     """
     total, numel = (sum(part) for part in zip(*((d.count, d.numel) for d in deltas.values()), strict=True))
@@ -50,7 +47,7 @@ def tap_gradients(
             weigh=_weights_of_growth(config.grow_by, *places[name]),
             estimate=estimates.get(name),
             num_rows=num_rows(config.support_rows, delta.shape),
-            rows_anew=until is not None and schedule.rate(until) == 1,
+            rows_anew=replaces_all,
         )
     return taps
 
@@ -66,9 +63,14 @@ def is_clear(taps: Mapping[str, GradientTap], num_replaced: Mapping[str, int], *
     return sum(u for u, _ in counts) <= uncertain_share * sum(g for _, g in counts)
 
 
+def estimates_of(taps: Mapping[str, GradientTap]) -> dict[str, Estimate]:
+    """{parameter name: what the window has seen}, of the tensors whose candidates are nominated."""
+    return {name: tap.estimate for name, tap in taps.items() if tap.estimate is not None}
+
+
 def saved_estimates(taps: Mapping[str, GradientTap]) -> dict[str, Tensor]:
     """What the window has seen, as tensors that `read_estimates` knows."""
-    seen = {name: tap.estimate for name, tap in taps.items() if tap.estimate is not None}
+    seen = estimates_of(taps)
     return {f"window.{part}.{name}": own for name, e in seen.items() for part, own in e.state_dict().items()}
 
 

@@ -115,12 +115,12 @@ class AdaSftConfig(WeightConfig):
 
     @property
     def first_phase(self) -> str | None:
-        """That of the masks, until they are fixed."""
+        """The mask phase, until the masks are fixed."""
         return MASK if self.phase == MASK else None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The masks, until they are fixed; then what lies under them."""
+        """The mask phase, until the masks are fixed; then the weight phase."""
         second = Stage("weight phase", fields={"phase": WEIGHTS})
         return (Stage("mask phase"), second) if self.phase == MASK else (second,)
 

@@ -12,11 +12,6 @@ from .layer import Linear
 from .masked_weight import MaskedWeight
 
 
-def iter_masked_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """(path in the base model, layer) of every layer that carries masks."""
-    return iter_tuned(model, Linear)
-
-
 def iter_masked(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Linear, MaskedWeight]]:
     """(name of the parameter in the base model, its layer, what the adapter holds on it) of every masked weight.
 
@@ -25,7 +20,7 @@ def iter_masked(model: nn.Module, adapter_name: str = "default") -> Iterator[tup
     """
     found = (
         (f"{name}.weight", layer, masked)
-        for name, layer in iter_masked_layers(model)
+        for name, layer in iter_tuned(model, Linear)
         for masked in layer.masked([adapter_name])
     )
     return refusing_unknown(found, model, adapter_name)

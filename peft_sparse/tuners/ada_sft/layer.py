@@ -144,7 +144,7 @@ class Linear(WeightLayer):
             self.merged_adapters.extend(asked)
         if not names:
             return
-        self.refuse_parts()
+        self.refuse_parts(names)
         if safe_merge:
             self.check_finite([*self.merged_adapters, *names])
         self.merged_adapters.extend(names)
@@ -155,8 +155,7 @@ class Linear(WeightLayer):
         self._originals = [original]
         self._shown.begin()
 
-    def refuse_parts(self, name: str = "this layer") -> None:
-        """Raise a ConfigError if the weight is not whole in this process."""
+    def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
         how = how_sharded(self.original)
         if how is not None or is_sharded(self.original):
             raise not_whole(f"weight of {name}", how)

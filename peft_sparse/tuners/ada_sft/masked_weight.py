@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
-from ..common.announcements import announce
+from ..common.announcements import ON_UNFINISHED, announce
 from ..common.base_module import NeverOffloaded
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
@@ -52,7 +52,7 @@ class MaskedWeight(NeverOffloaded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.phase == MASK:
-            announce()
+            announce(ON_UNFINISHED)
 
     @property
     def phase(self) -> str:

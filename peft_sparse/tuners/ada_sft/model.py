@@ -9,19 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule
-from ...errors import ConfigError
-from ..common.announcements import announce
+from ..common.announcements import ON_UNFINISHED, announce
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of
-from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt
-from ..common.target_checks import refuse_unsupported
+from ..common.target_checks import check_each
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, state
 from .config import MASK, AdaSftConfig
-from .iteration import iter_masked, iter_masked_layers
+from .iteration import iter_masked
 from .layer import Linear, check_linear
 from .masked_weight import MaskedWeight
 
@@ -55,19 +53,13 @@ class AdaSftModel(WeightTuner):
         if held:
             self._targets = state.fit_head(config, model, adapter_name, self._targets, state.modules_of(held))
         modules = dict(named_targets(model))
-        refused: dict[str, ConfigError] = {}
-        for name in self._targets:
-            try:
-                check_linear(modules[name], name)
-            except ConfigError as error:
-                refused[name] = error
-        refuse_unsupported(refused, [name for name in self._targets if name not in refused])
+        check_each(self._targets, lambda name: check_linear(modules[name], name))
         return self._targets
 
     def _complete(self, config: AdaSftConfig, model: nn.Module, adapter_name: str, requested: AdaSftConfig) -> None:
         config.target_modules = stored_target_modules(self._request, self._targets)
         if config.phase == MASK:
-            announce()
+            announce(ON_UNFINISHED)
         if not config.init_weights and not config.inference_mode:
             for _, _, masked in iter_masked(model, adapter_name):
                 if not masked.trained.is_meta:
@@ -95,33 +87,6 @@ class AdaSftModel(WeightTuner):
         return layer
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
-
-    def _check_merge_allowed(self) -> None:
-        # Called by PEFT before the first layer is merged. Its own version warns about tied embeddings; here merging
-        # unties them.
-        for name, layer in iter_masked_layers(self.model):
-            layer.refuse_parts(name)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        self._check_unloading(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
-        layers = self.tuned_layers()
-        if not merge:
-            self._restore()
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        for layer in layers:
-            layer._shown.end()
-        if merge:
-            forget_broken_ties(model)
-        self._as_before(model)
-        return model
 
     @classmethod
     def _for_file(

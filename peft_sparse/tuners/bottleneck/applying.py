@@ -1,4 +1,4 @@
-"""What adapters do where they lie: one rule for the tuned layer and for the plain module that is left of it."""
+"""How adapters act at their placements: the same code for the tuned layer and for the plain module baked from it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..common.mixed_batches import check_one_per_example
 from .placement import BLOCK, INVERTIBLE, NORM, OUTPUT, PARALLEL, RESIDUAL
 
 
@@ -133,10 +134,7 @@ class PerExample:
         return self._per_example(x, x, lambda adapter, part: adapter.inverse(part))
 
     def _per_example(self, x: Tensor, start: Tensor, act: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        if len(self.names) != len(x):
-            raise ValueError(
-                f"adapter_names must name one adapter per example ({len(x)}), got {len(self.names)} names: {self.names}"
-            )
+        check_one_per_example(self.names, x)
         rows = [[i for i, other in enumerate(self.names) if other == name] for name in self.adapters]
         order = torch.tensor([i for group in rows for i in group], device=x.device)
         parts = x.index_select(0, order).split([len(group) for group in rows])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ..._peft_bridge import add_peft_type
-from ...checks import check_one_of, is_number, is_whole
+from ...checks import check_one_of, is_finite, is_whole
 from ...errors import ConfigError
 from ..common.config import WeightConfig
 from .adapter import LEARNED, activation_named
@@ -26,7 +25,6 @@ _ELSEWHERE = {
     "inv_adapter": "It is called invertible here.",
     "density": "A bottleneck adapter has a size, no density: bottleneck_size=... or reduction_factor=...",
 }
-_LARGEST = 1e300
 
 
 @dataclass
@@ -114,9 +112,9 @@ class BottleneckConfig(WeightConfig):
         check_one_of("invertible", self.invertible, (None, *COUPLINGS))
         self._check_sizes()
         activation_named(self.activation)
-        if self.scaling != LEARNED and not (_is_number(self.scaling) and math.isfinite(self.scaling)):
+        if self.scaling != LEARNED and not is_finite(self.scaling):
             raise ConfigError(f"scaling must be a finite number or {LEARNED!r}, got {self.scaling!r}.")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (is_finite(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         if self.placement is not None and self.target_modules is None:
             raise ConfigError(f"placement={self.placement!r} needs target_modules: it says what happens there.")
@@ -132,7 +130,7 @@ class BottleneckConfig(WeightConfig):
             raise ConfigError(f"bottleneck_size must be a whole number >= 1, got {size!r}.")
         for name in ("reduction_factor", "invertible_reduction_factor"):
             factor = getattr(self, name)
-            if factor is not None and not (_is_number(factor) and 0 < factor < math.inf):
+            if factor is not None and not (is_finite(factor) and factor > 0):
                 raise ConfigError(f"{name} must be a finite number > 0, got {factor!r}.")
 
     def size_for(self, width: int) -> int:
@@ -145,8 +143,3 @@ class BottleneckConfig(WeightConfig):
     def share_of(width: int, factor: float) -> int:
         """width / factor, rounded down, and no number that is too large to count with."""
         return int(min(width // factor, 2.0**60))
-
-
-def _is_number(value: object) -> bool:
-    # A whole number beyond all floats comes out of a file, not out of a request.
-    return is_number(value) and (isinstance(value, float) or abs(value) <= _LARGEST)

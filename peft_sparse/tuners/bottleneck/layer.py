@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..._peft_bridge import BaseTunerLayer
 from ...errors import ConfigError
-from ..common.base_module import attribute_of, home_of
+from ..common.base_module import LikeItsBase, attribute_of, home_of
 from ..common.kept_dtype import undo_cast
 from .adapter import Bottleneck, init_linears
 from .applying import PerExample, apply, attach
@@ -25,7 +25,7 @@ ADAPTERS = "bottleneck_adapters"
 _OWN = "_peft_sparse_own"
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(LikeItsBase, BaseTunerLayer):
     """Stands around the module of a site; see `placement.py` for what happens there.
 
     Attributes:
@@ -116,27 +116,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """The base module's output with what the active adapters make of it."""
         return apply(self.base_layer, self, args, kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:
-            return modules[name]
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_layer" not in modules:
-                raise
-            try:
-                found = attribute_of(self.base_layer, name, lambda: self.base_layer)
-            except AttributeError:
-                pass
-            else:
-                if "forward" in name and callable(found):
-                    raise ConfigError(
-                        f"{name}() of a {type(self.base_layer).__name__} computes past the bottleneck adapters around "
-                        "it: call the module, or layer.base_layer for the base model's own."
-                    ) from None
-                return found
-            raise
+    def _attribute_of_base(self, name: str) -> Any:
+        found = attribute_of(self.base_layer, name, lambda: self.base_layer)
+        if "forward" in name and callable(found):
+            raise ConfigError(
+                f"{name}() of a {type(self.base_layer).__name__} computes past the bottleneck adapters around it: call "
+                "the module, or layer.base_layer for the base model's own."
+            ) from None
+        return found
 
     def detach_hooks(self) -> None:
         """Take this layer out of the modules around it."""

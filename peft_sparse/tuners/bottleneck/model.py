@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -145,30 +145,28 @@ class BottleneckModel(AdapterTuner):
         """
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
-    def _unload_and_optionally_merge(
+    def _begin_unloading(
         self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        layers = list(iter_layers(self.model))
+        layers: Mapping[str, BottleneckLayer],
+        *,
+        merge: bool,
+        safe_merge: bool,
+        adapter_names: list[str] | None,
+    ) -> None:
         if merge:
             refuse_baking(self.model)
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
-        if merge:
+            if safe_merge:
+                self._check_finite(layers, adapter_names)
             bake(self.model, adapter_names)
-        for _, layer in layers:
+        for layer in layers.values():
             self.release(layer)
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        bake_inverse(model)
-        return model
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for path, layer in iter_layers(self.model):
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, BottleneckLayer], *, merge: bool) -> None:
+        bake_inverse(model)
+
+    @staticmethod
+    def _check_finite(layers: Mapping[str, BottleneckLayer], adapter_names: list[str] | None) -> None:
+        for path, layer in layers.items():
             for name in layer.active_adapters if adapter_names is None else adapter_names:
                 if name in layer.adapters and not all(
                     bool(torch.isfinite(p).all()) for p in layer.adapters[name].parameters()

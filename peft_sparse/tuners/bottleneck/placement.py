@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer, _get_in_out_features
+from ...core.names import ends_with
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
 from ..common.target_checks import warn_of_exclusions
@@ -258,7 +259,7 @@ def _at_end(pattern: str) -> str:
 def _matches(pattern: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(pattern, str):
         return fullmatch(pattern, name)
-    return any(name == ending or name.endswith(f".{ending}") for ending in pattern or ())
+    return any(ends_with(name, ending) for ending in pattern or ())
 
 
 def _model_type(model: nn.Module) -> str:

@@ -40,7 +40,7 @@ def check_loaded(
 
 
 def as_sharded(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors cut up as the model's own are, which takes no others then."""
+    """A file's tensors, sharded as the model's own are."""
     own = dict(model.named_parameters())
     return {
         key: sharded_like(tensor, own[key]) if key in own and not is_sharded(tensor) else tensor

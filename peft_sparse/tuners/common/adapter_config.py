@@ -1,4 +1,4 @@
-"""The config of one adapter of a model, and what is found of it, or an error that says which there are."""
+"""Finding an adapter of a model by its name: its config, or an error that lists the adapters that there are."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from .base_model import base_model_of, modules_around_adapters
 T = TypeVar("T")
 
 
+def carrier_of(model: Any) -> Any:
+    """The model that carries adapters, inside whatever it is wrapped in (DDP, torch.compile); None if there is none."""
+    while model is not None and not isinstance(getattr(model, "peft_config", None), dict):
+        model = getattr(model, "module", None)
+    return model
+
+
 def peft_configs(model: nn.Module) -> dict[str, Any]:
     """{adapter name: config} of a model, whatever it is wrapped in.
 
     Raises:
         ConfigError: it carries no adapter.
     """
-    wrapped: Any = model
-    while wrapped is not None and not isinstance(getattr(wrapped, "peft_config", None), dict):
-        wrapped = getattr(wrapped, "module", None)
-    if wrapped is None:
+    carrier = carrier_of(model)
+    if carrier is None:
         raise ConfigError(
             f"model must carry a PEFT adapter, got a {type(model).__name__}. Wrap it: get_peft_model(model, config), "
             "with a LotteryTicketConfig or an AdaSftConfig."
         )
-    return wrapped.peft_config
+    return carrier.peft_config
 
 
 def refusing_unknown(found: Iterable[T], model: nn.Module, adapter_name: str) -> Iterator[T]:
-    """What a walk over an adapter finds; a name that a model with adapters does not have is refused at its end.
+    """Pass on what a walk over an adapter finds; if that is nothing, refuse a name that the model does not have.
 
     Args:
         found: the walk.

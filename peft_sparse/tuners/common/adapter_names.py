@@ -61,7 +61,7 @@ def _trained_whole(configs: list[PeftConfig]) -> list[str]:
 
 
 def known_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[str] | None:
-    """The adapters that a verb was asked for, in order and each once; None, which stands for the active ones, as it is.
+    """The adapters that a verb was asked for, in order and each once; None (the active ones) comes back as it is.
 
     Args:
         names: one name or several.

@@ -52,7 +52,7 @@ def _let_train(before: list[tuple[str, nn.Parameter, bool]]) -> None:
 
 
 def _take_out(tuner: AdapterTuner, adapter_name: str, *, is_first: bool, around: Collection[int]) -> None:
-    """Take an adapter that is not whole out of a tuner and its model.
+    """Take an adapter that was half added out of a tuner and its model.
 
     Args:
         tuner: the tuner.

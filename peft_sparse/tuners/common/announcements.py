@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 # Called when an adapter is made that has a first phase before it.
 ON_UNFINISHED: list[Callable[[], None]] = []
-# Called when an adapter is made, or copied, whose support changes while it trains.
+# Called when an adapter is made, or copied, whose support changes while it trains, or whose steps are scaled.
 ON_START: list[Callable[[], None]] = []
 # Called when several adapters are made active, and not all of them are there to be used only.
 ON_STACK: list[Callable[[], None]] = []
@@ -17,7 +17,7 @@ ON_STACK: list[Callable[[], None]] = []
 ON_MERGE: list[Callable[[], None]] = []
 
 
-def announce(listeners: list[Callable[[], None]] = ON_UNFINISHED) -> None:
-    """Say that there is such an adapter; without an argument, one that has a first phase before it."""
+def announce(listeners: list[Callable[[], None]]) -> None:
+    """Call all that are to be told of one of these events."""
     for tell in listeners:
         tell()

@@ -53,7 +53,7 @@ def modules_around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 class KnownModules:
-    """What `modules_around_adapters` finds in a model, walked anew where a module has other children than it had then.
+    """What `modules_around_adapters` finds in a model, kept until the children of a module change.
 
     For what is asked of a whole model at every switch of adapters. A copy knows nothing.
 
@@ -71,7 +71,7 @@ class KnownModules:
         return KnownModules, ()
 
     def see(self, model: nn.Module) -> KnownModules:
-        """Look whether it is all as it was, and walk if not; returns itself."""
+        """Walk over the model again if anything in it has changed; returns itself."""
         if model is not self._model or any(module._modules != held for module, held in self._children):
             self.modules = [module for _, module in modules_around_adapters(model)]
             self._children = [(module, dict(module._modules)) for module in self.modules]

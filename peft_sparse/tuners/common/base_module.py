@@ -1,4 +1,4 @@
-"""A base module as its adapters make it: with other parameters for one call, with its hooks, its weights loaded."""
+"""Calling a base module with other parameters, with its own hooks, and where accelerate offloads its weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def own_forward(module: nn.Module) -> Any:
-    """A forward that was given to this very module, accelerate's hooks aside; None if it computes as its class does."""
+    """The forward that was set on this module itself, accelerate's aside; None if it computes as its class does."""
     given = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
     is_of_class = isinstance(given, MethodType) and given.__func__ is type(module).forward
     return None if is_of_class else given
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether a forward that was given to this very module may read its parameters past its caller."""
+    """Whether a function that is no method of the module replaces its forward: it may read the weight itself."""
     given = own_forward(module)
     return given is not None and not (isinstance(given, MethodType) and given.__self__ is module)
 
 
 def foreign_forward(module: nn.Module, name: str) -> ConfigError:
-    """What refuses such a module, by its path."""
+    """The error for such a module; `name` is its path."""
     return ConfigError(
         f"the forward of {name} ({type(module).__name__}) was replaced on this very module, by a function that reads "
         "its weight itself and would not see the delta. Add the adapter before whatever replaces it, or leave the "
@@ -44,7 +44,7 @@ def foreign_forward(module: nn.Module, name: str) -> ConfigError:
 
 
 def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """A module like `module`, whose parameters of these names are other tensors; that itself is left alone.
+    """A shallow copy of a module in which parameters of these names are other tensors; the module is left alone.
 
     It shares buffers and children, has no hooks, and what a method of it writes into its attributes is lost.
     """
@@ -153,6 +153,34 @@ def attribute_of(module: nn.Module, name: str, view: Callable[[], nn.Module]) ->
     raise AttributeError(name)
 
 
+class LikeItsBase(nn.Module):
+    """A layer around a base module: an attribute that it lacks is that of the base module."""
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in modules:
+                raise
+            try:
+                return self._attribute_of_base(name)
+            except AttributeError:
+                pass
+            # torch's error, which names this layer's class.
+            raise
+
+    def _attribute_of_base(self, name: str) -> Any:
+        """What the base module has under a name: see `attribute_of`.
+
+        Raises:
+            AttributeError: it has nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its base layer is read")
+
+
 # ---- accelerate's offloading ---------------------------------------------------------------------
 
 
@@ -171,7 +199,7 @@ def home_of(module: nn.Module, tensor: Tensor) -> torch.device:
 
 @contextmanager
 def loaded(module: nn.Module, *, store: bool = False) -> Iterator[None]:
-    """Have a module's own parameters at hand, if accelerate offloaded them.
+    """Load a module's own parameters for the length of the block, if accelerate offloaded them.
 
     Args:
         module: which has them.

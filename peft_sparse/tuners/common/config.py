@@ -1,4 +1,4 @@
-"""What the configs of this library share in how they are written to disk and read from it."""
+"""Base class of all configs here: their common checks, the stages of training, and how files are written and read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Stage:
 
 
 class WeightConfig(PeftConfig):
-    """Base class of configs whose files are the same for equal configs, and lie beside a model card of ours."""
+    """Base class of all configs here: equal ones give equal files, with a model card beside them."""
 
     # Not fields. The name of the adapter that is being saved, set by the hook that collects its tensors, since PEFT
     # tells `save_pretrained` only a folder.

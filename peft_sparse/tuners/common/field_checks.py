@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ...checks import check_layers, check_modules, shortened
+from ...checks import check_flag, check_layers, check_modules, shortened
 from ...errors import ConfigError
 from ...selection.patterns import check_pattern
 
@@ -36,8 +36,7 @@ def check_shared_fields(config: Any) -> None:
             raise ConfigError(f"{name} must be a list of names, got {shortened(value)}.")
     for name in ("layers_to_transform", "leave_out"):
         check_layers(name, getattr(config, name, None))
-    if not isinstance(getattr(config, "init_weights", True), bool):
-        raise ConfigError(f"init_weights must be True or False, got {config.init_weights!r}.")
+    check_flag("init_weights", getattr(config, "init_weights", True))
     tokens = getattr(config, "trainable_token_indices", None)
     rows = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
     if not all(_is_all(one, int) and all(0 <= index < 2**31 for index in one) for one in rows):

@@ -1,4 +1,4 @@
-"""Adapters keep the dtype that they were given, whatever a trainer assigns to the data of what is trainable."""
+"""Undoing the casts of trainers: adapters keep the dtype that they were given."""
 
 from __future__ import annotations
 

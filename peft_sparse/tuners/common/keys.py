@@ -162,7 +162,7 @@ def _put_back_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given:
 
 
 def _unmerge_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given: dict[str, str]) -> None:
-    """Of embeddings that adapters are merged into, what the base model has: PEFT saves some beside an adapter."""
+    """Save the base model's own values of embeddings that adapters are merged into, if PEFT saves these at all."""
     own = {id(module) for module in embeddings_of(model)}
     for path, module in model.named_modules():
         if id(module) not in own or not isinstance(module, WeightLayer) or not module.merged:

@@ -1,6 +1,4 @@
-"""What the tuner layers of this library share: being read like the base layer, one adapter per example of a batch, and
-what merging says.
-"""
+"""Base class of the layers that change weights: they are read like their base layer, and serve mixed batches."""
 
 from __future__ import annotations
 
@@ -18,7 +16,17 @@ from ...core.on_demand import on_demand
 from ...core.ops import is_recorded
 from ...core.sharded import is_sharded
 from ...errors import ConfigError
-from .base_module import attribute_of, called, home_of, loaded, offload_hook, output_without_hooks, seen_through
+from .base_module import (
+    LikeItsBase,
+    attribute_of,
+    called,
+    home_of,
+    loaded,
+    offload_hook,
+    output_without_hooks,
+    seen_through,
+)
+from .mixed_batches import check_one_per_example
 
 # The parameters of a base layer that adapters can change.
 PARAMETERS = ("weight", "bias")
@@ -29,7 +37,7 @@ READ_ALONE = (
 )
 
 
-class WeightLayer(nn.Module, BaseTunerLayer):
+class WeightLayer(LikeItsBase, BaseTunerLayer):
     """Base class of tuner layers that change the parameters of the module that they wrap.
 
     To the model such a layer is its base layer with other weights: `weight` and `bias` are what the active adapters
@@ -92,31 +100,19 @@ class WeightLayer(nn.Module, BaseTunerLayer):
         return True
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
-        """What `adapters` change a parameter by; empty if they do not."""
-        raise TypeError(f"{type(self).__name__} does not say what its adapters consist of")
+        """The trainable tensors by which `adapters` change a parameter; empty if they do not."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its adapters consist of")
 
     def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
-        """What computes a parameter with `adapters` in it from the tensors of this moment, differentiably."""
-        raise TypeError(f"{type(self).__name__} does not say how its adapters change a parameter")
+        """A function that computes a parameter with `adapters` in it, differentiably, from the tensors as they are."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its adapters change a parameter")
 
     def pristine(self, parameter: str) -> Tensor:
         """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
-        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
+        raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
 
-    def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:
-            return modules[name]
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_layer" not in modules:
-                raise
-            try:
-                return attribute_of(self.get_base_layer(), name, self._view)
-            except AttributeError:
-                pass
-            raise
+    def _attribute_of_base(self, name: str) -> Any:
+        return attribute_of(self.get_base_layer(), name, self._view)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A setting of the base layer, such as the epsilon of a norm, is set where it acts.
@@ -136,19 +132,23 @@ class WeightLayer(nn.Module, BaseTunerLayer):
 
     def acts(self, adapter_name: str) -> bool:
         """Whether an adapter changes what this layer computes."""
-        raise TypeError(f"{type(self).__name__} does not say which adapters act")
+        raise NotImplementedError(f"{type(self).__name__} does not say which adapters act")
 
     def restore(self) -> None:
         """Take whatever is in the base parameters out of them, bit for bit."""
-        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
+        raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
+
+    def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
+        """Raise a ConfigError if a tensor that `adapters` change is not whole in this process; changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which tensors merging would write into")
 
     def check_finite(self, adapters: Sequence[str]) -> None:
         """Raise a ValueError if merging `adapters` would write a NaN or an infinity; changes nothing."""
-        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+        raise NotImplementedError(f"{type(self).__name__} does not say what merging would write")
 
     def check_range(self, adapters: Sequence[str]) -> None:
         """Raise a ConfigError if merging finite values would write infinities, as into float16; changes nothing."""
-        raise TypeError(f"{type(self).__name__} does not say what merging would write")
+        raise NotImplementedError(f"{type(self).__name__} does not say what merging would write")
 
     def keep_entries(self, kept: bool) -> None:
         """Keep what the checks of a merge read, for the merge that follows at once; or give it up."""
@@ -166,15 +166,11 @@ class WeightLayer(nn.Module, BaseTunerLayer):
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with the adapters' deltas in it; `args` and `kwargs` are the base layer's own."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes with a delta")
+        raise NotImplementedError(f"{type(self).__name__} does not say how it computes with a delta")
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """One adapter per example of the batch; "__base__" stands for none."""
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names must name one adapter per example ({len(x)}), "
-                f"got {len(adapter_names)} names: {adapter_names}"
-            )
+        check_one_per_example(adapter_names, x)
         if self.merged:
             raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
         if self.disable_adapters:
@@ -221,7 +217,7 @@ def _refuse_rows(layer: WeightLayer) -> Tensor:
 
 
 def not_finite(adapters: Sequence[str], why: str) -> ValueError:
-    """What `check_finite` raises."""
+    """The error of `check_finite`."""
     # The first sentences are PEFT's: its tests match them for every tuner.
     return ValueError(
         f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: {why}. The base "
@@ -230,7 +226,7 @@ def not_finite(adapters: Sequence[str], why: str) -> ValueError:
 
 
 def beyond_range(adapters: Sequence[str], parameter: str, dtype: torch.dtype) -> ConfigError:
-    """What `check_range` raises."""
+    """The error of `check_range`."""
     return ConfigError(
         f"merging {', '.join(adapters)} would write infinities: with the adapter in it, a {parameter} leaves the range "
         f"of {dtype} (up to {torch.finfo(dtype).max:.6g}). The base model is unchanged. Load the base in bfloat16 "
@@ -239,7 +235,7 @@ def beyond_range(adapters: Sequence[str], parameter: str, dtype: torch.dtype) ->
 
 
 def not_whole(what: str, how: str | None) -> ConfigError:
-    """What refuses to merge where a process holds only a part of the weights; `how` is that of `how_sharded`."""
+    """The error where a process holds only a part of what is to be merged into; `how` is that of `how_sharded`."""
     return ConfigError(
         f"the {what} is {how}, and merging needs all of it. Save the adapter (model.save_pretrained, on every "
         "process), load it onto the base model in a single process, and merge there."

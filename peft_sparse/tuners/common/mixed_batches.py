@@ -5,11 +5,11 @@ The names are handed to the layers by hooks on the model, as in PEFT, so one thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
@@ -51,6 +51,19 @@ def names_by_module(
                 having = module._get_available_adapters()
                 own = [name if name in having else BASE for name in adapter_names]
             yield module, [name for name in own for _ in range(repeats)]
+
+
+def check_one_per_example(adapter_names: Sequence[str], x: Tensor) -> None:
+    """Refuse other than one name per example of a batch [B, ...].
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(adapter_names) != len(x):
+        raise ValueError(
+            f"adapter_names must name one adapter per example ({len(x)}), got {len(adapter_names)} names: "
+            f"{list(adapter_names)}"
+        )
 
 
 def give_names(module: nn.Module, names: list[str]) -> RemovableHandle:

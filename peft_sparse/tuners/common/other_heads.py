@@ -31,7 +31,7 @@ def parts_of_other_heads(paths: Collection[str], model: nn.Module) -> list[str]:
 
 
 def heads_without_part(paths: Collection[str], held: Collection[str], model: nn.Module) -> list[str]:
-    """Of the modules that a config targets, those of this model's head that an adapter's file holds nothing of.
+    """The targeted modules of this model's head that an adapter's file holds nothing of.
 
     Args:
         paths: the targets.

@@ -1,4 +1,4 @@
-"""State dicts of a base layer in whose parameters deltas are written: they show, and load, its own entries."""
+"""State dicts of a base layer while deltas are written into its parameters: they hold the base model's own weights."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def set_heads(
 
 
 def check_heads_of_merged(tuner: AdapterTuner, names: Sequence[str]) -> None:
-    """Refuse to merge adapters whose head is another one than that which acts.
+    """Refuse to merge adapters whose head is not the one that acts.
 
     Heads are not merged: the merged weights would be computed with the head of the active adapters.
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ..._peft_bridge import NoMatchingPeftModuleError
 from ...checks import nearest
+from ...core.names import ends_with
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
 
@@ -29,7 +30,7 @@ class NotInThisStateError(ConfigError):
 
 
 def no_linear(model: str) -> NothingTargetedError:
-    """What is said of "all-linear" on a model without linear layers; `model` is its class."""
+    """The error for "all-linear" on a model without linear layers; `model` is its class."""
     return NothingTargetedError(
         f"target_modules='all-linear' (the default) finds no linear layer in {model}. Sparse fine-tuning tunes "
         "embeddings, norms and convolutions as well (Ada-SFT does not): name them in target_modules, or take all of "
@@ -106,12 +107,31 @@ def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:
     for field, names in named.items():
         for name in names:
             module = name if field == "target_modules" else name.rpartition(".")[0]
-            found = [norm for path, norm in modules.items() if path == module or path.endswith(f".{module}")]
+            found = [norm for path, norm in modules.items() if ends_with(path, module)]
             if module and found and all(found):
                 raise ConfigError(
                     f"target_norms=False leaves all norms out, and {field} names {name!r}, which are norms: drop one "
                     "of the two. Without target_norms the norms that are named are tuned."
                 )
+
+
+def check_each(paths: Collection[str], check: Callable[[str], object]) -> None:
+    """Check every target, and refuse all that cannot be tuned in one error.
+
+    Args:
+        paths: of the targets.
+        check: raises a ConfigError for one that cannot be tuned.
+
+    Raises:
+        ConfigError: see `refuse_unsupported`.
+    """
+    refused: dict[str, ConfigError] = {}
+    for path in paths:
+        try:
+            check(path)
+        except ConfigError as error:
+            refused[path] = error
+    refuse_unsupported(refused, [path for path in paths if path not in refused])
 
 
 def refuse_unsupported(refused: Mapping[str, ConfigError], supported: Collection[str]) -> None:

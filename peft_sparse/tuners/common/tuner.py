@@ -1,8 +1,8 @@
-"""What the tuners of this library share in how PEFT drives them."""
+"""Base class of all tuners here: how PEFT drives them, and how an adapter's tensors are named in its file."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from .adapter_names import known_list, known_names
 from .adding import adding
 from .announcements import ON_STACK, announce
-from .base_model import KnownModules, path_in_base
+from .base_model import KnownModules, iter_tuned, path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
@@ -78,7 +78,7 @@ class AdapterTuner(BaseTuner):
         Raises:
             ConfigError: the request cannot be met on this model.
         """
-        raise TypeError(f"{type(self).__name__} does not say what a config means on a model")
+        raise NotImplementedError(f"{type(self).__name__} does not say what a config means on a model")
 
     def _complete(self, config: Any, model: nn.Module, adapter_name: str, requested: PeftConfig) -> None:
         """What is left to do when the layers of an adapter are in place; `requested` is the config as it was given."""
@@ -100,16 +100,16 @@ class AdapterTuner(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _tuned(self, config: Any, adapter_name: str, target: nn.Module, path: str, parent: nn.Module) -> nn.Module:
-        """The layer that is to stand for a module, with a new adapter in it: a new one, or `target` if it is one.
+        """The layer for a module, with a new adapter in it: a new layer around it, or `target` if that is one already.
 
         Args:
             config: the adapter's own copy of its config.
             adapter_name: its name.
-            target: the module, or the layer that stands for it already.
+            target: the module, or the layer that is around it already.
             path: its path in the base model.
             parent: the module that holds it.
         """
-        raise TypeError(f"{type(self).__name__} does not say how an adapter comes into a layer")
+        raise NotImplementedError(f"{type(self).__name__} does not say how an adapter comes into a layer")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `.weight`, which a dropout, a feed-forward or a head of several layers (XLM-R's
@@ -172,15 +172,32 @@ class AdapterTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = dict(iter_tuned(self.model, self.tuner_layer_cls))
+        self._begin_unloading(layers, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         if merge and adapter_names is not None:
             # PEFT leaves the head of the active adapter, and looks for rows of tokens that an adapter may not have.
             set_heads_to_merge(self, adapter_names)
             for layer in self.tuned_layers():
                 layer.set_adapter(adapter_names, inference_mode=True)
             adapter_names = None
-        return super()._unload_and_optionally_merge(
+        model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        self._end_unloading(model, layers, merge=merge)
+        return model
+
+    def _begin_unloading(
+        self, layers: Mapping[str, Any], *, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
+        """Refuse what cannot be unloaded or merged for good, and make the layers ready for it.
+
+        Args:
+            layers: {path in the base model: layer} of this tuner type.
+            merge, safe_merge, adapter_names: as PEFT's.
+        """
+
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, Any], *, merge: bool) -> None:
+        """Clear up after the layers have left the model, which is the base model again."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it alone was active, the first that is left takes over."""
@@ -250,7 +267,7 @@ class AdapterTuner(BaseTuner):
 
     def _combine(self, adapters: list[str], weights: list[float], fields: dict[str, Any], **how: Any) -> Combined:
         """The sum of adapters; `fields` are those of its config that the combined ones have already."""
-        raise TypeError(f"{type(self).__name__} does not say what the sum of adapters is")
+        raise NotImplementedError(f"{type(self).__name__} does not say what the sum of adapters is")
 
     # ---- files -----------------------------------------------------------------------------------
 

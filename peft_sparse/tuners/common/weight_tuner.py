@@ -1,8 +1,8 @@
-"""What the tuners share whose adapters change weights: merging, unmerging and unloading."""
+"""Base class of the tuners whose adapters change weights: merging, unmerging and unloading."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer
 from .adapter_names import known_list
 from .announcements import ON_MERGE, announce
+from .base_model import iter_tuned
+from .broken_ties import forget_broken_ties
 from .stacked_heads import check_heads_of_merged
 from .tuner import AdapterTuner
 
@@ -66,7 +68,7 @@ class WeightTuner(AdapterTuner):
 
     @contextmanager
     def _checked(self, layers: Sequence[Any], adapter_names: list[str] | None, *, safe_merge: bool) -> Iterator[None]:
-        """Refuse what cannot be merged into these layers, of any tuner; what ours read for that, the merge finds."""
+        """Refuse what cannot be merged into these layers, of any tuner; the merge finds what ours read for that."""
         ours = [layer for layer in layers if isinstance(layer, self.tuner_layer_cls)]
         try:
             for layer in ours:
@@ -82,9 +84,9 @@ class WeightTuner(AdapterTuner):
     def _ready_to_merge(
         self, layers: list[Any], adapter_names: list[str] | None
     ) -> tuple[Callable[[], bool] | None, list[Any]]:
-        """What merges into some of the layers in one pass, if there is that, and the others.
+        """(a function that merges into some of the layers in one pass, None if there is none; the other layers).
 
-        It changes nothing and returns False where it would have to refuse, or to look closer.
+        The function changes nothing and returns False where it would have to refuse, or to look closer.
         """
         return None, layers
 
@@ -110,23 +112,33 @@ class WeightTuner(AdapterTuner):
             check = layer.check_finite if safe_merge else layer.check_range
             check(adapter_names if adapter_names is not None else layer.active_adapters)
 
-    def _check_unloading(self, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Refuse to merge for good what cannot be, before anything is touched."""
+    def _check_merge_allowed(self) -> None:
+        # Called by PEFT before the first layer is merged. Its own version warns about tied embeddings; here merging
+        # unties them.
+        for name, layer in iter_tuned(self.model, self.tuner_layer_cls):
+            layer.refuse_parts(layer.active_adapters, name)
+
+    def _begin_unloading(
+        self, layers: Mapping[str, Any], *, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
         if merge:
             self._check_merge_allowed()
             self._check_merged(adapter_names, safe_merge=safe_merge)
-
-    def _as_before(self, model: nn.Module) -> None:
-        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in self.trainable_before)
-
-    def _restore(self) -> None:
-        """Take whatever is merged or written out of the base weights."""
-        for layer in self.tuned_layers():
+            return
+        # Whatever is merged or written comes out of the base weights.
+        for layer in layers.values():
             layer.merged_adapters.clear()
             layer.restore()
         for layer in self.around.of_kind(BaseTunerLayer):
             if layer.merged:  # PEFT's, of trained tokens
                 layer.unmerge()
+
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, Any], *, merge: bool) -> None:
+        for layer in layers.values():
+            layer._shown.end()
+        if merge:
+            forget_broken_ties(model)
+        # What trained before PEFT froze the base model trains again.
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self.trainable_before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from os import PathLike
 from typing import Any
 
 from ..._peft_bridge import add_peft_type
@@ -15,6 +14,7 @@ from ...typology import Typology
 from ...typology.table import DEFAULT_FEATURES
 from ..bottleneck.adapter import LEARNED
 from ..bottleneck.config import BottleneckConfig
+from .saved_typology import check_typology
 
 MAD_G = add_peft_type("MAD_G")
 # What a generated adapter has of its own, whatever the hypernetwork's.
@@ -94,21 +94,13 @@ class MadGConfig(BottleneckConfig):
             )
         if self.scaling == LEARNED:
             raise ConfigError(f"scaling must be a number for MAD-G, got {LEARNED!r}: it is not generated.")
-        self.features = [self.features] if isinstance(self.features, str) else self.features
-        self.features = list(self.features) if isinstance(self.features, (list, tuple)) else self.features
-        if (
-            not isinstance(self.features, list)
-            or not self.features
-            or not all(isinstance(name, str) for name in self.features)
-        ):
+        names = [self.features] if isinstance(self.features, str) else self.features
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"features must name sets of typological features, got {self.features!r}.")
+        self.features = list(names)
+        check_typology(self.typology)
         if isinstance(self.typology, Mapping):
             self.typology = Typology.from_vectors(self.typology)
-        if not (self.typology is None or isinstance(self.typology, (str, PathLike, Typology))):
-            raise ConfigError(
-                "typology must be what load_typology() gives, a dictionary {language code: vector}, the path of a file "
-                f"or None, got {type(self.typology).__name__}."
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but `typology`, of which `saved_typology` holds what the adapter needs."""

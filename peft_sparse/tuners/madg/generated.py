@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
 
+from ...core.names import PREFIX
 from ...errors import ConfigError
 from ...files import write_atomically
 from ..bottleneck.adapter import BottleneckWeights
@@ -53,10 +54,11 @@ class GeneratedAdapter:
         if not isinstance(model, PeftModel):
             model = get_peft_model(model, config, adapter_name=self.name)
         else:
-            if next(iter(model.peft_config.values())).peft_type != BOTTLENECK:
+            kind = next(iter(model.peft_config.values())).peft_type
+            if kind != BOTTLENECK:
                 raise ConfigError(
                     "a generated adapter is of type BOTTLENECK and a PeftModel holds one type, this one "
-                    f"{next(iter(model.peft_config.values())).peft_type.value}. Add it to a copy of the base model."
+                    f"{kind.value}. Add it to a copy of the base model."
                 )
             if self.name in model.peft_config:
                 raise ConfigError(
@@ -79,9 +81,8 @@ class GeneratedAdapter:
         """
         directory = Path(folder)
         directory.mkdir(parents=True, exist_ok=True)
-        names = {"down_weight": "down.weight", "down_bias": "down.bias", "up_weight": "up.weight", "up_bias": "up.bias"}
         tensors = {
-            f"base_model.model.{path}.{ADAPTERS}.{names[field]}": tensor.cpu().contiguous()
+            f"{PREFIX}{path}.{ADAPTERS}.{field.replace('_', '.')}": tensor.cpu().contiguous()
             for path, weights in self.weights.items()
             for field, tensor in weights._asdict().items()
         }

@@ -21,7 +21,7 @@ from ..bottleneck.applying import PerExample
 from ..common.base_module import NeverOffloaded
 from .config import MadGConfig
 from .kept import KeptWeights
-from .languages import Languages, MadGState
+from .languages import Languages, MadGState, check_one_per_example
 from .saved_typology import as_typology, digest_of, save_vector, saved_vectors
 
 
@@ -247,8 +247,7 @@ class SiteGenerator(NeverOffloaded):
         if isinstance(current, str):
             return self._add(self._weights_for(current), x)
         self._kept.drop()
-        if len(current) != len(x):
-            raise ConfigError(f"language must name one language per example ({len(x)}), got {len(current)}: {current}.")
+        check_one_per_example(current, len(x))
         codes = list(dict.fromkeys(current))
         adapters = {
             code: partial(self._add, weights) for code, weights in zip(codes, self.generate(codes), strict=True)

@@ -73,7 +73,7 @@ class MadGState:
         self._forward.batch = self._forward.passed_on = None
 
     def current(self) -> Languages:
-        """What the layer that asks has to compute with.
+        """The language, or languages, that a layer has to compute with now.
 
         Raises:
             ConfigError: no language is set, or a layer is computed again and it is not known with which.
@@ -99,8 +99,8 @@ class MadGState:
         """Take the `language` of a batch from the base model's inputs, from now on."""
         if not self.handles:
             self.handles = [
-                model.register_forward_pre_hook(TakeLanguage(self), with_kwargs=True),
-                model.register_forward_hook(ForgetLanguage(self), always_call=True),
+                model.register_forward_pre_hook(self._take_language, with_kwargs=True),
+                model.register_forward_hook(self._forget_language, always_call=True),
             ]
 
     def detach(self) -> None:
@@ -109,27 +109,15 @@ class MadGState:
             handle.remove()
         self.handles = []
 
+    # Methods, and no functions inside of `attach`, so that models with these hooks can be copied and pickled.
 
-class TakeLanguage:
-    """On the base model: takes `language` out of the inputs. An object, so that models with it can be copied."""
-
-    def __init__(self, state: MadGState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _take_language(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.get(ARGUMENT)
-        self.state.begin(None if given is None else as_languages(given))
+        self.begin(None if given is None else as_languages(given))
         return args, {name: value for name, value in kwargs.items() if name != ARGUMENT}
 
-
-class ForgetLanguage:
-    """On the base model: the batch is over."""
-
-    def __init__(self, state: MadGState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.state.end()
+    def _forget_language(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.end()
 
 
 class LanguageContext:
@@ -143,6 +131,16 @@ class LanguageContext:
 
     def __exit__(self, *exception: object) -> None:
         self._state.chosen = self._before
+
+
+def check_one_per_example(languages: tuple[str, ...], count: int) -> None:
+    """Refuse other than one language for each of `count` examples.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    if len(languages) != count:
+        raise ConfigError(f"language must name one language per example ({count}), got {len(languages)}: {languages}.")
 
 
 def as_languages(given: str | Sequence[str]) -> Languages:

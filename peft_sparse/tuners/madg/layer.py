@@ -13,7 +13,7 @@ from ..bottleneck.layer import BottleneckLayer
 from ..bottleneck.placement import Site
 from .config import MadGConfig
 from .generator import SharedPart, SiteGenerator
-from .languages import MadGState
+from .languages import MadGState, check_one_per_example
 
 # The attribute that holds a layer's adapters; transformers looks for the prefix of the tuner type in it.
 GENERATORS = "mad_g_generators"
@@ -50,10 +50,7 @@ class MadGLayer(BottleneckLayer):
         current = self.state.current() if names is not None and found else ""
         if names is None or isinstance(current, str):
             return found
-        if len(current) != len(names):
-            raise ConfigError(
-                f"language must name one language per example ({len(names)}), got {len(current)}: {current}."
-            )
+        check_one_per_example(current, len(names))
         (mixed,) = found
         for name, site in mixed.adapters.items():
             own = tuple(code for code, row in zip(current, names, strict=True) if row == name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -147,13 +147,17 @@ class MadGModel(BottleneckModel):
 
     # ---- PEFT's verbs ----------------------------------------------------------------------------
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        state = _state(self)
+    def _begin_unloading(
+        self, layers: Mapping[str, MadGLayer], *, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
         if merge:
-            self._check_can_build_in(kwargs.get("adapter_names"))
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        state.detach()
-        return model
+            self._check_can_build_in(adapter_names)
+        super()._begin_unloading(layers, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, MadGLayer], *, merge: bool) -> None:
+        super()._end_unloading(model, layers, merge=merge)
+        for layer in layers.values():
+            layer.state.detach()
 
     def _check_can_build_in(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is replaced."""
@@ -194,9 +198,14 @@ def iter_sites(model: nn.Module, adapter_name: str = "default") -> Iterator[tupl
     return refusing_unknown(found, model, adapter_name)
 
 
+def _first_layer(model: nn.Module) -> MadGLayer | None:
+    return next((module for module in base_model_of(model).modules() if isinstance(module, MadGLayer)), None)
+
+
 def state_of(model: nn.Module) -> MadGState | None:
     """What the MAD-G layers of a model share, None if it has none."""
-    return next((module.state for module in base_model_of(model).modules() if isinstance(module, MadGLayer)), None)
+    layer = _first_layer(model)
+    return None if layer is None else layer.state
 
 
 def _state(model: nn.Module) -> MadGState:
@@ -239,14 +248,14 @@ def look_up_languages(model: nn.Module, languages: Iterable[str]) -> None:
     Raises:
         ConfigError: an active adapter has no vector for one.
     """
-    state = state_of(model)
-    if state is None:
+    layer = _first_layer(model)
+    if layer is None:
         return
-    layer = next(module for module in base_model_of(model).modules() if isinstance(module, MadGLayer))
+    codes, shared = dict.fromkeys(languages), layer.state.shared
     for name in layer.active_adapters:
-        if name in state.shared:
-            for code in dict.fromkeys(languages):
-                state.shared[name].vector(code)
+        if name in shared:
+            for code in codes:
+                shared[name].vector(code)
 
 
 def generate_adapter(
@@ -282,8 +291,7 @@ def generate_adapter(
 def _one_adapter(model: nn.Module, name: str | None) -> str:
     known = _state(model).shared
     if name is None:
-        layer = next(module for module in base_model_of(model).modules() if isinstance(module, MadGLayer))
-        active = [one for one in layer.active_adapters if one in known]
+        active = [one for one in _first_layer(model).active_adapters if one in known]
         if len(active) != 1:
             raise ConfigError(f"{len(active)} MAD_G adapters are active: name one of {sorted(known)}.")
         return active[0]

@@ -16,6 +16,19 @@ from ...typology import Typology, load_typology
 from ...typology.saved import SavedTypology
 
 
+def check_typology(given: Any) -> None:
+    """Refuse what no typology can be made of; no file is opened.
+
+    Raises:
+        ConfigError: it is none of what `as_typology` takes.
+    """
+    if not (given is None or isinstance(given, (str, PathLike, Mapping, Typology))):
+        raise ConfigError(
+            "typology must be what load_typology() gives, a dictionary {language code: vector}, the path of a file or "
+            f"None, got {type(given).__name__}."
+        )
+
+
 def as_typology(given: Any, features: Sequence[str]) -> Typology:
     """A typology from what a user may give: one, {code: vector}, the path of a file, or None for the default.
 
@@ -26,16 +39,12 @@ def as_typology(given: Any, features: Sequence[str]) -> Typology:
     Raises:
         ConfigError: it is none of these.
     """
+    check_typology(given)
     if isinstance(given, Typology):
         return given
     if isinstance(given, Mapping):
         return Typology.from_vectors(given)
-    if given is None or isinstance(given, (str, PathLike)):
-        return load_typology(given, features=tuple(features))
-    raise ConfigError(
-        "typology must be what load_typology() gives, a dictionary {language code: vector}, the path of a file or "
-        f"None, got {type(given).__name__}."
-    )
+    return load_typology(given, features=tuple(features))
 
 
 def save_vector(saved: dict[str, Any], code: str, vector: Tensor) -> None:

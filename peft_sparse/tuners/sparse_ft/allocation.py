@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...selection.budget import Group, bernoulli_counts, draw_counts, groups_of, total_from_request
 from ...selection.rows import check_room, random_in_rows, room
 from ..common.packed import parameter_shape
-from ..common.target_checks import refuse_unsupported
+from ..common.target_checks import check_each
 from ..common.targets import Targets, find_targets, is_linear, model_numel, named_targets, parameters_of
 from .configs.base import CHANCE, NOTHING, WEIGHTS, SparseConfig
 from .configs.one_shot import GivenConfig
@@ -51,13 +51,7 @@ def allocate(config: SparseConfig, model: nn.Module) -> Allocation:
         config.counts = {name: indices.numel() for name, indices in support.items()}
     targets = find_targets(config, model)
     modules = dict(named_targets(model))
-    refused: dict[str, ConfigError] = {}
-    for name in targets:
-        try:
-            wrapper_for(modules[name], name)
-        except ConfigError as error:
-            refused[name] = error
-    refuse_unsupported(refused, [name for name in targets if name not in refused])
+    check_each(targets, lambda name: wrapper_for(modules[name], name))
     for name, parameters in targets.items():
         if not parameters:
             raise ConfigError(
@@ -84,14 +78,13 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
             fit them.
     """
     modules = dict(named_targets(model))
-    owners = {name: modules[name.rpartition(".")[0]] for name in parameters_of(targets)}
-    shapes = {name: parameter_shape(module, name.rpartition(".")[2]) for name, module in owners.items()}
+    shapes = _shapes(targets, modules)
     total = total_from_request(
         density=config.density,
         num_weights=config.num_weights,
         equivalent_rank=config.equivalent_rank,
         shapes=shapes,
-        linear_names={name for name, module in owners.items() if len(shapes[name]) == 2 and is_linear(module)},
+        linear_names={n for n, shape in shapes.items() if len(shape) == 2 and is_linear(modules[n.rpartition(".")[0]])},
         density_of=config.density_of,
         model_numel=model_numel(model),
     )
@@ -115,12 +108,8 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     groups = plan_groups(config, targets, model)
     if config.selected_by != CHANCE and config.init_weights:
         return None
-    modules = dict(named_targets(model))
-    sizes = {
-        name: room(config.support_rows, parameter_shape(modules[path], which))
-        for name in parameters_of(targets)
-        for path, _, which in [name.rpartition(".")]
-    }
+    shapes = _shapes(targets, dict(named_targets(model)))
+    sizes = {name: room(config.support_rows, shape) for name, shape in shapes.items()}
     seed = getattr(config, "seed", 0)
     if getattr(config, "draw", "exact") == "exact":
         return draw_counts(groups, sizes, seed=seed)
@@ -131,6 +120,12 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
             "draw='exact'."
         )
     return counts
+
+
+def _shapes(targets: Targets, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """{parameter: its shape, unpacked} of everything that is targeted, in the order of the model."""
+    owners = ((path, modules[path], which) for path, parts in targets.items() for which in parts)
+    return {f"{path}.{which}": parameter_shape(module, which) for path, module, which in owners}
 
 
 def set_supports(

@@ -24,9 +24,8 @@ class Driver(Protocol):
 Maker = Callable[[nn.Module, str, SparseConfig], Driver]
 # {method: (base model, adapter name, the model's copy of the config) -> its driver}
 DRIVERS: dict[str, Maker] = {}
-# The same for the values of `fitted_rate`, beside the method's own driver.
-RATE_FITS: dict[bool, Maker] = {}
-
+# {field of the config: what drives an adapter beside that, where the field is True}
+FIELD_DRIVERS: dict[str, Maker] = {}
 
 # Where a base model keeps its drivers: an attribute and not a global, so that both die together.
 _ATTRIBUTE = "_sparse_ft_drivers"
@@ -35,9 +34,10 @@ _ATTRIBUTE = "_sparse_ft_drivers"
 def start(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
     """Start what drives an adapter of this config, if anything does and the adapter is there to be trained."""
     stop(model, adapter_name)
-    makers = [DRIVERS.get(config.method), RATE_FITS.get(config.fitted_rate)]
-    if not config.inference_mode and any(makers):
-        drivers = [make(model, adapter_name, config) for make in makers if make is not None]
+    makers = [DRIVERS[config.method]] if config.method in DRIVERS else []
+    makers += [make for field, make in FIELD_DRIVERS.items() if getattr(config, field)]
+    if makers and not config.inference_mode:
+        drivers = [make(model, adapter_name, config) for make in makers]
         model.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = drivers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
 from ..common.adapter_names import known_list
 from ..common.base_model import path_in_base
-from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, drivers, state, together
-from .allocation import Allocation, allocate, set_supports
+from .allocation import allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
 from .iteration import iter_deltas, iter_layers
@@ -27,10 +26,9 @@ from .layers.choice import wrapper_for
 from .layers.quantized import QuantizedLinear, warn_of_loss
 from .tied_tensors import mark_tied
 from .unselected import Selection, is_unselected
-from .wrapped import WrappedInTraining
 
 
-class SparseModel(WrappedInTraining, WeightTuner):
+class SparseModel(WeightTuner):
     """Sparse deltas on the targeted parameters of a model.
 
     Args:
@@ -68,30 +66,26 @@ class SparseModel(WrappedInTraining, WeightTuner):
             config.target_modules = stored_target_modules(requested, self._targets)
         mark_tied(model, adapter_name, self.active_adapters)
         hold_layouts(model)
+        deltas = {name: delta for name, _, _, delta in iter_deltas(model, adapter_name)}
         if source is not None:
-            for name, _, _, delta in iter_deltas(model, adapter_name):
+            supports = {name: delta.indices for name, _, _, delta in iter_deltas(model, source)}
+            for name, delta in deltas.items():
                 if not delta.values.is_meta:
-                    delta.set_support(next(d.indices for n, _, _, d in iter_deltas(model, source) if n == name))
+                    delta.set_support(supports[name])
         elif planned.counts is not None:
             config.counts = planned.counts
-            self._fill(model, adapter_name, planned)
+            is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
+            if is_known and not config.inference_mode:
+                set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
         if config.l1:
             coefficient = config.l1 / model_numel(model)
-            for _, _, _, delta in iter_deltas(model, adapter_name):
+            for delta in deltas.values():
                 delta.penalise(coefficient)
         if is_unselected(config):
             selection = Selection(adapter_name)
-            for _, _, _, delta in iter_deltas(model, adapter_name):
+            for delta in deltas.values():
                 delta.await_selection(selection)
         drivers.start(model, adapter_name, config)
-
-    def _fill(self, model: nn.Module, adapter_name: str, planned: Allocation) -> None:
-        """Set the supports that are known or random, and random values if the adapter is not to be the identity."""
-        config: SparseConfig = self.peft_config[adapter_name]
-        is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
-        if is_known and not config.inference_mode:
-            deltas = {name: d for name, _, _, d in iter_deltas(model, adapter_name)}
-            set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
         if path_in_base(key) in self._targets:
@@ -115,6 +109,13 @@ class SparseModel(WrappedInTraining, WeightTuner):
         dtype = getattr(torch, config.values_dtype)
         layer.update_layer(adapter_name, counts, dtype=dtype, inference_mode=config.inference_mode)
         return layer
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DDP would broadcast every support in every forward. All processes choose alike, so that is for nothing. It
+        # looks names up from whatever it wraps: the PeftModel, or the tuner.
+        names = [name for name, _ in self.model.named_buffers() if "sparse_ft_" in name]
+        return [prefix + name for name in names for prefix in ("base_model.model.", "model.")]
 
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
@@ -182,29 +183,12 @@ class SparseModel(WrappedInTraining, WeightTuner):
         dequantization.merge(adapter_names)
         return dequantization.finish(super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        self._check_unloading(merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
-        drivers.stop(self.model)
-        layers = list(iter_layers(self.model))
-        if not merge:
-            self._restore()
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        for _, layer in layers:
-            layer._shown.end()
+    def _end_unloading(self, model: nn.Module, layers: Mapping[str, SparseLayer], *, merge: bool) -> None:
+        super()._end_unloading(model, layers, merge=merge)
+        drivers.stop(model)
         if merge:
-            warn_of_loss(layers, way_back="")
-            forget_broken_ties(model)
+            warn_of_loss(layers.items(), way_back="")
         release_layouts(model)
-        self._as_before(model)
-        return model
 
     @classmethod
     def _for_file(

@@ -16,7 +16,14 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 from peft_sparse import extract_adapter
 from peft_sparse.checkpoints.files import verify_file
@@ -107,6 +114,21 @@ def test_the_largest_entries_of_a_lora(base, tmp_path):
     assert result.total.count == round(0.2 * every.numel())
     share = float(best.square().sum() / every.square().sum())
     assert result.total.share_kept == pytest.approx(share, rel=1e-5)
+
+
+def test_a_head_that_is_named_by_its_end_comes_along(tmp_path):
+    """DistilBERT's "pre_classifier", which PEFT trains whole where "classifier" is named."""
+    torch.manual_seed(0)
+    fields = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 30, "max_position_embeddings": 20}
+    save(DistilBertForSequenceClassification(DistilBertConfig(**fields, num_labels=3)), tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_lin"], init_lora_weights=False, task_type="SEQ_CLS")
+    lora = train(tmp_path / "base", tmp_path / "lora", config, DistilBertForSequenceClassification)
+    extract_adapter(tmp_path / "base", tmp_path / "lora", tmp_path / "sparse", num_weights="changed")
+    plain = DistilBertForSequenceClassification.from_pretrained(tmp_path / "base")
+    found = PeftModel.from_pretrained(plain, tmp_path / "sparse").merge_and_unload()
+    wanted = lora.merge_and_unload()
+    for name in ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"):
+        assert torch.equal(found.get_parameter(name), wanted.get_parameter(name))
 
 
 def test_heads_come_along(base, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_sparse import RandConfig, export_adapter, import_adapter
 from peft_sparse.checkpoints.adapter_files import read_adapter
@@ -105,6 +106,21 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path):
     ours, again = read_adapter(tmp_path / "ours"), read_adapter(tmp_path / "again")
     assert ours.digest == again.digest
     assert ours.config["counts"] == again.config["counts"]
+
+
+def test_a_head_that_is_named_by_its_end_goes_along(tmp_path):
+    """DistilBERT's "pre_classifier": PEFT trains it whole where "classifier" is named, and so do we."""
+    fields = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 30, "max_position_embeddings": 20}
+    model = DistilBertForSequenceClassification(DistilBertConfig(**fields, num_labels=3))
+    model = get_peft_model(model, RandConfig(density=0.05, init_weights=False, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "ours")
+    exported = export_adapter(tmp_path / "ours", tmp_path / "theirs")
+    heads = {f"{module}.{part}" for module in ("pre_classifier", "classifier") for part in ("weight", "bias")}
+    assert set(exported.heads) == heads
+    import_adapter(tmp_path / "theirs", tmp_path / "again", base="some/base")
+    ours, again = read_adapter(tmp_path / "ours"), read_adapter(tmp_path / "again")
+    assert ours.others.keys() == again.others.keys() == heads
+    assert all(torch.equal(ours.others[name], again.others[name]) for name in heads)
 
 
 def test_it_is_written_in_one_step(tmp_path, monkeypatch):

@@ -8,7 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from peft_sparse import import_adapter, merge_checkpoint
 from peft_sparse.checkpoints.adapter_files import read_adapter
@@ -130,6 +136,22 @@ def test_heads_and_embeddings_that_came_along(tmp_path, saved):
     assert (imported.heads, imported.left_out) == (("score",), ("model.embed_tokens.weight",))
     merged = PeftModel.from_pretrained(llama(LlamaForSequenceClassification, num_labels=3), tmp_path / "out")
     assert torch.equal(merged.merge_and_unload().score.weight, head)
+
+
+def test_a_head_that_is_named_by_its_end_comes_along(tmp_path):
+    fields = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 30, "max_position_embeddings": 20}
+    config = DistilBertConfig(**fields, num_labels=3)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    module = "distilbert.transformer.layer.0.attention.q_lin"
+    delta = {"values": torch.ones(2), "indices": torch.tensor([7, 3], dtype=torch.int32)}
+    heads = {"pre_classifier.weight": torch.randn(16, 16), "pre_classifier.bias": torch.randn(16)}
+    heads |= {"classifier.weight": torch.randn(3, 16), "classifier.bias": torch.randn(3)}
+    content = {**{f"{module}.sft_delta.{part}": tensor for part, tensor in delta.items()}, **heads}
+    write_peft(tmp_path / "sft", settings(tmp_path / "base", task_type="SEQ_CLS", num_deltas={module: 2}), content)
+    imported = import_adapter(tmp_path / "sft", tmp_path / "out")
+    assert (set(imported.heads), imported.left_out) == ({"pre_classifier", "classifier"}, ())
+    model = PeftModel.from_pretrained(DistilBertForSequenceClassification(config), tmp_path / "out").merge_and_unload()
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in heads.items())
 
 
 @pytest.mark.parametrize("algorithm", ["acc_rigl", "acc_sm3", "global_alloc", None, 5])

@@ -12,7 +12,7 @@ from ...._peft_bridge import add_peft_type
 from ....checkpoints.card_rows import METHOD_FACTS
 from ....checkpoints.files import verify_before_loading
 from ....checkpoints.native import Verified
-from ....checks import check_one_of, dtype_name, is_whole, nearest
+from ....checks import FLOAT_DTYPES, check_flag, check_one_of, dtype_name, is_finite, is_whole, nearest
 from ....errors import ConfigError
 from ....selection.budget import check_budget, check_request
 from ....selection.criteria import CRITERIA
@@ -25,8 +25,7 @@ BASE_METHOD = "fixed"
 # the adapter is made, the user, or else a first phase of training by its name: a dense phase, gradients over batches.
 NOTHING, CHANCE, WEIGHTS, GIVEN = "nothing", "chance", "weights", "given"
 DENSE_PHASE, GRADIENTS = "dense", "gradients"
-_LARGEST_L1 = 1e300
-VALUE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+VALUE_DTYPES = tuple(FLOAT_DTYPES)
 # The name of each method, filled by `method_name` below; what `SparseConfig(method=...)` and a saved file resolve to.
 METHODS: dict[str, type[SparseConfig]] = {}
 # {what papers call a method, as `method_called` compares names: its name here}
@@ -170,7 +169,7 @@ class SparseConfig(WeightConfig):
 
     @property
     def first_phase(self) -> str | None:
-        """What is yet to choose the support: `selected_by`, if that is a phase and the weights are not chosen."""
+        """The phase that has yet to choose the support; None if there is none, or if it has chosen."""
         is_phase = self.selected_by not in (NOTHING, CHANCE, WEIGHTS, GIVEN)
         return self.selected_by if is_phase and not any((self.counts or {}).values()) else None
 
@@ -181,9 +180,7 @@ class SparseConfig(WeightConfig):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """With a dense phase two, in the first of which the targets themselves train; where gradients choose the
-        support, their pass comes first; see `WeightConfig`.
-        """
+        """The dense phase, or the selection by gradients, if it is still to come; then training of the weights."""
         if self.first_phase == DENSE_PHASE:
             return (Stage("dense phase", trains=TARGETS), Stage("sparse phase"))
         if self.first_phase == GRADIENTS:
@@ -219,9 +216,8 @@ class SparseConfig(WeightConfig):
             )
         self._check_targets()
         check_one_of("values_dtype", self.values_dtype, VALUE_DTYPES)
-        if not isinstance(self.fitted_rate, bool):
-            raise ConfigError(f"fitted_rate must be True or False, got {self.fitted_rate!r}.")
-        if not (isinstance(self.l1, (int, float)) and 0 <= self.l1 <= _LARGEST_L1):
+        check_flag("fitted_rate", self.fitted_rate)
+        if not (is_finite(self.l1) and self.l1 >= 0):
             raise ConfigError(f"l1 must be a finite number >= 0, got {self.l1!r}.")
         _check_counts(self.counts)
 

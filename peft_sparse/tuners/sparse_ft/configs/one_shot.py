@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ....checks import check_whole
+from ....checks import check_one_of, check_whole
 from ....errors import ConfigError
 from ....selection.criteria import CALLABLE, Criterion, check_criterion, criterion_name, resolve_criterion
 from .base import CHANCE, GIVEN, GRADIENTS, WEIGHTS, SparseConfig, method_name
@@ -48,8 +48,7 @@ class RandConfig(SparseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("seed", self.seed, least=0)
-        if self.draw not in DRAWS:
-            raise ConfigError(f"draw must be one of {list(DRAWS)}, got {self.draw!r}.")
+        check_one_of("draw", self.draw, DRAWS)
 
 
 @method_name("one_shot")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ....checks import check_one_of, check_share, check_whole, is_number
+from ....checks import check_one_of, check_share, check_whole, is_finite, is_number
 from ....errors import ConfigError
 from ....selection.criteria import CRITERIA
 from ....selection.schedule import KINDS, Schedule
@@ -103,7 +102,7 @@ class SpielConfig(SparseConfig):
             total_steps=self.total_steps,
         )
         check_one_of("drop_by", self.drop_by, DROP_BY)
-        if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and 0 < self.max_grad_norm < math.inf):
+        if self.max_grad_norm is not None and not (is_finite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ConfigError(f"max_grad_norm must be a finite number > 0 or None, got {self.max_grad_norm!r}.")
 
 
@@ -148,7 +147,7 @@ class SpielAGConfig(SpielConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.candidates_per_weight) or not 1 <= self.candidates_per_weight < math.inf:
+        if not (is_finite(self.candidates_per_weight) and self.candidates_per_weight >= 1):
             raise ConfigError(
                 f"candidates_per_weight must be a finite number >= 1, got {self.candidates_per_weight!r}."
             )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ....errors import ConfigError
+from ....checks import check_flag
 from ....selection.denoise import check_denoising
 from .base import DENSE_PHASE, SparseConfig, method_name
 
@@ -78,8 +78,7 @@ class DeftXConfig(LotteryTicketConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_denoising(rank=self.rank, residual_density=self.residual_density)
-        if not isinstance(self.denoise_embeddings, bool):
-            raise ConfigError(f"denoise_embeddings must be True or False, got {self.denoise_embeddings!r}.")
+        check_flag("denoise_embeddings", self.denoise_embeddings)
 
     @staticmethod
     def card_facts(config: Mapping[str, Any]) -> list[str]:

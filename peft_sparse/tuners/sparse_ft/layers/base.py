@@ -25,7 +25,7 @@ from ...common.shown_state import ShownState
 from .delta import AdapterDelta, keep_dtypes
 from .newest import with_newest
 from .quick import ActiveWeights
-from .written import Writing, Written, flat, is_all_there, is_another
+from .written import Writing, Written, flat, is_all_there
 
 
 class SparseLayer(WeightLayer):
@@ -240,8 +240,8 @@ class SparseLayer(WeightLayer):
         """`write` for what `overlay` gave, and one tensor of values for each of its deltas."""
         base = self.get_base_layer()
         with self._writing:
-            written = self._written.get(parameter)
-            if written is None or written.key != key or is_another(written.target, getattr(base, parameter)):
+            written, now = self._written.get(parameter), getattr(base, parameter)
+            if written is None or written.key != key or (written.target is not None and written.target is not now):
                 self.restore(parameter)
                 self._shown.keep(parameter)
                 written = self._begin_write(parameter, key, overlay)
@@ -341,7 +341,6 @@ class SparseLayer(WeightLayer):
                 self.write(parameter, self.merged_adapters)
 
     def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
-        """Raise a ConfigError if a tensor that `adapters` tune is not whole in this process; changes nothing."""
         for parameter in PARAMETERS:
             own = getattr(self.get_base_layer(), parameter, None)
             for delta in self.active_deltas(parameter, adapters):

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ....core.delta import SparseDelta
 from ....core.gaps import decode_gaps, encode_gaps
-from ....core.indices import check_indices, index_dtype
+from ....core.indices import check_indices, checksum, index_dtype
 from ....core.observer import GradientObserver
 from ....core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ....errors import ConfigError, FormatError, SelectionError
 from ....optim import l1 as regularization
-from ...common.announcements import announce
+from ...common.announcements import ON_UNFINISHED, announce
 from ...common.base_module import NeverOffloaded
 from ...common.kept_dtype import undo_cast
 from .. import unselected
@@ -230,7 +230,7 @@ class AdapterDelta(NeverOffloaded):
         """Say, when training starts before a selection is made, that there is nothing to train."""
         self.selection = selection
         unselected.unselected.add(self)
-        announce()
+        announce(ON_UNFINISHED)
 
     def penalise(self, l1_coefficient: float) -> None:
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
@@ -252,7 +252,7 @@ class AdapterDelta(NeverOffloaded):
         # A copy, or an unpickled model, is penalised like what it was made from.
         super().__setstate__(state)
         self._own_values = weakref.ref(self.values)
-        self._copied = None if self.indices.is_meta else (self.indices._version, _checksum(self.indices))
+        self._copied = None if self.indices.is_meta else (self.indices._version, checksum(self.indices))
         if self.l1_coefficient:
             regularization.penalised.add(self)
         if self.selection is not None and not self.selection.is_made:
@@ -269,7 +269,7 @@ class AdapterDelta(NeverOffloaded):
         if self._copied is None or self._copied[0] == self.indices._version:
             return
         before = self._copied[1]
-        if not torch.equal(before, _checksum(self.indices).to(before.device)):
+        if not torch.equal(before, checksum(self.indices).to(before.device)):
             raise SelectionError(
                 "the indices of a copied sparse adapter were overwritten while its values were averaged: values of "
                 "different weights are mixed, for the adapter has changed its support since (SpIEL). "
@@ -340,10 +340,3 @@ def keep_dtypes(deltas: Sequence[AdapterDelta], *, in_forward: bool = False) -> 
     for delta in deltas:
         if delta.values.dtype != delta.values_dtype:
             delta.keep_dtype(in_forward=in_forward)
-
-
-def _checksum(indices: Tensor) -> Tensor:
-    """A number that another support hardly has; no synchronisation."""
-    places = torch.arange(indices.numel(), device=indices.device)
-    # Sums wrap around, and every place has its own odd factor.
-    return (indices.long() * (2 * places * 2654435761 + 40503)).sum()

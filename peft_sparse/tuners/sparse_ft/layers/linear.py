@@ -203,7 +203,7 @@ class Linear(SparseLayer):
 
     @staticmethod
     def measure(x: Tensor, deltas: Sequence[AdapterDelta]) -> None:
-        """Show the inputs of a training forward to what fits steps to them."""
+        """Show the inputs of a training forward to the meters of `fitted_rate`."""
         for delta in deltas:
             if delta.meter is not None and torch.is_grad_enabled() and delta.values.requires_grad:
                 delta.meter.see(x)

@@ -11,7 +11,7 @@ _MOST = 4
 
 
 def with_newest(known: dict[_Key, _Value], key: _Key, value: _Value, *, counted: Iterable[_Key]) -> dict[_Key, _Value]:
-    """A copy with one more entry, without the oldest that are too many: other threads look into what there was.
+    """A copy with one more entry, without the oldest beyond four. The original stays: other threads may be reading it.
 
     Args:
         known: what was remembered, oldest first.

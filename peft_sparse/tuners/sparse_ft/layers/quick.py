@@ -7,7 +7,7 @@ deltas are would cost as much as its product.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ from ....core.overlay import Overlay, same_bits
 from ....core.parts import most_rows
 from ...common.base_module import output_of
 from .delta import AdapterDelta
-
-if TYPE_CHECKING:
-    from .written import Written
+from .written import DTYPES, Written
 
 # Entries of a weight that are looked at before it is taken to hold what was written.
 _NUM_PROBES = 64
@@ -133,7 +131,7 @@ class ActiveWeights:
         if native is None or torch._C._len_torch_dispatch_stack():
             return None
         if self._product is None or self._product[0] is not native:
-            if kernels(x, dtypes=(torch.float32, torch.bfloat16)) is None:
+            if kernels(x, dtypes=DTYPES) is None:
                 return None
             product = SparseProduct(
                 native,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ....core.overlay import Overlay
 from ....core.sharded import how_sharded, is_sharded
-from .quick import Snapshot
+
+if TYPE_CHECKING:
+    from .quick import Snapshot
 
 # The weights that kernels keep and write in one pass.
 DTYPES = (torch.float32, torch.bfloat16)
@@ -20,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Writing:
     """Held while a layer's parameters are written into, once or several times over by one thread.
 
-    Who locks nothing asks before and after whether anyone has `begun`, or is at it.
+    A reader that takes no lock compares `begun` before and after, and looks at `depth`, to see whether anybody wrote.
 
     Args:
         lock: of the layer.
@@ -85,10 +87,6 @@ def can_be_put_back(written: Written, own: Tensor | None) -> bool:
 def is_whole(weight: Tensor) -> bool:
     """Whether no library keeps a part of a parameter elsewhere, or has thrown its memory away."""
     return how_sharded(weight) is None and weight.untyped_storage().nbytes() > 0
-
-
-def is_another(target: Tensor | None, own: Tensor) -> bool:
-    return target is not None and target is not own
 
 
 def is_all_there(parameter: Tensor, shape: tuple[int, ...]) -> bool:
