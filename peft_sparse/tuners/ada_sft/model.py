@@ -15,6 +15,7 @@ from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
+from ..common.files import train_as_before
 from ..common.made_for_file import Receipt
 from ..common.target_checks import refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
@@ -120,7 +121,7 @@ class AdaSftModel(WeightTuner):
             layer._shown.end()
         if merge:
             forget_broken_ties(model)
-        self._as_before(model)
+        train_as_before(model)
         return model
 
     @classmethod

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
-from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer
 from .adapter_names import known_list
@@ -115,12 +114,6 @@ class WeightTuner(AdapterTuner):
         if merge:
             self._check_merge_allowed()
             self._check_merged(adapter_names, safe_merge=safe_merge)
-
-    def _as_before(self, model: nn.Module) -> None:
-        """Let parameters of an unloaded model train or not as they did before PEFT froze them."""
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in self.trainable_before)
 
     def _restore(self) -> None:
         """Take whatever is merged or written out of the base weights."""

@@ -13,6 +13,7 @@ from ..common.adapter_names import known_list
 from ..common.base_model import path_in_base
 from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
+from ..common.files import train_as_before
 from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
 from ..common.targets import is_excluded, model_numel, stored_target_modules
@@ -203,7 +204,7 @@ class SparseModel(WrappedInTraining, WeightTuner):
             warn_of_loss(layers, way_back="")
             forget_broken_ties(model)
         release_layouts(model)
-        self._as_before(model)
+        train_as_before(model)
         return model
 
     @classmethod
