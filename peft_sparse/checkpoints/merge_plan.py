@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
-from ..core.names import is_above_encoder
+from ..core.names import is_above_encoder, lies_in_trained_whole
 from ..core.overlay import Overlay
 from ..errors import ConfigError, FormatError
 from .architecture import (
@@ -53,8 +53,8 @@ class Part:
     @property
     def heads(self) -> dict[str, Tensor]:
         """The tensors of `modules_to_save`."""
-        modules = tuple(self.config.get("modules_to_save") or ())
-        return {name: tensor for name, tensor in self.others.items() if _lies_in(name, modules)}
+        whole = self.config.get("modules_to_save") or ()
+        return {n: tensor for n, tensor in self.others.items() if lies_in_trained_whole(n.rpartition(".")[0], whole)}
 
 
 @dataclass(eq=False)
@@ -296,11 +296,6 @@ class MergePlan:
 
     def _is_embedding(self, parameter: str) -> bool:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
-
-
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    pieces = parameter.split(".")
-    return bool(modules) and any(".".join(pieces[:end]).endswith(modules) for end in range(1, len(pieces)))
 
 
 def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:

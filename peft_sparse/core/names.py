@@ -4,6 +4,8 @@ torch.compile, and in an adapter's file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 PREFIX = "base_model.model."
 # Path components that stand for a wrapper, not for a module of the model.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
@@ -61,3 +63,20 @@ def is_above_encoder(path: str, root: str) -> bool:
         root: path of the base model inside the class, with its dot ("bert.").
     """
     return not path.startswith(root) or path.removeprefix(root).partition(".")[0] == "pooler"
+
+
+def is_trained_whole(path: str, names: Iterable[str]) -> bool:
+    """Whether PEFT takes a module for one of `modules_to_save` or `trainable_token_indices`: by the end of its path,
+    inside of a name as well, so that "classifier" means "pre_classifier", too.
+
+    Args:
+        path: of the module.
+        names: what the field lists.
+    """
+    return path.endswith(tuple(names))
+
+
+def lies_in_trained_whole(path: str, names: Iterable[str]) -> bool:
+    """Whether a module is trained whole (see `is_trained_whole`), or lies inside of one that is."""
+    parts, ends = path.split("."), tuple(names)
+    return any(is_trained_whole(".".join(parts[:end]), ends) for end in range(1, len(parts) + 1))

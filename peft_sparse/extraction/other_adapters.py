@@ -19,6 +19,7 @@ from ..checkpoints.files import load_tensors
 from ..checkpoints.foreign import way_in
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
+from ..core.names import lies_in_trained_whole
 from ..errors import FormatError
 from ..selection.patterns import fullmatch
 from ..untrusted import UNREADABLE
@@ -91,7 +92,7 @@ class AdapterOnBase:
             config.init_lora_weights = True
         state = load_tensors(path)
         self._heads = _split_heads(state, kept, adapter)
-        self.heads = [head for head in kept if any(_is_inside(name, head) for name in self._heads)]
+        self.heads = [head for head in kept if any(_is_of_head(name, [head]) for name in self._heads)]
         _check_claims(settings, state, adapter)
         _name_targets(config, self.skeleton.model)
         _fill_with_nothing(self.skeleton.model)
@@ -149,22 +150,23 @@ def _name_targets(config: PeftConfig, model: nn.Module) -> None:
             setattr(config, field, {name for name, _ in model.named_modules() if fullmatch(pattern, name)})
 
 
-def _is_inside(name: str, module: str) -> bool:
-    return re.search(rf"(^|\.){re.escape(module)}\.", name) is not None
-
-
 def _split_heads(state: dict[str, Tensor], modules_to_save: list[str], adapter: str) -> dict[str, Tensor]:
     """Take out of a state dict what are not the tuner's own tensors; returns the heads among them."""
     heads: dict[str, Tensor] = {}
     for key in list(state):
         name = key.removeprefix(PREFIX)
-        if any(_is_inside(name, module) for module in modules_to_save):
+        is_own = re.search(r"lora_|shira_|supertuning_", name)
+        if not is_own and ".base_layer." not in name and _is_of_head(name, modules_to_save):
             heads[name] = state.pop(key)
-        elif ".base_layer." in name or not re.search(r"lora_|shira_|supertuning_", name):
+        elif ".base_layer." in name or not is_own:
             # PEFT's save_embedding_layers adds the base model's own embeddings.
             logger.warning("%s: %s belongs to the base model and was left out.", adapter, key)
             del state[key]
     return heads
+
+
+def _is_of_head(tensor: str, modules_to_save: list[str]) -> bool:
+    return lies_in_trained_whole(tensor.rpartition(".")[0], modules_to_save)
 
 
 def _fill_with_nothing(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.tasks import BASE_CLASSES, HEADS
+from ..core.names import lies_in_trained_whole
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
@@ -183,7 +184,7 @@ def _choose_heads(
         saved = (saved,) if isinstance(saved, str) else tuple(saved)
         saved += HEADS.get(foreign.task_type or "", ())  # PEFT before 0.8 did not write these into the config
         of_mlm = {}
-        heads = {name: tensor for name, tensor in heads.items() if _lies_in(name, saved)}
+        heads = {n: tensor for n, tensor in heads.items() if lies_in_trained_whole(n.rpartition(".")[0], saved)}
     if with_head is False:
         heads = {}
     elif of_mlm:
@@ -202,12 +203,6 @@ def _choose_heads(
     imported = {*heads, *(of_mlm if auto_mapping else ())}
     left_out = [name for name in foreign.heads if name not in imported]
     return replace(foreign, heads=heads, deltas=deltas), auto_mapping, left_out
-
-
-def _lies_in(parameter: str, modules: tuple[str, ...]) -> bool:
-    parts = parameter.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(path == module or path.endswith(f".{module}") for path in paths for module in modules)
 
 
 def _labels_of(foreign: Foreign, labels: Sequence[str] | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
+from ...core.names import lies_in_trained_whole
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
 from .base_model import modules_around_adapters, path_in_base
@@ -101,10 +102,7 @@ def is_excluded(config: TargetRequest, name: str) -> bool:
         return True
     if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
         return True
-    # PEFT trains every module whose path ends so, inside of a name as well: "classifier" means "pre_classifier", too.
-    heads = tuple(config.modules_to_save or ())
-    parts = name.split(".")
-    return bool(heads) and any(".".join(parts[:end]).endswith(heads) for end in range(1, len(parts) + 1))
+    return lies_in_trained_whole(name, config.modules_to_save or ())
 
 
 def stored_target_modules(config: TargetRequest, targets: Targets) -> set[str] | str:
