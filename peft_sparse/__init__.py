@@ -21,6 +21,7 @@ from .tuners.ada_sft.config import AdaSftConfig as AdaSftConfig
 from .tuners.ada_sft.model import AdaSftModel as AdaSftModel
 from .tuners.bottleneck.config import BottleneckConfig as BottleneckConfig
 from .tuners.bottleneck.model import BottleneckModel as BottleneckModel
+from .tuners.common.loading import guard_loading
 from .tuners.madg.config import MadGConfig as MadGConfig
 from .tuners.madg.model import MadGModel as MadGModel
 from .tuners.sparse_ft.configs import one_shot as _one_shot  # noqa: F401
@@ -39,6 +40,7 @@ register("SPARSE_FT", SparseConfig, SparseModel)
 register("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register("MAD_G", MadGConfig, MadGModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
+guard_loading()
 
 
 __getattr__ = lazy(__name__, _HOMES)

@@ -132,7 +132,7 @@ INTERNALS = (
         ("_enable_peft_forward_hooks", "delete_adapter", "set_adapter"),
         "tests/unit/tuners/common/test_verbs.py",
     ),
-    Internal("peft.config", "PeftConfig", ("_split_kwargs",), "tests/unit/test_push_to_hub.py"),
+    Internal("peft.config", "PeftConfig", ("_get_peft_type", "_split_kwargs"), "tests/unit/test_push_to_hub.py"),
     Internal("peft.utils.peft_types", "PeftType", (), "tests/unit/test_package.py"),
     Internal("peft.utils.peft_types", "register_peft_method", (), "tests/unit/test_package.py"),
     Internal("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", (), "tests/unit/test_package.py"),

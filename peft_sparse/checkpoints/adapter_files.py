@@ -23,7 +23,7 @@ from .foreign import COMPOSABLE_SFT, way_in, way_out
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
-_PICKLED = "adapter_model.bin"
+PICKLED = "adapter_model.bin"
 # What of `auto_mapping` is read here.
 _MAPPED = ("parent_library", "base_model_class")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:/(?P<folder>[^@]+?)/?)?(?:@(?P<revision>.+))?")
@@ -167,9 +167,9 @@ def need_file(where: str | os.PathLike[str], name: str, *, revision: str | None 
             raise FormatError(way_in(where)) from error
         if not folder.is_dir():
             raise _not_on_hub(where, name, error) from error
-    if name == SOURCE and (folder / _PICKLED).is_file():
+    if name == SOURCE and (folder / PICKLED).is_file():
         raise FormatError(
-            f"'{folder}' holds {_PICKLED}, a pickle, which is never opened here, since that runs the code in it. Load "
+            f"'{folder}' holds {PICKLED}, a pickle, which is never opened here, since that runs the code in it. Load "
             "the adapter with PEFT and save it again."
         )
     inside = sorted(path.parent.name for path in folder.glob(f"*/{name}"))

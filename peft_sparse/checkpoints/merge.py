@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ..checks import FLOAT_DTYPES, check_factors, check_whole, dtype_named
+from ..checks import FLOAT_DTYPES, check_factors, dtype_named
 from ..composition.chance import warn_of_coinciding_draws
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
@@ -85,7 +85,6 @@ def merge_checkpoint(
     given = in_list(adapters)
     for adapter in given:
         check_apart(output, adapter=adapter)
-    check_whole("max_shard_bytes", max_shard_bytes)
     if dtype is not None:
         dtype = dtype_named("dtype", dtype, FLOAT_DTYPES)
     parts = [_read_part(adapter) for adapter in (_each_once(given) if weights is None else given)]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..checks import FLOAT_DTYPES
 from ..composition.combine import combine
 from ..core.delta import SparseDelta
-from ..core.names import is_above_encoder, is_trained_whole
+from ..core.names import is_above_encoder, lies_in_trained_whole
 from ..core.overlay import Overlay
 from ..errors import ConfigError, FormatError
 from .architecture import (
@@ -52,8 +52,8 @@ class Part:
     @property
     def heads(self) -> dict[str, Tensor]:
         """The tensors of `modules_to_save`."""
-        modules = self.config.get("modules_to_save") or ()
-        return {n: tensor for n, tensor in self.others.items() if is_trained_whole(n.rpartition(".")[0], modules)}
+        whole = self.config.get("modules_to_save") or ()
+        return {n: tensor for n, tensor in self.others.items() if lies_in_trained_whole(n.rpartition(".")[0], whole)}
 
 
 @dataclass(eq=False)

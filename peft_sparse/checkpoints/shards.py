@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import ConfigError, FormatError
 from ..files import AtomicFolder, save_tensors
 from ..untrusted import check_regular
@@ -211,7 +212,8 @@ class ShardWriter:
         staging: where files are collected until then; whatever else is put there moves along.
 
     Raises:
-        ConfigError: the directory holds something and `overwrite` was not asked for; or it holds an adapter.
+        ConfigError: the directory holds something and `overwrite` was not asked for; or it holds an adapter; or
+            `max_shard_bytes` is no whole number above 0.
 
     Cost: the memory of one shard; mapped tensors that go in unchanged cost none that the system cannot take back.
     """
@@ -219,8 +221,7 @@ class ShardWriter:
     def __init__(
         self, directory: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES, overwrite: bool = False
     ) -> None:
-        if max_shard_bytes < 1:
-            raise ConfigError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+        check_whole("max_shard_bytes", max_shard_bytes)
         refuse_beside_adapter(directory)
         self.max_shard_bytes = max_shard_bytes
         self._folder = AtomicFolder(

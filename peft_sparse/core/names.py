@@ -4,7 +4,7 @@ torch.compile, and in an adapter's file.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 PREFIX = "base_model.model."
 # Path components that stand for a wrapper, not for a module of the model.
@@ -60,19 +60,6 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def is_trained_whole(path: str, modules: Collection[str]) -> bool:
-    """Whether `modules_to_save` names a module, or one that it lies in.
-
-    PEFT trains every module whose path ends so, inside of a name as well: "classifier" means "pre_classifier", too.
-
-    Args:
-        path: of the module.
-        modules: what `modules_to_save` holds.
-    """
-    ends, parts = tuple(modules), path.split(".")
-    return bool(ends) and any(".".join(parts[:end]).endswith(ends) for end in range(1, len(parts) + 1))
-
-
 def is_above_encoder(path: str, root: str) -> bool:
     """Whether a module is of a head, or the pooler below it: what one class over a base model has and another has not.
 
@@ -81,3 +68,20 @@ def is_above_encoder(path: str, root: str) -> bool:
         root: path of the base model inside the class, with its dot ("bert.").
     """
     return not path.startswith(root) or path.removeprefix(root).partition(".")[0] == "pooler"
+
+
+def is_trained_whole(path: str, names: Iterable[str]) -> bool:
+    """Whether PEFT takes a module for one of `modules_to_save` or `trainable_token_indices`: by the end of its path,
+    inside of a name as well, so that "classifier" means "pre_classifier", too.
+
+    Args:
+        path: of the module.
+        names: what the field lists.
+    """
+    return path.endswith(tuple(names))
+
+
+def lies_in_trained_whole(path: str, names: Iterable[str]) -> bool:
+    """Whether a module is trained whole (see `is_trained_whole`), or lies inside of one that is."""
+    parts, ends = path.split("."), tuple(names)
+    return any(is_trained_whole(".".join(parts[:end]), ends) for end in range(1, len(parts) + 1))

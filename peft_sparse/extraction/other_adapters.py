@@ -19,7 +19,7 @@ from ..checkpoints.files import load_tensors
 from ..checkpoints.foreign import way_in
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
-from ..core.names import is_trained_whole
+from ..core.names import lies_in_trained_whole
 from ..errors import FormatError
 from ..selection.patterns import fullmatch
 from ..untrusted import UNREADABLE
@@ -92,8 +92,7 @@ class AdapterOnBase:
             config.init_lora_weights = True
         state = load_tensors(path)
         self._heads = _split_heads(state, kept, adapter)
-        modules = [name.rpartition(".")[0] for name in self._heads]
-        self.heads = [head for head in kept if any(is_trained_whole(module, [head]) for module in modules)]
+        self.heads = [head for head in kept if any(_is_of_head(name, [head]) for name in self._heads)]
         _check_claims(settings, state, adapter)
         _name_targets(config, self.skeleton.model)
         _fill_with_nothing(self.skeleton.model)
@@ -156,13 +155,18 @@ def _split_heads(state: dict[str, Tensor], modules_to_save: list[str], adapter: 
     heads: dict[str, Tensor] = {}
     for key in list(state):
         name = key.removeprefix(PREFIX)
-        if is_trained_whole(name.rpartition(".")[0], modules_to_save):
+        is_own = re.search(r"lora_|shira_|supertuning_", name)
+        if not is_own and ".base_layer." not in name and _is_of_head(name, modules_to_save):
             heads[name] = state.pop(key)
-        elif ".base_layer." in name or not re.search(r"lora_|shira_|supertuning_", name):
+        elif ".base_layer." in name or not is_own:
             # PEFT's save_embedding_layers adds the base model's own embeddings.
             logger.warning("%s: %s belongs to the base model and was left out.", adapter, key)
             del state[key]
     return heads
+
+
+def _is_of_head(tensor: str, modules_to_save: list[str]) -> bool:
+    return lies_in_trained_whole(tensor.rpartition(".")[0], modules_to_save)
 
 
 def _fill_with_nothing(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.tasks import BASE_CLASSES, HEADS
-from ..core.names import is_trained_whole
+from ..core.names import lies_in_trained_whole
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
@@ -189,7 +189,7 @@ def _choose_heads(
         saved = (saved,) if isinstance(saved, str) else tuple(saved)
         saved += HEADS.get(foreign.task_type or "", ())  # PEFT before 0.8 did not write these into the config
         of_mlm = {}
-        heads = {name: tensor for name, tensor in heads.items() if is_trained_whole(name.rpartition(".")[0], saved)}
+        heads = {n: tensor for n, tensor in heads.items() if lies_in_trained_whole(n.rpartition(".")[0], saved)}
     if with_head is False:
         heads = {}
     elif of_mlm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoints.adapter_files import AdapterFiles
-from ..core.names import is_trained_whole
+from ..core.names import lies_in_trained_whole
 from ..errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def check_passengers(files: AdapterFiles, kind: str) -> None:
             "place for them."
         )
     saved = files.config.get("modules_to_save") or ()
-    strangers = [name for name in files.others if not is_trained_whole(name.rpartition(".")[0], saved)]
+    strangers = [name for name in files.others if not lies_in_trained_whole(name.rpartition(".")[0], saved)]
     if strangers:
         raise ConfigError(
             f"'{files.source}' brings {strangers[0]!r} beside the adapter (PEFT's save_embedding_layers), and "

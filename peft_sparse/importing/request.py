@@ -10,7 +10,7 @@ from typing import Any
 from peft import TaskType
 from torch import Tensor
 
-from ..checkpoints.adapter_files import CONFIG_FILE, find_file, need_file
+from ..checkpoints.adapter_files import CONFIG_FILE, PICKLED, find_file, need_file
 from ..checkpoints.files import load_tensors, read_json
 from ..checkpoints.native import SOURCE
 from ..errors import ConfigError, FormatError
@@ -22,7 +22,6 @@ from .rosa import LowRank, read_rosa
 from .spiel import read_spiel
 from .torch_file import TorchFile
 
-_PICKLED = "adapter_model.bin"
 _OF_PEFT_TYPE = {"SFT": SPIEL, "ROSA": ROSA}
 
 
@@ -102,9 +101,9 @@ class Request:
     def tensors(self) -> tuple[dict[str, Tensor], Path]:
         """The weights beside adapter_config.json, and their file."""
         path = find_file(self.where, SOURCE, revision=self.revision)
-        pickled = find_file(self.where, _PICKLED, revision=self.revision)
+        pickled = find_file(self.where, PICKLED, revision=self.revision)
         if path is not None and pickled is not None:
-            raise ConfigError(f"'{self.source}' holds {SOURCE} and {_PICKLED}. Delete the one that is not meant.")
+            raise ConfigError(f"'{self.source}' holds {SOURCE} and {PICKLED}. Delete the one that is not meant.")
         if pickled is not None:
             return TorchFile(pickled).tensors(), pickled
         path = path or need_file(self.where, SOURCE, revision=self.revision)

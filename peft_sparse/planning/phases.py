@@ -25,7 +25,7 @@ from ..training.phases.targets import targets_of_adapter
 from ..training.phases.untying import Ties
 from ..training.spiel.gradient_tap import TRACKED
 from ..tuners.common.config import TARGETS, Stage, WeightConfig
-from ..tuners.common.targets import find_targets, named_targets
+from ..tuners.common.targets import find_targets
 from ..tuners.sparse_ft.allocation import Allocation, allocate, plan_groups
 from ..tuners.sparse_ft.configs.base import WEIGHTS, SparseConfig
 from ..tuners.sparse_ft.configs.one_shot import OneShotConfig, RandConfig
@@ -148,34 +148,28 @@ def _other_method(
 
 
 def _dense_phase(model: PreTrainedModel, config: SparseConfig, workload: Workload, *, name: str) -> PhaseMemory:
-    targets = allocate(config, model).targets
-    modules = dict(named_targets(model))
-    owners = [(modules[name], which) for name, parts in targets.items() for which in parts]
     base = base_bytes(model)
-    Ties.untie(model, owners)
-    model.requires_grad_(False)
-    trained = [getattr(module, which) for module, which in owners]
-    own = {id(parameter) for parameter in trained}
-    # PEFT trains copies of them. The phase keeps another one, to undo what it did to them.
-    heads = [p for p in _heads_of(model, config) if id(p) not in own]
-    for parameter in (*trained, *heads):
-        parameter.requires_grad_(True)
+    # The adapter is there, with its heads and rows of tokens, and holds no weight of its own yet.
+    tuned = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
+    targets = targets_of_adapter(tuned, "default")
+    Ties.untie(model, [(target.module, target.which) for target in targets])
+    own = {id(target.delta.values) for target in targets}
+    heads = [p for p in tuned.parameters() if p.requires_grad and id(p) not in own]
+    trained = [target.parameter for target in targets]
+    for target in targets:
+        target.parameter.requires_grad_(True)
+        target.delta.values.requires_grad_(False)
+        target.delta.indices = target.delta.indices.to("meta")
     optimizer = PlannedOptimizer(workload.optimizer or "adamw", [*trained, *heads])
-    step = _measure(model, model, optimizer, workload)
+    step = _measure(model, tuned, optimizer, workload)
     untied = base_bytes(model) - base
     originals = {"copy of the weights": nbytes(trained)}
     on_device = originals if workload.device == "cpu" or config.l1 else {}
     parts = {"base weights": base + untied, **_parts_of(step, optimizer), **on_device}
     if heads:
+        # The phase keeps a copy of them, to undo what it did to them.
         parts["heads"] = 2 * nbytes(heads)
     return PhaseMemory(name, parts, nbytes([*trained, *heads]), {} if on_device else originals)
-
-
-def _heads_of(model: PreTrainedModel, config: SparseConfig) -> list[nn.Parameter]:
-    """The parameters that an adapter trains whole, as PEFT finds them: by the ends of their modules' paths."""
-    ends = tuple(config.modules_to_save or ())
-    modules = [module for path, module in model.named_modules() if ends and path.endswith(ends)]
-    return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def _sparse_training(

@@ -37,6 +37,8 @@ class MemoryPlan:
         num_trained: weights that are tuned (in the sparse phase, for methods of two phases).
         workload: what was planned for.
         phases: in the order in which they come.
+        ways_to_less: the options of `plan_memory` that were not taken, are possible with this model and method, and
+            save memory: "gradient_checkpointing", "load_in_4bit".
     """
 
     model: str
@@ -44,6 +46,7 @@ class MemoryPlan:
     num_trained: int
     workload: Workload
     phases: tuple[PhaseMemory, ...]
+    ways_to_less: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -146,18 +149,24 @@ def plan_memory(
         _check_length(made, sequence_length)
         return made
 
-    if load_in_4bit and (config is None or not getattr(config, "takes_quantised_base", True)):
+    takes_4bit = config is not None and getattr(config, "takes_quantised_base", True)
+    if load_in_4bit and not takes_4bit:
         raise ConfigError(
             f"load_in_4bit=True and {_method_of(config)!r} do not go together: the weights themselves train in it. "
             "Take a method without a dense phase, such as 'spiel_ag', or an unquantised model."
         )
     num_trained, phases = _dry_run(make, config, workload)
+    ways = {
+        "gradient_checkpointing": not gradient_checkpointing and make().supports_gradient_checkpointing,
+        "load_in_4bit": not load_in_4bit and takes_4bit,
+    }
     return MemoryPlan(
         model=base.name_or_path or class_name if is_config else os.fspath(model),
         method=_method_of(config),
         num_trained=num_trained,
         workload=workload,
         phases=tuple(phases),
+        ways_to_less=tuple(name for name, is_possible in ways.items() if is_possible),
     )
 
 

@@ -50,9 +50,8 @@ def describe_fit(
     if not plan.fits(limit):
         shown = ", ".join(f"{name} ({_shown(other.peak)})" for name, other in others.items())
         lines.append(f"Other methods that fit: {shown}." if shown else "None of the other methods fits.")
-        ways = [] if plan.workload.gradient_checkpointing else ["--gradient-checkpointing"]
+        ways = [f"--{name.replace('_', '-')}" for name in plan.ways_to_less]
         ways += ["a smaller --batch-size"] if plan.workload.batch_size > 1 else []
-        ways += [] if plan.workload.load_in_4bit else ["--load-in-4bit"]
         lines += [f"Less memory is needed with {', '.join(ways)}."] if ways else []
     return "\n".join(lines)
 

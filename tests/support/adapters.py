@@ -24,7 +24,7 @@ def config(kind: str, /, **fields) -> PeftConfig:
     return MadGConfig(**{**sizes, **fields})
 
 
-def adapted(kind: str, base: nn.Module, *names: str, **fields) -> PeftModel:
+def adapted(kind: str, base: nn.Module, /, *names: str, **fields) -> PeftModel:
     """The base model with adapters of these names ("default" if none is given), each of other values."""
     names = names or ("default",)
     torch.manual_seed(1)

@@ -13,6 +13,7 @@ from ..._peft_bridge import BaseTunerLayer
 from ...errors import ConfigError
 from ..common.base_module import LikeItsBase, attribute_of, home_of
 from ..common.kept_dtype import undo_cast
+from ..common.mixed_batches import NamedRows
 from .adapter import Bottleneck, init_linears
 from .applying import PerExample, apply, attach
 from .config import BottleneckConfig
@@ -25,13 +26,12 @@ ADAPTERS = "bottleneck_adapters"
 _OWN = "_peft_sparse_own"
 
 
-class BottleneckLayer(LikeItsBase, BaseTunerLayer):
+class BottleneckLayer(NamedRows, LikeItsBase, BaseTunerLayer):
     """Stands around the module of a site; see `placement.py` for what happens there.
 
     Attributes:
         bottleneck_adapters: {adapter name: `Bottleneck`, or a `Coupling` behind the embeddings}.
         placements: {adapter name: what it does here}.
-        row_names: while a mixed batch is computed, the adapter of each example; None otherwise.
     """
 
     adapter_layer_names = (ADAPTERS,)
@@ -42,7 +42,6 @@ class BottleneckLayer(LikeItsBase, BaseTunerLayer):
         self.base_layer = base_layer
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
         self.placements: dict[str, str] = {}
-        self.row_names: list[str] | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # {adapter name: the dtype that it is meant to have}
@@ -101,9 +100,10 @@ class BottleneckLayer(LikeItsBase, BaseTunerLayer):
             placement: the placement.
             adapters: names; the active ones if None, or those of the mixed batch that is being computed.
         """
-        if adapters is None and self.row_names is not None:
-            chosen = {name: found[0] for name in self.row_names if (found := self.at(placement, [name]))}
-            return [PerExample(self.row_names, chosen, replaces=placement == INVERTIBLE)] if chosen else []
+        rows = self.row_names if adapters is None else None
+        if rows is not None:
+            chosen = {name: found[0] for name in rows if (found := self.at(placement, [name]))}
+            return [PerExample(rows, chosen, replaces=placement == INVERTIBLE)] if chosen else []
         if adapters is None:
             adapters = [] if self.disable_adapters else self.active_adapters
         held = self.adapters

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from peft import PeftConfig
 from torch import nn
 
-from ...core.names import SLOTS, unwrapped
+from ...core.names import SLOTS, is_trained_whole, unwrapped
 from ...errors import ConfigError
 from .mixed_batches import BASE
 
@@ -44,7 +44,7 @@ def check_adapter_name(name: object, configs: Iterable[PeftConfig] = ()) -> None
             )
     for target in _trained_whole(configs):
         # PEFT looks for these modules by the ends of paths, and would find the adapter's own.
-        if any(f"{slot}.{name}".endswith(target) for slot in SLOTS):
+        if any(is_trained_whole(f"{slot}.{name}", [target]) for slot in SLOTS):
             raise ConfigError(
                 f"adapter_name {name!r} ends like {target!r}, a module that modules_to_save or trainable_token_indices "
                 f"of this model names: PEFT would take the adapter for it. {_TRY}"

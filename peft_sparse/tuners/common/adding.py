@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper
 from .adapter_names import check_adapter_name
+from .files import TRAINABLE_BEFORE, take_off, unload_as_before
 from .heads_in_files import check_heads, with_heads
 from .made_for_file import note_new
 from .stacked_heads import set_heads
@@ -34,8 +34,8 @@ def adding(tuner: AdapterTuner, model: nn.Module, adapter_name: str) -> Iterator
         check_adapter_name(adapter_name, tuner.peft_config.values())
         check_heads(config, model, adapter_name)
         if is_first:
-            # What a refused file gives back: PEFT freezes the base model before it opens the file.
-            tuner.trainable_before = {name for name, _, requires_grad in before if requires_grad}
+            # What a refused file gives back, for PEFT freezes the base model first. transformers keeps no tuner.
+            setattr(model, TRAINABLE_BEFORE, {name for name, _, requires_grad in before if requires_grad})
         yield config
         note_new(tuner, config, adapter_name)
         undo.pop_all()
@@ -62,22 +62,10 @@ def _take_out(tuner: AdapterTuner, adapter_name: str, *, is_first: bool, around:
     """
     is_touched = any(adapter_name in layer._all_available_adapter_names() for layer in tuner.tuned_layers())
     if is_touched and is_first:
-        tuner.unload()
+        unload_as_before(tuner)
     elif is_touched:
         tuner.delete_adapter(adapter_name)
-        for path, module in list(tuner.model.named_modules()):
-            if id(module) in around:
-                continue
-            if isinstance(module, tuner.tuner_layer_cls):
-                tuner.release(module)
-                _put_back(tuner.model, path, module.get_base_layer())
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                _put_back(tuner.model, path, module.original_module)
+        take_off(tuner, [module for module in tuner.model.modules() if id(module) not in around])
     # PEFT has entered the name already; without an adapter behind it the model would be unusable.
     if not is_first:
         tuner.peft_config.pop(adapter_name, None)
-
-
-def _put_back(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from ...checkpoints.adapter_files import CONFIG_FILE
 from ...checkpoints.card import update_card
 from ...checkpoints.files import outline_of_weights
 from ...checks import check_arguments
+from ...errors import FormatError, SparseError
 from .field_checks import check_shared_fields
 from .heads_in_files import with_heads
 
@@ -115,11 +120,39 @@ class WeightConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> WeightConfig:
-        """Load a config (PEFT's method), and note that weights are to follow, and what their file holds."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        """Load a config (PEFT's method), and note that weights are to follow, and what their file holds.
+
+        Raises:
+            ConfigError: a field holds something that it cannot.
+            FormatError: the file is damaged, or of a type of adapter that is not known.
+        """
+        with _naming(Path(pretrained_model_name_or_path, subfolder or "")):
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         download_kwargs, _, _ = cls._split_kwargs(kwargs)
         config.awaits_file = True
         where = pretrained_model_name_or_path
         config.file_bytes, config.held_in_file = outline_of_weights(where, subfolder=subfolder, **download_kwargs)
         config.saved_heads = frozenset(with_heads(config) or ())
         return config
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Let what is wrong with a config be told with the file that holds it."""
+    place, again = f"{CONFIG_FILE} of '{folder}'", "Download the adapter again, or save it again."
+    try:
+        yield
+    except SparseError as error:
+        raise type(error)(f"{place}: {error}") from error
+    except RecursionError as error:
+        raise FormatError(f"{place} is not valid JSON (nested too deep). {again}") from error
+    except KeyError as error:
+        raise FormatError(
+            f"{place}: peft_type {error} is of no adapter that PEFT or peft_sparse knows. A newer version may know it: "
+            "pip install -U peft peft-sparse."
+        ) from error
+    except (AttributeError, TypeError, ValueError) as error:
+        if str(error).startswith("Can't find"):
+            raise
+        what = " is not valid JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else " is damaged"
+        raise FormatError(f"{place}{what} ({error}). {again}") from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._peft_bridge import BaseTunerLayer, ModulesToSaveWrapper
 from ...checkpoints.tasks import HEADS
 from ...checks import nearest
-from ...core.names import unwrapped
+from ...core.names import is_trained_whole, unwrapped
 from ...core.sharded import is_sharded
 from ...errors import ConfigError, FormatError
 from .base_model import modules_around_adapters
@@ -98,7 +98,7 @@ def _check_names(config: PeftConfig, model: nn.Module, adapter_name: str) -> Non
     of_tasks = {head for heads in HEADS.values() for head in heads}
     names = list(config.modules_to_save or ())
     paths = [unwrapped(path) for path, _ in modules_around_adapters(model)]
-    found = [name for name in names if any(path.endswith(name) for path in paths)]
+    found = [name for name in names if any(is_trained_whole(path, [name]) for path in paths)]
     missing = [name for name in names if name not in found and name not in of_tasks]
     if not missing:
         return
@@ -123,7 +123,7 @@ def _drop_heads_of_the_task(config: PeftConfig, adapter_name: str) -> None:
 def _named_by(names: Collection[str], model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(path, name, module) of what PEFT is going to copy for an adapter, as the base model has it."""
     for path, module in modules_around_adapters(model):
-        name = next((name for name in names if path.endswith(name)), None)
+        name = next((name for name in names if is_trained_whole(path, [name])), None)
         if name is not None:
             yield path, name, module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 

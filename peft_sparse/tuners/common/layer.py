@@ -26,7 +26,7 @@ from .base_module import (
     output_without_hooks,
     seen_through,
 )
-from .mixed_batches import check_one_per_example
+from .mixed_batches import NamedRows, check_one_per_example
 
 # The parameters of a base layer that adapters can change.
 PARAMETERS = ("weight", "bias")
@@ -37,17 +37,12 @@ READ_ALONE = (
 )
 
 
-class WeightLayer(LikeItsBase, BaseTunerLayer):
+class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
     """Base class of tuner layers that change the parameters of the module that they wrap.
 
     To the model such a layer is its base layer with other weights: `weight` and `bias` are what the active adapters
     make of them, with their gradient, and every other attribute is the base layer's own.
-
-    Attributes:
-        row_names: while a mixed batch is computed, the adapter of each example; None otherwise.
     """
-
-    row_names: list[str] | None = None
 
     # ---- what the model reads past the forward ---------------------------------------------------
 
@@ -75,9 +70,10 @@ class WeightLayer(LikeItsBase, BaseTunerLayer):
         if self.merged:
             return own
         adapters = self.active_adapters
-        if self.row_names is not None:
-            adapters = [name for name in dict.fromkeys(self.row_names) if self.acts(name)]
-            if adapters and len(set(self.row_names)) > 1:
+        rows = self.row_names
+        if rows is not None:
+            adapters = [name for name in dict.fromkeys(rows) if self.acts(name)]
+            if adapters and len(set(rows)) > 1:
                 return on_demand(own, partial(_refuse_rows, self), (), READ_ALONE)
         leaves = self.leaves(parameter, adapters)
         if not leaves:

@@ -1,12 +1,14 @@
 """`adapter_names`: one adapter per example of a batch.
 
-The names are handed to the layers by hooks on the model, as in PEFT, so one thread at a time may use them.
+The names are handed to the layers by hooks on the model, as in PEFT; but each thread has its own, so that several may
+compute at a time, with names and without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,9 +69,33 @@ def check_one_per_example(adapter_names: Sequence[str], x: Tensor) -> None:
 
 
 def give_names(module: nn.Module, names: list[str]) -> RemovableHandle:
-    """Hand a module the names as an argument of every forward, until the handle is removed."""
-    return module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True)
+    """Hand a module the names as an argument of every forward of this thread, until the handle is removed."""
+    return module.register_forward_pre_hook(partial(_with_names, names, get_ident()), with_kwargs=True)
 
 
-def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
+def _with_names(
+    names: list[str], thread: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]] | None:
+    # torch gives no kwargs to a hook that another thread takes away at this moment.
+    return None if kwargs is None or get_ident() != thread else (args, {**kwargs, "adapter_names": names})
+
+
+class NamedRows:
+    """A layer that is told the adapter of each example without an argument of its forward."""
+
+    # {thread: its names}
+    _named_rows: dict[int, list[str]] | None = None
+
+    @property
+    def row_names(self) -> list[str] | None:
+        """While this thread computes a mixed batch, the adapter of each example; None otherwise."""
+        held = self._named_rows
+        return held.get(get_ident()) if held else None
+
+    @row_names.setter
+    def row_names(self, names: list[str] | None) -> None:
+        held = vars(self).setdefault("_named_rows", {})
+        if names is None:
+            held.pop(get_ident(), None)
+        else:
+            held[get_ident()] = names

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
-from ...core.names import ends_with, is_trained_whole
+from ...core.names import ends_with, lies_in_trained_whole
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
 from .base_model import modules_around_adapters, path_in_base
@@ -102,7 +102,7 @@ def is_excluded(config: TargetRequest, name: str) -> bool:
         return True
     if not isinstance(excluded, str) and _ends_with_any(name, excluded or ()):
         return True
-    return is_trained_whole(name, config.modules_to_save or ())
+    return lies_in_trained_whole(name, config.modules_to_save or ())
 
 
 def stored_target_modules(config: TargetRequest, targets: Targets) -> set[str] | str:

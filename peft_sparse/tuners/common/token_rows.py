@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensLayer
+from ...core.names import is_trained_whole
 from ...errors import ConfigError
 from .base_model import modules_around_adapters, path_in_base
 
@@ -32,7 +33,7 @@ def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     own = {path for path, module in modules if embeddings is not None and module is embeddings}
     ends = tuple(rows) if isinstance(rows, dict) else tuple(own or ("embed_tokens",))
-    found = {path: module for path, module in modules if path.endswith(ends)}
+    found = {path: module for path, module in modules if is_trained_whole(path, ends)}
     if own & found.keys() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         output = model.get_output_embeddings()
         found.update({path: module for path, module in modules if output is not None and module is output})
@@ -40,7 +41,7 @@ def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str
     for path, module in found.items():
         if path_in_base(path) in tuned or isinstance(module, BaseTunerLayer):
             also, way_out = "an adapter tunes", f"Leave it out there with exclude_modules=[{path_in_base(path)!r}]"
-        elif heads and path.endswith(heads):
+        elif is_trained_whole(path, heads):
             also, way_out = f"modules_to_save={list(heads)} trains whole", "Leave one of the two out"
         else:
             continue

@@ -14,6 +14,7 @@ from .adapter_names import known_list
 from .announcements import ON_MERGE, announce
 from .base_model import iter_tuned
 from .broken_ties import forget_broken_ties
+from .files import train_as_before
 from .stacked_heads import check_heads_of_merged
 from .tuner import AdapterTuner
 
@@ -138,7 +139,4 @@ class WeightTuner(AdapterTuner):
             layer._shown.end()
         if merge:
             forget_broken_ties(model)
-        # What trained before PEFT froze the base model trains again.
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in self.trainable_before)
+        train_as_before(model)

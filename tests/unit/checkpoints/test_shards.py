@@ -145,9 +145,11 @@ def test_an_output_that_is_a_file(tmp_path):
         ShardWriter(tmp_path / "out", overwrite=True)
 
 
-def test_shard_size_must_be_positive(tmp_path):
-    with pytest.raises(ConfigError, match="max_shard_bytes must be at least 1, got 0"):
-        ShardWriter(tmp_path / "out", max_shard_bytes=0)
+@pytest.mark.parametrize("given", [0, -1, "1GB", True, 1.5])
+def test_the_size_of_shards_is_a_whole_number(tmp_path, given):
+    with pytest.raises(ConfigError, match=f"max_shard_bytes must be an int >= 1, got {given!r}"):
+        ShardWriter(tmp_path / "out", max_shard_bytes=given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pickled_weights_are_refused(tmp_path):

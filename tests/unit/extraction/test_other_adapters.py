@@ -143,6 +143,21 @@ def test_heads_come_along(base, tmp_path):
     assert model.peft_config["default"].task_type == "SEQ_CLS"
 
 
+def test_heads_that_peft_finds_inside_of_a_name_come_along(tmp_path):
+    """PEFT trains `pre_classifier` with `classifier`."""
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 30}
+    kind = DistilBertForSequenceClassification
+    save(kind(DistilBertConfig(**sizes)), tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_lin"], init_lora_weights=False, task_type="SEQ_CLS")
+    trained = train(tmp_path / "base", tmp_path / "other", config, kind)
+    extract_adapter(tmp_path / "base", tmp_path / "other", tmp_path / "sparse", num_weights="changed")
+    model = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "sparse").eval()
+    torch.testing.assert_close(output(model), output(trained), rtol=1e-4, atol=1e-5)
+    whole = model.merge_and_unload()
+    assert torch.equal(whole.pre_classifier.weight, trained.merge_and_unload().pre_classifier.weight)
+
+
 def test_transposed_weights(tmp_path):
     torch.manual_seed(0)
     save(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30)), tmp_path / "base")

@@ -48,6 +48,10 @@ def test_the_command_says_what_fits(folder):
     assert "Other methods that fit: " in tight.output
     assert "rand (" in tight.output
     assert "--gradient-checkpointing" in tight.output
+    # Full fine-tuning trains the weights themselves.
+    assert "--load-in-4bit" not in tight.output
+    for method, offered in (("lottery_ticket", False), ("ada_sft", False), ("spiel_ma", True), ("lora", True)):
+        assert ("--load-in-4bit" in run(folder, "--method", method, "--gpu", "1kB").output) is offered, method
 
 
 def test_the_command_gives_json(folder):

@@ -474,16 +474,55 @@ def test_heads_and_rows_of_tokens_are_planned_as_they_train(make, whole):
     assert plan.phases[-1].all_gradients == 4 * (10 + extra)
 
 
-def test_the_dense_phase_trains_heads_and_keeps_where_they_started():
-    request = {"num_weights": 10, "target_modules": ["q_proj"]}
-    without = plan_memory(LLAMA, LotteryTicketConfig(**request), sequence_length=8).phases[0]
-    dense = plan_memory(LLAMA, LotteryTicketConfig(**request, modules_to_save=["lm_head"]), sequence_length=8).phases[0]
-    head = 4 * 50 * 16
-    real = get_peft_model(LlamaForCausalLM(LLAMA), LotteryTicketConfig(**request, modules_to_save=["lm_head"]))
+WHOLE = {
+    "a head": {"modules_to_save": ["lm_head"]},
+    "rows": {"trainable_token_indices": [1, 2, 3]},
+    "rows and a head": {"trainable_token_indices": {"embed_tokens": [1, 2]}, "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("name", ["adamw", "sm3"])
+def test_the_dense_phase_trains_what_is_whole_and_keeps_where_it_started(kind, whole, name):
+    config, request = MODELS[kind][0], {"num_weights": 10, "target_modules": ["q_proj"]}
+    if kind == "tied" and whole == "a head":
+        pytest.skip("PEFT unties a tied head, which is copied then")
+    method = LotteryTicketConfig(**request, **WHOLE[whole])
+    without = plan_memory(config, LotteryTicketConfig(**request), batch_size=5, sequence_length=10, optimizer=name)
+    dense = plan_memory(config, method, batch_size=5, sequence_length=10, optimizer=name).phases[0]
+    real = get_peft_model(LlamaForCausalLM(config), method)
     with start_dense_phase(real) as phase:
         trained = [p for p in real.parameters() if p.requires_grad]
-        assert dense.all_gradients == nbytes(trained) == without.all_gradients + head
-        assert nbytes(t for n, t in phase.start_of_others.items() if "lm_head" in n) == head
+        extra = nbytes(p for n, p in real.named_parameters() if p.requires_grad and n in phase.others)
+        optimizer = SM3(trained, lr=1e-3) if name == "sm3" else AdamW(trained)
+        take_step(real, optimizer)
+        assert extra > 0
+        assert dense.all_gradients == nbytes(p.grad for p in trained) == without.phases[0].all_gradients + extra
+        assert dense.parts["optimizer states"] == states(optimizer)
         phase.abort()
-    assert dense.parts["heads"] == 2 * head
-    assert dense.parts["optimizer states"] == without.parts["optimizer states"] + 2 * head
+    assert dense.parts["heads"] == 2 * extra
+    assert dense.total > without.phases[0].total
+
+
+@pytest.mark.parametrize(
+    ("method", "quantised"),
+    [
+        (None, False),
+        (AdaSftConfig(), False),
+        (LotteryTicketConfig(**REQUEST), False),
+        (RandConfig(**REQUEST), True),
+        (SpielAGConfig(**REQUEST, total_steps=100), True),
+        (BottleneckConfig(), True),
+        (LoraConfig(target_modules="all-linear"), True),
+    ],
+    ids=["full", "ada_sft", "lottery_ticket", "rand", "spiel_ag", "bottleneck", "lora"],
+)
+def test_what_needs_less_is_possible_and_needs_less(method, quantised):
+    llama = LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 96}, architectures=["LlamaForCausalLM"])
+    plan = plan_memory(llama, method, batch_size=16, sequence_length=16)
+    assert ("load_in_4bit" in plan.ways_to_less) is quantised
+    for way in plan.ways_to_less:
+        assert plan_memory(llama, method, batch_size=16, sequence_length=16, **{way: True}).peak < plan.peak
+    all_taken = plan_memory(llama, method, sequence_length=16, gradient_checkpointing=True, load_in_4bit=quantised)
+    assert all_taken.ways_to_less == ()

@@ -39,6 +39,11 @@ class Embedding(SparseLayer):
         led = {name: leader._modules[f"sparse_ft_{parameter}"] for name, leader in self.leaders.items()}
         return {**{name: held[name] for name, held in led.items() if name in held}, **own}
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer, also one that a leader has."""
+        self.leaders.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         if base.weight.requires_grad or (ops.is_recorded() and not torch.compiler.is_compiling()):

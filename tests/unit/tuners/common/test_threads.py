@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.support.adapters import tuned
+from tests.support.adapters import TYPES, adapted, tuned
 from tests.support.madg import MadGCase
 from tests.support.models import llama
 
@@ -79,3 +79,19 @@ def test_every_thread_has_its_language(request_, with_gradients):
 
     want = [serve(i) for i in range(12)]
     assert all(torch.equal(found, want[i % 12]) for i, found in enumerate(in_threads(serve)))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_thread_has_its_adapter_names(kind):
+    beside = {"target_modules": ["q_proj", "up_proj"]} if kind in ("SPARSE_FT", "ADA_SFT") else {}
+    model = adapted(kind, llama(), "a", "b", modules_to_save=["lm_head"], **beside)
+    requests = [{"adapter_names": names} for names in (["a", "a"], ["b", "b"], ["b", "__base__"])] + [{}]
+
+    @torch.no_grad()
+    def serve(i):
+        return model(input_ids=REQUESTS[0], **requests[i % 4]).logits
+
+    want = [serve(i) for i in range(4)]
+    torch.testing.assert_close(want[3], want[0])  # "a" is the active one
+    assert not any(torch.allclose(want[i], want[j], atol=1e-3) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert all(torch.equal(found, want[i % 4]) for i, found in enumerate(in_threads(serve, 120)))

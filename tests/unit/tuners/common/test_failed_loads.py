@@ -1,0 +1,255 @@
+"""A folder that cannot be loaded leaves the model as it was: of all tuner types, through every way in."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from peft_sparse import ConfigError, FormatError
+from tests.support.adapters import TYPES, adapted, config
+from tests.support.models import llama, logits, picture
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WEIGHTS = "adapter_model.safetensors"
+# An adapter that goes where the first one does not, with a head and rows of tokens.
+NARROW = {
+    "SPARSE_FT": {"target_modules": ["q_proj"]},
+    "ADA_SFT": {"target_modules": ["q_proj"]},
+    "BOTTLENECK": {"kind": "pfeiffer"},
+    "MAD_G": {"kind": "pfeiffer"},
+}
+WIDE = {
+    "SPARSE_FT": {"target_modules": ["q_proj", "v_proj"]},
+    "ADA_SFT": {"target_modules": ["q_proj", "v_proj"]},
+    "BOTTLENECK": {"kind": "houlsby"},
+    "MAD_G": {"kind": "houlsby"},
+}
+BESIDE = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 2]}}
+
+
+def without_weights(folder: Path, kind: str) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def cut_off(folder: Path, kind: str) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def no_safetensors(folder: Path, kind: str) -> None:
+    (folder / WEIGHTS).write_bytes(b"<html>404</html>")
+
+
+def no_pickle(folder: Path, kind: str) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"<html>404</html>")
+
+
+def pickled_for_another_model(folder: Path, kind: str) -> None:
+    (folder / WEIGHTS).unlink()
+    model = adapted(kind, llama(hidden_size=8), **NARROW[kind])
+    model.save_pretrained(folder / "narrow")
+    torch.save(load_file(folder / "narrow" / WEIGHTS), folder / "adapter_model.bin")
+    shutil.rmtree(folder / "narrow")
+
+
+def of_another_method(folder: Path, kind: str) -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(folder / "lora")
+    shutil.move(folder / "lora" / WEIGHTS, folder / WEIGHTS)
+    shutil.rmtree(folder / "lora")
+
+
+def of_another_model(folder: Path, kind: str) -> None:
+    adapted(kind, llama(hidden_size=8), **WIDE[kind]).save_pretrained(folder / "other")
+    shutil.move(folder / "other" / WEIGHTS, folder / WEIGHTS)
+    shutil.rmtree(folder / "other")
+
+
+def lacking_a_tensor(folder: Path, kind: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    key = next(key for key in tensors if ".1." in key and kind.lower() in key)
+    save_file({k: t for k, t in tensors.items() if k != key}, folder / WEIGHTS, {"format": "pt"})
+
+
+def with_a_tensor_too_many(folder: Path, kind: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    key = next(key for key in tensors if ".1." in key and kind.lower() in key)
+    save_file({**tensors, key.replace(".1.", ".7."): tensors[key].clone()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def with_nan(folder: Path, kind: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    key = next(key for key, t in tensors.items() if t.is_floating_point() and kind.lower() in key)
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+FAULTS = (
+    without_weights,
+    cut_off,
+    no_safetensors,
+    no_pickle,
+    pickled_for_another_model,
+    of_another_method,
+    of_another_model,
+    lacking_a_tensor,
+    with_a_tensor_too_many,
+    with_nan,
+)
+
+
+def by_peft(model: nn.Module, folder: Path, name: str) -> None:
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, name)
+    else:
+        PeftModel.from_pretrained(model, folder, adapter_name=name)
+
+
+def by_peft_to_train(model: nn.Module, folder: Path, name: str) -> None:
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, name, is_trainable=True, low_cpu_mem_usage=True)
+    else:
+        PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=True, low_cpu_mem_usage=True)
+
+
+def by_transformers(model: nn.Module, folder: Path, name: str) -> None:
+    model.load_adapter(str(folder), adapter_name=name)
+
+
+WAYS: dict[str, tuple[Callable[..., None], Callable[[str], nn.Module]]] = {
+    "first, PEFT": (by_peft, lambda kind: llama()),
+    "first to train, PEFT": (by_peft_to_train, lambda kind: llama()),
+    "first, transformers": (by_transformers, lambda kind: llama()),
+    "second, PEFT": (by_peft, lambda kind: adapted(kind, llama(), "a", **NARROW[kind])),
+    "second to train, PEFT": (by_peft_to_train, lambda kind: adapted(kind, llama(), "a", **NARROW[kind])),
+    "second, transformers": (by_transformers, lambda kind: natively(kind)),
+}
+
+
+def natively(kind: str) -> nn.Module:
+    """transformers' model with an adapter "a"."""
+    model = llama()
+    adapted(kind, model, "a", **NARROW[kind])
+    model._hf_peft_config_loaded = True
+    return model
+
+
+def saved(folder: Path, kind: str, **fields) -> Path:
+    adapted(kind, llama(), **{**WIDE[kind], **fields}).save_pretrained(folder)
+    return folder
+
+
+def flags(model: nn.Module) -> tuple[object, ...]:
+    own = vars(getattr(model, "base_model", model)).get("active_adapter")
+    training = {name: module.training for name, module in model.named_modules()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return own, getattr(model, "_hf_peft_config_loaded", None), training, parameters
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path, kind, way):
+    whole = saved(tmp_path / "whole", kind, **BESIDE)
+    load, make = WAYS[way]
+    model = make(kind)
+    next(p for n, p in model.named_parameters() if n.endswith("model.norm.weight")).requires_grad_(way.startswith("s"))
+    before, flagged = picture(model), flags(model)
+    for fault in FAULTS:
+        folder = tmp_path / fault.__name__
+        shutil.copytree(whole, folder)
+        fault(folder, kind)
+        with pytest.raises((ValueError, OSError, RuntimeError, LookupError, pickle.UnpicklingError)) as error:
+            load(model, folder, "new")
+        if fault is without_weights:
+            assert f"'{folder}' has no {WEIGHTS}" in str(error.value)
+        after = picture(model)
+        for part in before:
+            assert after[part] == before[part], (fault.__name__, part, error.value)
+        assert flags(model) == flagged, fault.__name__
+    # The name is free, and what is whole is loaded as into a model that never saw the others.
+    load(model, whole, "new")
+    expected = make(kind)
+    load(expected, whole, "new")
+    if way.startswith("second"):
+        model.set_adapter("new")
+        expected.set_adapter("new")
+        assert torch.equal(logits(model.eval()), logits(expected.eval()))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_models_that_are_made_with_an_adapter_are_whole_or_not_made(tmp_path, kind):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted(kind, base, **WIDE[kind]).save_pretrained(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    expected = logits(PeftModel.from_pretrained(llama(), tmp_path / "whole"))
+    for auto in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        assert torch.equal(logits(auto.from_pretrained(tmp_path / "whole")), expected)
+    for fault in (without_weights, of_another_method, of_another_model, lacking_a_tensor, with_nan):
+        folder = tmp_path / fault.__name__
+        shutil.copytree(tmp_path / "whole", folder)
+        fault(folder, kind)
+        for auto in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+            with pytest.raises((ValueError, RuntimeError, OSError)):
+                auto.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_model_without_a_tuner_gives_the_adapter_of_a_refused_file_back(tmp_path, kind):
+    of_another_model(saved(tmp_path, kind), kind)
+    model = llama()
+    model.model.norm.weight.requires_grad_(False)
+    before, flagged = picture(model), flags(model)
+    request = config(kind, **WIDE[kind], **BESIDE)
+    request.inference_mode = True
+    inject_adapter_in_model(request, model)
+    with pytest.raises((FormatError, KeyError)):
+        set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS) | heads())
+    assert picture(model) == before
+    assert flags(model) == flagged
+
+
+def heads() -> dict[str, torch.Tensor]:
+    rows = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    return {"lm_head.weight": torch.zeros(20, 16), rows: torch.zeros(2, 16)}
+
+
+@pytest.mark.parametrize("kind", ["SPARSE_FT", "ADA_SFT"])
+def test_what_is_merged_stays_merged(tmp_path, kind):
+    model = adapted(kind, llama(), "a", **NARROW[kind])
+    model.merge_adapter()
+    before = picture(model)
+    lacking_a_tensor(saved(tmp_path, kind), kind)
+    with pytest.raises(FormatError):
+        model.load_adapter(tmp_path, "new")
+    assert picture(model) == before
+    assert all(layer.merged_adapters == ["a"] for layer in model.base_model.tuned_layers())
+
+
+def test_an_adapter_that_holds_something_stays_where_another_folder_is_empty(tmp_path):
+    model = adapted("SPARSE_FT", llama())
+    model.save_pretrained(tmp_path)
+    without_weights(tmp_path, "SPARSE_FT")
+    before = picture(model)
+    with pytest.raises(ConfigError, match=f"'{tmp_path}' has no {WEIGHTS}, the weights of the adapter"):
+        model.load_adapter(tmp_path, "default")
+    assert picture(model) == before
