@@ -18,6 +18,7 @@ from ..planning.plan import MemoryPlan, plan_memory
 from ..planning.table import describe_fit, plan_table
 from ..tuners.ada_sft.config import AdaSftConfig
 from ..tuners.bottleneck.config import BottleneckConfig
+from ..tuners.common.target_checks import warned_once
 from ..tuners.sparse_ft.configs.base import METHODS, SparseConfig, method_called
 from . import app
 from ._options import AsJson
@@ -87,7 +88,7 @@ def plan(
     config = make_config(method)
     best: tuple[float, MemoryPlan] | None = None
     others: dict[str, MemoryPlan] = {}
-    with Console(stderr=True).status("Taking steps without data ..."):
+    with warned_once(), Console(stderr=True).status("Taking steps without data ..."):
         found = plan_with(config, optimizer=optimizer)
         if limit is not None and isinstance(config, SparseConfig):
             best = largest_density(config, partial(plan_with, optimizer=optimizer), limit)

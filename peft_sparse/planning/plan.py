@@ -20,6 +20,7 @@ from ..checkpoints.tasks import BASE_CLASSES
 from ..checks import check_one_of, check_whole
 from ..errors import ConfigError, SparseError
 from ..tuners.common.config import WeightConfig
+from ..tuners.common.target_checks import warned_once
 from .optimizer import OPTIMIZERS
 from .phases import PhaseMemory, Workload, phases_of
 
@@ -181,7 +182,7 @@ def _dry_run(
     make: Callable[[], PreTrainedModel], config: PeftConfig | None, workload: Workload
 ) -> tuple[int, list[PhaseMemory]]:
     try:
-        with warnings.catch_warnings():
+        with warned_once(), warnings.catch_warnings():
             # Of names that transformers itself and PEFT still use.
             warnings.simplefilter("ignore", FutureWarning)
             return phases_of(make, config, workload)

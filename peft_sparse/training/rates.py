@@ -15,7 +15,7 @@ from ..tuners.common.adapter_config import carrier_of
 from ..tuners.common.base_model import base_model_of
 from ..tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
-from ..tuners.sparse_ft.unselected import is_unselected
+from ..tuners.sparse_ft.unselected import is_unselected, open_phase
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ def warn_of_rate(model: nn.Module, optimizer: Any) -> None:
 def _trained(model: nn.Module, name: str, config: Any) -> list[nn.Parameter]:
     """What an optimizer trains of an adapter: its values, or in a dense phase the weights of the base model."""
     if is_unselected(config):
-        return [p for p in base_model_of(model).parameters() if p.requires_grad]
+        base = base_model_of(model)
+        is_open = getattr(open_phase(base), "adapter_name", None) == name
+        return [p for p in base.parameters() if p.requires_grad] if is_open else []
     return [delta.values for *_, delta in iter_deltas(model, name) if delta.values.requires_grad]
 
 

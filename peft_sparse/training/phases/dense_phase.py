@@ -19,12 +19,14 @@ from ...selection.computed import Computed
 from ...selection.rows import RowConfinement
 from ...selection.top_k import streamed_top_k
 from ...tuners.common.base_model import base_model_of
+from ...tuners.common.layer import PARAMETERS
 from ...tuners.common.packed import find_backend, is_packed
 from ...tuners.common.targets import model_numel, targets_of
 from ...tuners.sparse_ft.allocation import plan_groups
 from ...tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
 from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
 from ...tuners.sparse_ft.iteration import iter_layers
+from ...tuners.sparse_ft.layers.moved import Moved
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE, is_unselected, open_phase
 from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar
@@ -51,7 +53,8 @@ class DensePhase(Phase):
 
     During the phase the targeted parameters and whatever was trainable before it (heads in `modules_to_save`) are
     trainable, the adapter's own values are not. Other active adapters stay applied as they are: scores are the change
-    of the base parameter under them.
+    of the base parameter under them. What the parameters have moved by acts where the adapter does: with
+    `model.disable_adapter()` the model is the base model, and an adapter that is set alone acts on that.
 
     Attributes:
         model: the model it was started on.
@@ -91,9 +94,18 @@ class DensePhase(Phase):
         for target in targets:
             target.parameter.requires_grad_(True)
             target.delta.values.requires_grad_(False)
+        self._mark_moved()
         if self.l1_coefficient:
             regularization.penalised.add(self)
         self._root.__dict__[PHASE_ATTRIBUTE] = self
+
+    def _mark_moved(self) -> None:
+        """Tell the layers where their parameters started, those too that look up in a tuned embedding's matrix."""
+        originals = {id(target.parameter): self.originals[target.name] for target in self.targets}
+        for _, layer in iter_layers(self._root):
+            held = layer.get_base_layer()._parameters
+            own = {which: originals[id(held[which])] for which in PARAMETERS if id(held.get(which)) in originals}
+            layer.moved = Moved(self.adapter_name, own) if own else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied model is in the same phase, and is penalised like what it was made from.
@@ -213,6 +225,8 @@ class DensePhase(Phase):
             parameter.requires_grad_(was_trainable)
         self._ties.retie()
         self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
+        for _, layer in iter_layers(self._root):
+            layer.moved = None
         self.originals, self.start_of_others = {}, {}
 
     def __enter__(self) -> DensePhase:
@@ -243,16 +257,6 @@ class DensePhase(Phase):
             yield regularization.Pull(target.parameter, self.l1_coefficient, self.originals[target.name])
 
     # ---- in a trainer ------------------------------------------------------------------------------
-
-    @classmethod
-    def refuse(cls, trainer: Any) -> None:
-        """Refuse a trainer that compares the model with what it is without its adapter."""
-        if getattr(trainer, "ref_model", trainer) is None and getattr(trainer, "beta", 1.0) != 0:
-            raise ConfigError(
-                f"{type(trainer).__name__} takes the model without its adapter as its reference, which in the dense "
-                "phase is what trains. Select with SparseSFTTrainer or start_dense_phase and select first; an adapter "
-                "that has its weights trains here."
-            )
 
     @classmethod
     def warn_of_args(cls, changes: Mapping[str, Any]) -> None:
@@ -298,7 +302,7 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
             quantised, sharded or on the meta device; the model is wrapped; another dense phase is open.
 
     Cost: a copy of the targeted parameters on the CPU (on their own device with `l1`), and one of a tied output matrix
-    beside it.
+    beside it. A forward with the adapter disabled or inactive copies them to their own device, one layer at a time.
     Source: Ansell et al. 2022, arXiv:2110.07560, section 3.1. Differs from the authors' code in: K is exact, fewer than
     K moved weights are an error, weights are restored from copies and never by subtraction, and only what is targeted
     is unfrozen.

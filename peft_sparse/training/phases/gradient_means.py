@@ -139,13 +139,15 @@ def gradient_means(
 
 @contextmanager
 def _observed(deltas: Mapping[str, AdapterDelta], sums: Mapping[str, GradientSums]) -> Iterator[None]:
+    # Of SpIEL, whose window may be open.
+    before = {name: delta.observer for name, delta in deltas.items()}
     for name, delta in deltas.items():
         delta.observer = sums[name]
     try:
         yield
     finally:
-        for delta in deltas.values():
-            delta.observer = None
+        for name, delta in deltas.items():
+            delta.observer = before[name]
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby, islice
 from typing import Any, ClassVar
 
@@ -149,12 +150,24 @@ def select_in_trainer(trainer: Any, adapter_name: str) -> None:
             ) from error
 
     trainer.model.train()
-    select_by_gradients(
-        trainer.model,
-        trainer.get_train_dataloader(),
-        loss_fn=loss_of,
-        adapter_name=adapter_name,
-    )
+    with _told_nothing(trainer):
+        select_by_gradients(
+            trainer.model,
+            trainer.get_train_dataloader(),
+            loss_fn=loss_of,
+            adapter_name=adapter_name,
+        )
+
+
+@contextmanager
+def _told_nothing(trainer: Any) -> Iterator[None]:
+    """Keep what the losses of TRL's trainers note for the next log, tokens among it, from counting the selection."""
+    noted = [name for name in ("_metrics", "_stored_metrics", "_total_train_tokens") if name in vars(trainer)]
+    before = {name: copy.deepcopy(vars(trainer)[name]) for name in noted}
+    try:
+        yield
+    finally:
+        vars(trainer).update(before)
 
 
 @first_phase

@@ -60,7 +60,9 @@ PER_PHASE = frozenset(
 )
 
 
-def make_first_args(args: TrainingArguments, changes: Mapping[str, Any] | None, *, name: str) -> TrainingArguments:
+def make_first_args(
+    args: TrainingArguments, changes: Mapping[str, Any] | None, *, name: str, in_place: bool = False
+) -> TrainingArguments:
     """The training arguments of the first of two phases.
 
     Weight decay is 0 unless `changes` says otherwise: in a dense phase it moves every weight, and the selection would
@@ -71,9 +73,10 @@ def make_first_args(args: TrainingArguments, changes: Mapping[str, Any] | None, 
         args: the trainer's own arguments, which the second phase uses. They are not changed.
         changes: {field: value} for the first phase.
         name: what the user calls them: "dense_args" or "mask_args".
+        in_place: change `args` instead, which are those of a first phase already.
 
     Returns:
-        New arguments of the same class.
+        New arguments of the same class; or `args`.
 
     Raises:
         ConfigError: an unknown field, or one that holds for both phases.
@@ -89,7 +92,7 @@ def make_first_args(args: TrainingArguments, changes: Mapping[str, Any] | None, 
         changes.setdefault("max_steps", -1)
     # Not dataclasses.replace: making training arguments anew resets the state of the accelerator that the trainer has
     # by now.
-    first = copy.copy(args)
+    first = args if in_place else copy.copy(args)
     for field, value in {"weight_decay": 0.0, "push_to_hub": False, **changes}.items():
         current = getattr(args, field)
         setattr(first, field, type(current)(value) if isinstance(current, Enum) else value)

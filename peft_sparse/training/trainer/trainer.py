@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, enable_full_determinism, set_seed
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, find_executable_batch_size
 
 from ...checkpoints.push import update_cards
 from ...errors import ConfigError, FormatError
@@ -33,11 +33,12 @@ from .checkpoints import PhaseCheckpoints
 from .phase_args import make_first_args
 from .preemption import listen, listening, take_request
 from .resume import ResumePoint, find_resume_point, is_finished
+from .trials import PhaseTrials
 
 logger = logging.getLogger(__name__)
 
 
-class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
+class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
     """What `sparse_trainer` adds to a trainer class.
 
     `train()` looks at the active adapter. If it is a lottery ticket without weights, the dense phase, the selection,
@@ -174,11 +175,30 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints):
                 self.accelerator.free_memory()
                 if self._was_preempted:
                     return output
+                phase.select()
             else:
-                self._seed()
-            phase.select()
+                # What a trial sets holds for the selection, too: its batches, its seed.
+                self._hp_search_setup(trial)
+                self._select_with_fitting_batches(phase)
         self._save_selection(adapter, kind, trial)
         return output
+
+    def _select_with_fitting_batches(self, phase: Phase) -> None:
+        """The selection of a phase in which nothing trains; under `auto_find_batch_size` with smaller batches where
+        memory runs out, as the trainer's own loop does. That finds its own size afterwards."""
+        batch_size = self._train_batch_size
+
+        def select(batch_size: int) -> None:
+            self._train_batch_size = batch_size
+            self._seed()
+            phase.select()
+
+        try:
+            find_executable_batch_size(select, batch_size, self.args.auto_find_batch_size)()
+        finally:
+            if self._train_batch_size != batch_size:
+                logger.info("%s: batches of %d fitted into memory", phase.name, self._train_batch_size)
+            self._train_batch_size = batch_size
 
     def _remember(self, kind: type[Phase], output: TrainOutput | None, state: TrainerState | None) -> None:
         """What a phase's training returned, and the trainer's state after it, as attributes with the phase's name."""

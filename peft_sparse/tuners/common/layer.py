@@ -66,7 +66,7 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
         if not torch.compiler.is_compiling() and sys._getframe(2).f_code is nn.Module.get_parameter.__code__:
             return own
         if self.disable_adapters:
-            return self.pristine(parameter)
+            return self.untuned(parameter, [])
         if self.merged:
             return own
         adapters = self.active_adapters
@@ -77,7 +77,7 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
                 return on_demand(own, partial(_refuse_rows, self), (), READ_ALONE)
         leaves = self.leaves(parameter, adapters)
         if not leaves:
-            return self.pristine(parameter)
+            return self.untuned(parameter, adapters)
         base = self.get_base_layer()
         if own.is_meta and offload_hook(base) is not None:
             make = partial(self._read_offloaded, parameter, adapters)
@@ -106,6 +106,10 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
     def pristine(self, parameter: str) -> Tensor:
         """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
+
+    def untuned(self, parameter: str, adapters: Sequence[str]) -> Tensor:
+        """The parameter that a model reads where `adapters`, none of which changes it, act."""
+        return self.pristine(parameter)
 
     def _attribute_of_base(self, name: str) -> Any:
         return attribute_of(self.get_base_layer(), name, self._view)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..._peft_bridge import NoMatchingPeftModuleError
@@ -18,6 +19,7 @@ from ...selection.patterns import fullmatch
 logger = logging.getLogger(__name__)
 
 _KEYWORDS = ("all", "all-linear")
+_NUMBER = re.compile(r"\.\d+\.")
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
 
 
@@ -27,6 +29,23 @@ class NothingTargetedError(ConfigError, NoMatchingPeftModuleError):
 
 class NotInThisStateError(ConfigError):
     """A target cannot be tuned for what was done to the model, such as sharding: leaving it out would be no way out."""
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """Give each warning about targets once in the block, however many models are made in it."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message, known = record.getMessage(), len(seen)
+        seen.add(message)
+        return len(seen) > known
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def no_linear(model: str) -> NothingTargetedError:
@@ -90,6 +109,32 @@ def warn_of_exclusions(exclude_modules: Any, modules: Iterable[str]) -> None:
         logger.warning(
             "exclude_modules: no module of the model is called %r, and none is left out for it.%s", name, hint
         )
+
+
+def warn_of_stacks(target_modules: Any, left_out: Mapping[str, int], *, total: int) -> None:
+    """Tell of weights that a request seems to mean and that are in no linear layer: the fused experts of a mixture.
+
+    Args:
+        target_modules: as the user wrote it.
+        left_out: {parameter: number of its weights}.
+        total: number of weights of the model.
+    """
+    kinds = sorted({_NUMBER.sub(".*.", name) for name in left_out})
+    modules = sorted({kind.rpartition(".")[0].rpartition(".")[2] for kind in kinds})
+    parameters = sorted({".".join(kind.split(".")[-2:]) for kind in kinds})
+    logger.warning(
+        "target_modules=%r leaves out %s: matrices stacked in one parameter, as transformers keeps the experts of a "
+        "mixture, which are no linear layers. They hold %s of the model's %s weights, and adapters of this library "
+        "cannot change them. To train them, take LoRA (LoraConfig(target_parameters=%s)) or train them whole "
+        "(modules_to_save=%s); exclude_modules=%s leaves them out without this warning.",
+        target_modules or "all-linear",
+        ", ".join(kinds),
+        f"{sum(left_out.values()):,}",
+        f"{total:,}",
+        parameters,
+        modules,
+        modules,
+    )
 
 
 def refuse_norms_by_name(config: Any, modules: Mapping[str, bool]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +20,14 @@ from .base_model import modules_around_adapters, path_in_base
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
-from .target_checks import check_names, no_linear, refuse_norms_by_name, warn_if_deeper, warn_of_exclusions
+from .target_checks import (
+    check_names,
+    no_linear,
+    refuse_norms_by_name,
+    warn_if_deeper,
+    warn_of_exclusions,
+    warn_of_stacks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +79,8 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     if not targets and config.target_modules in (None, ALL_LINEAR) and not _all_linear(config, model):
         raise no_linear(type(model).__name__)
     check_names(config.target_modules, modules, is_empty=not targets)
+    if left_out := _stacks_left_out(config, modules, targets):
+        warn_of_stacks(config.target_modules, left_out, total=model_numel(model))
     return targets
 
 
@@ -206,6 +216,38 @@ def _is_bypassed(module: nn.Module | None) -> bool:
 def _warn_of_bypassed(target: str, paths: list[str]) -> None:
     if paths:
         logger.warning("%s leaves out %s: nn.MultiheadAttention never calls it.", target, ", ".join(paths))
+
+
+def _stacks_left_out(config: TargetRequest, modules: dict[str, nn.Module], targets: Targets) -> dict[str, int]:
+    """{parameter: number of weights} of the stacks of matrices that `target_modules` means and nothing here tunes.
+
+    Such are the experts of a mixture, fused into one parameter in three dimensions, which no linear layer holds.
+    """
+    wanted = config.target_modules
+    if wanted == ALL_PARAMETERS or (wanted is None and config.target_parameters):
+        return {}
+
+    def is_meant(name: str) -> bool:
+        if wanted in (None, ALL_LINEAR):
+            return True
+        # What was gate_proj and up_proj of each expert before they were fused.
+        parts = [name, *(name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))]
+        if isinstance(wanted, str):
+            return any(fullmatch(wanted, part) for part in parts)
+        return any(_ends_with_any(part, wanted) for part in parts)
+
+    return {
+        f"{name}.{parameter}": tensor.numel()
+        for name, module in modules.items()
+        if name not in targets and not is_excluded(config, name) and _in_layers(config, name)
+        for parameter, tensor in own_parameters(module).items()
+        if _is_stack(module, tensor) and is_meant(f"{name}.{parameter}")
+    }
+
+
+def _is_stack(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether a parameter holds several matrices; a table of positions has a leading 1."""
+    return tensor.dim() == 3 and min(tensor.shape) > 1 and not isinstance(module, _ConvNd)
 
 
 def _wanted_layers(config: TargetRequest) -> list[int] | None:

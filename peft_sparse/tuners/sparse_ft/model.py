@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
+from ...errors import ConfigError
 from ..common.adapter_names import known_list
 from ..common.base_model import path_in_base
 from ..common.combining import Combined
@@ -25,7 +26,7 @@ from .layers.base import SparseLayer
 from .layers.choice import wrapper_for
 from .layers.quantized import QuantizedLinear, warn_of_loss
 from .tied_tensors import mark_tied
-from .unselected import Selection, is_unselected
+from .unselected import Selection, is_unselected, open_phase
 
 
 class SparseModel(WeightTuner):
@@ -131,6 +132,7 @@ class SparseModel(WeightTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and whatever drives it; if it alone was active, the first that is left takes over."""
+        self._refuse_moved(f"delete adapter {adapter_name!r}", of=adapter_name)
         drivers.stop(self.model, adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -142,10 +144,24 @@ class SparseModel(WeightTuner):
         Args:
             adapter_names: the adapters to merge; the active ones if None.
             safe_merge: refuse values that are not finite, before any layer is touched.
+
+        Raises:
+            ConfigError: a dense phase is open, in which the base weights train.
         """
+        self._refuse_moved("merge adapters")
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         if self.around.of_kind(QuantizedLinear):
             warn_of_loss(iter_layers(self.model), way_back="unmerge_adapter() gives the old ones back bit for bit; ")
+
+    def _refuse_moved(self, what: str, *, of: str | None = None) -> None:
+        """Raise a ConfigError while a dense phase (of an adapter, if `of` names one) moves the base weights."""
+        for _, layer in iter_layers(self.model) if open_phase(self.model) is not None else ():
+            if layer.moved is not None and of in (None, layer.moved.adapter_name):
+                raise ConfigError(
+                    f"cannot {what}: a dense phase of adapter {layer.moved.adapter_name!r} is open, and trains the "
+                    "base weights themselves. End it first: start_sparse_phase(model) selects and rewinds, and "
+                    "abort() of what start_dense_phase(model) gave takes everything back."
+                )
 
     def _ready_to_merge(
         self, layers: list[Any], adapter_names: list[str] | None
@@ -174,6 +190,7 @@ class SparseModel(WeightTuner):
         Returns:
             the base model without tuner layers.
         """
+        self._refuse_moved("merge adapters")
         if not dequantize:
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         adapter_names = known_list(adapter_names, self.peft_config)
@@ -182,6 +199,12 @@ class SparseModel(WeightTuner):
         drivers.stop(self.model)
         dequantization.merge(adapter_names)
         return dequantization.finish(super().merge_and_unload(progressbar, safe_merge, adapter_names))
+
+    def _begin_unloading(
+        self, layers: Mapping[str, SparseLayer], *, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
+        self._refuse_moved("take the adapters off the model")
+        super()._begin_unloading(layers, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _end_unloading(self, model: nn.Module, layers: Mapping[str, SparseLayer], *, merge: bool) -> None:
         super()._end_unloading(model, layers, merge=merge)

@@ -56,13 +56,6 @@ def test_one_optimizer_cannot_serve_two_phases(tmp_path):
     assert type(trainer.optimizer.optimizer) is torch.optim.SGD
 
 
-def test_a_trainer_whose_reference_is_the_base_model_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.ref_model = None
-    with pytest.raises(ConfigError, match=r"SparseTrainer takes the model without its adapter as its reference"):
-        trainer.train()
-
-
 def test_two_unselected_tickets_at_once(tmp_path):
     model = make_adapted(modules_to_save=None)
     model.add_adapter("other", LotteryTicketConfig(density=0.1))

@@ -19,16 +19,17 @@ from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
 from ...common.base_module import called, loaded
-from ...common.layer import PARAMETERS, WeightLayer, beyond_range, not_finite, not_whole
+from ...common.layer import PARAMETERS, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
 from ...common.shown_state import ShownState
 from .delta import AdapterDelta, keep_dtypes
+from .moved import MovableLayer
 from .newest import with_newest
 from .quick import ActiveWeights
 from .written import Writing, Written, flat, is_all_there
 
 
-class SparseLayer(WeightLayer):
+class SparseLayer(MovableLayer):
     """Base class of the tuned layers: holds `AdapterDelta`s per adapter and applies them to the base layer's own
     parameters.
 
@@ -144,6 +145,8 @@ class SparseLayer(WeightLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.moved is not None and self.is_as_before(self.active_adapters):
+            return called(self.get_base_layer(), self._forward_as_before, (x, *args), kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -169,17 +172,11 @@ class SparseLayer(WeightLayer):
     def acts(self, adapter_name: str) -> bool:
         return any(self.active_deltas(parameter, [adapter_name]) for parameter in PARAMETERS)
 
-    def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
-        """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if
-        it has none).
-        """
-        return self.maker(parameter, adapters)()
-
     def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
         deltas = self.active_deltas(parameter, adapters)
         observers = [d.observer for d in deltas if d.observer is not None and not is_recorded()]
         values = [(d.values, d.indices) for d in deltas]
-        return partial(self._with_deltas, partial(self.base_tensor, parameter), values, observers)
+        return partial(self._with_deltas, partial(self.base_under, parameter, adapters), values, observers)
 
     @staticmethod
     def _with_deltas(

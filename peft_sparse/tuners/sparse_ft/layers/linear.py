@@ -55,7 +55,7 @@ class Linear(SparseLayer):
         So little is asked: that the values and the weight are plain parameters, which none of torch's transforms has
         in its hands, and what those want of `x` the base layer gives.
         """
-        if self._disable_adapters or _get_tracing_state() is not None:
+        if self._disable_adapters or self.moved is not None or _get_tracing_state() is not None:
             return None
         base = self._modules["base_layer"]
         if self.merged_adapters:

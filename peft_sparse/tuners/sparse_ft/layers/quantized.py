@@ -115,6 +115,12 @@ class QuantizedLinear(Linear):
         # A base layer with a compute dtype gives back what it was given, also under autocast.
         return result.to(x.dtype) if hasattr(self.get_base_layer(), "compute_dtype") else result
 
+    def _forward_as_before(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = [] if self.disable_adapters else self.active_adapters
+        if self.active_deltas("weight", adapters):
+            return self._delta_forward(adapters, x, *args, **kwargs)
+        return super()._forward_as_before(x, *args, **kwargs)
+
     def has_own(self, parameter: str) -> bool:
         return parameter != "weight"
 
