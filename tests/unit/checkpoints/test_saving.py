@@ -88,8 +88,15 @@ def test_transformers_writes_the_same_bytes_and_reads_them(tmp_path):
     assert_same_adapter(PeftModel.from_pretrained(fresh_base(), tmp_path / "transformers"), model)
 
 
-@pytest.mark.parametrize("change", ["version", "shape", "count"])
-def test_transformers_refuses_what_does_not_fit_a_tensor(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("version", "version 9"),
+        ("shape", "does not fit the tensors, which have changed"),
+        ("count", r"the support holds \d+ indices, but 3 are expected"),
+    ],
+)
+def test_transformers_refuses_what_does_not_fit_a_tensor(tmp_path, change, message):
     adapted().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     if change == "version":
@@ -99,7 +106,7 @@ def test_transformers_refuses_what_does_not_fit_a_tensor(tmp_path, change):
     else:
         tensors[f"{UP}.values"] = torch.ones(3)
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises((FormatError, RuntimeError), match=r"version 9|the support is for shape|mismatched_sizes"):
+    with pytest.raises(FormatError, match=message):
         fresh_base().load_adapter(tmp_path)
 
 

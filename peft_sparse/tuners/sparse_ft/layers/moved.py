@@ -60,7 +60,7 @@ class MovableLayer(WeightLayer):
 
     def base_tensor(self, parameter: str) -> Tensor | None:
         """The base layer's own tensor as it is, without any delta."""
-        raise TypeError(f"{type(self).__name__} does not say what is in its base parameters")
+        raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor | None:
         """The tensor with its deltas in it, differentiable in both; the tensor itself where there is no delta (None if
