@@ -17,7 +17,7 @@ from ..common.broken_ties import forget_broken_ties
 from ..common.combining import Combined
 from ..common.files import train_as_before
 from ..common.made_for_file import Receipt
-from ..common.target_checks import refuse_unsupported
+from ..common.target_checks import refuse_other_tuners, refuse_unsupported
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, state
@@ -55,6 +55,7 @@ class AdaSftModel(WeightTuner):
         held = config.held_in_file if state_dict is None else state_dict
         if held:
             self._targets = state.fit_head(config, model, adapter_name, self._targets, state.modules_of(held))
+        refuse_other_tuners(model, self._targets, Linear)
         modules = dict(named_targets(model))
         refused: dict[str, ConfigError] = {}
         for name in self._targets:

@@ -9,10 +9,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..._peft_bridge import NoMatchingPeftModuleError
+from torch import nn
+
+from ..._peft_bridge import BaseTunerLayer, NoMatchingPeftModuleError
 from ...checks import nearest
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
+from .base_model import modules_around_adapters, path_in_base
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,29 @@ class NothingTargetedError(ConfigError, NoMatchingPeftModuleError):
 
 class NotInThisStateError(ConfigError):
     """A target cannot be tuned for what was done to the model, such as sharding: leaving it out would be no way out."""
+
+
+def refuse_other_tuners(model: nn.Module, targets: Collection[str], own: type[BaseTunerLayer]) -> None:
+    """Refuse to tune what a tuner of another type has a layer around, as transformers' models can hold.
+
+    A layer that changes the base weight would compute past the one in between.
+
+    Args:
+        model: the base model.
+        targets: paths of the modules that are to be tuned.
+        own: class of the tuner's own layers.
+
+    Raises:
+        ConfigError: there is such a layer.
+    """
+    for path, module in modules_around_adapters(model):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, own) and path_in_base(path) in targets:
+            others = module._all_available_adapter_names()
+            raise ConfigError(
+                f"{path_in_base(path)} carries the adapters {others} of another type already, around which the weight "
+                f"cannot be tuned. Load {others} after this one, merge them into the base model first, or leave "
+                f"the module out with exclude_modules=[{path_in_base(path)!r}]."
+            )
 
 
 def no_linear(model: str) -> NothingTargetedError:
