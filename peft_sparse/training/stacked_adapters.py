@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigError
 from ..tuners.common.announcements import ON_STACK
-from ..tuners.common.base_model import modules_of_adapter
+from ..tuners.common.base_model import tensors_of_adapter
 from .callbacks import add_to_every_trainer
 
 WAY_OUT = "SparseTrainer and sparse_trainer(YourTrainer) bring back all that train."
@@ -56,7 +56,7 @@ class StackedAdaptersCallback(TrainerCallback):
 
 def trains(model: nn.Module, adapter_name: str) -> bool:
     """Whether anything of an adapter, of whatever type, trains: its own tensors or its heads."""
-    return any(p.requires_grad for module in modules_of_adapter(model, adapter_name) for p in module.parameters())
+    return any(tensor.requires_grad for tensor in tensors_of_adapter(model, adapter_name))
 
 
 ON_STACK.append(partial(add_to_every_trainer, StackedAdaptersCallback))

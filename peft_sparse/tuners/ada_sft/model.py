@@ -14,7 +14,7 @@ from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt
-from ..common.target_checks import check_each
+from ..common.target_checks import check_each, refuse_other_tuners
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, state
@@ -52,6 +52,7 @@ class AdaSftModel(WeightTuner):
         held = config.held_in_file if state_dict is None else state_dict
         if held:
             self._targets = state.fit_head(config, model, adapter_name, self._targets, state.modules_of(held))
+        refuse_other_tuners(model, self._targets, Linear)
         modules = dict(named_targets(model))
         check_each(self._targets, lambda name: check_linear(modules[name], name))
         return self._targets

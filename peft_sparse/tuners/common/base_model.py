@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, TrainableTokensLayer
 from ...core.names import unwrapped as path_in_base
 
-__all__ = ["base_model_of", "iter_tuned", "modules_around_adapters", "modules_of_adapter", "path_in_base"]
+__all__ = [
+    *("base_model_of", "iter_tuned", "modules_around_adapters", "modules_of_adapter", "path_in_base"),
+    "tensors_of_adapter",
+]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -93,6 +96,16 @@ def modules_of_adapter(model: nn.Module, adapter_name: str) -> Iterator[nn.Modul
             slots = [module._modules.get(name) for name in module.adapter_layer_names]
             held = [slot for slot in slots if isinstance(slot, nn.ModuleDict) and adapter_name in slot]
             yield from (slot[adapter_name] for slot in held)
+
+
+def tensors_of_adapter(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
+    """Parameters and buffers of what an adapter consists of, heads and rows of trained tokens among them."""
+    for module in modules_of_adapter(model, adapter_name):
+        yield from module.parameters()
+        yield from module.buffers()
+    for _, layer in modules_around_adapters(model):
+        if isinstance(layer, TrainableTokensLayer) and adapter_name in layer.trainable_tokens_delta:
+            yield layer.trainable_tokens_delta[adapter_name]
 
 
 def iter_tuned(model: nn.Module, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:

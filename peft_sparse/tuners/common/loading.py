@@ -23,7 +23,7 @@ from ..._peft_bridge import BaseTunerLayer
 from ...checkpoints.adapter_files import CONFIG_FILE, PICKLED
 from ...checkpoints.native import SOURCE, canonical_name
 from ...errors import ConfigError, FormatError
-from .base_model import modules_of_adapter
+from .base_model import tensors_of_adapter
 from .config import WeightConfig
 from .files import discard
 from .made_for_file import is_made_for_file
@@ -51,7 +51,10 @@ def _guarded(load: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(self, *args, **kwargs).arguments
         folder = _folder(given["model_id"], given.get("kwargs", {}).get("subfolder"))
         with _whole_or_not(self, given["adapter_name"], folder):
-            return load(self, *args, **kwargs)
+            result = load(self, *args, **kwargs)
+        if given.get("low_cpu_mem_usage") and isinstance(self.peft_config[given["adapter_name"]], WeightConfig):
+            _own_memory(self, given["adapter_name"])
+        return result
 
     return load_adapter
 
@@ -72,6 +75,7 @@ def _guarded_natively(load: Callable[..., Any]) -> Callable[..., Any]:
             config = _configs(self).get(name)
             if isinstance(config, WeightConfig):
                 _check_taken(self, config, name, result)
+                _own_memory(self, name)
                 config.verified = None  # checked, and loaded by now
             return result
 
@@ -185,8 +189,7 @@ def _check_taken(model: nn.Module, config: WeightConfig, adapter_name: str, resu
         problem = f"{len(broken)} of its tensors have other shapes here, {broken[0]} for one"
     elif not all(
         bool(torch.isfinite(tensor).all())
-        for module in modules_of_adapter(model, adapter_name)
-        for tensor in module.parameters()
+        for tensor in tensors_of_adapter(model, adapter_name)
         if tensor.is_floating_point() and not tensor.is_meta
     ):
         problem = "it holds values that are NaN or infinite, so the run that saved it had diverged"
@@ -195,6 +198,15 @@ def _check_taken(model: nn.Module, config: WeightConfig, adapter_name: str, resu
             f"the adapter file does not fit this model and config: {problem}. Nothing was loaded. Load it into the "
             f"architecture it was trained on ({CONFIG_FILE} names it in base_model_name_or_path)."
         )
+
+
+def _own_memory(model: nn.Module, adapter_name: str) -> None:
+    """Copy an adapter's tensors, which PEFT (to save memory) and transformers map out of its file: whoever writes into
+    that file would change them.
+    """
+    for tensor in tensors_of_adapter(model, adapter_name):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _is_left_out(config: WeightConfig, key: str) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import BaseTuner
 from ...core.sharded import is_sharded
-from .base_model import modules_of_adapter
+from .base_model import tensors_of_adapter
 from .files import discard
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -94,7 +94,7 @@ def receiving(model: nn.Module, config: Any, adapter_name: str) -> Iterator[Rece
 
 def _checksums(model: nn.Module, adapter_name: str) -> tuple[int, ...] | None:
     """One number for each tensor of an adapter, which hardly another has; None where FSDP2 has cut one up."""
-    tensors = list(_own_tensors(model, adapter_name))
+    tensors = list(tensors_of_adapter(model, adapter_name))
     if any(is_sharded(tensor) for tensor in tensors):
         return None
     sums = [_sum_of_bits(tensor) for tensor in tensors if not tensor.is_meta]
@@ -105,9 +105,3 @@ def _checksums(model: nn.Module, adapter_name: str) -> tuple[int, ...] | None:
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
-
-
-def _own_tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
-    for module in modules_of_adapter(model, adapter_name):
-        yield from module.parameters()
-        yield from module.buffers()

@@ -10,11 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..._peft_bridge import NoMatchingPeftModuleError
+from torch import nn
+
+from ..._peft_bridge import BaseTunerLayer, NoMatchingPeftModuleError
 from ...checks import nearest
 from ...core.names import ends_with
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
+from .base_model import modules_around_adapters, path_in_base
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,29 @@ def warned_once() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_new)
+
+
+def refuse_other_tuners(model: nn.Module, targets: Collection[str], own: type[BaseTunerLayer]) -> None:
+    """Refuse to tune what a tuner of another type has a layer around, as transformers' models can hold.
+
+    A layer that changes the base weight would compute past the one in between.
+
+    Args:
+        model: the base model.
+        targets: paths of the modules that are to be tuned.
+        own: class of the tuner's own layers.
+
+    Raises:
+        ConfigError: there is such a layer.
+    """
+    for path, module in modules_around_adapters(model):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, own) and path_in_base(path) in targets:
+            others = module._all_available_adapter_names()
+            raise ConfigError(
+                f"{path_in_base(path)} carries the adapters {others} of another type already, around which the weight "
+                f"cannot be tuned. Load {others} after this one, merge them into the base model first, or leave "
+                f"the module out with exclude_modules=[{path_in_base(path)!r}]."
+            )
 
 
 def no_linear(model: str) -> NothingTargetedError:

@@ -15,6 +15,7 @@ from ..common.base_model import path_in_base
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt
 from ..common.packed import hold_layouts, release_layouts
+from ..common.target_checks import refuse_other_tuners
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.weight_tuner import WeightTuner
 from . import compose, drivers, state, together
@@ -54,6 +55,7 @@ class SparseModel(WeightTuner):
             state.leave_out_other_heads(config, model, adapter_name)
         self._planned = allocate(config, model)
         self._targets, self._counts = self._planned.targets, self._planned.counts or {}
+        refuse_other_tuners(model, self._targets, SparseLayer)
         return self._targets
 
     def _complete(self, config: SparseConfig, model: nn.Module, adapter_name: str, requested: SparseConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -252,4 +253,51 @@ def test_an_adapter_that_holds_something_stays_where_another_folder_is_empty(tmp
     before = picture(model)
     with pytest.raises(ConfigError, match=f"'{tmp_path}' has no {WEIGHTS}, the weights of the adapter"):
         model.load_adapter(tmp_path, "default")
+    assert picture(model) == before
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_adapter_of_which_rows_of_tokens_alone_were_trained_stays(tmp_path, kind):
+    whole = saved(tmp_path / "whole", kind, **BESIDE)
+    rows = PeftModel.from_pretrained(llama(), whole)
+    request = copy.deepcopy(rows.peft_config["default"])
+    model = get_peft_model(llama(), request).eval()
+    embedding = model.base_model.model.model.embed_tokens.token_adapter
+    embedding.trainable_tokens_delta["default"].data += 1
+    before = picture(model)
+    bad = {key: tensor for key, tensor in load_file(whole / WEIGHTS).items() if ".layers.1." not in key}
+    with pytest.raises(FormatError):
+        set_peft_model_state_dict(model, bad)
+    assert picture(model) == before
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_file_that_is_written_anew_changes_no_model_that_was_loaded_from_it(tmp_path, kind):
+    saved(tmp_path, kind, **BESIDE)
+    models = [llama(), PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True)]
+    models[0].load_adapter(str(tmp_path))
+    before = [picture(model) for model in models]
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        file.write(b"\xff" * (tmp_path / WEIGHTS).stat().st_size)
+    assert [picture(model) for model in models] == before
+
+
+@pytest.mark.parametrize("kind", ["SPARSE_FT", "ADA_SFT"])
+def test_adapters_of_other_types_are_computed_with_or_refused(tmp_path, kind):
+    """transformers' models can hold several types: ours inside of LoRA's layers, and not around them."""
+    lora = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    ours = adapted(kind, llama(), **NARROW[kind])
+    ours.save_pretrained(tmp_path / "ours")
+    model = llama()
+    model.load_adapter(str(tmp_path / "ours"), adapter_name="ours")
+    model.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
+    model.set_adapter(["ours", "lora"])
+    expected = PeftModel.from_pretrained(ours.merge_and_unload(), tmp_path / "lora")
+    torch.testing.assert_close(logits(model), logits(expected))
+    model = llama()
+    model.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
+    before = picture(model)
+    with pytest.raises(ConfigError, match=r"q_proj carries the adapters \['lora'\] of another type .*after this one"):
+        model.load_adapter(str(tmp_path / "ours"), adapter_name="ours")
     assert picture(model) == before
