@@ -218,7 +218,7 @@ def test_what_would_take_moved_weights_for_the_base_model_is_refused():
     assert picture(model)["tensors"].keys() == untouched["tensors"].keys()
 
 
-# ---- other phases -----------------------------------------------------------------------------------------------------
+# ---- other phases ----------------------------------------------------------------------------------------------------
 
 
 def test_masks_a_selection_and_a_window_leave_the_base_model_as_it_is():
