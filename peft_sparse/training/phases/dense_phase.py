@@ -33,7 +33,7 @@ from ..progress import progress_bar
 from .denoiser import Denoiser
 from .dense_checkpoint import FILE_NAME, load_dense_phase, save_dense_phase
 from .phase import Phase, first_phase
-from .targets import Target, check_active, refuse_wrapper, sparse_config, targets_of_adapter
+from .targets import Target, check_active, check_trains, refuse_wrapper, sparse_config, targets_of_adapter
 from .untying import Ties
 
 logger = logging.getLogger(__name__)
@@ -298,8 +298,8 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
         context manager.
 
     Raises:
-        ConfigError: the adapter is of another method, has its weights already, is not active, or is merged; the base is
-            quantised, sharded or on the meta device; the model is wrapped; another dense phase is open.
+        ConfigError: the adapter is of another method, has its weights already, is not active, frozen or merged; the
+            base is quantised, sharded or on the meta device; the model is wrapped; another dense phase is open.
 
     Cost: a copy of the targeted parameters on the CPU (on their own device with `l1`), and one of a tied output matrix
     beside it. A forward with the adapter disabled or inactive copies them to their own device, one layer at a time.
@@ -314,6 +314,7 @@ def start_dense_phase(model: nn.Module, adapter_name: str = "default") -> DenseP
     for target in targets:
         check_active(adapter_name, target)
         _check_target(target)
+    check_trains(adapter_name, targets)
     for _, layer in iter_layers(model):
         layer.restore()
     _warn_of_low_precision(targets)

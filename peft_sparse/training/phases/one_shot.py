@@ -32,7 +32,7 @@ from ..progress import progress_bar
 from ..spiel.reselector import iter_reselectors
 from .gradient_means import LossFunction, gradient_means
 from .phase import Phase, first_phase
-from .targets import Target, check_active, refuse_wrapper, sparse_config, targets_of_adapter
+from .targets import Target, check_active, check_trains, refuse_wrapper, sparse_config, targets_of_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def select_by_gradients(
         {parameter name: [k_i] sorted flat indices} that the adapter tunes from now on.
 
     Raises:
-        ConfigError: the adapter is of another kind, has its weights already, or is not active; the base is sharded; the
-            model is wrapped; there is no loss or no batch; the criterion gives other than scores.
+        ConfigError: the adapter is of another kind, has its weights already, is not active or frozen; the base is
+            sharded; the model is wrapped; there is no loss or no batch; the criterion gives other than scores.
         SelectionError: a gradient is not finite (its tensor is named), no gradient was seen, or fewer weights are
             eligible than are asked for. The adapter is as it was.
 
@@ -83,6 +83,7 @@ def select_by_gradients(
     for target in targets:
         check_active(adapter_name, target)
         refuse_sharded(target.name, target.parameter, why="the selection by gradients ranks")
+    check_trains(adapter_name, targets)
     for _, layer in iter_layers(model):
         layer.restore()
     kept = list(islice(batches, config.selection_batches))

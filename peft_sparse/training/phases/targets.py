@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...tuners.sparse_ft.configs.base import SPARSE_FT, SparseConfig
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.layers.base import SparseLayer
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
+from ..frozen import frozen_adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,12 @@ def sparse_config(model: nn.Module, adapter_name: str) -> SparseConfig:
 def targets_of_adapter(model: nn.Module, adapter_name: str) -> list[Target]:
     """Every parameter that an adapter may tune."""
     return [Target(*found) for found in iter_deltas(model, adapter_name)]
+
+
+def check_trains(adapter_name: str, targets: Sequence[Target]) -> None:
+    """Raise a ConfigError if no value of an adapter could train once its weights are selected."""
+    if targets and not any(target.delta.held_values.requires_grad for target in targets):
+        raise frozen_adapter(adapter_name)
 
 
 def refuse_wrapper(model: nn.Module) -> None:

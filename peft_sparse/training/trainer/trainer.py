@@ -23,6 +23,7 @@ from ...tuners.sparse_ft.resident import resident
 from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
 from ..decay import decay_deltas_only
 from ..derived import derived_trainer, takes_argument
+from ..frozen import refuse_frozen
 from ..merged import refuse_merged
 from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
@@ -123,12 +124,13 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
 
         Raises:
             ConfigError: the two phases cannot run under this trainer's settings; see `start_dense_phase` for those of
-                the model. Or adapters that are to be trained are merged.
+                the model. Or adapters that are to be trained are merged or frozen.
             SelectionError: fewer weights moved in the dense phase than the adapter asks for.
         """
         options = _given(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         with self._model_made_once(trial), listening(self):
             refuse_merged(self.model)
+            refuse_frozen(self.model)
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
             for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
                 layer.keep_dtypes()
