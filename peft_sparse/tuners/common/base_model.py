@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, TrainableTokensLayer
 from ...core.names import unwrapped as path_in_base
 
-__all__ = [
-    *("base_model_of", "iter_tuned", "modules_around_adapters", "modules_of_adapter", "path_in_base"),
-    "tensors_of_adapter",
-]
-
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
