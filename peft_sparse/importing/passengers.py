@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoints.adapter_files import AdapterFiles
+from ..core.names import lies_in_trained_whole
 from ..errors import ConfigError
 
 
@@ -21,8 +22,8 @@ def check_passengers(files: AdapterFiles, kind: str) -> None:
             f"'{files.source}' trains rows of the embedding whole (trainable_token_indices), and {kind} has no "
             "place for them."
         )
-    saved = tuple(files.config.get("modules_to_save") or ())
-    strangers = [name for name in files.others if not any(f".{module}." in f".{name}" for module in saved)]
+    saved = files.config.get("modules_to_save") or ()
+    strangers = [name for name in files.others if not lies_in_trained_whole(name.rpartition(".")[0], saved)]
     if strangers:
         raise ConfigError(
             f"'{files.source}' brings {strangers[0]!r} beside the adapter (PEFT's save_embedding_layers), and "

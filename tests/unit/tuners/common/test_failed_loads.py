@@ -298,8 +298,6 @@ def test_adapters_of_other_types_are_computed_with_or_refused(tmp_path, kind):
     model = llama()
     model.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
     before = picture(model)
-    with pytest.raises(
-        ConfigError, match=r"q_proj carries the adapters \['lora'\] of another type .*after this one"
-    ):
+    with pytest.raises(ConfigError, match=r"q_proj carries the adapters \['lora'\] of another type .*after this one"):
         model.load_adapter(str(tmp_path / "ours"), adapter_name="ours")
     assert picture(model) == before
