@@ -134,7 +134,7 @@ def _refuse_fields(config: Mapping[str, Any], rules: Mapping[str, bool], where: 
         if not holds:
             value = str(config[name])[:200]
             raise FormatError(
-                f"{CONFIG_FILE} of '{os.fspath(where)}': {name} cannot be {value!r}. Download or save the adapter again."
+                f"{CONFIG_FILE} of '{os.fspath(where)}': {name} cannot be {value!r}. Download or save it again."
             )
 
 
