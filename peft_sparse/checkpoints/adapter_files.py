@@ -24,8 +24,8 @@ from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_dig
 
 CONFIG_FILE = "adapter_config.json"
 PICKLED = "adapter_model.bin"
-# What of `auto_mapping` is read here.
 _TEXTS = ("peft_type", "base_model_name_or_path", "revision")
+# What of `auto_mapping` is read here.
 _MAPPED = ("parent_library", "base_model_class")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:/(?P<folder>[^@]+?)/?)?(?:@(?P<revision>.+))?")
 

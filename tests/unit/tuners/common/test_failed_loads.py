@@ -196,6 +196,26 @@ def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path, kind, way):
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError, MemoryError])
+def test_what_stops_a_load_leaves_the_model_as_it_was(tmp_path, monkeypatch, kind, error):
+    saved(tmp_path, kind)
+
+    def stop(*args, **kwargs):
+        raise error("in the middle")
+
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", stop)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel._load_pretrained_model", stop)
+    for way in ("first, PEFT", "first, transformers", "second, PEFT", "second, transformers"):
+        load, make = WAYS[way]
+        model = make(kind)
+        before, flagged = picture(model), flags(model)
+        with pytest.raises(error, match="in the middle"):
+            load(model, tmp_path, "new")
+        assert picture(model) == before, way
+        assert flags(model) == flagged, way
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_models_that_are_made_with_an_adapter_are_whole_or_not_made(tmp_path, kind):
     llama().save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
