@@ -24,6 +24,7 @@ from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_dig
 
 CONFIG_FILE = "adapter_config.json"
 PICKLED = "adapter_model.bin"
+_TEXTS = ("peft_type", "base_model_name_or_path", "revision")
 # What of `auto_mapping` is read here.
 _MAPPED = ("parent_library", "base_model_class")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:/(?P<folder>[^@]+?)/?)?(?:@(?P<revision>.+))?")
@@ -99,25 +100,41 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
             f"{CONFIG_FILE} of '{os.fspath(where)}': counts must map parameter names to numbers of weights. Download "
             "or save the adapter again."
         )
-    _check_fields(config, os.fspath(where))
+    rules = {
+        "modules_to_save": not isinstance(config.get("modules_to_save"), str),
+        "values_dtype": config.get("values_dtype", "float32") in list(FLOAT_DTYPES),
+    }
+    _refuse_fields(config, rules, where)
     return config
 
 
-def _check_fields(config: Mapping[str, Any], where: str) -> None:
-    """Refuse values of a type that the fields which are read here cannot have."""
+def check_fields(config: Mapping[str, Any], where: str | os.PathLike[str]) -> None:
+    """Refuse values of a type that the fields cannot have which are read here of adapters of any type.
+
+    Args:
+        config: the content of adapter_config.json.
+        where: the folder or id that was given, for the message.
+
+    Raises:
+        FormatError: there is one.
+    """
     modules, mapping = config.get("modules_to_save"), config.get("auto_mapping")
-    rules = {
-        "modules_to_save": modules is None or (isinstance(modules, list) and all(type(m) is str for m in modules)),
-        "auto_mapping": mapping is None
-        or (isinstance(mapping, dict) and all(type(mapping.get(key, "")) is str for key in _MAPPED)),
-        "values_dtype": config.get("values_dtype", "float32") in list(FLOAT_DTYPES),
-        "base_model_name_or_path": isinstance(config.get("base_model_name_or_path"), (str, type(None))),
-    }
+    rules = {name: isinstance(config.get(name), (str, type(None))) for name in _TEXTS}
+    rules["modules_to_save"] = isinstance(modules, (str, type(None))) or (
+        isinstance(modules, list) and all(type(one) is str for one in modules)
+    )
+    rules["auto_mapping"] = mapping is None or (
+        isinstance(mapping, dict) and all(type(mapping.get(key, "")) is str for key in _MAPPED)
+    )
+    _refuse_fields(config, rules, where)
+
+
+def _refuse_fields(config: Mapping[str, Any], rules: Mapping[str, bool], where: str | os.PathLike[str]) -> None:
     for name, holds in rules.items():
         if not holds:
+            value = str(config[name])[:200]
             raise FormatError(
-                f"{CONFIG_FILE} of '{where}': {name} cannot be {str(config[name])[:200]!r}. Download or save the "
-                "adapter again."
+                f"{CONFIG_FILE} of '{os.fspath(where)}': {name} cannot be {value!r}. Download or save it again."
             )
 
 
@@ -129,9 +146,11 @@ def read_config(where: str | os.PathLike[str], *, revision: str | None = None) -
 
     Raises:
         ConfigError: there is no such adapter.
-        FormatError: the file is damaged.
+        FormatError: the file is damaged, or a field holds something that it cannot.
     """
-    return read_json(need_file(where, CONFIG_FILE, revision=revision))
+    config = read_json(need_file(where, CONFIG_FILE, revision=revision))
+    check_fields(config, where)
+    return config
 
 
 def find_file(where: str | os.PathLike[str], name: str, *, revision: str | None = None) -> Path | None:

@@ -84,4 +84,4 @@ def is_trained_whole(path: str, names: Iterable[str]) -> bool:
 def lies_in_trained_whole(path: str, names: Iterable[str]) -> bool:
     """Whether a module is trained whole (see `is_trained_whole`), or lies inside of one that is."""
     parts, ends = path.split("."), tuple(names)
-    return any(is_trained_whole(".".join(parts[:end]), ends) for end in range(1, len(parts) + 1))
+    return bool(ends) and any(is_trained_whole(".".join(parts[:end]), ends) for end in range(1, len(parts) + 1))

@@ -45,6 +45,7 @@ _PURE: dict[str, dict[str, tuple[Any, ...]]] = {
         "alora_invocation_tokens": (None,),
         "arrow_config": (None,),
         "layer_replication": (None,),
+        "megatron_config": (None,),
         "target_parameters": (None, []),
         "trainable_token_indices": (None,),
         "init_lora_weights": _PLAIN_STARTS,

@@ -10,7 +10,7 @@ from typing import Any
 from peft import TaskType
 from torch import Tensor
 
-from ..checkpoints.adapter_files import CONFIG_FILE, PICKLED, find_file, need_file
+from ..checkpoints.adapter_files import CONFIG_FILE, PICKLED, check_fields, find_file, need_file
 from ..checkpoints.files import load_tensors, read_json
 from ..checkpoints.native import SOURCE
 from ..errors import ConfigError, FormatError
@@ -73,6 +73,7 @@ class Request:
                 "RoSA). Give the folder of an adapter."
             )
         self.settings = read_json(config)
+        check_fields(self.settings, self.source)
         kind = self.settings.get("peft_type")
         task_type = self.settings.get("task_type")
         if task_type is not None and task_type not in list(TaskType):

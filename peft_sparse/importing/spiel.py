@@ -60,7 +60,7 @@ def read_spiel(
         FormatError: it is of a branch that changes the base model, holds several adapters, or does not fit the base.
     """
     algorithm = settings.get("selection_algorithm", "rigl")
-    if algorithm not in METHODS:
+    if not isinstance(algorithm, str) or algorithm not in METHODS:
         raise FormatError(
             f"{source}: selection_algorithm is {algorithm!r}, and only {sorted(METHODS)} leave the base model as it "
             "is. The fork's other branches (acc_rigl, acc_sm3, global_alloc) merge weights into it while they train, "

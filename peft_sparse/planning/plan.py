@@ -145,9 +145,13 @@ def plan_memory(
         check_one_of("task_type", task_type, BASE_CLASSES)
     class_name = class_name_of(base, task_type=task_type or getattr(config, "task_type", None))
 
+    can_checkpoint = False
+
     def make() -> PreTrainedModel:
+        nonlocal can_checkpoint
         made = skeleton(base, class_name).to(workload.dtype).train()
         _check_length(made, sequence_length)
+        can_checkpoint = made.supports_gradient_checkpointing
         return made
 
     takes_4bit = config is not None and getattr(config, "takes_quantised_base", True)
@@ -158,7 +162,7 @@ def plan_memory(
         )
     num_trained, phases = _dry_run(make, config, workload)
     ways = {
-        "gradient_checkpointing": not gradient_checkpointing and make().supports_gradient_checkpointing,
+        "gradient_checkpointing": not gradient_checkpointing and can_checkpoint,
         "load_in_4bit": not load_in_4bit and takes_4bit,
     }
     return MemoryPlan(

@@ -177,9 +177,12 @@ def _check_taken(model: nn.Module, config: WeightConfig, adapter_name: str, resu
         FormatError: tensors are missing or left over, or hold numbers that are not finite.
     """
     prefix = f".{config.peft_type.value.lower()}_"
-    missing = sorted(key for key in result.missing_keys if prefix in key and f".{adapter_name}." in key)
-    left = sorted(key for key in result.unexpected_keys if prefix in key and not _is_left_out(config, key))
-    broken = [*getattr(result, "mismatched_keys", ())]
+    lacking, unknown, broken = (
+        sorted(map(str, getattr(result, f"{what}_keys", None) or ()))
+        for what in ("missing", "unexpected", "mismatched")
+    )
+    missing = [key for key in lacking if prefix in key and f".{adapter_name}." in key]
+    left = [key for key in unknown if prefix in key and not _is_left_out(config, key)]
     problem = ""
     if missing:
         problem = f"it lacks {len(missing)} tensors, {missing[0]} for one"

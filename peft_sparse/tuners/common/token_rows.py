@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from peft import PeftConfig
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensLayer
 from ...core.names import is_trained_whole
-from ...errors import ConfigError
+from ...errors import ConfigError, FormatError
 from .base_model import modules_around_adapters, path_in_base
 
 
@@ -25,6 +25,7 @@ def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str
 
     Raises:
         ConfigError: there are such rows.
+        FormatError: the adapter's file lacks rows that its config names.
     """
     rows = getattr(config, "trainable_token_indices", None)
     if rows is None:
@@ -34,6 +35,7 @@ def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str
     own = {path for path, module in modules if embeddings is not None and module is embeddings}
     ends = tuple(rows) if isinstance(rows, dict) else tuple(own or ("embed_tokens",))
     found = {path: module for path, module in modules if is_trained_whole(path, ends)}
+    _check_file(config, found)
     if own & found.keys() and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         output = model.get_output_embeddings()
         found.update({path: module for path, module in modules if output is not None and module is output})
@@ -49,6 +51,23 @@ def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str
             f"trainable_token_indices trains rows of {path_in_base(path)}, which {also}: a matrix can be tuned, "
             f"trained whole or trained in some rows, and only one of these. {way_out}."
         )
+
+
+def _check_file(config: PeftConfig, paths: Iterable[str]) -> None:
+    """Refuse an adapter that is loaded, if its file lacks rows: PEFT would stop halfway.
+
+    Raises:
+        FormatError: it does.
+    """
+    held = getattr(config, "held_in_file", None)
+    for path in paths:
+        key = f"{path_in_base(path)}.token_adapter.trainable_tokens_delta"
+        if held is not None and key not in held:
+            raise FormatError(
+                f"the adapter's file has no '{key}', the rows of tokens that its config says are trained "
+                "(trainable_token_indices). Nothing was loaded. Save it again from the model that trained it, or set "
+                "the field to null in adapter_config.json if it was trained without them."
+            )
 
 
 class TokenRowsBesideBias(TrainableTokensLayer):

@@ -20,7 +20,7 @@ from .base_model import KnownModules, iter_tuned, path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
-from .made_for_file import Receipt, receiving
+from .made_for_file import Receipt, cast_anew, receiving
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
 from .token_rows import check_token_rows, keep_biases
@@ -121,6 +121,10 @@ class AdapterTuner(BaseTuner):
         # PEFT warns that nothing ties the adapters; here the rule is fixed: the output matrix keeps the base weights,
         # and an invertible adapter is undone before it.
         return
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with cast_anew(self, self.peft_config[adapter_name], adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def tuned_layers(self) -> list[Any]:
         """The layers of this tuner type in the model."""

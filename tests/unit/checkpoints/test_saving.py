@@ -106,8 +106,11 @@ def test_transformers_refuses_what_does_not_fit_a_tensor(tmp_path, change, messa
     else:
         tensors[f"{UP}.values"] = torch.ones(3)
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    base = fresh_base()
+    before = output(base)
     with pytest.raises(FormatError, match=message):
-        fresh_base().load_adapter(tmp_path)
+        base.load_adapter(tmp_path)
+    assert torch.equal(output(base), before)
 
 
 def test_auto_model(tmp_path):

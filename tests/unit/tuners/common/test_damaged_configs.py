@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
 
 from peft_sparse import ConfigError, FormatError, extract_adapter, import_adapter, inspect_adapter, merge_checkpoint
 from tests.support.adapters import TYPES, adapted
+from tests.support.foreign_files import write_peft
 from tests.support.models import llama, picture
 
 CONFIG = "adapter_config.json"
@@ -106,3 +109,63 @@ def test_readers_without_a_model_name_the_file(folder, tmp_path):
         with pytest.raises(FormatError, match=f"{folder}/{CONFIG} is not valid JSON"):
             read()
         assert not (tmp_path / "out").exists()
+
+
+FIELDS = [
+    ("peft_type", [5]),
+    ("base_model_name_or_path", 5),
+    ("revision", {"main": 1}),
+    ("modules_to_save", 5),
+    ("modules_to_save", [5]),
+    ("auto_mapping", [1]),
+]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """A LoRA adapter, one of the SpIEL fork and one of ours, beside their base."""
+    folder = tmp_path_factory.mktemp("foreign")
+    llama().save_pretrained(folder / "base")
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
+    adapted("SPARSE_FT", llama()).save_pretrained(folder / "ours")
+    name = "model.layers.0.self_attn.q_proj.sft_delta"
+    tensors = {f"{name}.values": torch.ones(3), f"{name}.indices": torch.arange(3, dtype=torch.int32)}
+    settings = {"peft_type": "SFT", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder / "base")}
+    write_peft(folder / "sft", settings, tensors)
+    return folder
+
+
+@pytest.mark.parametrize(("field", "value"), [*FIELDS, ("selection_algorithm", [5])])
+def test_fields_that_readers_without_a_model_cannot_read_are_named(foreign, tmp_path, field, value):
+    out = tmp_path / "out"
+    verbs = {
+        "lora": lambda folder: extract_adapter(foreign / "base", folder, out, density=0.1),
+        "sft": lambda folder: import_adapter(folder, out),
+        "ours": lambda folder: merge_checkpoint(foreign / "base", folder, out),
+    }
+    for name in ("sft",) if field == "selection_algorithm" else verbs:
+        shutil.copytree(foreign / name, tmp_path / name)
+        change(tmp_path / name, **{field: value})
+        with pytest.raises(FormatError, match=field) as error:
+            verbs[name](tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+        assert not out.exists()
+
+
+def test_what_peft_needs_another_package_for_is_no_difference(foreign, tmp_path):
+    shutil.copytree(foreign / "lora", tmp_path / "lora")
+    change(tmp_path / "lora", megatron_config={"a": 1})
+    with pytest.raises(FormatError, match="has megatron_config="):
+        extract_adapter(foreign / "base", tmp_path / "lora", tmp_path / "out", density=0.1)
+
+
+def test_rows_of_tokens_that_the_file_lacks_are_named(kind, folder):
+    change(folder, trainable_token_indices=[5])
+    base, model = llama(), adapted(kind, llama(), "a")
+    before = picture(base), picture(model)
+    for load in (lambda: PeftModel.from_pretrained(base, folder), lambda: model.load_adapter(folder, "b")):
+        with pytest.raises(
+            FormatError, match=r"no 'model.embed_tokens.token_adapter.trainable_tokens_delta', the rows"
+        ):
+            load()
+    assert (picture(base), picture(model)) == before

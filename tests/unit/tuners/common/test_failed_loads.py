@@ -196,6 +196,26 @@ def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path, kind, way):
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError, MemoryError])
+def test_what_stops_a_load_leaves_the_model_as_it_was(tmp_path, monkeypatch, kind, error):
+    saved(tmp_path, kind)
+
+    def stop(*args, **kwargs):
+        raise error("in the middle")
+
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", stop)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel._load_pretrained_model", stop)
+    for way in ("first, PEFT", "first, transformers", "second, PEFT", "second, transformers"):
+        load, make = WAYS[way]
+        model = make(kind)
+        before, flagged = picture(model), flags(model)
+        with pytest.raises(error, match="in the middle"):
+            load(model, tmp_path, "new")
+        assert picture(model) == before, way
+        assert flags(model) == flagged, way
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_models_that_are_made_with_an_adapter_are_whole_or_not_made(tmp_path, kind):
     llama().save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -301,3 +321,18 @@ def test_adapters_of_other_types_are_computed_with_or_refused(tmp_path, kind):
     with pytest.raises(ConfigError, match=r"q_proj carries the adapters \['lora'\] of another type .*after this one"):
         model.load_adapter(str(tmp_path / "ours"), adapter_name="ours")
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_of_tokens_that_peft_casts_are_those_that_were_made(tmp_path, kind):
+    """PEFT casts rows of a model in 16 bits to float32 once they are made: that is no training."""
+    of_another_model(saved(tmp_path, kind, trainable_token_indices=[1, 2]), kind)
+    tensors = load_file(tmp_path / WEIGHTS)
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    save_file({**tensors, rows: torch.zeros(2, 16)}, tmp_path / WEIGHTS, {"format": "pt"})
+    base = llama().bfloat16()
+    before = {name: type(module) for name, module in base.named_modules()}
+    for arguments in ({}, {"autocast_adapter_dtype": False}, {"low_cpu_mem_usage": True}):
+        with pytest.raises(FormatError):
+            PeftModel.from_pretrained(base, tmp_path, **arguments)
+        assert {name: type(module) for name, module in base.named_modules()} == before
