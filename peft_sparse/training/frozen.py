@@ -14,13 +14,17 @@ _WAY_OUT = (
 )
 
 
-def refuse_frozen(model: nn.Module) -> None:
+def refuse_frozen(model: nn.Module, optimizer: Any = None) -> None:
     """Refuse a training run before it begins, and so before a first phase, where no parameter requires a gradient.
+
+    Args:
+        model: what is about to be trained.
+        optimizer: one that the user made, which may hold what is in no model.
 
     Raises:
         ConfigError: none does. torch would say so only in the first backward pass, and not why.
     """
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    if optimizer is not None or any(parameter.requires_grad for parameter in model.parameters()):
         return
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     if not configs:

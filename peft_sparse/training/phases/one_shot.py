@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.indices import index_dtype
-from ...errors import ConfigError
+from ...errors import ConfigError, SparseError
 from ...selection.criteria import WEIGHT, Criterion, GradientMeans, criterion_name, resolve_criterion
 from ...selection.rows import RowConfinement
 from ...selection.shortlist import Shortlist
@@ -144,7 +144,9 @@ def select_in_trainer(trainer: Any, adapter_name: str) -> None:
             inputs = trainer._prepare_inputs(batch)
             with trainer.compute_loss_context_manager():
                 return trainer.compute_loss(model, inputs, **({"num_items_in_batch": count} if counts_items else {}))
-        except (AttributeError, KeyError, TypeError) as error:
+        except SparseError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"the loss of {name} could not be computed outside of its training loop ({type(error).__name__}: "
                 f"{error}). {_SELECT_FIRST}"

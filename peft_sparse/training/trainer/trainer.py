@@ -130,7 +130,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         options = _given(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         with self._model_made_once(trial), listening(self):
             refuse_merged(self.model)
-            refuse_frozen(self.model)
+            refuse_frozen(self.model, self.optimizer)
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
             for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
                 layer.keep_dtypes()
@@ -186,8 +186,10 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         return output
 
     def _select_with_fitting_batches(self, phase: Phase) -> None:
-        """The selection of a phase in which nothing trains; under `auto_find_batch_size` with smaller batches where
-        memory runs out, as the trainer's own loop does. That finds its own size afterwards."""
+        """Select where nothing trains; under `auto_find_batch_size` with smaller batches if memory runs out.
+
+        The trainer's own loop does so as well, and begins from the size that the user gave.
+        """
         batch_size = self._train_batch_size
 
         def select(batch_size: int) -> None:
@@ -198,8 +200,6 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         try:
             find_executable_batch_size(select, batch_size, self.args.auto_find_batch_size)()
         finally:
-            if self._train_batch_size != batch_size:
-                logger.info("%s: batches of %d fitted into memory", phase.name, self._train_batch_size)
             self._train_batch_size = batch_size
 
     def _remember(self, kind: type[Phase], output: TrainOutput | None, state: TrainerState | None) -> None:

@@ -15,6 +15,7 @@ from peft_sparse import (
     ConfigError,
     LotteryTicketConfig,
     OneShotConfig,
+    SelectionError,
     SparseTrainer,
     SpielAGConfig,
     sparse_trainer,
@@ -107,13 +108,18 @@ def test_a_loss_that_counts_its_items(tmp_path):
     assert [float(count) for count in counts] == [4.0] * 12
 
 
-@pytest.mark.parametrize("error", [AttributeError("_step"), KeyError("completion"), TypeError("None")])
+@pytest.mark.parametrize(
+    "error", [AttributeError("_step"), KeyError("completion"), TypeError("None"), ValueError("no input_ids")]
+)
 def test_a_loss_that_cannot_be_computed_outside_of_the_loop(tmp_path, error):
     class Stateful(Trainer):
         def compute_loss(self, *args, **kwargs):
             raise error
 
     with pytest.raises(ConfigError, match=rf"SparseStateful.*outside of its training loop \({type(error).__name__}.*"):
+        make(tmp_path, Stateful, "fisher").train()
+    error = SelectionError("what this library itself says stays as it is")
+    with pytest.raises(SelectionError, match="what this library itself says stays as it is"):
         make(tmp_path, Stateful, "fisher").train()
 
 

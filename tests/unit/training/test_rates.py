@@ -9,8 +9,8 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig
-from peft_sparse.training.rates import recommended
+from peft_sparse import LotteryTicketConfig, RandConfig, SparseTrainer, SpielAGConfig, SpielMAConfig, start_dense_phase
+from peft_sparse.training.rates import recommended, warn_of_rate
 from tests.support.models import llama
 
 ROWS = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
@@ -75,3 +75,19 @@ def test_a_fitted_rate_is_on_the_scale_of_random_supports(num_parameters):
     fitted, plain = (SpielAGConfig(density=0.1, fitted_rate=fits) for fits in (True, False))
     random = recommended(RandConfig(density=0.1), num_parameters)
     assert recommended(fitted, num_parameters) == random != recommended(plain, num_parameters)
+
+
+def test_an_adapter_that_waits_for_its_selection_is_not_judged_by_what_another_one_trains(caplog):
+    """DPO's reference beside an adapter in its dense phase is such a one."""
+    model = get_peft_model(llama(num_hidden_layers=1), LotteryTicketConfig(density=0.1))
+    model.add_adapter("ref", LotteryTicketConfig(density=0.1))
+    phase = start_dense_phase(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with caplog.at_level(logging.WARNING, logger="peft_sparse.training.rates"):
+        warn_of_rate(model, optimizer)
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "of adapter 'default' (LotteryTicketConfig)" in said
+        phase.abort()
+        caplog.clear()
+        warn_of_rate(model, optimizer)
+    assert caplog.records == []

@@ -67,6 +67,8 @@ def test_a_selection_by_gradients(tmp_path, checkpointing):
     plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
     torch.manual_seed(twin.args.seed)
     batches = [batch for batch, _ in zip(twin.get_train_dataloader(), range(2), strict=False)]
+    # The selection's passes over the data are not counted.
+    assert trainer.state.log_history[0]["num_tokens"] == batches[0]["attention_mask"].sum()
     for batch in batches:
         plain(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
