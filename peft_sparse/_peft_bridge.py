@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import peft
 from packaging.version import Version
 from peft import PeftModel
+from transformers.integrations import PeftAdapterMixin
 
 from .errors import ConfigError
 
@@ -241,6 +242,7 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     _OURS.add(name)
     take_several_adapters()
     let_adapters_lack_token_rows()
+    enable_heads_too()
     if add_peft_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
@@ -304,3 +306,23 @@ def let_adapters_lack_token_rows() -> None:
 
     kind.adapter_state_dict = adapter_state_dict
     kind.adapter_state_dict_load_map = adapter_state_dict_load_map
+
+
+def enable_heads_too() -> None:
+    """Let `enable_adapters` of transformers' models bring heads back, which their `disable_adapters` takes away.
+
+    Nothing changes for models without an adapter of this package.
+    """
+    enable = PeftAdapterMixin.enable_adapters
+    if hasattr(enable, "__wrapped__"):
+        return
+
+    @wraps(enable)
+    def enable_adapters(self: Any) -> None:
+        enable(self)
+        if any(config.peft_type in _OURS for config in self.peft_config.values()):
+            for module in self.modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    module.enable_adapters(enabled=True)
+
+    PeftAdapterMixin.enable_adapters = enable_adapters

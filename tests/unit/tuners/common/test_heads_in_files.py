@@ -124,3 +124,23 @@ def test_a_head_that_is_loaded_again_is_checked_too(kind, tmp_path):
     with pytest.raises(FormatError, match=r"classifier\.weight"):
         model.load_adapter(tmp_path, "default")
     assert_same_tensors(state_of(model), before)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_heads_in_a_model_of_transformers_go_and_come_back(kind, tmp_path):
+    base = logits(classifier())
+    tuned = adapted(kind, classifier(), "a", "b", task_type="SEQ_CLS", **FIELDS[kind])
+    tuned.save_pretrained(tmp_path)
+    model = classifier()
+    for name in ("a", "b"):
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+    for name in ("a", "b"):
+        tuned.set_adapter(name)
+        model.set_adapter(name)
+        expected = logits(tuned)
+        assert torch.equal(logits(model), expected)
+        model.disable_adapters()
+        assert torch.equal(logits(model), base)
+        model.enable_adapters()
+        assert torch.equal(logits(model), expected)
+    assert not torch.equal(expected, base)
