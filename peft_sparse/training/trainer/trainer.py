@@ -186,10 +186,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         return output
 
     def _select_with_fitting_batches(self, phase: Phase) -> None:
-        """Select where nothing trains; under `auto_find_batch_size` with smaller batches if memory runs out.
-
-        The trainer's own loop does so as well, and begins from the size that the user gave.
-        """
+        """Select where nothing trains; under `auto_find_batch_size` with smaller batches if memory runs out."""
         batch_size = self._train_batch_size
 
         def select(batch_size: int) -> None:

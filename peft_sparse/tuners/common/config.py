@@ -136,6 +136,10 @@ class WeightConfig(PeftConfig):
         return config
 
 
+class FieldsDoNotFit(FormatError, TypeError):
+    """A file lacks fields of a config, or has some that it does not know: a TypeError in PEFT."""
+
+
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
     """Let what is wrong with a config be told with the file that holds it."""
@@ -151,7 +155,9 @@ def _naming(folder: Path) -> Iterator[None]:
             f"{place}: peft_type {error} is of no adapter that PEFT or peft_sparse knows. A newer version may know it: "
             "pip install -U peft peft-sparse."
         ) from error
-    except (AttributeError, TypeError, ValueError) as error:
+    except TypeError as error:
+        raise FieldsDoNotFit(f"{place} is damaged ({error}). {again}") from error
+    except (AttributeError, ValueError) as error:
         if str(error).startswith("Can't find"):
             raise
         what = " is not valid JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else " is damaged"

@@ -162,15 +162,17 @@ def _put_back_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given:
 
 
 def _unmerge_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given: dict[str, str]) -> None:
-    """Save the base model's own values of embeddings that adapters are merged into, if PEFT saves these at all."""
+    """Save the base model's own values of embeddings that adapters are merged into, or that a dense phase moves, if PEFT
+    saves these at all.
+    """
     own = {id(module) for module in embeddings_of(model)}
     for path, module in model.named_modules():
-        if id(module) not in own or not isinstance(module, WeightLayer) or not module.merged:
+        if id(module) not in own or not isinstance(module, WeightLayer) or module.holds_base():
             continue
         for name in PARAMETERS:
             key = given.get(unwrapped(f"{path}.base_layer.{name}"))
             if key is not None:
-                state_dict[key] = module.pristine(name).detach()
+                state_dict[key] = module.untuned(name, []).detach()
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Module]:

@@ -107,6 +107,10 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
         """The base layer's own parameter without any adapter: itself, or a copy where something is written into it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what is in its base parameters")
 
+    def holds_base(self) -> bool:
+        """Whether the base parameters are the base model's, as far as no forward has written into them."""
+        return not self.merged
+
     def untuned(self, parameter: str, adapters: Sequence[str]) -> Tensor:
         """The parameter that a model reads where `adapters`, none of which changes it, act."""
         return self.pristine(parameter)

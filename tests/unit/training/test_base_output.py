@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from peft_sparse import (
@@ -152,6 +153,17 @@ def test_both_at_once_train_the_base_weights_under_the_other_adapter_and_are_dis
         output(model)
         with model.disable_adapter():
             assert torch.equal(output(model), before)
+
+
+def test_embeddings_that_peft_saves_beside_the_adapter_are_the_base_models(tmp_path):
+    model = get_peft_model(llama(), LotteryTicketConfig(num_weights=40, target_modules=["embed_tokens", "q_proj"]))
+    before = model.get_input_embeddings().get_base_layer().weight.detach().clone()
+    with start_dense_phase(model):
+        train(model)
+        assert not torch.equal(model.get_input_embeddings().weight, before)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.model.embed_tokens.base_layer.weight"], before)
 
 
 def test_a_copy_has_an_output_of_its_own():

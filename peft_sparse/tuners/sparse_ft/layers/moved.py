@@ -47,6 +47,9 @@ class MovableLayer(WeightLayer):
         start = self._start(parameter, adapters)
         return self.base_tensor(parameter) if start is None else start
 
+    def holds_base(self) -> bool:
+        return self.moved is None and super().holds_base()
+
     def untuned(self, parameter: str, adapters: Sequence[str]) -> Tensor:
         start = self._start(parameter, adapters)
         return super().untuned(parameter, adapters) if start is None else start
