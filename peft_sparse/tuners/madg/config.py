@@ -102,6 +102,8 @@ class MadGConfig(BottleneckConfig):
             or not all(isinstance(name, str) for name in self.features)
         ):
             raise ConfigError(f"features must name sets of typological features, got {self.features!r}.")
+        if not isinstance(self.language, (str, type(None))):
+            raise ConfigError(f"language must be the code of a language to start with, or None, got {self.language!r}.")
         if isinstance(self.typology, Mapping):
             self.typology = Typology.from_vectors(self.typology)
         if not (self.typology is None or isinstance(self.typology, (str, PathLike, Typology))):
