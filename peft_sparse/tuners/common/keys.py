@@ -162,7 +162,7 @@ def _put_back_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given:
 
 
 def _unmerge_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given: dict[str, str]) -> None:
-    """Save the base model's own values of embeddings that adapters are merged into, or that a dense phase moves, if PEFT
+    """Save the base model's own values of embeddings that adapters are merged into, or a dense phase moves, if PEFT
     saves these at all.
     """
     own = {id(module) for module in embeddings_of(model)}

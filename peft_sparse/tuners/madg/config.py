@@ -97,6 +97,8 @@ class MadGConfig(BottleneckConfig):
         names = [self.features] if isinstance(self.features, str) else self.features
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"features must name sets of typological features, got {self.features!r}.")
+        if not isinstance(self.language, (str, type(None))):
+            raise ConfigError(f"language must be the code of a language to start with, or None, got {self.language!r}.")
         self.features = list(names)
         check_typology(self.typology)
         if isinstance(self.typology, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -44,18 +45,8 @@ class MadGModel(BottleneckModel):
 
     # ---- injection -------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model (called by PEFT).
-
-        All that can be refused is refused before the first module is touched.
-
-        Raises:
-            ConfigError: it is not known where the adapter goes in this model, or it cannot go there; or there are no
-                typological vectors, or others than those that a loaded adapter was trained on.
-        """
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def _complete(self, config: MadGConfig, model: nn.Module, adapter_name: str, requested: PeftConfig) -> None:
         self._state.attach(model)
-        config: MadGConfig = self.peft_config[adapter_name]
         if self._state.chosen is None:
             self._state.chosen = config.language
         if config.language is not None:

@@ -77,6 +77,17 @@ def test_a_field_that_cannot_be(kind, folder, fields, error, said):
         PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(folder)
 
 
+@pytest.mark.parametrize("language", [["quy", "eng"], {"quy": 1}, 5])
+def test_a_language_to_start_with_is_one(tmp_path, language):
+    adapted("MAD_G", llama()).save_pretrained(tmp_path)
+    change(tmp_path, language=language)
+    base = llama()
+    before = picture(base)
+    with pytest.raises(ConfigError, match="language must be the code of a language to start with"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert picture(base) == before
+
+
 def test_a_model_that_is_given_it_stays_as_it_was(kind, folder):
     change(folder, modules_to_save=5)
     base, model = llama(), adapted(kind, llama(), "a")
