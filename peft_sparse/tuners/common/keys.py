@@ -162,8 +162,8 @@ def _put_back_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given:
 
 
 def _unmerge_embeddings(model: nn.Module, state_dict: dict[str, Tensor], given: dict[str, str]) -> None:
-    """Of embeddings that adapters are merged into, or that a dense phase moves, what the base model has: PEFT saves some
-    beside an adapter.
+    """Of embeddings that PEFT saves beside an adapter what the base model has, also where something is merged into them
+    or a dense phase moves them.
     """
     own = {id(module) for module in embeddings_of(model)}
     for path, module in model.named_modules():
