@@ -17,7 +17,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from peft_sparse import AdaSftConfig, RandConfig, iter_deltas, plan_memory
+from peft_sparse import AdaSftConfig, LotteryTicketConfig, RandConfig, iter_deltas, plan_memory
 from peft_sparse.cli import app
 from tests.support.models import IDS, SMALL, bert, llama
 
@@ -104,7 +104,8 @@ def test_experts_can_be_trained_whole():
 
 def test_plans_say_it_once(caplog, tmp_path):
     MIXTRAL.save_pretrained(tmp_path)
-    plan_memory(tmp_path, RandConfig(density=0.1), sequence_length=8)
+    # A plan makes a model for each phase.
+    plan_memory(tmp_path, LotteryTicketConfig(density=0.1), sequence_length=8)
     assert len(told(caplog)) == 1
     arguments = [
         "plan",
