@@ -13,6 +13,7 @@ from ..common.combining import Combined
 from ..common.files import gather
 from ..common.made_for_file import Receipt, cast_anew
 from ..common.targets import model_numel
+from ..common.token_rows import widen_rows
 from ..common.tuner import AdapterTuner
 from . import compose
 from .applying import attach_inverse
@@ -111,10 +112,12 @@ class BottleneckModel(AdapterTuner):
     # ---- PEFT's hooks ----------------------------------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if not autocast_adapter_dtype:
-            with cast_anew(self, self.peft_config[adapter_name], adapter_name):
-                for _, layer in iter_layers(self.model):
-                    layer.cast(adapter_name)
+        with cast_anew(self, self.peft_config[adapter_name], adapter_name):
+            if autocast_adapter_dtype:
+                widen_rows(self.model, adapter_name)
+                return
+            for _, layer in iter_layers(self.model):
+                layer.cast(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refused: a bottleneck adapter is no change of a weight. See `merge_and_unload`.

@@ -1,10 +1,11 @@
-"""Rows of trained tokens (`trainable_token_indices`) in an output matrix that is tied to the embeddings."""
+"""Rows of trained tokens (`trainable_token_indices`): where they may be, their dtype, and tied output matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +80,14 @@ class TokenRowsBesideBias(TrainableTokensLayer):
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         self._check_overlapping_tokens(active_adapters)
         return F.linear(x, self.get_merged_weights(active_adapters), self.base_layer.bias)
+
+
+def widen_rows(model: nn.Module, adapter_name: str) -> None:
+    """Hold an adapter's rows in float32, as PEFT does with its own tuners': bfloat16 rounds small updates away."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and adapter_name in module.trainable_tokens_delta:
+            rows = module.trainable_tokens_delta[adapter_name]
+            rows.data = rows.data.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def keep_biases(model: nn.Module) -> None:

@@ -13,10 +13,11 @@ from ...errors import ConfigError
 from ..common.adapter_names import known_list
 from ..common.base_model import path_in_base
 from ..common.combining import Combined
-from ..common.made_for_file import Receipt
+from ..common.made_for_file import Receipt, cast_anew
 from ..common.packed import hold_layouts, release_layouts
 from ..common.target_checks import refuse_other_tuners
 from ..common.targets import is_excluded, model_numel, stored_target_modules
+from ..common.token_rows import widen_rows
 from ..common.weight_tuner import WeightTuner
 from . import compose, drivers, state, together
 from .allocation import allocate, set_supports
@@ -124,8 +125,11 @@ class SparseModel(WeightTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         dtype = getattr(torch, self.peft_config[adapter_name].values_dtype)
-        for _, _, _, delta in iter_deltas(self.model, adapter_name):
-            delta.values.data = delta.values.data.to(dtype)
+        with cast_anew(self, self.peft_config[adapter_name], adapter_name):
+            for _, _, _, delta in iter_deltas(self.model, adapter_name):
+                delta.values.data = delta.values.data.to(dtype)
+            if autocast_adapter_dtype:
+                widen_rows(self.model, adapter_name)
 
     def train(self, mode: bool = True) -> SparseModel:
         """torch's method; in training no quantised weight stays in a layout that only evaluates."""
