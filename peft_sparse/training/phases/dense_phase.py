@@ -27,7 +27,7 @@ from ...tuners.sparse_ft.configs.base import DENSE_PHASE, SparseConfig
 from ...tuners.sparse_ft.configs.two_phase import DeftXConfig
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.layers.moved import Moved
-from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE, is_unselected, open_phase
+from ...tuners.sparse_ft.unselected import is_unselected, open_phase, set_open_phase
 from ..distributed import from_first_rank, refuse_sharded
 from ..progress import progress_bar
 from .denoiser import Denoiser
@@ -97,7 +97,7 @@ class DensePhase(Phase):
         self._mark_moved()
         if self.l1_coefficient:
             regularization.penalised.add(self)
-        self._root.__dict__[PHASE_ATTRIBUTE] = self
+        set_open_phase(self._root, self)
 
     def _mark_moved(self) -> None:
         """Tell the layers where their parameters started, those too that look up in a tuned embedding's matrix."""
@@ -224,7 +224,7 @@ class DensePhase(Phase):
         for parameter, was_trainable in self._flags:
             parameter.requires_grad_(was_trainable)
         self._ties.retie()
-        self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
+        set_open_phase(self._root, None)
         for _, layer in iter_layers(self._root):
             layer.moved = None
         self.originals, self.start_of_others = {}, {}

@@ -17,7 +17,7 @@ from ...tuners.ada_sft.config import ADA_SFT, MASK, WEIGHTS, AdaSftConfig
 from ...tuners.ada_sft.iteration import iter_masked
 from ...tuners.common.adapter_config import config_of
 from ...tuners.common.base_model import base_model_of
-from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
+from ...tuners.sparse_ft.unselected import set_open_phase
 from ..trainer.completeness import naming
 from ..trainer.stored_adapters import load_adapters
 from .phase import Phase, first_phase
@@ -140,11 +140,11 @@ class MaskPhase(Phase):
         load_adapters(self.model, os.fspath(directory), [self.adapter_name])
 
     def __enter__(self) -> MaskPhase:
-        self._root.__dict__[PHASE_ATTRIBUTE] = self
+        set_open_phase(self._root, self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._root.__dict__.pop(PHASE_ATTRIBUTE, None)
+        set_open_phase(self._root, None)
 
 
 def _check_checkpoint(phase: MaskPhase, directory: str | os.PathLike[str]) -> None:

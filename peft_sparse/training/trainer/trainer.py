@@ -20,7 +20,7 @@ from ...tuners.bottleneck.own_weights import iter_layers as iter_bottleneck_laye
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
-from ...tuners.sparse_ft.unselected import PHASE_ATTRIBUTE
+from ...tuners.sparse_ft.unselected import open_phase, set_open_phase
 from ..decay import decay_deltas_only
 from ..derived import derived_trainer, takes_argument
 from ..frozen import refuse_frozen
@@ -254,9 +254,10 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         self._train_batch_size = self.args.train_batch_size
         self._phase = phase
         # Where callbacks see that the adapter is in its phase; dense and mask phases say so themselves.
-        marks = base_model_of(self.model).__dict__
-        is_marked_here = PHASE_ATTRIBUTE not in marks
-        marks.setdefault(PHASE_ATTRIBUTE, phase)
+        base = base_model_of(self.model)
+        is_marked_here = open_phase(base) is None
+        if is_marked_here:
+            set_open_phase(base, phase)
         self._drop_optimizer()
         self._seed()
         try:
@@ -264,7 +265,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         finally:
             self._phase = None
             if is_marked_here:
-                marks.pop(PHASE_ATTRIBUTE, None)
+                set_open_phase(base, None)
             self.args, self._train_batch_size = args, batch_size
             self._drop_optimizer()
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Where a base model remembers the first phase that is open on it: an attribute and not a global, so that both die
 # together.
-PHASE_ATTRIBUTE = "_sparse_ft_open_phase"
+_PHASE = "_sparse_ft_open_phase"
 
 
 @dataclass
@@ -46,7 +46,15 @@ class Waiting(Protocol):
 
 def open_phase(base_model: nn.Module) -> Any:
     """The first phase that is open on a base model; None if there is none."""
-    return base_model.__dict__.get(PHASE_ATTRIBUTE)
+    return base_model.__dict__.get(_PHASE)
+
+
+def set_open_phase(base_model: nn.Module, phase: Any) -> None:
+    """Remember the first phase that opens on a base model; None as it closes."""
+    if phase is None:
+        base_model.__dict__.pop(_PHASE, None)
+    else:
+        base_model.__dict__[_PHASE] = phase
 
 
 def is_unselected(config: Any) -> bool:
