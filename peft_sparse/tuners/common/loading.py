@@ -69,8 +69,11 @@ def _guarded_natively(load: Callable[..., Any]) -> Callable[..., Any]:
         name = given.get("adapter_name") or "default"
         where, download = _place(given)
         with _whole_or_not(self, name, _folder(where, download.get("subfolder"))):
-            if where is not None and given.get("peft_config") is None and given.get("adapter_state_dict") is None:
-                given["peft_config"] = _own_config(where, download)
+            reads = where is not None and not any(given.get(n) for n in ("peft_config", "adapter_state_dict"))
+            if reads and (own := _own_config(where, download)) is not None:
+                given["peft_config"] = own
+                # transformers takes `adapter_kwargs` for the weights only where it reads the config itself.
+                given["kwargs"] = {**given.get("kwargs", {}), "download_kwargs": _download_kwargs(given)}
             result = load(*bound.args, **bound.kwargs)
             config = _configs(self).get(name)
             if isinstance(config, WeightConfig):
@@ -144,15 +147,19 @@ def _lacks_weights(folder: Path | None) -> bool:
 def _place(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(folder or id, arguments for the Hub) that transformers' `load_adapter` was given."""
     others = given.get("kwargs", {})
-    settings = given.get("load_config")
-    asked = {
-        **(getattr(settings, "download_kwargs", None) or {}),
-        **others,
-        **({"local_files_only": True} if given.get("local_files_only") else {}),
+    asked = {**_download_kwargs(given), **({"local_files_only": True} if given.get("local_files_only") else {})}
+    download, _, _ = PeftConfig._split_kwargs({**others, **asked})
+    return given.get("peft_model_id") or others.get("pretrained_model_name_or_path"), download
+
+
+def _download_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    """What transformers hands to the Hub where it reads the config of an adapter itself."""
+    own = getattr(given.get("load_config"), "download_kwargs", None)
+    return {
+        **(own or {}),
+        **(given.get("kwargs", {}).get("download_kwargs") or {}),
         **(given.get("adapter_kwargs") or {}),
     }
-    download, _, _ = PeftConfig._split_kwargs(asked)
-    return given.get("peft_model_id") or others.get("pretrained_model_name_or_path"), download
 
 
 def _own_config(where: Any, download: dict[str, Any]) -> WeightConfig | None:

@@ -336,3 +336,18 @@ def test_rows_of_tokens_that_peft_casts_are_those_that_were_made(tmp_path, kind)
         with pytest.raises(FormatError):
             PeftModel.from_pretrained(base, tmp_path, **arguments)
         assert {name: type(module) for name, module in base.named_modules()} == before
+
+
+def test_transformers_loads_from_a_subfolder_as_it_does_other_adapters(tmp_path):
+    model = adapted("SPARSE_FT", llama(), "a", "b")
+    model.save_pretrained(tmp_path)
+    for name in ("a", "b"):
+        loaded = llama()
+        loaded.load_adapter(str(tmp_path), adapter_name="x", adapter_kwargs={"subfolder": name})
+        model.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(model))
+    (tmp_path / "b" / WEIGHTS).unlink()
+    before = picture(loaded)
+    with pytest.raises(ConfigError, match=f"'{tmp_path}/b' has no {WEIGHTS}"):
+        loaded.load_adapter(str(tmp_path), adapter_name="y", adapter_kwargs={"subfolder": "b"})
+    assert picture(loaded) == before
