@@ -79,7 +79,7 @@ def take_off(tuner: AdapterTuner, modules: Iterable[nn.Module]) -> None:
 
 def train_as_before(model: nn.Module) -> None:
     """Let the parameters of a model without adapters train or not as they did before PEFT froze them."""
-    trained = getattr(model, TRAINABLE_BEFORE, None)
+    trained = vars(model).pop(TRAINABLE_BEFORE, None)
     for name, parameter in model.named_parameters():
         if trained is not None and parameter.is_floating_point():
             parameter.requires_grad_(name in trained)
