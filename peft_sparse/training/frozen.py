@@ -39,7 +39,7 @@ def refuse_frozen(model: nn.Module, optimizer: Any = None) -> None:
 
 
 def frozen_adapter(adapter_name: str) -> ConfigError:
-    """What refuses to select weights of an adapter that could not train them afterwards."""
+    """The error for selecting the weights of a frozen adapter, which would not train them afterwards."""
     return ConfigError(
         f"adapter {adapter_name!r} is frozen, so the weights that are selected now would not train. {_WAY_OUT}"
     )

@@ -24,7 +24,8 @@ from peft_sparse import (
     start_dense_phase,
     start_sparse_phase,
 )
-from tests.support.models import IDS, bart, bert, gpt2, llama, logits, picture, t5
+from tests.support import merging
+from tests.support.models import IDS, bart, bert, llama, logits, picture
 from tests.support.tokenizers import of_words
 from tests.support.training import assert_same_tensors, base_weights, deltas, make_args
 
@@ -49,14 +50,7 @@ def train(model, *, steps=2):
         optimizer.zero_grad()
 
 
-MODELS = {
-    "llama": llama,
-    "tied llama": lambda: llama(tie_word_embeddings=True),
-    "gpt2": gpt2,
-    "bert": bert,
-    "t5": t5,
-    "bart": bart,
-}
+MODELS = merging.MODELS | {"bart": bart}
 
 
 @pytest.mark.parametrize("make_config", [LotteryTicketConfig, DeftXConfig], ids=["LT-SFT", "DeFT-X"])
