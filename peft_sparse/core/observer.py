@@ -80,13 +80,18 @@ def watch_gradient(result: Tensor, observers: Sequence[GradientObserver]) -> Non
     """Hand the gradient of a tensor, or what is wanted of it, to observers in every backward pass."""
     if not observers or not result.requires_grad:
         return
-    made_in = -1 if torch.compiler.is_compiling() else current_pass()
+    made_in = current_pass()
     for observer in observers:
         result.register_hook(partial(_show, observer, made_in))
 
 
 def _show(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
     remember_outer(made_in)
+    receive_whole(observer, gradient)
+
+
+def receive_whole(observer: GradientObserver, gradient: Tensor) -> None:
+    """Hand an observer what it wants of a tensor's whole gradient, of any shape and dtype."""
     wanted = observer.wanted()
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])

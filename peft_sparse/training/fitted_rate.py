@@ -144,8 +144,8 @@ class RateFit:
             if deltas and not self.energies and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "fitted_rate of adapter %r: no input of a tuned layer was seen before the first update "
-                    "(torch.compile hides them), so its steps are not scaled.",
+                    "fitted_rate of adapter %r: no input of a tuned layer was seen before the first update, so its "
+                    "steps are not scaled.",
                     self.adapter_name,
                 )
             return

@@ -129,9 +129,8 @@ def gradient_means(
             on_batch()
     if not any(one.was_seen for one in sums.values()):
         raise SelectionError(
-            f"no gradient of {next(iter(sums))} and {len(sums) - 1} more was seen. torch.compile hides them: select on "
-            "the model itself, and compile it afterwards. Reentrant gradient checkpointing needs "
-            "model.enable_input_require_grads()"
+            f"no gradient of {next(iter(sums))} and {len(sums) - 1} more was seen: the loss does not depend on them. "
+            "Reentrant gradient checkpointing needs model.enable_input_require_grads()"
         )
     for name in list(sums):
         yield name, sums.pop(name).means(len(batches))

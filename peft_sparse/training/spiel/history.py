@@ -54,5 +54,5 @@ def warn_without_candidates(adapter_name: str, update: int, *, overflowed: bool)
         "No gradient of adapter %r was seen in the window before update %d (%s): no weight was replaced.",
         adapter_name,
         update,
-        "all held NaN or infinity" if overflowed else "torch.compile hides them",
+        "all held NaN or infinity" if overflowed else "the loss did not depend on it",
     )

@@ -164,7 +164,7 @@ def test_fewer_gradients_than_weights_are_asked_for():
 
 
 def test_no_gradient_at_all():
-    with pytest.raises(SelectionError, match=r"no gradient of bert.* was seen\. torch\.compile hides them"):
+    with pytest.raises(SelectionError, match=r"no gradient of bert.* was seen: the loss does not depend on them"):
         select_by_gradients(make(), BATCHES, loss_fn=lambda model, batch: torch.zeros(1, requires_grad=True).sum())
 
 

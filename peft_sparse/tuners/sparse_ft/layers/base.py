@@ -18,6 +18,7 @@ from ....core.observer import GradientObserver, watch_gradient
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
+from ....core.traced import gradient_shown, is_traced
 from ...common.base_module import called, loaded
 from ...common.layer import PARAMETERS, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
@@ -174,8 +175,12 @@ class SparseLayer(MovableLayer):
 
     def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
         deltas = self.active_deltas(parameter, adapters)
-        observers = [d.observer for d in deltas if d.observer is not None and not is_recorded()]
         values = [(d.values, d.indices) for d in deltas]
+        watched = [d for d in deltas if d.observer is not None]
+        if is_traced():
+            viewers = [d.gradient_viewer.number for d in watched if d.gradient_viewer is not None]
+            return partial(self._traced_with_deltas, partial(self.base_under, parameter, adapters), values, viewers)
+        observers = [d.observer for d in watched if d.observer is not None and not is_recorded()]
         return partial(self._with_deltas, partial(self.base_under, parameter, adapters), values, observers)
 
     @staticmethod
@@ -184,6 +189,15 @@ class SparseLayer(MovableLayer):
     ) -> Tensor:
         result = add_deltas(base(), deltas) if deltas else base()
         watch_gradient(result, observers)
+        return result
+
+    @staticmethod
+    def _traced_with_deltas(
+        base: Callable[[], Tensor], deltas: Sequence[tuple[Tensor, Tensor]], viewers: Sequence[Tensor]
+    ) -> Tensor:
+        result = add_deltas(base(), deltas) if deltas else base()
+        for number in viewers:
+            result = gradient_shown(result, number)
         return result
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from ....core.delta import SparseDelta
 from ....core.gaps import decode_gaps, encode_gaps
 from ....core.indices import check_indices, checksum, index_dtype
-from ....core.observer import GradientObserver
+from ....core.observer import GradientObserver, receive_whole
 from ....core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
+from ....core.traced import Viewer
 from ....errors import ConfigError, FormatError, SelectionError
 from ....optim import l1 as regularization
 from ...common.announcements import ON_UNFINISHED, announce
@@ -63,6 +65,8 @@ class AdapterDelta(NeverOffloaded):
         observer: who else sees the tensor's gradient while this delta is active, if anyone. Nobody while the values are
             frozen.
         meter: sees the inputs of the layer in training forwards while its steps are being fitted, else None.
+        gradient_viewer, input_viewer: through which graphs of torch.compile show these two what they see; None where
+            there is nobody.
         selection: shared by the deltas of an adapter whose weights were yet to be selected when it was made, else None.
     """
 
@@ -83,7 +87,9 @@ class AdapterDelta(NeverOffloaded):
         self._copied: tuple[int, Tensor] | None = None
         self.l1_coefficient = 0.0
         self._observer: GradientObserver | None = None
-        self.meter: Meter | None = None
+        self._meter: Meter | None = None
+        self.gradient_viewer: Viewer | None = None
+        self.input_viewer: Viewer | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 exchanges the parameter: in a forward or backward pass it is all there, between them in shards.
@@ -100,6 +106,16 @@ class AdapterDelta(NeverOffloaded):
     @observer.setter
     def observer(self, observer: GradientObserver | None) -> None:
         self._observer = observer
+        self.gradient_viewer = None if observer is None else Viewer(partial(receive_whole, observer))
+
+    @property
+    def meter(self) -> Meter | None:
+        return self._meter
+
+    @meter.setter
+    def meter(self, meter: Meter | None) -> None:
+        self._meter = meter
+        self.input_viewer = None if meter is None else Viewer(meter.see)
 
     @property
     def held_values(self) -> nn.Parameter:

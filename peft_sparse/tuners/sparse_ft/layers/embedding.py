@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....core import lookup, ops
+from ....core.traced import is_traced
 from .base import SparseLayer
 
 
@@ -46,9 +47,11 @@ class Embedding(SparseLayer):
 
     def _delta_forward(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if base.weight.requires_grad or (ops.is_recorded() and not torch.compiler.is_compiling()):
-            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient. What records or
-            # transforms what runs wants shapes that do not depend on the tokens.
+        is_watched = is_traced() and any(d.observer is not None for d in self.active_deltas("weight", adapters))
+        if base.weight.requires_grad or is_watched or (ops.is_recorded() and not torch.compiler.is_compiling()):
+            # The dense phase under a frozen adapter: the base matrix needs its own dense gradient, and so does who
+            # watches it from a compiled graph. What records or transforms what runs wants shapes that do not depend on
+            # the tokens.
             result = F.embedding(x, self.effective("weight", adapters), base.padding_idx)
         else:
             deltas = self.active_deltas("weight", adapters)

@@ -19,6 +19,7 @@ from ....core import ops
 from ....core.backends.native import kernels
 from ....core.overlay import Overlay
 from ....core.parts import GetParts, Parts, add_parts_, takes_parts
+from ....core.traced import is_traced, shown
 from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
 from .base import PARAMETERS, SparseLayer
 from .delta import AdapterDelta
@@ -186,9 +187,10 @@ class Linear(SparseLayer):
             # A trainable base weight (the dense phase under a frozen adapter) needs its own dense gradient; a compiler
             # fuses this itself. Resident mode may have left deltas in the base weight.
             self.restore("weight")
+            x = self.measure(x, deltas)
             dense = self.effective("weight", adapters)
             return F.linear(x, dense.t() if self.fan_in_fan_out else dense, bias)
-        self.measure(x, deltas)
+        x = self.measure(x, deltas)
         make_weight, guard, parts = self.weight_maker(adapters)
         return ops.linear(
             x,
@@ -202,11 +204,16 @@ class Linear(SparseLayer):
         )
 
     @staticmethod
-    def measure(x: Tensor, deltas: Sequence[AdapterDelta]) -> None:
-        """Show the inputs of a training forward to the meters of `fitted_rate`."""
+    def measure(x: Tensor, deltas: Sequence[AdapterDelta]) -> Tensor:
+        """The inputs of a training forward, which the meters of `fitted_rate` have been shown."""
         for delta in deltas:
-            if delta.meter is not None and torch.is_grad_enabled() and delta.values.requires_grad:
+            if delta.meter is None or not torch.is_grad_enabled() or not delta.values.requires_grad:
+                continue
+            if is_traced():
+                x = shown(x, delta.input_viewer.number)  # type: ignore[union-attr]
+            elif not ops.is_recorded():
                 delta.meter.see(x)
+        return x
 
     def weight_maker(
         self, adapters: Sequence[str]

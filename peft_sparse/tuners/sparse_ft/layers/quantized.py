@@ -99,11 +99,11 @@ class QuantizedLinear(Linear):
         deltas = self.active_deltas("weight", adapters)
         with _cast_shared(x, dtype):
             given = x if _is_cast_shared(x, dtype) else x.to(dtype)
+            given = self.measure(given, deltas)
             if ops.is_recorded():
                 weight = self.effective("weight", adapters).to(dtype)  # type: ignore[union-attr]
                 result = F.linear(given, weight.t() if self.fan_in_fan_out else weight, bias)
             else:
-                self.measure(x, deltas)
                 result = ops.linear(
                     given,
                     partial(self._make_weight, self._overlay_of(adapters), [d.values for d in deltas], dtype),

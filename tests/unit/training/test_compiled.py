@@ -1,0 +1,127 @@
+"""Under torch.compile weights are chosen, grown and scaled as without it: compiled graphs show what they compute."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from peft_sparse import OneShotConfig, SpielAGConfig, iter_deltas, iter_reselectors, rate_scales, select_by_gradients
+
+TARGETS = {"target_modules": ["tokens", "twice", "last"], "target_norms": True}
+SPIEL = {"density": 0.2, "reselection_steps": 3, "estimation_steps": 2, "total_steps": 12, **TARGETS}
+
+
+class Net(nn.Module):
+    """An embedding, a linear layer that is used twice, a norm, and another linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.twice = nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        return self.last(self.norm(self.twice(torch.tanh(self.twice(x)))))
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 12, (4, 5), generator=generator) for _ in range(count)]
+
+
+def loss(model, batch):
+    return model(batch).square().mean()
+
+
+def train(model, called, *, updates=9, micro_batches=1):
+    """What a run chose and learnt: {tensor: (indices, values)}."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for number, batch in enumerate(batches(updates * micro_batches), 1):
+        loss(called, batch).backward()
+        if number % micro_batches == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in iter_deltas(model)}
+
+
+def compiled(model, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend)
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, (indices, values) in wanted.items():
+        assert torch.equal(found[name][0], indices), name
+        torch.testing.assert_close(found[name][1], values)
+
+
+@pytest.mark.parametrize("options", [{}, {"nomination_updates": 1, "budget": "global"}])
+def test_spiel_grows_the_same_weights(options):
+    plain, traced = (get_peft_model(Net(), SpielAGConfig(**SPIEL, **options)) for _ in range(2))
+    wanted = train(plain, plain, micro_batches=2)
+    assert_equal(train(traced, compiled(traced), micro_batches=2), wanted)
+    (reselector,), (own,) = iter_reselectors(plain), iter_reselectors(traced)
+    assert [r.share_replaced for r in own.history] == [r.share_replaced for r in reselector.history]
+    assert len(own.history) == 3
+    assert all(reselection.share_replaced > 0 for reselection in own.history)
+
+
+def test_windows_do_not_compile_anew():
+    model = get_peft_model(Net(), SpielAGConfig(**SPIEL))
+    counter = CompileCounterWithBackend("eager")
+    train(model, compiled(model, counter), updates=12)
+    assert counter.frame_count == 2  # with an open window and without
+
+
+def test_gradients_choose_the_same_weights():
+    found = []
+    for wrap in (lambda model: model, compiled):
+        model = get_peft_model(Net(), OneShotConfig(density=0.2, criterion="fisher", budget="uniform", **TARGETS))
+        select_by_gradients(wrap(model), batches(3), loss_fn=loss)
+        found.append({name: (d.indices, d.values) for name, _, _, d in iter_deltas(model)})
+    assert_equal(found[1], found[0])
+    assert sum(indices.numel() for indices, _ in found[0].values()) > 0
+
+
+def test_a_fitted_rate_is_the_same():
+    found = []
+    for wrap in (lambda model: model, compiled):
+        model = get_peft_model(Net(), SpielAGConfig(**SPIEL, fitted_rate=True))
+        values = train(model, wrap(model))
+        found.append((values, rate_scales(model)))
+    assert_equal(found[1][0], found[0][0])
+    assert found[1][1] == pytest.approx(found[0][1])
+    assert set(found[0][1].values()) != {1.0}
+
+
+def test_a_copy_shows_its_gradients_to_itself():
+    model = get_peft_model(Net(), SpielAGConfig(**SPIEL, fitted_rate=True))
+    other = copy.deepcopy(model)
+    loss(compiled(other), batches(1)[0]).backward()
+    taps = {m: [d.observer for _, _, _, d in iter_deltas(m)] for m in (model, other)}
+    assert all(tap.estimate is None for tap in taps[model])
+    assert all(tap.estimate is not None for tap in taps[other])
+    meters = {m: [d.meter for name, _, _, d in iter_deltas(m) if d.meter is not None] for m in (model, other)}
+    assert all(meter.total is None for meter in meters[model])
+    assert [meter.tokens for meter in meters[other]] == [40, 20]
+
+
+def test_gradients_that_a_loop_takes_of_something_else_do_not_count():
+    model = get_peft_model(Net(), SpielAGConfig(**SPIEL))
+    called = compiled(model)
+    result = called(batches(1)[0])
+    torch.autograd.grad(result.sum(), [d.values for name, _, _, d in iter_deltas(model) if "last" in name])
+    assert all(d.observer.estimate is None for name, _, _, d in iter_deltas(model) if "last" not in name)
+
+
+def test_an_exported_program_is_torch_s_alone():
+    model = get_peft_model(Net(), SpielAGConfig(**SPIEL))
+    exported = torch.export.export(model.base_model.model, (batches(1)[0],))
+    assert "peft_sparse" not in str(exported.graph)
