@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_sparse.core import ops
 from peft_sparse.core.backends import native, reference, sddmm
-from tests.support.ops import Case, make_case, sparse_linear, support
+from tests.support.ops import Case, make_case, sampled_product, sparse_linear, support
 from tests.support.oracle import relative_error
 
 
@@ -52,7 +52,7 @@ class TestSampledProduct:
     def test_equals_its_twin(self, dtype, num_rows, count, transposed):
         grad, x, shape = factors(num_rows, dtype=dtype, transposed=transposed)
         indices = support(480, count)
-        found = sddmm.sampled_product(grad, x, indices, shape, transposed=transposed)
+        found = sampled_product(grad, x, indices, shape, transposed=transposed)
         expected = reference.sampled_product(grad.double(), x.double(), indices, shape, transposed=transposed)
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert found.shape == (count,)
@@ -78,8 +78,8 @@ class TestSampledProduct:
     def test_wide_indices(self):
         grad, x, shape = factors(5, dtype=torch.float32, transposed=False)
         indices = support(480, 40)
-        narrow = sddmm.sampled_product(grad, x, indices, shape)
-        assert torch.equal(narrow, sddmm.sampled_product(grad, x, indices.long(), shape))
+        narrow = sampled_product(grad, x, indices, shape)
+        assert torch.equal(narrow, sampled_product(grad, x, indices.long(), shape))
 
     def test_several_supports_share_the_factors(self):
         grad, x, shape = factors(40, dtype=torch.float32, transposed=False)
@@ -109,10 +109,10 @@ def test_first_use_warns_of_nothing(interpreter, monkeypatch):
     # torch warns once per process, so a process of its own.
     script = (
         "import torch\n"
-        "from peft_sparse.core.backends.sddmm import sampled_product\n"
+        "from peft_sparse.core.backends.sddmm import weight_gradients\n"
         "import warnings; warnings.simplefilter('error')\n"
         "support = torch.tensor([5], dtype=torch.int32)\n"
-        "found = sampled_product(torch.ones(2, 3), torch.ones(2, 4), support, (3, 4))\n"
+        "(found,) = weight_gradients(torch.ones(2, 3), torch.ones(2, 4), [support], (3, 4), sampled=True)\n"
         "assert found.tolist() == [2.0], found\n"
     )
     monkeypatch.setenv(native.SWITCH, "0")

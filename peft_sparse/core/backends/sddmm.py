@@ -67,31 +67,6 @@ def shape_in_use(supports: Sequence[Tensor], shape: tuple[int, int]) -> tuple[in
     return layout.num_rows, layout.num_columns
 
 
-def sampled_product(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    shape: tuple[int, int],
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """Entries of `grad.T @ x` (of `x.T @ grad` if `transposed`) at flat positions.
-
-    Args:
-        grad: [N, O] gradient of the output.
-        x: [N, I] input.
-        indices: [k] flat row-major positions in the weight, sorted and unique.
-        shape: of the weight: [O, I], or [I, O] if `transposed` (transformers' Conv1D).
-        transposed: the weight is stored as [I, O].
-
-    Returns:
-        [k] float32 (float64 if both factors are), in the order of `indices`.
-
-    Cost: both factors transposed, a tile of rows at a time, and 2 N k operations.
-    """
-    return weight_gradients(grad, x, [indices], shape, transposed=transposed, sampled=True)[0]
-
-
 def weight_gradients(
     grad: Tensor,
     x: Tensor,

@@ -36,12 +36,6 @@ class KeptWeights:
         # One object, put in its place in one step: several threads may compute with this site.
         self._kept: _Kept | None = None
 
-    @property
-    def _weights(self) -> BottleneckWeights | None:
-        """What is kept, if anything."""
-        kept = self._kept
-        return None if kept is None else kept.weights
-
     def get(
         self, language: str, sources: Sequence[Tensor], generate: Callable[[], BottleneckWeights]
     ) -> BottleneckWeights:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_sparse.checkpoints import native
-from peft_sparse.checkpoints.files import verify_before_loading, verify_file
+from peft_sparse.checkpoints.files import verify_before_loading
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.core.gaps import encode_gaps
 from peft_sparse.errors import FormatError
@@ -410,8 +410,7 @@ def test_files_are_checked_before_loading(tensors, tmp_path):
     path = tmp_path / native.SOURCE
     verify_before_loading(tmp_path, COUNTS)  # no weights here: PEFT's own error is the clearer one
     save_file(tensors, path)
-    assert_same(verify_file(path, counts=COUNTS), deltas())
-    verify_before_loading(tmp_path, COUNTS)
+    assert_same(verify_before_loading(tmp_path, COUNTS).deltas, deltas())
     verify_before_loading(tmp_path.parent, COUNTS, subfolder=tmp_path.name)
     for counts in ({**COUNTS, QUERY: 4}, {QUERY: 3}):
         with pytest.raises(FormatError, match=f"{re.escape(str(path))}: tensor.*counts"):
