@@ -21,8 +21,8 @@ from ..errors import ConfigError
 from .autocast import autocast_dtype, without_autocast
 from .backends import sddmm
 from .backends.products import wide_product
+from .few_rows import FEW_ROWS, GetParts, add_parts_, takes_parts
 from .observer import GradientObserver, current_pass, remember_outer
-from .parts import FEW_ROWS, GetParts, add_parts_, takes_parts
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
 

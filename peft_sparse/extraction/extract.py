@@ -92,7 +92,8 @@ def extract_adapter(
 
     With density=1 or num_weights="changed", loading the result onto the base in the wider of the two dtypes and merging
     gives the tuned weights bit for bit, but for zeros that lost their minus sign and what `inexact` counts (see
-    `core.exact`; with float64 values nothing in practice). Only what no adapter can hold (`left_out`) stays behind.
+    `core.exact_difference`; with float64 values nothing in practice). Only what no adapter can hold (`left_out`) stays
+    behind.
 
     Raises:
         ConfigError: an argument has a value that cannot be honoured, or `output` is taken.

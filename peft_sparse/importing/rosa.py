@@ -25,7 +25,7 @@ from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
 from ..core.names import PREFIX
 from ..errors import ConfigError, FormatError
-from .base import parameters_of
+from .base_model_check import parameters_of
 from .foreign import ROSA, Foreign, check_finite, check_holdable
 from .torch_file import TorchFile
 

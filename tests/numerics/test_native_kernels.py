@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import RandConfig, iter_deltas, resident
 from peft_sparse.composition.combine import combine
-from peft_sparse.core.backends import held, native, reference
+from peft_sparse.core.backends import native, prepared_calls, reference
 from peft_sparse.core.delta import SparseDelta
+from peft_sparse.core.few_rows import FEW_ROWS, Parts, add_parts_, most_rows
 from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
-from peft_sparse.core.parts import FEW_ROWS, Parts, add_parts_, most_rows
 from peft_sparse.errors import SelectionError
 from peft_sparse.optim import sm3
 from peft_sparse.selection.top_k import top_k
@@ -77,9 +77,9 @@ class TestProductByParts:
         values = next(iter_deltas(model))[3].values
         x = torch.randn(rows, 160, requires_grad=True)
         added = []
-        by_kernel = held.SparseProduct.add_
+        by_kernel = prepared_calls.SparseProduct.add_
         count = lambda self, *args, **kwargs: added.append(1) or by_kernel(self, *args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(held.SparseProduct, "add_", count)
+        monkeypatch.setattr(prepared_calls.SparseProduct, "add_", count)
 
         def outcome():
             y = model(x)

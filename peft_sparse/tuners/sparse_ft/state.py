@@ -86,7 +86,7 @@ def for_loading(
         counts={**(config.counts or {}), **config.left_out} if is_own_file and config.counts is not None else None,
         shapes={name: delta.shape for name, delta in deltas.items()},
         heads=_head_shapes(model, adapter_name),
-        passengers=_embedding_names(model, adapter_name),
+        extras=_embedding_names(model, adapter_name),
         vocabularies=_vocabularies(model, adapter_name),
         left_out=config.left_out,
         adapter_name=adapter_name,

@@ -39,7 +39,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def verify(tensors, **kwargs):
-    everything = {"counts": COUNTS, "shapes": SHAPES, "heads": {HEAD: (2, 3)}, "passengers": ()}
+    everything = {"counts": COUNTS, "shapes": SHAPES, "heads": {HEAD: (2, 3)}, "extras": ()}
     return native.verify(tensors, **{**everything, **kwargs})
 
 
@@ -235,10 +235,10 @@ def test_missing_and_surplus_tensors(tensors):
         verify({**tensors, HEAD: torch.ones(1)})
 
 
-def test_passengers_travel_outside_the_digest(tensors):
+def test_extras_travel_outside_the_digest(tensors):
     embedding = {"base_model.model.embed.weight": torch.ones(2)}
-    assert_same(verify({**tensors, **embedding}, passengers=["embed.weight"]), deltas())
-    assert_same(verify({**tensors, **embedding}, passengers=None), deltas())
+    assert_same(verify({**tensors, **embedding}, extras=["embed.weight"]), deltas())
+    assert_same(verify({**tensors, **embedding}, extras=None), deltas())
 
 
 def test_parameters_must_be_those_of_model_and_config(tensors):

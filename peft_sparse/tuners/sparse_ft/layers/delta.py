@@ -18,8 +18,8 @@ from ....core.observer import GradientObserver
 from ....core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, whole
 from ....errors import ConfigError, FormatError, SelectionError
 from ....optim import l1 as regularization
-from ...common.announcements import ON_UNFINISHED, announce
 from ...common.base_module import NeverOffloaded
+from ...common.events import ON_UNFINISHED, announce
 from ...common.kept_dtype import undo_cast
 from .. import unselected
 

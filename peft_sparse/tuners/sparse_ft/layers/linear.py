@@ -17,14 +17,14 @@ from torch.compiler import is_compiling
 from ...._peft_bridge import BaseTunerLayer
 from ....core import ops
 from ....core.backends.native import kernels
+from ....core.few_rows import GetParts, Parts, add_parts_, takes_parts
 from ....core.overlay import Overlay
-from ....core.parts import GetParts, Parts, add_parts_, takes_parts
 from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
+from .active_weights import ActiveWeights, Snapshot
 from .base import PARAMETERS, SparseLayer
+from .bounded_cache import with_entry
 from .delta import AdapterDelta
-from .newest import with_newest
-from .quick import ActiveWeights, Snapshot
-from .written import DTYPES, Written, can_be_put_back, is_whole
+from .in_place import DTYPES, Written, can_be_put_back, is_whole
 
 
 class Linear(SparseLayer):
@@ -90,7 +90,7 @@ class Linear(SparseLayer):
 
         `write_entries` does the same in three passes, and takes the hooks of state dicts off and puts them on again.
         """
-        native, before, holders = kernels(), self._written.get("weight"), self._shown.holders
+        native, before, holders = kernels(), self._written.get("weight"), self._base_state_hooks.holders
         if native is None or before is None or before.key == active.key or "weight" in holders:
             return False
         weight, values = active.weight, active.total()
@@ -113,7 +113,7 @@ class Linear(SparseLayer):
             if active is not None:
                 # Each of several adapters holds a union.
                 unions = [k for k in self._named if not isinstance(k, str) and len(k) > 1]
-                self._named = with_newest(self._named, key, active, counted=unions)
+                self._named = with_entry(self._named, key, active, counted=unions)
         return active
 
     def _find_active(self, base: nn.Module, names: str | list[str]) -> ActiveWeights | None:

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from peft_sparse import RandConfig, SpielAGConfig, iter_deltas
-from peft_sparse.composition.chance import shared_positions
+from peft_sparse.composition.coinciding_draws import shared_positions
 from peft_sparse.core.delta import SparseDelta
 from tests.support.models import llama
 

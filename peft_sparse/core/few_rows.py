@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
-from .backends.held import SparseProduct
 from .backends.native import kernels
+from .backends.prepared_calls import SparseProduct
 
 # Fewer elements of a weight are copied before a kernel is called.
 _WORTH_ADDING = 2**14

@@ -1,4 +1,4 @@
-"""The weights that were generated last, for forwards that only compute."""
+"""A cache of the weights that a site generated last, for evaluation without gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Kept(NamedTuple):
     weights: BottleneckWeights
 
 
-class KeptWeights:
+class WeightCache:
     """Keeps what one site generated for one language, until anything that it was generated from changes.
 
     Changes are told by the tensors' identity, storage, dtype and version, and on a CPU by a few of their entries, for
@@ -62,8 +62,8 @@ class KeptWeights:
         """Keep nothing."""
         self._kept = None
 
-    def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
-        return KeptWeights, ()
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
 
 
 def _some_entries(tensor: Tensor) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""What is written into a base parameter, and the parameter's memory."""
+"""Writing deltas into a base parameter in place: what is in it and how to undo that, the lock, and checks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ....core.overlay import Overlay
 from ....core.sharded import how_sharded, is_sharded
 
 if TYPE_CHECKING:
-    from .quick import Snapshot
+    from .active_weights import Snapshot
 
 # The weights that kernels keep and write in one pass.
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Writing:
+class WriteLock:
     """Held while a layer's parameters are written into, once or several times over by one thread.
 
     A reader that takes no lock compares `begun` before and after, and looks at `depth`, to see whether anybody wrote.
