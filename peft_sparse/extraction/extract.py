@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file
-from ..checkpoints.foreign import COMPOSABLE_SFT, way_in
+from ..checkpoints.foreign import COMPOSABLE_SFT, how_to_import
 from ..checkpoints.native import build
 from ..checkpoints.shards import Checkpoint
 from ..core.delta import SparseDelta
@@ -155,7 +155,7 @@ def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str 
     if find_file(tuned, CONFIG_FILE, revision=tuned_revision) is not None:
         return AdapterOnBase(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     if find_file(tuned, COMPOSABLE_SFT, revision=tuned_revision) is not None:
-        raise FormatError(way_in(tuned))
+        raise FormatError(how_to_import(tuned))
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
 
 

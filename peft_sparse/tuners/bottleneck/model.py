@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.base_model import path_in_base
 from ..common.combining import Combined
-from ..common.files import gather
+from ..common.keys import gather
 from ..common.made_for_file import Receipt, cast_anew
 from ..common.targets import model_numel
 from ..common.token_rows import widen_rows

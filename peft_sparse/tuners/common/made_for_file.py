@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..._peft_bridge import BaseTuner
 from ...core.sharded import is_sharded
 from .base_model import tensors_of_adapter
-from .files import discard
+from .removal import discard
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -14,7 +14,7 @@ from .adapter_names import known_list
 from .base_model import iter_tuned
 from .broken_ties import forget_broken_ties
 from .events import ON_MERGE, announce
-from .files import train_as_before
+from .removal import train_as_before
 from .stacked_heads import check_heads_of_merged
 from .tuner import AdapterTuner
 

@@ -19,7 +19,7 @@ from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.iteration import set_bottleneck_weights
 from ..bottleneck.layer import ADAPTERS
-from ..common.files import discard
+from ..common.removal import discard
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,14 @@ from ...core.ops import is_recorded
 from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
-from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
+from ..bottleneck.adapter import (
+    NEAR_IDENTITY_STD,
+    RANDOM_STD,
+    Bottleneck,
+    BottleneckWeights,
+    activation_named,
+    bottleneck_output,
+)
 from ..bottleneck.applying import PerExample
 from ..common.base_module import NeverOffloaded
 from .config import MadGConfig
@@ -255,7 +262,7 @@ class SiteGenerator(NeverOffloaded):
         return PerExample(current, adapters, replaces=False)(x)
 
     def _add(self, weights: BottleneckWeights, x: Tensor) -> Tensor:
-        return self.dropout(self.config.scaling * through(weights, x, self.activation)).to(x.dtype)
+        return self.dropout(self.config.scaling * bottleneck_output(weights, x, self.activation)).to(x.dtype)
 
     @torch.no_grad()
     def built_in(self, language: str) -> Bottleneck:

@@ -14,8 +14,7 @@ from ...checkpoints import native
 from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded
 from ..common.base_model import base_model_of
-from ..common.files import gather
-from ..common.keys import embeddings_of
+from ..common.keys import embeddings_of, gather
 from ..common.other_heads import parts_of_other_heads, warn_of_other_head
 from .configs.base import SparseConfig
 from .iteration import iter_deltas

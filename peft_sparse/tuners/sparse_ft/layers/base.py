@@ -25,7 +25,7 @@ from ...common.state_dict_hooks import StateDictHooks
 from .active_weights import ActiveWeights
 from .bounded_cache import with_entry
 from .delta import AdapterDelta, keep_dtypes
-from .in_place import WriteLock, Written, flat, is_all_there
+from .in_place import WriteLock, Written, flat, is_all_local
 from .moved import MovableLayer
 
 
@@ -278,10 +278,10 @@ class SparseLayer(MovableLayer):
             setattr(self.get_base_layer(), name, written.parameter)
             return
         own = getattr(self.get_base_layer(), name)
-        if written.target is not own and is_all_there(written.target, written.shape):
+        if written.target is not own and is_all_local(written.target, written.shape):
             # Another tensor has taken its place (torch.func.functional_call, a parameter assigned by the user).
             own = written.target
-        if is_all_there(own, written.shape):
+        if is_all_local(own, written.shape):
             # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
             base = flat(own)
             written.overlay.put_(base, written.originals.to(device=base.device, dtype=base.dtype))
@@ -342,7 +342,7 @@ class SparseLayer(MovableLayer):
             own = getattr(self.get_base_layer(), parameter, None)
             for delta in self.active_deltas(parameter, adapters):
                 how = how_sharded(own)
-                if is_sharded(own) or (how is not None and not is_all_there(own, delta.shape)):
+                if is_sharded(own) or (how is not None and not is_all_local(own, delta.shape)):
                     raise not_whole(f"{parameter} of {name}", how)
 
     def keep_entries(self, kept: bool) -> None:

@@ -81,15 +81,15 @@ def can_be_put_back(written: Written, own: Tensor | None) -> bool:
         return False
     is_plain = own.is_cpu and kept.is_cpu and own.dtype is kept.dtype and own.dtype in DTYPES
     fits = tuple(own.shape) == written.shape and kept.numel() == written.overlay.support.numel()
-    return is_plain and fits and own.is_contiguous() and kept.is_contiguous() and is_whole(own)
+    return is_plain and fits and own.is_contiguous() and kept.is_contiguous() and has_own_memory(own)
 
 
-def is_whole(weight: Tensor) -> bool:
+def has_own_memory(weight: Tensor) -> bool:
     """Whether no library keeps a part of a parameter elsewhere, or has thrown its memory away."""
     return how_sharded(weight) is None and weight.untyped_storage().nbytes() > 0
 
 
-def is_all_there(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+def is_all_local(parameter: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a parameter is in this process's memory as a whole."""
     return not is_sharded(parameter) and tuple(parameter.shape) == shape and parameter.untyped_storage().size() > 0
 

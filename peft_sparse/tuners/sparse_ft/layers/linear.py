@@ -24,7 +24,7 @@ from .active_weights import ActiveWeights, Snapshot
 from .base import PARAMETERS, SparseLayer
 from .bounded_cache import with_entry
 from .delta import AdapterDelta
-from .in_place import DTYPES, Written, can_be_put_back, is_whole
+from .in_place import DTYPES, Written, can_be_put_back, has_own_memory
 
 
 class Linear(SparseLayer):
@@ -230,8 +230,8 @@ class Linear(SparseLayer):
     def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[Parts | None]:
         """The weight and the entries that are added to it, while nothing is or can be written into it."""
         with self._lock:
-            is_whole = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
-            total = None if "weight" in self._written or not is_whole else overlay.total(values)
+            has_own_memory = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
+            total = None if "weight" in self._written or not has_own_memory else overlay.total(values)
             yield None if total is None else Parts(own.detach(), overlay.support, total.contiguous())
 
     def _make_weight(
@@ -259,7 +259,7 @@ class Linear(SparseLayer):
 
 def is_writable(active: ActiveWeights) -> bool:
     """Whether kernels can write what acts into its weight, which is as `ActiveWeights.holds` wants it."""
-    return active.weight.dtype in DTYPES and active.overlay.fits(active.weight) and is_whole(active.weight)
+    return active.weight.dtype in DTYPES and active.overlay.fits(active.weight) and has_own_memory(active.weight)
 
 
 def _runs(names: Sequence[str]) -> list[tuple[str, int, int]]:
