@@ -277,7 +277,7 @@ class MergePlan:
             deltas = [delta for delta, _ in pairs]
             key = tuple(map(id, deltas))
             if key not in made:
-                made[key] = Change(deltas if factors is None else [_summed(pairs, dtype, name=name)])
+                made[key] = Change(deltas if factors is None else [_summed(pairs, dtype)])
             changes[name] = made[key]
         return changes
 
@@ -297,7 +297,7 @@ class MergePlan:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
-def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:
+def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype) -> SparseDelta:
     combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
     return SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)
 

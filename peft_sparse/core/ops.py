@@ -172,7 +172,7 @@ class _Linear(torch.autograd.Function):
                 result = F.linear(flat, weight.t() if fan_in_fan_out else weight, bias)
         tuned = [support for support, needed in zip(indices, ctx.needs_input_grad[7:], strict=True) if needed]
         count, in_use = sum(support.numel() for support in tuned), sddmm.shape_in_use(tuned, ctx.shape)
-        ctx.sampled = sddmm.prefer_sampled(count, in_use, dtype=x.dtype, device=x.device)
+        ctx.sampled = sddmm.prefer_sampled(count, in_use, device=x.device)
         if shared is not None and ctx.sampled:
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.

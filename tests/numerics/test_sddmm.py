@@ -123,35 +123,30 @@ class TestRule:
     CPU = torch.device("cpu")
 
     @pytest.mark.parametrize(
-        ("density", "shape", "dtype", "expected"),
+        ("density", "shape", "expected"),
         [
-            (0.01, (768, 768), torch.float32, True),
-            (0.05, (768, 768), torch.float32, True),
-            (0.5, (768, 768), torch.float32, False),
-            (1.0, (768, 768), torch.float16, False),
-            (0.05, (768, 768), torch.float16, True),
-            (0.05, (768, 768), torch.float64, True),
-            (0.01, (768, 768), torch.bfloat16, True),
-            (0.10, (768, 768), torch.bfloat16, True),
-            (0.50, (768, 768), torch.bfloat16, False),
-            (0.01, (32, 32), torch.float32, False),
+            (0.01, (768, 768), True),
+            (0.10, (768, 768), True),
+            (0.50, (768, 768), False),
+            (1.00, (768, 768), False),
+            (0.01, (32, 32), False),
         ],
     )
-    def test_choices_on_two_cores(self, density, shape, dtype, expected, monkeypatch):
+    def test_choices_on_two_cores(self, density, shape, expected, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         count = int(density * shape[0] * shape[1])
-        assert sddmm.prefer_sampled(count, shape, dtype=dtype, device=self.CPU) is expected
+        assert sddmm.prefer_sampled(count, shape, device=self.CPU) is expected
 
     @pytest.mark.usefixtures("by_torch")
     def test_more_cores_favour_the_dense_product_where_torch_transposes(self, monkeypatch):
         chosen = []
         for threads in (1, 2, 64):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            chosen.append(sddmm.prefer_sampled(5000, (512, 512), dtype=torch.float32, device=self.CPU))
+            chosen.append(sddmm.prefer_sampled(5000, (512, 512), device=self.CPU))
         assert chosen == [True, True, False]
 
     def test_accelerators_take_the_dense_product(self):
-        assert not sddmm.prefer_sampled(1, (4096, 4096), dtype=torch.float32, device=torch.device("cuda"))
+        assert not sddmm.prefer_sampled(1, (4096, 4096), device=torch.device("cuda"))
 
     @pytest.mark.usefixtures("by_torch")
     @pytest.mark.parametrize("choice", [True, False])

@@ -29,7 +29,7 @@ _NATIVE_DTYPES = (*_SAMPLED_DTYPES, torch.bfloat16, torch.float16)
 _BLOCK_ROWS = 512
 
 
-def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> bool:
+def prefer_sampled(count: int, shape: tuple[int, int], *, device: torch.device) -> bool:
     """The one rule that chooses between the sampled and the dense product.
 
     With the kernels of `native`, measured on AVX2 cores (32 to 2048 rows, weights of 512 to 2048 rows and columns) as
@@ -46,11 +46,8 @@ def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, de
     Args:
         count: number of tuned weights, of all deltas of the weight together.
         shape: [R, C] of the weight, or of the rows that hold tuned weights, see `shape_in_use`.
-        dtype: of the factors. It decides nothing: 16-bit ones are widened for either product, for a dense one of theirs
-            would be rounded to 16 bits.
-        device: of the factors.
+        device: of the factors. Their dtype decides nothing, for those of 16 bits are widened for either product.
     """
-    del dtype
     if computed_on(device) != "cpu":
         return False
     rows, columns = shape

@@ -220,7 +220,7 @@ class Linear(SparseLayer):
         values = [delta.values for delta in deltas]
         written = self.is_resident and "weight" not in self.tied_parameters and offload_hook(base) is None
         key, overlay = self.overlay("weight", adapters)
-        # The deltas are part of it so that nothing else gets their identity, by which the key knows them.
+        # `key` has the ids of the deltas: holding them keeps their ids from going to others.
         make = partial(self._make_weight, base.weight, deltas, key, overlay, values, written)
         if written:
             return make, self._lock, None
@@ -230,8 +230,8 @@ class Linear(SparseLayer):
     def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[Parts | None]:
         """The weight and the entries that are added to it, while nothing is or can be written into it."""
         with self._lock:
-            has_own_memory = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
-            total = None if "weight" in self._written or not has_own_memory else overlay.total(values)
+            is_flat = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
+            total = None if "weight" in self._written or not is_flat else overlay.total(values)
             yield None if total is None else Parts(own.detach(), overlay.support, total.contiguous())
 
     def _make_weight(
