@@ -237,7 +237,7 @@ def _twice_differentiable(
 
 
 def twice_under_autocast() -> ConfigError:
-    """What refuses a gradient of a gradient that the cast in between would have been left out of."""
+    """The error for a second derivative through a cast by autocast: the cast would be missing from it."""
     return ConfigError(
         "a tuned layer cannot be differentiated twice (create_graph=True) where autocast cast its input. Compute this "
         "forward outside of autocast, or cast the model itself."

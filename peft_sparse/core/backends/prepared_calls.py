@@ -11,7 +11,7 @@ from .native import TYPES, Kernels
 
 
 class SparseProduct:
-    """Products with entries D that change a weight, by the kernels; made once, for they are called for every token.
+    """Adds `x @ D.T` to an output, where D are the sparse entries on a weight. The arguments are prepared once.
 
     Args:
         kernels: the library.

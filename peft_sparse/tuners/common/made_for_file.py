@@ -93,7 +93,7 @@ def receiving(model: nn.Module, config: Any, adapter_name: str) -> Iterator[Rece
 
 
 def _checksums(model: nn.Module, adapter_name: str) -> tuple[int, ...] | None:
-    """One number for each tensor of an adapter, which hardly another has; None where FSDP2 has cut one up."""
+    """A checksum of each tensor of an adapter; None if FSDP2 has sharded one."""
     tensors = list(tensors_of_adapter(model, adapter_name))
     if any(is_sharded(tensor) for tensor in tensors):
         return None

@@ -43,7 +43,7 @@ def discard(model: nn.Module, adapter_name: str) -> None:
 
 
 def unload_as_before(tuner: Any) -> None:
-    """Take all layers off a model, and its own heads instead of an adapter's, which `unload` would leave there."""
+    """Take all tuner layers off a model, and put its own heads back; PEFT's `unload` would leave an adapter's there."""
     take_off(tuner, [module for module in tuner.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)])
     tuner.unload()
 

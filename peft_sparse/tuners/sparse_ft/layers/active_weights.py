@@ -68,7 +68,7 @@ class ActiveWeights:
         self._product: tuple[Kernels, SparseProduct] | None = None
 
     def holds(self, weight: Tensor | None, adapters: str | list[str]) -> bool:
-        """Whether all of it is still so, for this weight and these active adapters."""
+        """Whether what was looked up still holds, for this weight and these active adapters."""
         if weight is not self.weight or adapters != self._adapters:
             return False
         for delta, version in self._watched:

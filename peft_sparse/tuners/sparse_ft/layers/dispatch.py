@@ -1,4 +1,4 @@
-"""Which wrapper serves which kind of module."""
+"""Which layer class is put around which kind of module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wrapper_for(
     *,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[nn.Module], SparseLayer]:
-    """What puts the right `SparseLayer` around a module.
+    """Choose the `SparseLayer` class for a module.
 
     Args:
         module: the module to tune, or a tuner layer of PEFT's that wraps it.

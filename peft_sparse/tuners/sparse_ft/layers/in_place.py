@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class WriteLock:
-    """Held while a layer's parameters are written into, once or several times over by one thread.
+    """The lock that is held while a layer's parameters are written into; one thread may take it several times.
 
     A reader that takes no lock compares `begun` before and after, and looks at `depth`, to see whether anybody wrote.
 
@@ -85,12 +85,12 @@ def can_be_put_back(written: Written, own: Tensor | None) -> bool:
 
 
 def has_own_memory(weight: Tensor) -> bool:
-    """Whether no library keeps a part of a parameter elsewhere, or has thrown its memory away."""
+    """Whether a parameter is neither sharded nor managed by FSDP or DeepSpeed, and its memory is there."""
     return how_sharded(weight) is None and weight.untyped_storage().nbytes() > 0
 
 
 def is_all_local(parameter: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is in this process's memory as a whole."""
+    """Whether a parameter has this shape and all of it is in this process's memory now."""
     return not is_sharded(parameter) and tuple(parameter.shape) == shape and parameter.untyped_storage().size() > 0
 
 
