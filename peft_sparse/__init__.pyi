@@ -149,11 +149,11 @@ from .training.spiel.history import Reselection as Reselection
 from .training.spiel.reselector import Reselector as Reselector
 from .tuners.ada_sft.model import AdaSftModel as AdaSftModel
 from .tuners.bottleneck.adapter import BottleneckWeights as BottleneckWeights
+from .tuners.bottleneck.iteration import bottleneck_weights as bottleneck_weights
+from .tuners.bottleneck.iteration import generated_weights as generated_weights
+from .tuners.bottleneck.iteration import iter_bottlenecks as iter_bottlenecks
+from .tuners.bottleneck.iteration import set_bottleneck_weights as set_bottleneck_weights
 from .tuners.bottleneck.model import BottleneckModel as BottleneckModel
-from .tuners.bottleneck.own_weights import bottleneck_weights as bottleneck_weights
-from .tuners.bottleneck.own_weights import generated_weights as generated_weights
-from .tuners.bottleneck.own_weights import iter_bottlenecks as iter_bottlenecks
-from .tuners.bottleneck.own_weights import set_bottleneck_weights as set_bottleneck_weights
 from .tuners.language_adapter import for_language as for_language
 from .tuners.madg.generated import GeneratedAdapter as GeneratedAdapter
 from .tuners.madg.importance import FeatureImportance as FeatureImportance

@@ -41,103 +41,8 @@ class Internal(NamedTuple):
     test: str
 
 
-INTERNALS = (
-    Internal(
-        _TUNERS,
-        "BaseTuner",
-        (
-            "_cast_adapter_dtype",
-            "_check_merge_allowed",
-            "_check_target_module_exists",
-            "_check_tied_modules",
-            "_create_and_replace",
-            "_get_adapter_state_dict",
-            "_inject_parameters",
-            "_prepare_adapter_config",
-            "_remap_adapter_state_dict_for_load",
-            "_remove_adapter_name_from_key",
-            "_replace_module",
-            "_unload_and_optionally_merge",
-            "active_adapters",
-            "delete_adapter",
-            "inject_adapter",
-            "merge_adapter",
-            "merge_and_unload",
-            "set_adapter",
-        ),
-        "tests/unit/tuners/common/test_verbs.py",
-    ),
-    Internal(
-        _TUNERS,
-        "BaseTunerLayer",
-        (
-            "_active_adapter",
-            "_all_available_adapter_names",
-            "_disable_adapters",
-            "_get_embed_scale",
-            "_move_adapter_to_device_of_base_layer",
-            "active_adapters",
-            "adapter_layer_names",
-            "disable_adapters",
-            "get_base_layer",
-            "merged",
-            "merged_adapters",
-            "other_param_names",
-            "set_adapter",
-            "set_requires_grad",
-            "weight",
-        ),
-        "tests/unit/tuners/common/test_verbs.py",
-    ),
-    Internal(_TUNERS, "_ExcludedModule", (), "tests/unit/tuners/sparse_ft/test_targets.py"),
-    Internal(_TUNERS, "_get_in_out_features", (), "tests/unit/tuners/bottleneck/test_bottleneck.py"),
-    Internal(_TUNERS, "_maybe_include_all_linear_layers", (), "tests/unit/tuners/sparse_ft/test_targets.py"),
-    Internal(_TUNERS, "check_adapters_to_merge", (), "tests/unit/tuners/common/test_verbs.py"),
-    Internal(_TUNERS, "NoMatchingPeftModuleError", (), "tests/unit/tuners/common/test_target_checks.py"),
-    Internal(
-        _OTHER,
-        "AuxiliaryTrainingWrapper",
-        ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map", "check_set_adapter"),
-        "tests/unit/tuners/sparse_ft/test_heads.py",
-    ),
-    Internal(
-        _OTHER, "ModulesToSaveWrapper", ("delete_adapter", "set_adapter"), "tests/unit/tuners/sparse_ft/test_heads.py"
-    ),
-    Internal(
-        _OTHER,
-        "TrainableTokensWrapper",
-        ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map"),
-        "tests/unit/tuners/common/test_heads_of_several.py",
-    ),
-    Internal(
-        "peft.tuners.trainable_tokens.layer",
-        "TrainableTokensLayer",
-        ("_check_overlapping_tokens", "forward_adapters", "get_merged_weights"),
-        "tests/unit/tuners/common/test_heads_of_several.py",
-    ),
-    Internal(
-        _QUANTIZATION,
-        "QuantizationBackend",
-        ("backend_name", "get_base_weight", "set_base_weight", "supports_merge"),
-        "tests/unit/tuners/sparse_ft/test_quantized_backends.py",
-    ),
-    Internal(_QUANTIZATION, "get_quantization_kwargs", (), "tests/unit/tuners/sparse_ft/test_quantized_backends.py"),
-    Internal(_QUANTIZATION, "quantization_extra_repr", (), "tests/unit/tuners/sparse_ft/test_quantized.py"),
-    Internal(
-        _QUANTIZATION, "resolve_quantization_backend", (), "tests/unit/tuners/sparse_ft/test_quantized_backends.py"
-    ),
-    # PEFT calls it on any tuner that has it; `BaseTuner` has none.
-    Internal(
-        "peft.peft_model",
-        "PeftModel",
-        ("_enable_peft_forward_hooks", "delete_adapter", "set_adapter"),
-        "tests/unit/tuners/common/test_verbs.py",
-    ),
-    Internal("peft.config", "PeftConfig", ("_get_peft_type", "_split_kwargs"), "tests/unit/test_push_to_hub.py"),
-    Internal("peft.utils.peft_types", "PeftType", (), "tests/unit/test_package.py"),
-    Internal("peft.utils.peft_types", "register_peft_method", (), "tests/unit/test_package.py"),
-    Internal("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", (), "tests/unit/test_package.py"),
-)
+# All of them, in the order in which they are asked for below.
+INTERNALS: list[Internal] = []
 
 
 def find(internal: Internal) -> Any:
@@ -160,25 +65,115 @@ def find(internal: Internal) -> Any:
     return found
 
 
-_FOUND = {internal.name: find(internal) for internal in INTERNALS}
-BaseTuner = _FOUND["BaseTuner"]
-BaseTunerLayer = _FOUND["BaseTunerLayer"]
-_ExcludedModule = _FOUND["_ExcludedModule"]
-_get_in_out_features = _FOUND["_get_in_out_features"]
-_maybe_include_all_linear_layers = _FOUND["_maybe_include_all_linear_layers"]
-check_adapters_to_merge = _FOUND["check_adapters_to_merge"]
-NoMatchingPeftModuleError = _FOUND["NoMatchingPeftModuleError"]
-AuxiliaryTrainingWrapper = _FOUND["AuxiliaryTrainingWrapper"]
-ModulesToSaveWrapper = _FOUND["ModulesToSaveWrapper"]
-TrainableTokensWrapper = _FOUND["TrainableTokensWrapper"]
-TrainableTokensLayer = _FOUND["TrainableTokensLayer"]
-QuantizationBackend = _FOUND["QuantizationBackend"]
-get_quantization_kwargs = _FOUND["get_quantization_kwargs"]
-quantization_extra_repr = _FOUND["quantization_extra_repr"]
-resolve_quantization_backend = _FOUND["resolve_quantization_backend"]
-PeftType = _FOUND["PeftType"]
-register_peft_method = _FOUND["register_peft_method"]
-PEFT_TYPE_TO_TUNER_MAPPING = _FOUND["PEFT_TYPE_TO_TUNER_MAPPING"]
+def _internal(module: str, name: str, members: tuple[str, ...], test: str) -> Any:
+    """What PEFT has under a name, which `INTERNALS` then lists."""
+    INTERNALS.append(Internal(module, name, members, test))
+    return find(INTERNALS[-1])
+
+
+BaseTuner = _internal(
+    _TUNERS,
+    "BaseTuner",
+    (
+        "_cast_adapter_dtype",
+        "_check_merge_allowed",
+        "_check_target_module_exists",
+        "_check_tied_modules",
+        "_create_and_replace",
+        "_get_adapter_state_dict",
+        "_inject_parameters",
+        "_prepare_adapter_config",
+        "_remap_adapter_state_dict_for_load",
+        "_remove_adapter_name_from_key",
+        "_replace_module",
+        "_unload_and_optionally_merge",
+        "active_adapters",
+        "delete_adapter",
+        "inject_adapter",
+        "merge_adapter",
+        "merge_and_unload",
+        "set_adapter",
+    ),
+    "tests/unit/tuners/common/test_verbs.py",
+)
+BaseTunerLayer = _internal(
+    _TUNERS,
+    "BaseTunerLayer",
+    (
+        "_active_adapter",
+        "_all_available_adapter_names",
+        "_disable_adapters",
+        "_get_embed_scale",
+        "_move_adapter_to_device_of_base_layer",
+        "active_adapters",
+        "adapter_layer_names",
+        "disable_adapters",
+        "get_base_layer",
+        "merged",
+        "merged_adapters",
+        "other_param_names",
+        "set_adapter",
+        "set_requires_grad",
+        "weight",
+    ),
+    "tests/unit/tuners/common/test_verbs.py",
+)
+_ExcludedModule = _internal(_TUNERS, "_ExcludedModule", (), "tests/unit/tuners/sparse_ft/test_targets.py")
+_get_in_out_features = _internal(_TUNERS, "_get_in_out_features", (), "tests/unit/tuners/bottleneck/test_bottleneck.py")
+_maybe_include_all_linear_layers = _internal(
+    _TUNERS, "_maybe_include_all_linear_layers", (), "tests/unit/tuners/sparse_ft/test_targets.py"
+)
+check_adapters_to_merge = _internal(_TUNERS, "check_adapters_to_merge", (), "tests/unit/tuners/common/test_verbs.py")
+NoMatchingPeftModuleError = _internal(
+    _TUNERS, "NoMatchingPeftModuleError", (), "tests/unit/tuners/common/test_target_checks.py"
+)
+AuxiliaryTrainingWrapper = _internal(
+    _OTHER,
+    "AuxiliaryTrainingWrapper",
+    ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map", "check_set_adapter"),
+    "tests/unit/tuners/sparse_ft/test_heads.py",
+)
+ModulesToSaveWrapper = _internal(
+    _OTHER, "ModulesToSaveWrapper", ("delete_adapter", "set_adapter"), "tests/unit/tuners/sparse_ft/test_heads.py"
+)
+TrainableTokensWrapper = _internal(
+    _OTHER,
+    "TrainableTokensWrapper",
+    ("_get_available_adapters", "adapter_state_dict", "adapter_state_dict_load_map"),
+    "tests/unit/tuners/common/test_heads_of_several.py",
+)
+TrainableTokensLayer = _internal(
+    "peft.tuners.trainable_tokens.layer",
+    "TrainableTokensLayer",
+    ("_check_overlapping_tokens", "forward_adapters", "get_merged_weights"),
+    "tests/unit/tuners/common/test_heads_of_several.py",
+)
+QuantizationBackend = _internal(
+    _QUANTIZATION,
+    "QuantizationBackend",
+    ("backend_name", "get_base_weight", "set_base_weight", "supports_merge"),
+    "tests/unit/tuners/sparse_ft/test_quantized_backends.py",
+)
+get_quantization_kwargs = _internal(
+    _QUANTIZATION, "get_quantization_kwargs", (), "tests/unit/tuners/sparse_ft/test_quantized_backends.py"
+)
+quantization_extra_repr = _internal(
+    _QUANTIZATION, "quantization_extra_repr", (), "tests/unit/tuners/sparse_ft/test_quantized.py"
+)
+resolve_quantization_backend = _internal(
+    _QUANTIZATION, "resolve_quantization_backend", (), "tests/unit/tuners/sparse_ft/test_quantized_backends.py"
+)
+# PEFT calls it on any tuner that has it; `BaseTuner` has none.
+_internal(
+    "peft.peft_model",
+    "PeftModel",
+    ("_enable_peft_forward_hooks", "delete_adapter", "set_adapter"),
+    "tests/unit/tuners/common/test_verbs.py",
+)
+_internal("peft.config", "PeftConfig", ("_get_peft_type", "_split_kwargs"), "tests/unit/test_push_to_hub.py")
+PeftType = _internal("peft.utils.peft_types", "PeftType", (), "tests/unit/test_package.py")
+register_peft_method = _internal("peft.utils.peft_types", "register_peft_method", (), "tests/unit/test_package.py")
+PEFT_TYPE_TO_TUNER_MAPPING = _internal("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", (), "tests/unit/test_package.py")
 
 
 @cache

@@ -19,7 +19,7 @@ from ..checks import FLOAT_DTYPES, nearest
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from .files import fetch, load_tensors, read_json
-from .foreign import COMPOSABLE_SFT, way_in, way_out
+from .foreign import COMPOSABLE_SFT, how_to_import, how_to_use
 from .native import DIGEST_KEY, SOURCE, canonical_name, parameter_of, stored_digest, verify
 
 CONFIG_FILE = "adapter_config.json"
@@ -89,9 +89,9 @@ def read_sparse_config(where: str | os.PathLike[str]) -> dict[str, Any]:
     config = read_config(where)
     if (kind := config.get("peft_type")) != "SPARSE_FT":
         raise FormatError(
-            way_in(where, config)
+            how_to_import(where, config)
             or f"'{os.fspath(where)}' is no sparse adapter: {CONFIG_FILE} says peft_type {kind!r}. Only adapters of "
-            f"peft_type 'SPARSE_FT' say which of the model's own weights they change. {way_out(where, kind)}"
+            f"peft_type 'SPARSE_FT' say which of the model's own weights they change. {how_to_use(where, kind)}"
         )
     counts = config.setdefault("counts", None)
     is_map = isinstance(counts, dict) and all(type(count) is int and count >= 0 for count in counts.values())
@@ -183,7 +183,7 @@ def need_file(where: str | os.PathLike[str], name: str, *, revision: str | None 
     except EntryNotFoundError as error:
         folder = Path(where).expanduser()
         if name == CONFIG_FILE and find_file(where, COMPOSABLE_SFT, revision=revision) is not None:
-            raise FormatError(way_in(where)) from error
+            raise FormatError(how_to_import(where)) from error
         if not folder.is_dir():
             raise _not_on_hub(where, name, error) from error
     if name == SOURCE and (folder / PICKLED).is_file():

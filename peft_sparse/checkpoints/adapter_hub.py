@@ -24,7 +24,7 @@ from ..errors import ConfigError, FormatError
 from ..files import AtomicFolder, save_tensors
 from .adapter_files import find_file, need_file
 from .files import read_json
-from .foreign import way_in
+from .foreign import how_to_import
 from .foreign_tensors import load_foreign
 from .hub_heads import read_head
 
@@ -125,7 +125,7 @@ def read_adapter_hub(folder: str | os.PathLike[str], *, with_head: bool = True) 
     about = _read_json(folder, CONFIG)
     if "peft_type" in about:
         raise FormatError(
-            way_in(folder, about)
+            how_to_import(folder, about)
             or f"'{os.fspath(folder)}' is an adapter of PEFT (peft_type {about['peft_type']!r}), not of AdapterHub. "
             "Load it with PeftModel.from_pretrained(model, ...)."
         )

@@ -15,29 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.delta import SparseDelta
 from ..errors import FormatError
 from ..untrusted import UNREADABLE, check_regular
 from .native import SOURCE, Verified, canonical_name, digest_of, verify
 
 # No description of an adapter or a checkpoint comes near it: the index of the largest models takes a few megabytes.
 _MAX_JSON_BYTES = 2**24
-
-
-def verify_file(path: str | os.PathLike[str], *, counts: Mapping[str, int] | None = None) -> dict[str, SparseDelta]:
-    """Read and check an adapter file.
-
-    Args:
-        path: the file `adapter_model.safetensors`.
-        counts: tuned weights by parameter, as adapter_config.json says; None takes the file's own.
-
-    Returns:
-        the deltas by parameter name, on the CPU.
-
-    Raises:
-        FormatError: the file is damaged or does not fit `counts`.
-    """
-    return verify(load_tensors(path), counts=counts, source=os.fspath(path))
 
 
 def verify_before_loading(

@@ -1,4 +1,4 @@
-"""Adapters of other libraries, recognised by what lies in their folders, and the way that each of them comes in."""
+"""Adapters of other libraries, recognised by the files in their folders, and what an error says of how to use them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_adapter_hub(config: Mapping[str, Any]) -> bool:
     return "peft_type" not in config and isinstance(config.get("config"), (Mapping, str)) and "name" in config
 
 
-def way_in(where: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> str | None:
+def how_to_import(where: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> str | None:
     """What an adapter of another library is, and which function or command reads it.
 
     Args:
@@ -52,7 +52,7 @@ _AS_DIFFERENCE = (
     f"{_WITH_PEFT}, save_pretrained(...)."
 )
 # {peft_type: what to do with it where a sparse adapter is wanted}
-_WAYS_OUT = {
+_USES = {
     "BOTTLENECK": "A bottleneck adapter computes beside the weights, so no checkpoint of the base model can hold it. "
     f"Load it with PEFT; {_WITH_PEFT} builds it into the model in memory.",
     "MAD_G": "MAD-G generates bottleneck adapters, which compute beside the weights. Load it with PEFT; "
@@ -65,12 +65,12 @@ _WAYS_OUT = {
 }
 
 
-def way_out(where: str | os.PathLike[str], kind: Any) -> str:
+def how_to_use(where: str | os.PathLike[str], kind: Any) -> str:
     """What can be done with an adapter of another type of PEFT's or of ours where a sparse one is wanted.
 
     Args:
         where: the folder or id that was given.
         kind: its peft_type.
     """
-    known = _WAYS_OUT.get(kind) if isinstance(kind, str) else None
+    known = _USES.get(kind) if isinstance(kind, str) else None
     return (known or f"Others can be used with PEFT: {_WITH_PEFT}.").format(where=os.fspath(where))

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checks import FLOAT_DTYPES, check_factors, dtype_named
-from ..composition.chance import warn_of_coinciding_draws
+from ..composition.coinciding_draws import warn_of_coinciding_draws
 from ..core.delta import SparseDelta
 from ..errors import ConfigError
 from ..files import check_apart

@@ -215,7 +215,7 @@ class MergePlan:
             for name, delta in part.deltas.items():
                 if misfit := self._misfit(names.of_adapter(name), delta.shape, in_pieces):
                     wrong.append(f"{name} of {part.source}: {misfit}")
-            wrong += self._differing_passengers(part, names)
+            wrong += self._differing_extras(part, names)
         if wrong:
             raise FormatError(
                 f"the adapters do not fit {self._checkpoint.source}. Nothing was written. These tensors do not match:"
@@ -242,7 +242,7 @@ class MergePlan:
         twins = next((group for group in self._tied if own in group), [])
         return next((self._stored[name][0] for name in [own, *twins] if name in self._stored), None)
 
-    def _differing_passengers(self, part: Part, names: Names) -> list[str]:
+    def _differing_extras(self, part: Part, names: Names) -> list[str]:
         """Embeddings that PEFT saved beside the adapter, where they are not those of the checkpoint."""
         wrong = []
         for name in part.others.keys() - part.heads.keys():
@@ -277,7 +277,7 @@ class MergePlan:
             deltas = [delta for delta, _ in pairs]
             key = tuple(map(id, deltas))
             if key not in made:
-                made[key] = Change(deltas if factors is None else [_summed(pairs, dtype, name=name)])
+                made[key] = Change(deltas if factors is None else [_summed(pairs, dtype)])
             changes[name] = made[key]
         return changes
 
@@ -297,7 +297,7 @@ class MergePlan:
         return isinstance(self._model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
-def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype, *, name: str) -> SparseDelta:
+def _summed(pairs: list[tuple[SparseDelta, float]], dtype: torch.dtype) -> SparseDelta:
     combined = combine([delta for delta, _ in pairs], [factor for _, factor in pairs], "linear")
     return SparseDelta(combined.indices, combined.values.to(dtype), combined.shape)
 

@@ -225,7 +225,7 @@ def verify(
     counts: Mapping[str, int] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     heads: Mapping[str, Sequence[int]] | None = None,
-    passengers: Collection[str] | None = None,
+    extras: Collection[str] | None = None,
     vocabularies: Collection[str] = (),
     left_out: Collection[str] = (),
     adapter_name: str | None = None,
@@ -239,7 +239,7 @@ def verify(
         counts: tuned weights by parameter, as adapter_config.json says; None takes the file's own.
         shapes: shape of every parameter that the adapter tunes in this model; None accepts any shape.
         heads: shapes of the tensors of `modules_to_save` in this model, by canonical name; None accepts any.
-        passengers: canonical names of tensors that may travel along outside the digest, which PEFT's
+        extras: canonical names of tensors that may travel along outside the digest, which PEFT's
             `save_embedding_layers` adds after the digest was made; None accepts any.
         vocabularies: parameters with a row for each token. The model may have more rows of them than the file knows:
             flat row-major indices mean the same weights there.
@@ -260,7 +260,7 @@ def verify(
     covered = {name: named[name] for name in named if parameter_of(name) is not None or name in others}
     for name in sorted(others - set(named)):
         raise FormatError(f"{source}: tensor '{name}' is missing. {REMEDY}")
-    check_surplus(set(named) - set(covered), passengers, source)
+    check_surplus(set(named) - set(covered), extras, source)
     refuse_views(named, source)
     known, known_digest = (None, b"") if verified is None else verified.take()
     found_digest = bytes(digest(covered).tolist()) if known is not None else None

@@ -63,6 +63,6 @@ def import_to_folder(
     lines.append(f"base model: {imported.base}")
     lines += [f"heads: {', '.join(imported.heads)}"] if imported.heads else []
     lines += [f"labels: {', '.join(imported.labels)}"] if imported.labels else []
-    way_in = " (--head imports them)" if imported.kind == COMPOSABLE_SFT else ""
-    lines += [f"left out: {', '.join(imported.left_out)}{way_in}"] if imported.left_out else []
+    hint = " (--head imports them)" if imported.kind == COMPOSABLE_SFT else ""
+    lines += [f"left out: {', '.join(imported.left_out)}{hint}"] if imported.left_out else []
     say(*lines)

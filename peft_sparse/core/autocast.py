@@ -21,5 +21,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """For a backward that was called inside autocast, which would cast its products again."""
+    """Autocast switched off, for a backward that runs inside autocast: its products would be cast a second time."""
     return torch.autocast(device_type, enabled=False) if _is_autocast_enabled(device_type) else nullcontext()

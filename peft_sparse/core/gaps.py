@@ -41,7 +41,7 @@ MAX_NUMEL = 2**60
 
 _PREFIX = struct.Struct("<BBB")
 _WORD = 8
-# How much longer than its longest a support may be before it is refused unread; `_decode_payload` knows exactly.
+# How many bits more than the longest encoding are let pass by the first check; `_decode_payload` checks exactly.
 _SLACK_BITS = 8192
 
 Bytes = NDArray[np.uint8]

@@ -70,7 +70,7 @@ def positions(support: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checksum(indices: Tensor) -> Tensor:
-    """int64 [], a number that another support hardly has; computed on the device, without waiting for it."""
+    """int64 [], a hash of a support; computed on its device, without waiting for the result."""
     places = torch.arange(indices.numel(), device=indices.device)
     # Sums wrap around, and every place has its own odd factor.
     return (indices.long() * (2 * places * 2654435761 + 40503)).sum()

@@ -42,7 +42,7 @@ def current_pass() -> int:
 
 
 def remember_outer(made_in: int) -> None:
-    """Say, inside a backward pass, within which one the part of the graph was made that it goes through.
+    """Note, inside a backward pass, during which other pass its part of the graph was made (reentrant checkpointing).
 
     Args:
         made_in: what `current_pass` was in the forward.

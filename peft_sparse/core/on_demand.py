@@ -1,4 +1,4 @@
-"""Tensors that are computed only when somebody computes with them."""
+"""Tensors that are computed when an operation first needs their numbers."""
 
 from __future__ import annotations
 

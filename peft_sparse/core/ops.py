@@ -21,8 +21,8 @@ from ..errors import ConfigError
 from .autocast import autocast_dtype, without_autocast
 from .backends import sddmm
 from .backends.products import wide_product
+from .few_rows import FEW_ROWS, GetParts, add_parts_, takes_parts
 from .observer import GradientObserver, current_pass, remember_outer
-from .parts import FEW_ROWS, GetParts, add_parts_, takes_parts
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
 
@@ -172,7 +172,7 @@ class _Linear(torch.autograd.Function):
                 result = F.linear(flat, weight.t() if fan_in_fan_out else weight, bias)
         tuned = [support for support, needed in zip(indices, ctx.needs_input_grad[7:], strict=True) if needed]
         count, in_use = sum(support.numel() for support in tuned), sddmm.shape_in_use(tuned, ctx.shape)
-        ctx.sampled = sddmm.prefer_sampled(count, in_use, dtype=x.dtype, device=x.device)
+        ctx.sampled = sddmm.prefer_sampled(count, in_use, device=x.device)
         if shared is not None and ctx.sampled:
             shared.join()
         # The values are saved only so that torch notices if they change before the backward makes W' again.
@@ -237,7 +237,7 @@ def _twice_differentiable(
 
 
 def twice_under_autocast() -> ConfigError:
-    """What refuses a gradient of a gradient that the cast in between would have been left out of."""
+    """The error for a second derivative through a cast by autocast: the cast would be missing from it."""
     return ConfigError(
         "a tuned layer cannot be differentiated twice (create_graph=True) where autocast cast its input. Compute this "
         "forward outside of autocast, or cast the model itself."

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file
-from ..checkpoints.foreign import COMPOSABLE_SFT, way_in
+from ..checkpoints.foreign import COMPOSABLE_SFT, how_to_import
 from ..checkpoints.native import build
 from ..checkpoints.shards import Checkpoint
+from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..selection.budget import Budget, groups_of, total_from_request
@@ -23,7 +24,7 @@ from ..tuners.sparse_ft.configs.base import SparseConfig
 from .other_adapters import AdapterOnBase
 from .output import ADAPTER, save_adapter
 from .ranking import Ranking, Scores, measure
-from .result import Extraction
+from .result import Extraction, Kept
 from .sources import CheckpointPair, Source
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def extract_adapter(
 
     With density=1 or num_weights="changed", loading the result onto the base in the wider of the two dtypes and merging
     gives the tuned weights bit for bit, but for zeros that lost their minus sign and what `inexact` counts (see
-    `core.exact`; with float64 values nothing in practice). Only what no adapter can hold (`left_out`) stays behind.
+    `core.exact_difference`; with float64 values nothing in practice). Only what no adapter can hold (`left_out`) stays
+    behind.
 
     Raises:
         ConfigError: an argument has a value that cannot be honoured, or `output` is taken.
@@ -109,7 +111,7 @@ def extract_adapter(
     request = SparseConfig(
         method="fixed",
         density=density,
-        num_weights=1 if num_weights == CHANGED else num_weights,
+        num_weights=1 if keeps_differing else num_weights,
         equivalent_rank=equivalent_rank,
         density_of=density_of,
         budget=budget if isinstance(budget, str) else dict(budget),
@@ -127,26 +129,14 @@ def extract_adapter(
     check_apart(output, base_model=base, tuned_model=tuned)
     check_output(output, overwrite=overwrite, what=ADAPTER)
     source = _open(os.fspath(base), os.fspath(tuned), base_revision, tuned_revision)
-    names = [name for name in source.skeleton.targets(request) if name in set(source.names)]
-    with Progress(console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
-        task = bar.add_task("differences", total=2 * len(names))
-        ranking = Ranking(source, names, advance=lambda: bar.advance(task))
-        if keeps_differing:
-            ranking.take_differing()
-        else:
-            _take(ranking, request, scores)
-        keeps_all = keeps_differing or sum(map(len, ranking.selected.values())) == sum(ranking.sizes.values())
-        deltas, inexact = ranking.gather(getattr(torch, request.values_dtype))
-        if keeps_all and inexact and values_dtype is None:
-            request.values_dtype = "float64"
-            bar.update(task, description="differences, in float64", completed=len(names))
-            deltas, inexact = ranking.gather(torch.float64)
+    may_widen = values_dtype is None
+    tensors, deltas, inexact = _select(source, request, None if keeps_differing else scores, may_widen, show_progress)
     result = Extraction(
         output=os.fspath(output),
         base=os.fspath(base),
         tuned=os.fspath(tuned),
         criterion=criterion,
-        tensors=ranking.report(deltas),
+        tensors=tensors,
         heads=tuple(source.heads),
         left_out=_left_out(source, request),
         values_dtype=request.values_dtype,
@@ -165,8 +155,40 @@ def _open(base: str, tuned: str, base_revision: str | None, tuned_revision: str 
     if find_file(tuned, CONFIG_FILE, revision=tuned_revision) is not None:
         return AdapterOnBase(base, tuned, base_revision=base_revision, tuned_revision=tuned_revision)
     if find_file(tuned, COMPOSABLE_SFT, revision=tuned_revision) is not None:
-        raise FormatError(way_in(tuned))
+        raise FormatError(how_to_import(tuned))
     return CheckpointPair(Checkpoint(base, revision=base_revision), Checkpoint(tuned, revision=tuned_revision))
+
+
+def _select(
+    source: Source, request: SparseConfig, scores: Scores | None, may_widen: bool, show_progress: bool
+) -> tuple[tuple[Kept, ...], dict[str, SparseDelta], int]:
+    """Rank the differences of the targets and gather those that are kept.
+
+    Args:
+        source: of the differences.
+        request: says what is kept; its `values_dtype` becomes float64 if that is needed and allowed.
+        scores: the criterion; None keeps all that differ.
+        may_widen: whether values may be float64 where all are kept and float32 ones would miss some tuned weights.
+        show_progress: show a progress bar.
+
+    Returns:
+        what was kept of each tensor; the deltas by parameter; how many sums miss the tuned weight.
+    """
+    names = [name for name in source.skeleton.targets(request) if name in set(source.names)]
+    with Progress(console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
+        task = bar.add_task("differences", total=2 * len(names))
+        ranking = Ranking(source, names, advance=lambda: bar.advance(task))
+        if scores is None:
+            ranking.take_differing()
+        else:
+            _take(ranking, request, scores)
+        keeps_all = scores is None or sum(map(len, ranking.selected.values())) == sum(ranking.sizes.values())
+        deltas, inexact = ranking.gather(getattr(torch, request.values_dtype))
+        if keeps_all and inexact and may_widen:
+            request.values_dtype = "float64"
+            bar.update(task, description="differences, in float64", completed=len(names))
+            deltas, inexact = ranking.gather(torch.float64)
+    return ranking.report(deltas), deltas, inexact
 
 
 def _take(ranking: Ranking, request: SparseConfig, criterion: Scores) -> None:

@@ -16,7 +16,7 @@ from .._peft_bridge import BaseTunerLayer
 from ..checkpoints import architecture
 from ..checkpoints.adapter_files import need_file, read_config
 from ..checkpoints.files import load_tensors
-from ..checkpoints.foreign import way_in
+from ..checkpoints.foreign import how_to_import
 from ..checkpoints.native import PREFIX
 from ..checkpoints.native import SOURCE as WEIGHTS
 from ..core.names import lies_in_trained_whole
@@ -122,7 +122,7 @@ def _check_pure(settings: dict[str, Any], adapter: str) -> None:
     kind = settings.get("peft_type")
     if kind not in _PURE:
         raise FormatError(
-            way_in(adapter, settings)
+            how_to_import(adapter, settings)
             or f"{adapter} is an adapter of type {kind}; differences can be had of {', '.join(_PURE)}. {_WAY_OUT}"
         )
     for field, plain in _PURE[kind].items():

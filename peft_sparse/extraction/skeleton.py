@@ -18,7 +18,7 @@ from ..tuners.common.target_checks import warn_of_exclusions
 from ..tuners.common.targets import find_targets, is_excluded, is_left_out_norm, is_linear
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.layers.base import PARAMETERS
-from ..tuners.sparse_ft.layers.choice import wrapper_for
+from ..tuners.sparse_ft.layers.dispatch import wrapper_for
 from ..untrusted import UNREADABLE
 
 # PEFT's task type by the ending of the architecture's name.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.shards import Checkpoint
-from ..core.exact import values_between
+from ..core.exact_difference import values_between
 from ..errors import FormatError
 from ..selection.change import difference
 from .pairing import pair

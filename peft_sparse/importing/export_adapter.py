@@ -11,8 +11,8 @@ from ..checks import check_one_of
 from ..errors import ConfigError
 from ..files import check_apart, check_output
 from .composable_sft import DIFF_FILE, write_composable_sft
+from .extra_tensors import refuse_extra_tensors
 from .foreign import COMPOSABLE_SFT
-from .passengers import check_passengers
 from .stock_peft import STOCK, StockAdapter, write_stock_adapter
 
 
@@ -79,7 +79,7 @@ def export_adapter(
     check_apart(output, adapter=adapter, base_model=base)
     check_output(output, overwrite=overwrite)
     if to == COMPOSABLE_SFT:
-        check_passengers(files, DIFF_FILE)
+        refuse_extra_tensors(files, DIFF_FILE)
         written = StockAdapter(write_composable_sft(Path(output), files.deltas, files.others))
     else:
         written = write_stock_adapter(files, Path(output), kind=to, base=base, rank=rank, overwrite=overwrite)

@@ -17,7 +17,7 @@ from ..core.names import lies_in_trained_whole
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
 from ..tuners.sparse_ft.configs.base import VALUE_DTYPES, SparseConfig
-from .base import check_shapes, config_of_base
+from .base_model_check import check_shapes, config_of_base
 from .composable_sft import is_mlm_head
 from .foreign import COMPOSABLE_SFT, ROSA, SPIEL, Foreign, modules_of_heads
 from .labels import TASKS, published_task

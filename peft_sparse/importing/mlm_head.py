@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from ..checkpoints.architecture import Names, listed, skeleton
 from ..checkpoints.shards import Checkpoint
 from ..core.delta import SparseDelta
-from ..core.exact import values_between
+from ..core.exact_difference import values_between
 from ..errors import ConfigError, FormatError
 from ..extraction.skeleton import Skeleton
 

@@ -14,7 +14,7 @@ from ..checkpoints.adapter_files import CONFIG_FILE, PICKLED, check_fields, find
 from ..checkpoints.files import load_tensors, read_json
 from ..checkpoints.native import SOURCE
 from ..errors import ConfigError, FormatError
-from .base import config_of_base
+from .base_model_check import config_of_base
 from .composable_sft import DIFF_FILE, base_by_vocabulary, read_composable_sft
 from .foreign import COMPOSABLE_SFT, ROSA, SPIEL, Foreign
 from .labels import TASKS, published_base, published_task

@@ -25,7 +25,7 @@ from ..core.delta import SparseDelta
 from ..core.indices import index_dtype
 from ..core.names import PREFIX
 from ..errors import ConfigError, FormatError
-from .base import parameters_of
+from .base_model_check import parameters_of
 from .foreign import ROSA, Foreign, check_finite, check_holdable
 from .torch_file import TorchFile
 
@@ -88,12 +88,7 @@ def read_rosa(
         model, own = parameters_of(config, wanted, task_type=task_type, base=base, source=source)
         known = Names(model).parameters
         in_base = {name.removesuffix(".weight"): tuple(known[own[name]].shape) for name in wanted}
-        for module, shape in shapes.items():
-            if sorted(shape) != sorted(in_base[module]):
-                raise FormatError(
-                    f"{source}: {module} has shape {list(shape)} in the adapter and {list(in_base[module])} in {base}. "
-                    "Nothing was written. Give the base model that it was trained on: base=... (--base)."
-                )
+        _check_shapes(shapes, in_base, base=base, source=source)
         shapes |= in_base
     deltas = {}
     for module, parts in sparse.items():
@@ -171,6 +166,17 @@ def _sorted_in(
         if set(parts) not in ({"A.weight", "B.weight"}, {"embedding_A", "embedding_B"}):
             raise FormatError(f"{source} holds only {sorted(parts)} of the low-rank part of {module}. Get it again.")
     return sparse, low_rank, heads
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], in_base: Mapping[str, tuple[int, ...]], *, base: str, source: str
+) -> None:
+    for module, shape in shapes.items():
+        if sorted(shape) != sorted(in_base[module]):
+            raise FormatError(
+                f"{source}: {module} has shape {list(shape)} in the adapter and {list(in_base[module])} in {base}. "
+                "Nothing was written. Give the base model that it was trained on: base=... (--base)."
+            )
 
 
 def _is_masked(parts: Mapping[str, Tensor]) -> bool:

@@ -21,7 +21,7 @@ from ..core.indices import index_dtype
 from ..core.names import PREFIX
 from ..errors import ConfigError, FormatError
 from ..selection.schedule import Schedule
-from .base import parameters_of
+from .base_model_check import parameters_of
 from .foreign import SPIEL, Foreign, check_finite, check_holdable
 
 METHODS = {"rigl": "spiel_ag", "sm3": "spiel_ma"}

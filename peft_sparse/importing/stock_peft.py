@@ -21,8 +21,8 @@ from ..core.delta import SparseDelta
 from ..core.names import PREFIX
 from ..errors import ConfigError
 from ..files import AtomicFolder, save_tensors
-from .base import config_of_base, parameters_of
-from .passengers import check_passengers
+from .base_model_check import config_of_base, parameters_of
+from .extra_tensors import refuse_extra_tensors
 
 STOCK = SHIRA, SUPERTUNING, LORA = "shira", "supertuning", "lora"
 
@@ -101,7 +101,7 @@ def _linear_layers(files: AdapterFiles, kind: str, base: str | None) -> dict[str
     Raises:
         ConfigError: one of them is no weight of a linear layer.
     """
-    check_passengers(files, kind)
+    refuse_extra_tensors(files, kind)
     names = [name for name, delta in files.deltas.items() if delta.count]
     if not names:
         raise ConfigError(f"'{files.source}' changes no weight: there is nothing to export.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints.adapter_files import need_file, read_config
 from ..checkpoints.files import load_tensors
-from ..checkpoints.foreign import way_in
+from ..checkpoints.foreign import how_to_import
 from ..checkpoints.native import SOURCE
 from ..core.names import PREFIX
 from ..errors import FormatError
@@ -109,7 +109,7 @@ def is_sparse(where: str | os.PathLike[str]) -> bool:
         FormatError: its config is damaged.
     """
     config = read_config(where)
-    return config.get("peft_type") == SPARSE_FT or way_in(where, config) is not None
+    return config.get("peft_type") == SPARSE_FT or how_to_import(where, config) is not None
 
 
 def report_on_other(where: str | os.PathLike[str], *, name: str | None = None) -> OtherReport:

@@ -17,7 +17,7 @@ from .sparse_adamw import SparseAdamW
 
 
 @dataclass(frozen=True, eq=False)
-class Seeds:
+class GrownGradients:
     """What is known of the gradients of grown weights.
 
     Attributes:
@@ -35,7 +35,7 @@ class Seeds:
 class Known:
     """What an initial value may depend on."""
 
-    seeds: Seeds
+    gradients: GrownGradients
     group: Mapping[str, Any]
     step: float
 
@@ -52,20 +52,20 @@ def zero(_: Known) -> float:
 
 
 def _mean(known: Known) -> Tensor:
-    return known.seeds.mean
+    return known.gradients.mean
 
 
 def _mean_square(known: Known) -> Tensor:
-    return known.seeds.mean_square
+    return known.gradients.mean_square
 
 
 def _root_mean_square(known: Known) -> Tensor:
-    return known.seeds.mean_square.sqrt()
+    return known.gradients.mean_square.sqrt()
 
 
 def sum_of_squares(known: Known) -> Tensor:
     """What Adagrad and its kind add up."""
-    return known.seeds.mean_square * known.seeds.samples + known.group.get("initial_accumulator_value", 0.0)
+    return known.gradients.mean_square * known.gradients.samples + known.group.get("initial_accumulator_value", 0.0)
 
 
 # The correction of Adam divides an average after n gradients by 1 - beta**n, so a mean times that comes out of it as
@@ -73,11 +73,11 @@ def sum_of_squares(known: Known) -> Tensor:
 # 1 - beta**(n + 1): for equal gradients that is g again, exactly what a weight gets that has seen n + 1 of them. So n
 # is the number of gradients before the next update: gamma where each weight has its age, t where all share a count.
 def _aged_mean(known: Known) -> Tensor:
-    return known.seeds.mean * (1 - known.beta(0) ** known.seeds.samples)
+    return known.gradients.mean * (1 - known.beta(0) ** known.gradients.samples)
 
 
 def _aged_mean_square(known: Known) -> Tensor:
-    return known.seeds.mean_square * (1 - known.beta(1) ** known.seeds.samples)
+    return known.gradients.mean_square * (1 - known.beta(1) ** known.gradients.samples)
 
 
 def _fast_and_slow_mean(known: Known) -> Tensor:
@@ -87,15 +87,15 @@ def _fast_and_slow_mean(known: Known) -> Tensor:
 
 
 def _age(known: Known) -> float:
-    return float(known.seeds.samples)
+    return float(known.gradients.samples)
 
 
 def _shared_mean(known: Known) -> Tensor:
-    return known.seeds.mean * (1 - known.beta(0) ** known.step)
+    return known.gradients.mean * (1 - known.beta(0) ** known.step)
 
 
 def _shared_mean_square(known: Known) -> Tensor:
-    return known.seeds.mean_square * (1 - known.beta(1) ** known.step)
+    return known.gradients.mean_square * (1 - known.beta(1) ** known.step)
 
 
 def _learning_rate(known: Known) -> float:

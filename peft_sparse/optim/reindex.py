@@ -17,7 +17,7 @@ from torch import Tensor, optim
 from ..core.sharded import is_sharded, overwrite, sharded_like, whole
 from ..errors import ConfigError
 from ..selection.replacement import Replacement
-from .grown_state import Initial, Known, Seeds, initial_values_of, is_bitsandbytes, sum_of_squares, zero
+from .grown_state import GrownGradients, Initial, Known, initial_values_of, is_bitsandbytes, sum_of_squares, zero
 from .quantized_state import dequantize, quantize
 from .sm3 import SM3
 from .sparse_adamw import SparseAdamW
@@ -25,13 +25,13 @@ from .sparse_adamw import SparseAdamW
 logger = logging.getLogger(__name__)
 
 
-def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: Seeds | None = None) -> None:
+def reindex(optimizer: Any, values: Tensor, replacement: Replacement, gradients: GrownGradients | None = None) -> None:
     """Carry the state of a delta's values to a new support.
 
     Weights that stay keep their state bit for bit (blockwise-quantised state: up to a new quantisation). Grown weights
-    start from the seeds, in the way that makes the optimizer's own bias correction right for them, or from zero. State
-    that does not exist yet is none to carry. The gradient and the values themselves are the caller's business, before
-    or after.
+    start from their estimated gradients, in the way that makes the optimizer's own bias correction right for them, or
+    from zero. An optimizer that has no state yet is left alone. The gradient and the values themselves are the
+    caller's business, before or after.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that holds one in `.optimizer` (accelerate's). Known are SparseAdamW,
@@ -41,7 +41,7 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
         values: the parameter [k] that the optimizer holds; only its identity and device matter. If FSDP2 has sharded
             it, every process must call this.
         replacement: from the old support to the new one, of whatever size.
-        seeds: estimates for the grown weights; None starts them from zero, with age 0 where there is an age.
+        gradients: estimates for the grown weights; None starts them from zero, with age 0 where there is an age.
 
     Cost: O(k), one gather per state tensor.
     Source: thesis 7.3.1 ("bias counter-correction"). Differs from the authors' code in: the correction of a seeded
@@ -60,7 +60,7 @@ def reindex(optimizer: Any, values: Tensor, replacement: Replacement, seeds: See
     state = optimizer.state.get(values)
     if not state or not replacement.num_grown + replacement.num_dropped:
         return
-    known = Known(seeds or _no_seeds(replacement, values), group, float(state.get("step", 0)))
+    known = Known(gradients or _no_gradients(replacement, values), group, float(state.get("step", 0)))
     if isinstance(optimizer, SparseAdamW) and state["age"].dim() == 0:
         state["age"] = sharded_like(state["age"].to(values.device).expand(replacement.old_count), values)
     with torch.no_grad():
@@ -146,10 +146,10 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
             yield from _tensors_in(member, depth - 1)
 
 
-def _no_seeds(replacement: Replacement, values: Tensor) -> Seeds:
+def _no_gradients(replacement: Replacement, values: Tensor) -> GrownGradients:
     """No gradient seen: every rule below makes of it what the optimizer itself starts from."""
     zero = torch.zeros(replacement.num_grown, device=values.device)
-    return Seeds(zero, zero, 0)
+    return GrownGradients(zero, zero, 0)
 
 
 def _unwrap(optimizer: Any) -> Any:

@@ -113,11 +113,6 @@ class StepWatch(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(tuple(self._watched))
 
-    @property
-    def is_hooked(self) -> bool:
-        """Whether torch calls at each step."""
-        return self._hook is not None
-
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if not len(self._watched):
             return None

@@ -57,6 +57,6 @@ def watch_for_candidates(deltas: Iterable[AdapterDelta], config: SpielAGConfig) 
 
 
 def _factors(criterion: Criterion, shape: tuple[int, ...]) -> Tensor:
-    """As `training.spiel.growth_weights` computes them, of a float32 weight, which is there anyway."""
+    """As `training.spiel.growth_factors` computes them, of a float32 weight, which is there anyway."""
     weight = torch.empty((), device="meta").expand(shape)
     return criterion.score(weight, GradientMeans(torch.ones(shape, device="meta"), None, 1)).float().reshape(-1)

@@ -181,21 +181,6 @@ def groups_of(budget: Budget, total: int, sizes: Mapping[str, int]) -> list[Grou
     return [Group(name, (name,), count) for name, count in zip(sizes, counts, strict=True)]
 
 
-def allocate(budget: Budget, total: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """Counts per tensor where the budget alone decides them ("uniform", or groups of one tensor), else None.
-
-    Args, Raises: as `groups_of`.
-
-    Returns:
-        parameter name -> count, in the order of `sizes`, summing to `total`; None if a group must be selected jointly.
-    """
-    groups = groups_of(budget, total, sizes)
-    if any(len(group.members) != 1 for group in groups):
-        return None
-    counts = {group.members[0]: group.count for group in groups}
-    return {name: counts[name] for name in sizes}
-
-
 def draw_counts(groups: Sequence[Group], sizes: Mapping[str, int], *, seed: int) -> dict[str, int]:
     """Counts per tensor of a uniformly random joint selection in each group, without drawing the selection itself.
 

@@ -24,6 +24,7 @@ def difference(weight: Tensor, original: Tensor) -> Tensor:
         SelectionError: the shapes differ.
 
     Cost: one float32 tensor.
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3.1, ranks by its magnitude.
     """
     if weight.shape != original.shape:
         found = f"{tuple(weight.shape)} and {tuple(original.shape)}"
@@ -32,13 +33,3 @@ def difference(weight: Tensor, original: Tensor) -> Tensor:
     if torch.float64 in (weight.dtype, original.dtype):
         return (weight.double() - original.double()).to(torch.float32)
     return weight.to(torch.float32, copy=True).sub_(original)
-
-
-def change(weight: Tensor, original: Tensor) -> Tensor:
-    """Score weights by how far training moved them: |weight - original|.
-
-    Args, Returns, Raises, Cost: as `difference`.
-
-    Source: Ansell et al. 2022, arXiv:2110.07560, section 3.1.
-    """
-    return difference(weight, original).abs_()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import is_number, is_whole
 from ..errors import ConfigError, SelectionError
 from .budget import round_density
-from .computed import Computed
+from .lazy_tensors import LazyTensors
 from .top_k import joint_top_k
 
 # Elements that are in float64 at a time: 32 MiB.
@@ -207,7 +207,7 @@ def _return_largest_(part: Tensor, matrix: Tensor, count: int) -> float:
 
     # In blocks, since |matrix - part| as a whole would be one tensor more.
     starts = [str(start) for start in range(0, whole.numel(), _BLOCK)]
-    rest = Computed(starts, lambda name: (whole[block(name)] - kept[block(name)]).abs_())
+    rest = LazyTensors(starts, lambda name: (whole[block(name)] - kept[block(name)]).abs_())
     energy = 0.0
     for name, positions in joint_top_k(rest, count).items():
         chosen = positions.long()

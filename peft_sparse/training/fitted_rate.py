@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
-from ..tuners.common.announcements import ON_START, announce
 from ..tuners.common.base_model import base_model_of
+from ..tuners.common.events import ON_START, announce
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, iter_drivers
 from ..tuners.sparse_ft.iteration import iter_deltas

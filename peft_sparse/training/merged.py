@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .._peft_bridge import BaseTunerLayer
 from ..errors import ConfigError
-from ..tuners.common.announcements import ON_MERGE
 from ..tuners.common.base_model import modules_around_adapters
+from ..tuners.common.events import ON_MERGE
 from .callbacks import add_to_every_trainer
 
 

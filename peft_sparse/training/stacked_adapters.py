@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
-from ..tuners.common.announcements import ON_STACK
 from ..tuners.common.base_model import tensors_of_adapter
+from ..tuners.common.events import ON_STACK
 from .callbacks import add_to_every_trainer
 
 WAY_OUT = "SparseTrainer and sparse_trainer(YourTrainer) bring back all that train."

@@ -174,7 +174,13 @@ def test_autocast(kind):
 
 
 # Each a case of the one beside it.
-COMPILED_LIKE = {"linear without bias": "linear", "embedding": "embedding with padding", "conv1d": "conv2d"}
+COMPILED_LIKE = {
+    "linear without bias": "linear",
+    "embedding": "embedding with padding",
+    "conv1d": "conv2d",
+    "gemma norm": "llama norm",
+    "t5 norm": "llama norm",
+}
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import RandConfig, iter_deltas, resident
 from peft_sparse.composition.combine import combine
-from peft_sparse.core.backends import held, native, reference, sddmm
+from peft_sparse.core.backends import native, prepared_calls, reference
 from peft_sparse.core.delta import SparseDelta
+from peft_sparse.core.few_rows import FEW_ROWS, Parts, add_parts_, most_rows
 from peft_sparse.core.indices import union
 from peft_sparse.core.overlay import Overlay
-from peft_sparse.core.parts import FEW_ROWS, Parts, add_parts_, most_rows
 from peft_sparse.errors import SelectionError
 from peft_sparse.optim import sm3
 from peft_sparse.selection.top_k import top_k
-from tests.support.ops import make_case, sparse_linear, support
+from tests.support.ops import make_case, sampled_product, sparse_linear, support
 from tests.support.oracle import relative_error
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
@@ -77,9 +77,9 @@ class TestProductByParts:
         values = next(iter_deltas(model))[3].values
         x = torch.randn(rows, 160, requires_grad=True)
         added = []
-        by_kernel = held.SparseProduct.add_
+        by_kernel = prepared_calls.SparseProduct.add_
         count = lambda self, *args, **kwargs: added.append(1) or by_kernel(self, *args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(held.SparseProduct, "add_", count)
+        monkeypatch.setattr(prepared_calls.SparseProduct, "add_", count)
 
         def outcome():
             y = model(x)
@@ -358,7 +358,7 @@ def test_a_shifted_support_would_be_noticed(monkeypatch):
 
     monkeypatch.setattr(native.Kernels, "sampled", shifted)
     grad, x, indices = random(40, 24), random(40, 20, seed=1), support(480, 60)
-    found = sddmm.sampled_product(grad, x, indices, (24, 20))
+    found = sampled_product(grad, x, indices, (24, 20))
     assert relative_error(found, reference.sampled_product(grad, x, indices, (24, 20)).double()) > 0.1
 
 
@@ -366,9 +366,9 @@ def test_threads_share_the_work(monkeypatch):
     if native.compiled() is None:
         pytest.skip("no C++ compiler")
     grad, x, indices = random(1100, 300), random(1100, 200, seed=1), support(60000, 9000)
-    alone = sddmm.sampled_product(grad, x, indices, (300, 200))
+    alone = sampled_product(grad, x, indices, (300, 200))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    together = sddmm.sampled_product(grad, x, indices, (300, 200))
+    together = sampled_product(grad, x, indices, (300, 200))
     exact = reference.sampled_product(grad.double(), x.double(), indices, (300, 200))
     assert relative_error(alone, exact) < 1e-6
     assert relative_error(together, exact) < 1e-6

@@ -173,9 +173,11 @@ def test_the_comparison_notices_a_window_of_another_length(monkeypatch):
 
 def test_the_comparison_notices_momenta_that_ignore_accumulation(monkeypatch):
     """Planted bug: seeds of micro-batch gradients instead of updates' (D3)."""
-    from peft_sparse.optim.reindex import Seeds
-    from peft_sparse.training.spiel import seeding
+    from peft_sparse.optim.reindex import GrownGradients
+    from peft_sparse.training.spiel import grown_gradients
 
-    monkeypatch.setattr(seeding, "Seeds", lambda mean, square, n: Seeds(mean / 3, square / 9, n))
+    monkeypatch.setattr(
+        grown_gradients, "GrownGradients", lambda mean, square, n: GrownGradients(mean / 3, square / 9, n)
+    )
     with pytest.raises(AssertionError):
         run("ag", accumulate=3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_sparse.core.delta import SparseDelta
-from peft_sparse.optim.reindex import Seeds, reindex
+from peft_sparse.optim.reindex import GrownGradients, reindex
 from peft_sparse.optim.sm3 import SM3
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.selection.momentum import grow_candidates
@@ -103,7 +103,7 @@ class Parts:
     def _reselect(self, name: str) -> None:
         d = self.deltas[name]
         num = self.schedule.num_replaced(self.t, d.values.numel())
-        seeds = None
+        grown = None
         if self.method == "ag":
             assert len(self.seen[name]) == self.schedule.estimation_steps
             gradients = torch.stack(self.seen[name])
@@ -118,8 +118,8 @@ class Parts:
         replacement = drop_and_grow(d.indices, change.abs(), candidates, num_replaced=num)
         if self.method == "ag":
             chosen = gradients[:, replacement.candidates]
-            seeds = Seeds(chosen.mean(0), chosen.square().mean(0), len(self.seen[name]))
-        reindex(self.optimizer, d.values, replacement, seeds)
+            grown = GrownGradients(chosen.mean(0), chosen.square().mean(0), len(self.seen[name]))
+        reindex(self.optimizer, d.values, replacement, grown)
         d.values.data = replacement.carry(d.values)
         d.indices = replacement.indices
         self.before[name] = d.values.detach().clone()

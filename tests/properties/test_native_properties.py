@@ -35,7 +35,7 @@ def test_round_trip(adapter: dict[str, SparseDelta], heads: dict[str, torch.dtyp
     stored = load(save({key: tensors[key] for key in keys}))
     counts = {name: delta.count for name, delta in adapter.items()}
     shapes = {name: delta.shape for name, delta in adapter.items()}
-    found = native.verify(stored, counts=counts, shapes=shapes, heads=dict.fromkeys(adapter_heads, (3,)), passengers=())
+    found = native.verify(stored, counts=counts, shapes=shapes, heads=dict.fromkeys(adapter_heads, (3,)), extras=())
     assert found.keys() == adapter.keys()
     for name, delta in adapter.items():
         assert torch.equal(found[name].indices, delta.indices)

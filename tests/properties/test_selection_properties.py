@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_sparse import SelectionError
 from peft_sparse.core.indices import check_indices
-from peft_sparse.selection.budget import allocate, draw_counts, groups_of, round_density, total_from_request
+from peft_sparse.selection.budget import draw_counts, groups_of, round_density, total_from_request
 from peft_sparse.selection.random import random_counts, random_indices
 from peft_sparse.selection.top_k import joint_top_k, streamed_top_k, top_k
 from tests.support.laws import examples
@@ -82,8 +82,7 @@ def test_streamed_top_k_equals_joint_top_k(
 def test_uniform_is_exact_and_within_one_of_proportional(sizes: dict[str, int], data: st.DataObject) -> None:
     targeted = sum(sizes.values())
     total = data.draw(st.integers(0, targeted))
-    counts = allocate("uniform", total, sizes)
-    assert counts is not None
+    counts = {group.name: group.count for group in groups_of("uniform", total, sizes)}
     assert list(counts) == list(sizes)
     assert sum(counts.values()) == total
     for name, count in counts.items():

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_sparse import BottleneckConfig
-from peft_sparse.tuners.bottleneck.own_weights import iter_layers
+from peft_sparse.tuners.bottleneck.iteration import iter_layers
 from tests.support.exact import IDS, exact_model, logits
 
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {

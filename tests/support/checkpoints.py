@@ -6,9 +6,12 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel
 
+from peft_sparse.checkpoints.native import verify
+from peft_sparse.core.delta import SparseDelta
 from tests.support.models import SMALL, bert, llama
 
 SIZES = {**SMALL, "vocab_size": 30}
@@ -42,6 +45,11 @@ def tune(model: nn.Module, *, share: float = 1.0, scale: float = 0.01) -> nn.Mod
 def save(model: nn.Module, folder: Path, **options) -> str:
     model.save_pretrained(folder, **options)
     return str(folder)
+
+
+def saved_deltas(file: Path) -> dict[str, SparseDelta]:
+    """The deltas of an `adapter_model.safetensors`, checked, by parameter."""
+    return verify(load_file(file), source=str(file))
 
 
 @torch.no_grad()

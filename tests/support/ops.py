@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_sparse.core import ops
-from peft_sparse.core.backends import reference
+from peft_sparse.core.backends import reference, sddmm
 from peft_sparse.core.overlay import Overlay
 from tests.support.oracle import relative_error
 
@@ -20,6 +20,13 @@ ROUNDING = 64 * torch.finfo(torch.float64).eps
 def support(numel: int, count: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(numel, generator=generator)[:count].sort().values.int()
+
+
+def sampled_product(
+    grad: Tensor, x: Tensor, indices: Tensor, shape: tuple[int, int], *, transposed: bool = False
+) -> Tensor:
+    """The fast twin of `reference.sampled_product`."""
+    return sddmm.weight_gradients(grad, x, [indices], shape, transposed=transposed, sampled=True)[0]
 
 
 @dataclass(frozen=True)

@@ -690,7 +690,7 @@ int64_t peft_sparse_merge(int64_t num, const void* const* lists, const int64_t* 
                           static_cast<int32_t*>(united), sums);
 }
 
-// Whether memory is what it was when an `Image` in `native.py` was made: values, and some entries of a weight.
+// Whether memory is what it was when a `BitwiseComparison` (prepared_calls.py) was made: values, entries of a weight.
 int peft_sparse_unchanged(const Image* image, const void* values, const void* weight) {
     const char *now = static_cast<const char*>(values), *before = static_cast<const char*>(image->values);
     const char *own = static_cast<const char*>(weight), *entries = static_cast<const char*>(image->entries);

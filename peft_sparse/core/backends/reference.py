@@ -58,7 +58,7 @@ def sampled_product(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Twin of `sddmm.sampled_product`: the whole weight gradient, then the entries."""
+    """Twin of `sddmm.weight_gradients` for one support: the whole weight gradient, then the entries."""
     dtype = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), torch.float32)
     dense = x.to(dtype).t() @ grad.to(dtype) if transposed else grad.to(dtype).t() @ x.to(dtype)
     return dense.reshape(shape).reshape(-1)[indices.long()]

@@ -29,7 +29,7 @@ _NATIVE_DTYPES = (*_SAMPLED_DTYPES, torch.bfloat16, torch.float16)
 _BLOCK_ROWS = 512
 
 
-def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> bool:
+def prefer_sampled(count: int, shape: tuple[int, int], *, device: torch.device) -> bool:
     """The one rule that chooses between the sampled and the dense product.
 
     With the kernels of `native`, measured on AVX2 cores (32 to 2048 rows, weights of 512 to 2048 rows and columns) as
@@ -46,11 +46,8 @@ def prefer_sampled(count: int, shape: tuple[int, int], *, dtype: torch.dtype, de
     Args:
         count: number of tuned weights, of all deltas of the weight together.
         shape: [R, C] of the weight, or of the rows that hold tuned weights, see `shape_in_use`.
-        dtype: of the factors. It decides nothing: 16-bit ones are widened for either product, for a dense one of theirs
-            would be rounded to 16 bits.
-        device: of the factors.
+        device: of the factors. Their dtype decides nothing, for those of 16 bits are widened for either product.
     """
-    del dtype
     if computed_on(device) != "cpu":
         return False
     rows, columns = shape
@@ -65,31 +62,6 @@ def shape_in_use(supports: Sequence[Tensor], shape: tuple[int, int]) -> tuple[in
         return shape
     layout = layout_of(supports, shape)
     return layout.num_rows, layout.num_columns
-
-
-def sampled_product(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    shape: tuple[int, int],
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """Entries of `grad.T @ x` (of `x.T @ grad` if `transposed`) at flat positions.
-
-    Args:
-        grad: [N, O] gradient of the output.
-        x: [N, I] input.
-        indices: [k] flat row-major positions in the weight, sorted and unique.
-        shape: of the weight: [O, I], or [I, O] if `transposed` (transformers' Conv1D).
-        transposed: the weight is stored as [I, O].
-
-    Returns:
-        [k] float32 (float64 if both factors are), in the order of `indices`.
-
-    Cost: both factors transposed, a tile of rows at a time, and 2 N k operations.
-    """
-    return weight_gradients(grad, x, [indices], shape, transposed=transposed, sampled=True)[0]
 
 
 def weight_gradients(

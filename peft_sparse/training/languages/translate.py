@@ -117,39 +117,59 @@ def translate_rows(
         return Translated(output, done, len(done), 0, 0)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(notes, json.dumps(settings, ensure_ascii=False).encode())
-    done = list(_read_lines(partial, is_whole=False)) if partial.exists() else []
-    start, num_cut, num_unfinished = len(done), 0, 0
-    # Batches are those that a run in one go would have had: in float arithmetic a text's neighbours may matter.
-    per_batch = max(1, batch_size // len(fields))
-    start -= start % per_batch
-    done = done[:start]
     begins = {} if forced is None else {"forced_bos_token_id": forced}
     arguments = {"max_new_tokens": max_length, **(generation or {}), **begins}
 
-    def generate(texts: list[str]) -> tuple[list[str], int, int]:
-        return _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments)
+    def translate(batch: Sequence[Mapping[str, Any]]) -> tuple[list[Row], int, int]:
+        return _translated(
+            batch,
+            fields,
+            lambda texts: _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments),
+        )
 
     was_training = model.training
     model.eval()
-    write_atomically(partial, _lines(done))
     bar = progress_bar("translating", len(rows)) if show_progress else nullcontext(lambda _: None)
     try:
         with bar as advance:
-            advance(start)
-            for first in range(start, len(rows), per_batch):
-                batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
-                new, cut, unfinished = _translated(batch, fields, generate)
-                num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
-                _append(partial, new)
-                done += new
-                advance(len(batch))
+            found = _translate_rest(rows, partial, translate, max(1, batch_size // len(fields)), advance)
     finally:
         model.train(was_training)
     os.replace(partial, output)
+    done, start, num_cut, num_unfinished = found
     for number, what in ((num_cut, "texts were cut"), (num_unfinished, "translations were not at their end")):
         if number:
             logger.warning("%s: %d %s at %d subwords: max_length=...", output, number, what, max_length)
     return Translated(output, done, start, num_cut, num_unfinished)
+
+
+def _translate_rest(
+    rows: Sequence[Mapping[str, Any]],
+    partial: Path,
+    translate: Callable[[Sequence[Mapping[str, Any]]], tuple[list[Row], int, int]],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> tuple[list[Row], int, int, int]:
+    """Translate what an earlier run left, a batch of rows at a time, each appended to the file `partial` at once.
+
+    Returns:
+        all rows; how many were there before; how many texts were cut, and translations unfinished.
+    """
+    done = list(_read_lines(partial, is_whole=False)) if partial.exists() else []
+    # Batches are those that a run in one go would have had: in float arithmetic a text's neighbours may matter.
+    start = len(done) - len(done) % batch_size
+    done = done[:start]
+    write_atomically(partial, _lines(done))
+    advance(start)
+    num_cut, num_unfinished = 0, 0
+    for first in range(start, len(rows), batch_size):
+        batch = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
+        new, cut, unfinished = translate(batch)
+        num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
+        _append(partial, new)
+        done += new
+        advance(len(batch))
+    return done, start, num_cut, num_unfinished
 
 
 def _translated(

@@ -15,7 +15,7 @@ from ...core.indices import index_dtype
 from ...errors import ConfigError, SelectionError
 from ...optim import l1 as regularization
 from ...selection.change import difference
-from ...selection.computed import Computed
+from ...selection.lazy_tensors import LazyTensors
 from ...selection.rows import RowConfinement
 from ...selection.top_k import streamed_top_k
 from ...tuners.common.base_model import base_model_of
@@ -131,7 +131,7 @@ class DensePhase(Phase):
         self._check_open("score")
         return self._scores(self._new_denoiser())
 
-    def _scores(self, denoiser: Denoiser | None) -> Computed:
+    def _scores(self, denoiser: Denoiser | None) -> LazyTensors:
         targets = {target.name: target for target in self.targets}
 
         def score(name: str) -> Tensor:
@@ -147,7 +147,7 @@ class DensePhase(Phase):
                 moved = denoiser(name, target.module, moved)
             return moved.abs_()
 
-        return Computed(list(targets), score)
+        return LazyTensors(list(targets), score)
 
     def _new_denoiser(self) -> Denoiser | None:
         return Denoiser(self._config) if isinstance(self._config, DeftXConfig) else None

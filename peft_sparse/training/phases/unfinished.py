@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...errors import ConfigError
 from ...tuners.common.adapter_config import carrier_of
-from ...tuners.common.announcements import ON_UNFINISHED
 from ...tuners.common.base_model import base_model_of
+from ...tuners.common.events import ON_UNFINISHED
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ...tuners.sparse_ft.unselected import HOW_TO_SELECT, is_unselected, open_phase
 from ..callbacks import add_to_every_trainer

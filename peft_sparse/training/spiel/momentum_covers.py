@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ...core.sharded import is_sharded, whole
-from ...optim.reindex import Seeds
+from ...optim.reindex import GrownGradients
 from ...optim.sm3 import SM3, accumulate_all
 from ...selection.momentum import grow_candidates, momentum_estimate
 from ...selection.replacement import Candidates
@@ -75,7 +75,7 @@ class MomentumCovers:
             for name, (row, column) in self._covers.items()
         }
 
-    def seeds(self, name: str, grown: Tensor) -> Seeds:
+    def grown_gradients(self, name: str, grown: Tensor) -> GrownGradients:
         """What the moments of grown weights start from under optimizers that count their steps together.
 
         Such an optimizer takes a moment of zero for one of many small gradients, and divides the next steps by it: with
@@ -91,7 +91,7 @@ class MomentumCovers:
         """
         row, column = self._covers[name]
         mean_square = momentum_estimate(row, column, grown).square().float() / max(1, self._updates.get(name, 1))
-        return Seeds(torch.zeros_like(mean_square), mean_square, 0)
+        return GrownGradients(torch.zeros_like(mean_square), mean_square, 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The accumulators, by parameter name, and over how many updates they are."""

@@ -17,21 +17,21 @@ from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement
 from ...selection.schedule import Schedule
-from ...tuners.common.announcements import ON_START, announce
 from ...tuners.common.base_model import base_model_of
+from ...tuners.common.events import ON_START, announce
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
 from ...tuners.sparse_ft.drivers import iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .changed_supports import ChangedSupports
-from .clock import check_clock
 from .dropping import choose_replacements, drop_scores
 from .estimate import Estimate
 from .gradient_tap import GradientTap, end_update, not_finite
+from .grown_gradients import clip_factor, grown_gradients
 from .history import Reselection, log_reselection, warn_without_candidates, warn_without_total
 from .momentum_covers import MomentumCovers
+from .resume_check import check_resumed
 from .saved_state import check_state
-from .seeding import clip_factor, seeds_of
 from .updates import Updates, first_not_finite
 from .weight_record import WeightRecord
 from .window import estimates_of, is_clear, read_estimates, saved_estimates, tap_gradients
@@ -166,7 +166,7 @@ class Reselector:
         names = self._updates.after(step, is_active=self._is_active())
         if names:
             if self.update == 0 and not self._continues:
-                check_clock(self.adapter_name, step.optimizer, [self.deltas[name] for name in names])
+                check_resumed(self.adapter_name, step.optimizer, [self.deltas[name] for name in names])
             what = f"update {self.update + 1} of adapter {self.adapter_name!r}"
             if (broken := first_not_finite(self.deltas, names)) is not None:
                 raise not_finite(broken, what)
@@ -326,13 +326,13 @@ class Reselector:
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]
         if self._covers is not None:
-            seeds = self._covers.seeds(name, replacement.new_indices)
+            gradients = self._covers.grown_gradients(name, replacement.new_indices)
         else:
-            seeds = seeds_of(estimates_of(self._taps)[name], replacement, clip_factor=factor)
+            gradients = grown_gradients(estimates_of(self._taps)[name], replacement, clip_factor=factor)
         values = replacement.carry(values)
         self._record.replace(name, replacement, values, update=self.update)
         for optimizer in state_holders(self._updates.optimizers_of(delta.held_values), delta.held_values):
-            reindex(optimizer, delta.held_values, replacement, seeds)
+            reindex(optimizer, delta.held_values, replacement, gradients)
         delta.set_support(replacement.indices, values)
         self._record.replaced(name)
         self._random_versions[name] = delta.support_version

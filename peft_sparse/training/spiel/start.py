@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...tuners.common.announcements import ON_START, announce
+from ...tuners.common.events import ON_START, announce
 from ...tuners.sparse_ft.configs.spiel import SpielConfig
 from ...tuners.sparse_ft.drivers import DRIVERS
 from ..callbacks import add_to_every_trainer

@@ -14,7 +14,7 @@ from ...tuners.sparse_ft.configs.spiel import SpielAGConfig
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from .estimate import ESTIMATE_PARTS, Estimate
 from .gradient_tap import GradientTap
-from .growth_weights import GrowthWeights
+from .growth_factors import GrowthFactors
 
 
 def tap_gradients(
@@ -52,9 +52,9 @@ def tap_gradients(
     return taps
 
 
-def _weights_of_growth(grow_by: str, layer: Any, which: str) -> GrowthWeights | None:
+def _weights_of_growth(grow_by: str, layer: Any, which: str) -> GrowthFactors | None:
     criterion = CRITERIA[grow_by]
-    return GrowthWeights(layer, which, criterion) if WEIGHT in criterion.uses else None
+    return GrowthFactors(layer, which, criterion) if WEIGHT in criterion.uses else None
 
 
 def is_clear(taps: Mapping[str, GradientTap], num_replaced: Mapping[str, int], *, uncertain_share: float) -> bool:

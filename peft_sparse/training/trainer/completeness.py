@@ -103,7 +103,7 @@ def folder_of(adapter_name: str) -> str:
     return "" if adapter_name == "default" else adapter_name
 
 
-def knows(folder: str, adapter_name: str) -> bool:
+def holds_adapter(folder: str, adapter_name: str) -> bool:
     """Whether a checkpoint was written with an adapter of this name."""
     own = os.path.join(folder, folder_of(adapter_name))
     return any(os.path.exists(os.path.join(own, name)) for name in ("adapter_config.json", *_WEIGHTS))
@@ -114,7 +114,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 def _adapter_files(folder: str, adapters: tuple[str, ...]) -> Iterator[str]:
     """An adapter that was added after the checkpoint is not in it; but one of those that train has to be."""
-    for adapter in [name for name in adapters if knows(folder, name)] or adapters[:1]:
+    for adapter in [name for name in adapters if holds_adapter(folder, name)] or adapters[:1]:
         own = folder_of(adapter)
         yield os.path.join(own, "adapter_config.json")
         weights = [os.path.join(own, name) for name in _WEIGHTS]

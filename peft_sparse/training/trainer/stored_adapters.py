@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from .completeness import folder_of, knows, naming
+from .completeness import folder_of, holds_adapter, naming
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def load_adapters(model: Any, folder: str, adapters: Sequence[str]) -> None:
     Raises:
         FormatError: a file is damaged.
     """
-    known = [name for name in adapters if knows(folder, name)]
+    known = [name for name in adapters if holds_adapter(folder, name)]
     for name in set(adapters) - set(known):
         logger.warning("adapter %r is not in %s: it starts afresh.", name, folder)
     loaded = {name: _read(os.path.join(folder, folder_of(name))) for name in known}

@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput, find_executable_batch_size
 
 from ...checkpoints.push import update_cards
 from ...errors import ConfigError, FormatError
-from ...tuners.bottleneck.own_weights import iter_layers as iter_bottleneck_layers
+from ...tuners.bottleneck.iteration import iter_layers as iter_bottleneck_layers
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident

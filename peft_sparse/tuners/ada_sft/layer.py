@@ -18,7 +18,7 @@ from ...errors import ConfigError
 from ..common.base_module import called, foreign_forward, has_foreign_forward, home_of, loaded, own_forward
 from ..common.layer import WeightLayer, beyond_range, not_finite, not_whole
 from ..common.packed import find_backend, is_packed
-from ..common.shown_state import ShownState
+from ..common.state_dict_hooks import StateDictHooks
 from ..common.target_checks import NotInThisStateError
 from .masked_weight import MaskedWeight
 
@@ -48,7 +48,7 @@ class Linear(WeightLayer):
         # While adapters are merged, the parameter that they were merged into: in a list, for it is no part of this
         # module.
         self._originals: list[nn.Parameter] = []
-        self._shown = ShownState(self)
+        self._base_state_hooks = StateDictHooks(self)
 
     # ---- adapters --------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Linear(WeightLayer):
             merged = self.merged_weight(self.merged_adapters)
             self.get_base_layer().weight = nn.Parameter(merged, requires_grad=original.requires_grad)
         self._originals = [original]
-        self._shown.begin()
+        self._base_state_hooks.begin()
 
     def refuse_parts(self, adapters: Sequence[str], name: str = "this layer") -> None:
         how = how_sharded(self.original)
@@ -185,16 +185,16 @@ class Linear(WeightLayer):
             original.data = original.data.to(base.weight)
             base.weight = original
         self._originals = []
-        self._shown.end()
+        self._base_state_hooks.end()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_shown"}
+        return {key: value for key, value in vars(self).items() if key != "_base_state_hooks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._shown = ShownState(self)
+        self._base_state_hooks = StateDictHooks(self)
         if self.merged:
-            self._shown.begin()
+            self._base_state_hooks.begin()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the weight, float32; zeros where this layer has none of it."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.masked import MaskedPart, masked_weight, working_dtype
-from ..common.announcements import ON_UNFINISHED, announce
 from ..common.base_module import NeverOffloaded
+from ..common.events import ON_UNFINISHED, announce
 from .config import COMPOSED, HELD, MASK, WEIGHTS
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule
-from ..common.announcements import ON_UNFINISHED, announce
 from ..common.base_model import path_in_base
 from ..common.base_module import home_of
 from ..common.combining import Combined
+from ..common.events import ON_UNFINISHED, announce
 from ..common.made_for_file import Receipt
 from ..common.target_checks import check_each, refuse_other_tuners
 from ..common.targets import find_targets, is_excluded, named_targets, stored_target_modules

@@ -16,7 +16,7 @@ from ...checkpoints.card import README
 from ...core.delta import SparseDelta
 from ...errors import ConfigError
 from ...files import AtomicFolder, save_tensors
-from ...selection.computed import Computed
+from ...selection.lazy_tensors import LazyTensors
 from ...selection.top_k import joint_top_k
 from ..common.adapter_config import config_of
 from ..common.base_model import base_model_of
@@ -73,7 +73,7 @@ def sparse_from_ada(
     targets = {name.rpartition(".")[0]: ("weight",) for name in held}
     deltas: dict[str, SparseDelta] = {}
     for group in plan_groups(sparse, targets, base_model_of(model)):
-        scores = Computed(group.members, lambda name: held[name][1].change(held[name][0].original).abs_())
+        scores = LazyTensors(group.members, lambda name: held[name][1].change(held[name][0].original).abs_())
         for name, indices in joint_top_k(scores, group.count, min_score=0.0).items():
             layer, masked = held[name]
             change = masked.change(layer.original)

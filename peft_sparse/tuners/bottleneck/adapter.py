@@ -89,11 +89,11 @@ class Bottleneck(NeverOffloaded):
         if self.generated is None:
             up = self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
         else:
-            up = through(self.generated, x, self.activation)
+            up = bottleneck_output(self.generated, x, self.activation)
         return self.dropout(self.scaling * up).to(x.dtype)
 
 
-def through(weights: BottleneckWeights, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def bottleneck_output(weights: BottleneckWeights, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """up(activation(down(x))) with weights that belong to no module: [..., h] like `x`, in the weights' dtype."""
     hidden = activation(_linear(x.to(weights.down_weight.dtype), weights.down_weight, weights.down_bias))
     return _linear(hidden, weights.up_weight, weights.up_bias)

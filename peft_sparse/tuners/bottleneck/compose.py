@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..common.combining import Combined
-from .own_weights import iter_layers
+from .iteration import iter_layers
 
 # The fields in which averaged adapters must agree: with any other value the same weights mean another function.
 _SAME = ("kind", "activation", "scaling", "invertible", "placement", "target_modules", "invertible_module")

@@ -26,8 +26,8 @@ from ..common.base_model import base_model_of
 from .adapter import LEARNED
 from .config import BOTTLENECK, BottleneckConfig
 from .hub_heads import head_layers, head_of, load_head, plan_head
+from .iteration import iter_bottlenecks, iter_layers
 from .layer import make_adapter
-from .own_weights import iter_bottlenecks, iter_layers
 from .placement import INVERTIBLE, find_sites, reads_after_norm, resolve
 
 logger = logging.getLogger(__name__)

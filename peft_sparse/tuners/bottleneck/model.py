@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.base_model import path_in_base
 from ..common.combining import Combined
-from ..common.files import gather
+from ..common.keys import gather
 from ..common.made_for_file import Receipt, cast_anew
 from ..common.targets import model_numel
 from ..common.token_rows import widen_rows
@@ -19,8 +19,8 @@ from . import compose
 from .applying import attach_inverse
 from .bake import bake, bake_inverse, output_embeddings
 from .config import BottleneckConfig
+from .iteration import iter_layers
 from .layer import CANNOT_MERGE, BottleneckLayer
-from .own_weights import iter_layers
 from .placement import INVERTIBLE, Site, find_sites, resolve
 from .size import check_size, num_parameters
 from .state import as_sharded, check_loaded, refuse_baking, refuse_new_adapter

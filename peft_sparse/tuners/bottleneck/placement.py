@@ -146,7 +146,7 @@ def resolve(config: BottleneckConfig, model: nn.Module) -> BottleneckConfig:
     anatomy = ANATOMIES.get(model_type)
     if config.target_modules is None:
         if anatomy is None:
-            raise ConfigError(_unknown(config, model, model_type))
+            raise ConfigError(_unknown(model, model_type))
         site = getattr(anatomy, config.kind)
         if site is None:
             raise ConfigError(
@@ -303,7 +303,7 @@ def _width(name: str, module: nn.Module, model: nn.Module, *, embedding: bool = 
     return width
 
 
-def _unknown(config: BottleneckConfig, model: nn.Module, model_type: str) -> str:
+def _unknown(model: nn.Module, model_type: str) -> str:
     return (
         f"it is not known where bottleneck adapters go in {model_type!r} (known: {', '.join(sorted(ANATOMIES))}). "
         'Name the modules with target_modules: for kind="pfeiffer" the norm behind the feed-forward\'s residual if the '

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .adapter_names import check_adapter_name
-from .files import TRAINABLE_BEFORE, take_off, unload_as_before
 from .heads_in_files import check_heads, with_heads
 from .made_for_file import note_new
+from .removal import TRAINABLE_BEFORE, take_off, unload_as_before
 from .stacked_heads import set_heads
 
 if TYPE_CHECKING:

@@ -62,6 +62,21 @@ def own_state(
     return {key: own[key] for key in live}
 
 
+def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
+    """Put whole tensors in the place of sharded ones that go into an adapter's file, in both dictionaries.
+
+    Args:
+        model: whatever carries the adapter.
+        own: the adapter's own tensors.
+        state_dict: the model's state dict, in which the heads are.
+    """
+    heads = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    for tensors in (own, state_dict):
+        for key, tensor in tensors.items():
+            if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
+                tensors[key] = whole(tensor).cpu()
+
+
 def to_model_keys(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], layer_cls: type[BaseTunerLayer]
 ) -> dict[str, Tensor]:

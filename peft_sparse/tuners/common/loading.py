@@ -25,8 +25,8 @@ from ...checkpoints.native import SOURCE, canonical_name
 from ...errors import ConfigError, FormatError
 from .base_model import tensors_of_adapter
 from .config import WeightConfig
-from .files import discard
 from .made_for_file import is_made_for_file
+from .removal import discard
 
 _MARK = "_peft_sparse_guarded"
 

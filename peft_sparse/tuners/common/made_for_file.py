@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..._peft_bridge import BaseTuner
 from ...core.sharded import is_sharded
 from .base_model import tensors_of_adapter
-from .files import discard
+from .removal import discard
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -93,7 +93,7 @@ def receiving(model: nn.Module, config: Any, adapter_name: str) -> Iterator[Rece
 
 
 def _checksums(model: nn.Module, adapter_name: str) -> tuple[int, ...] | None:
-    """One number for each tensor of an adapter, which hardly another has; None where FSDP2 has cut one up."""
+    """A checksum of each tensor of an adapter; None if FSDP2 has sharded one."""
     tensors = list(tensors_of_adapter(model, adapter_name))
     if any(is_sharded(tensor) for tensor in tensors):
         return None

@@ -15,9 +15,9 @@ from ...core.names import without_adapter
 from ...errors import ConfigError
 from .adapter_names import known_list, known_names
 from .adding import adding
-from .announcements import ON_STACK, announce
 from .base_model import KnownModules, iter_tuned, path_in_base
 from .combining import Combined, add_combined, check_names, choose_head, inherited
+from .events import ON_STACK, announce
 from .heads_in_files import check_shapes
 from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, cast_anew, receiving

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer
 from .adapter_names import known_list
-from .announcements import ON_MERGE, announce
 from .base_model import iter_tuned
 from .broken_ties import forget_broken_ties
-from .files import train_as_before
+from .events import ON_MERGE, announce
+from .removal import train_as_before
 from .stacked_heads import check_heads_of_merged
 from .tuner import AdapterTuner
 
@@ -136,7 +136,7 @@ class WeightTuner(AdapterTuner):
 
     def _end_unloading(self, model: nn.Module, layers: Mapping[str, Any], *, merge: bool) -> None:
         for layer in layers.values():
-            layer._shown.end()
+            layer._base_state_hooks.end()
         if merge:
             forget_broken_ties(model)
         train_as_before(model)

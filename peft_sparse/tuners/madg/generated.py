@@ -17,9 +17,9 @@ from ...errors import ConfigError
 from ...files import write_atomically
 from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
+from ..bottleneck.iteration import set_bottleneck_weights
 from ..bottleneck.layer import ADAPTERS
-from ..bottleneck.own_weights import set_bottleneck_weights
-from ..common.files import discard
+from ..common.removal import discard
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,20 @@ from ...core.ops import is_recorded
 from ...core.sharded import gathered, how_sharded, in_several_processes
 from ...errors import ConfigError
 from ...typology import Typology
-from ..bottleneck.adapter import NEAR_IDENTITY_STD, RANDOM_STD, Bottleneck, BottleneckWeights, activation_named, through
+from ..bottleneck.adapter import (
+    NEAR_IDENTITY_STD,
+    RANDOM_STD,
+    Bottleneck,
+    BottleneckWeights,
+    activation_named,
+    bottleneck_output,
+)
 from ..bottleneck.applying import PerExample
 from ..common.base_module import NeverOffloaded
 from .config import MadGConfig
-from .kept import KeptWeights
 from .languages import Languages, MadGState, check_one_per_example
 from .saved_typology import as_typology, digest_of, save_vector, saved_vectors
+from .weight_cache import WeightCache
 
 
 class GenerateAndPassOn(torch.autograd.Function):
@@ -183,7 +190,7 @@ class SiteGenerator(NeverOffloaded):
         self.shared = shared if owns_shared else None
         # In a tuple, so that it is not this site's module.
         self._shared = (shared,)
-        self._kept = KeptWeights()
+        self._cache = WeightCache()
         self.activation = activation_named(config.activation)
         self.dropout = nn.Dropout(config.dropout)
         if config.layer_dim is None:
@@ -221,19 +228,19 @@ class SiteGenerator(NeverOffloaded):
             return self.generate([language])[0]
         # FSDP fills the same tensors with other values, and their versions stay.
         if self.training or torch.is_grad_enabled() or in_several_processes():
-            self._kept.drop()
+            self._cache.drop()
             return self.generate([language])[0]
         sources = [*self._shared[0].parameters(), *self.parameters(recurse=False)]
-        return self._kept.get(language, sources, lambda: self.generate([language])[0])
+        return self._cache.get(language, sources, lambda: self.generate([language])[0])
 
     def train(self, mode: bool = True) -> SiteGenerator:
         """As any module's; in training no generated weights are kept."""
         if mode:
-            self._kept.drop()
+            self._cache.drop()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteGenerator:
-        self._kept.drop()
+        self._cache.drop()
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, languages: Languages | None = None) -> Tensor:
@@ -246,7 +253,7 @@ class SiteGenerator(NeverOffloaded):
         current = self._state.current() if languages is None else languages
         if isinstance(current, str):
             return self._add(self._weights_for(current), x)
-        self._kept.drop()
+        self._cache.drop()
         check_one_per_example(current, len(x))
         codes = list(dict.fromkeys(current))
         adapters = {
@@ -255,7 +262,7 @@ class SiteGenerator(NeverOffloaded):
         return PerExample(current, adapters, replaces=False)(x)
 
     def _add(self, weights: BottleneckWeights, x: Tensor) -> Tensor:
-        return self.dropout(self.config.scaling * through(weights, x, self.activation)).to(x.dtype)
+        return self.dropout(self.config.scaling * bottleneck_output(weights, x, self.activation)).to(x.dtype)
 
     @torch.no_grad()
     def built_in(self, language: str) -> Bottleneck:

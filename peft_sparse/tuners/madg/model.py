@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..bottleneck.config import BottleneckConfig
+from ..bottleneck.iteration import iter_layers
 from ..bottleneck.layer import BottleneckLayer
 from ..bottleneck.model import BottleneckModel
-from ..bottleneck.own_weights import iter_layers
 from ..bottleneck.placement import Site
 from ..bottleneck.state import unfit
 from ..common.adapter_config import refusing_unknown

@@ -18,8 +18,8 @@ from ..common.targets import Targets, find_targets, is_linear, model_numel, name
 from .configs.base import CHANCE, NOTHING, WEIGHTS, SparseConfig
 from .configs.one_shot import GivenConfig
 from .known_support import checked_support, choose_by_weights, given_support
-from .layers.choice import wrapper_for
 from .layers.delta import AdapterDelta
+from .layers.dispatch import wrapper_for
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...composition.chance import warn_of_coinciding_draws
+from ...composition.coinciding_draws import warn_of_coinciding_draws
 from ...composition.combine import combine
 from ...core.delta import SparseDelta
 from ..common.combining import Combined

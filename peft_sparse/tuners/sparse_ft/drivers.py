@@ -1,4 +1,4 @@
-"""What acts on an adapter from the outside while it trains: reselection, by method, and fitted learning rates.
+"""Drivers act on an adapter from the outside while it trains: reselection (by method) and fitted learning rates.
 
 Both belong to training, which imports the tuners and not the other way round; so training registers here what the tuner
 starts when such an adapter is added.

@@ -12,8 +12,8 @@ from ...core.indices import check_indices, index_dtype
 from ...core.sharded import how_sharded
 from ...errors import ConfigError
 from ...selection.budget import Group
-from ...selection.computed import Computed
 from ...selection.criteria import GradientMeans, resolve_criterion
+from ...selection.lazy_tensors import LazyTensors
 from ...selection.rows import RowConfinement
 from ...selection.top_k import joint_top_k
 from ..common.packed import dequantize, find_backend, parameter_numel
@@ -88,7 +88,7 @@ def choose_by_weights(
 
     chosen: dict[str, Tensor] = {}
     for group in groups:
-        scores = Computed(group.members, score)
+        scores = LazyTensors(group.members, score)
         chosen.update(joint_top_k(scores, group.count, min_score=criterion.min_score))
     return confinement.in_whole(chosen)
 

@@ -19,13 +19,13 @@ from ..common.target_checks import refuse_other_tuners
 from ..common.targets import is_excluded, model_numel, stored_target_modules
 from ..common.token_rows import widen_rows
 from ..common.weight_tuner import WeightTuner
-from . import compose, drivers, state, together
+from . import compose, drivers, fused_merge, state
 from .allocation import allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
 from .iteration import iter_deltas, iter_layers
 from .layers.base import SparseLayer
-from .layers.choice import wrapper_for
+from .layers.dispatch import wrapper_for
 from .layers.quantized import QuantizedLinear, warn_of_loss
 from .tied_tensors import mark_tied
 from .unselected import Selection, is_unselected, open_phase
@@ -172,11 +172,11 @@ class SparseModel(WeightTuner):
     def _ready_to_merge(
         self, layers: list[Any], adapter_names: list[str] | None
     ) -> tuple[Callable[[], bool] | None, list[Any]]:
-        return together.ready_to_merge(layers, adapter_names)
+        return fused_merge.ready_to_merge(layers, adapter_names)
 
     def unmerge_layers(self, layers: list[Any]) -> None:
         """Restore the base weights of some layers, of any tuner, bit for bit."""
-        super().unmerge_layers(together.unmerge(layers))
+        super().unmerge_layers(fused_merge.unmerge(layers))
 
     def merge_and_unload(
         self,

@@ -14,8 +14,7 @@ from ...checkpoints import native
 from ...core.delta import SparseDelta
 from ...core.sharded import is_sharded
 from ..common.base_model import base_model_of
-from ..common.files import gather
-from ..common.keys import embeddings_of
+from ..common.keys import embeddings_of, gather
 from ..common.other_heads import parts_of_other_heads, warn_of_other_head
 from .configs.base import SparseConfig
 from .iteration import iter_deltas
@@ -86,7 +85,7 @@ def for_loading(
         counts={**(config.counts or {}), **config.left_out} if is_own_file and config.counts is not None else None,
         shapes={name: delta.shape for name, delta in deltas.items()},
         heads=_head_shapes(model, adapter_name),
-        passengers=_embedding_names(model, adapter_name),
+        extras=_embedding_names(model, adapter_name),
         vocabularies=_vocabularies(model, adapter_name),
         left_out=config.left_out,
         adapter_name=adapter_name,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_sparse.checkpoints import native
-from peft_sparse.checkpoints.files import verify_before_loading, verify_file
+from peft_sparse.checkpoints.files import verify_before_loading
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.core.gaps import encode_gaps
 from peft_sparse.errors import FormatError
@@ -39,7 +39,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def verify(tensors, **kwargs):
-    everything = {"counts": COUNTS, "shapes": SHAPES, "heads": {HEAD: (2, 3)}, "passengers": ()}
+    everything = {"counts": COUNTS, "shapes": SHAPES, "heads": {HEAD: (2, 3)}, "extras": ()}
     return native.verify(tensors, **{**everything, **kwargs})
 
 
@@ -235,10 +235,10 @@ def test_missing_and_surplus_tensors(tensors):
         verify({**tensors, HEAD: torch.ones(1)})
 
 
-def test_passengers_travel_outside_the_digest(tensors):
+def test_extras_travel_outside_the_digest(tensors):
     embedding = {"base_model.model.embed.weight": torch.ones(2)}
-    assert_same(verify({**tensors, **embedding}, passengers=["embed.weight"]), deltas())
-    assert_same(verify({**tensors, **embedding}, passengers=None), deltas())
+    assert_same(verify({**tensors, **embedding}, extras=["embed.weight"]), deltas())
+    assert_same(verify({**tensors, **embedding}, extras=None), deltas())
 
 
 def test_parameters_must_be_those_of_model_and_config(tensors):
@@ -410,8 +410,7 @@ def test_files_are_checked_before_loading(tensors, tmp_path):
     path = tmp_path / native.SOURCE
     verify_before_loading(tmp_path, COUNTS)  # no weights here: PEFT's own error is the clearer one
     save_file(tensors, path)
-    assert_same(verify_file(path, counts=COUNTS), deltas())
-    verify_before_loading(tmp_path, COUNTS)
+    assert_same(verify_before_loading(tmp_path, COUNTS).deltas, deltas())
     verify_before_loading(tmp_path.parent, COUNTS, subfolder=tmp_path.name)
     for counts in ({**COUNTS, QUERY: 4}, {QUERY: 3}):
         with pytest.raises(FormatError, match=f"{re.escape(str(path))}: tensor.*counts"):

@@ -22,9 +22,9 @@ from transformers import LlamaForCausalLM
 
 from peft_sparse import RandConfig, iter_deltas
 from peft_sparse.checkpoints import native
-from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.errors import FormatError
 from peft_sparse.tuners.sparse_ft.layers.base import SparseLayer
+from tests.support.checkpoints import saved_deltas
 from tests.support.models import llama
 
 WEIGHTS = native.SOURCE
@@ -71,7 +71,7 @@ def test_what_is_saved_is_loaded(tmp_path, dtype, low_cpu_mem_usage):
     assert {key.rpartition(".")[2] for key in tensors} == {"values", "_extra_state", native.DIGEST_KEY}
     assert tensors[f"{UP}.values"].dtype == getattr(torch, dtype)
     counts = json.loads((tmp_path / "adapter_config.json").read_text())["counts"]
-    assert counts == {name: delta.count for name, delta in verify_file(tmp_path / WEIGHTS, counts=counts).items()}
+    assert counts == {name: delta.count for name, delta in saved_deltas(tmp_path / WEIGHTS).items()}
     loaded = PeftModel.from_pretrained(fresh_base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert_same_adapter(loaded, model)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.cli import app, main
+from tests.support.checkpoints import saved_deltas
 from tests.support.models import llama
 
 RUNNER = CliRunner()
@@ -29,7 +29,7 @@ def run(*arguments: str | Path):
 
 
 def counts(folder: Path) -> dict[str, int]:
-    return {name: delta.count for name, delta in verify_file(folder / "adapter_model.safetensors").items()}
+    return {name: delta.count for name, delta in saved_deltas(folder / "adapter_model.safetensors").items()}
 
 
 def test_the_table(pair, tmp_path):

@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from peft_sparse import extract_adapter
-from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.checkpoints.shards import WEIGHTS
 from peft_sparse.errors import ConfigError, FormatError, SelectionError
 from peft_sparse.selection.denoise import denoise
 from peft_sparse.selection.top_k import joint_top_k
-from tests.support.checkpoints import SIZES, save, tiny_bert, tiny_classifier, tiny_llama, tune
+from tests.support.checkpoints import SIZES, save, saved_deltas, tiny_bert, tiny_classifier, tiny_llama, tune
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -46,7 +45,7 @@ def differences(saved: Path, tuned: str = "tuned") -> dict[str, torch.Tensor]:
 
 def assert_holds(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
     """The adapter tunes these positions of the differences, by these differences."""
-    deltas = verify_file(folder / ADAPTER)
+    deltas = saved_deltas(folder / ADAPTER)
     assert deltas.keys() == {name for name, indices in expected.items() if indices.numel()}
     for name, delta in deltas.items():
         assert torch.equal(delta.indices, expected[name])
@@ -93,7 +92,7 @@ def test_what_does_not_differ_is_not_kept_whatever_denoising_gives_it(saved, tmp
     moved = differences(saved, "partly")
     scores = denoise(moved["lm_head.weight"], rank=1, residual_density=0.05)
     assert bool((scores[moved["lm_head.weight"] == 0] != 0).any())
-    for name, delta in verify_file(tmp_path / "a" / ADAPTER).items():
+    for name, delta in saved_deltas(tmp_path / "a" / ADAPTER).items():
         assert bool((moved[name].flatten()[delta.indices.long()] != 0).all())
 
 
@@ -115,7 +114,7 @@ def test_an_equivalent_rank_counts_linear_layers(saved, tmp_path):
 def test_shares_of_the_squared_difference(saved, tmp_path):
     result = extract(saved, tmp_path / "a", "partly", density=0.1)
     moved = differences(saved, "partly")
-    deltas = verify_file(tmp_path / "a" / ADAPTER)
+    deltas = saved_deltas(tmp_path / "a" / ADAPTER)
     kept = {name: delta.to_dense().double().square().sum() for name, delta in deltas.items()}
     squared = {name: d.double().square().sum() for name, d in moved.items()}
     assert result.total.squared == pytest.approx(float(sum(squared.values())), rel=1e-6)
@@ -393,6 +392,6 @@ def test_models_without_a_common_class_name_still_match(tmp_path):
 def test_target_norms_false_leaves_norms_out(saved, tmp_path, targets):
     extract(saved, tmp_path / "with", density=1.0, target_modules=targets)
     extract(saved, tmp_path / "without", density=1.0, target_modules=targets, target_norms=False)
-    with_norms, without = (set(verify_file(tmp_path / name / ADAPTER)) for name in ("with", "without"))
+    with_norms, without = (set(saved_deltas(tmp_path / name / ADAPTER)) for name in ("with", "without"))
     assert with_norms - without == {name for name in with_norms if "norm" in name}
     assert any("norm" in name for name in with_norms)

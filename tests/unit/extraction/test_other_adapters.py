@@ -26,9 +26,8 @@ from transformers import (
 )
 
 from peft_sparse import extract_adapter
-from peft_sparse.checkpoints.files import verify_file
 from peft_sparse.errors import FormatError
-from tests.support.checkpoints import output, save, tiny_bert, tiny_llama
+from tests.support.checkpoints import output, save, saved_deltas, tiny_bert, tiny_llama
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -84,7 +83,7 @@ def test_all_of_an_adapter(base, tmp_path, config):
     expected_output = output(train(base, tmp_path / "other", config))
     expected = dense_differences(base, tmp_path / "other")
     result = extract_adapter(base, tmp_path / "other", tmp_path / "sparse", num_weights="changed")
-    deltas = verify_file(tmp_path / "sparse" / ADAPTER)
+    deltas = saved_deltas(tmp_path / "sparse" / ADAPTER)
     assert deltas.keys() == expected.keys()
     for name, delta in deltas.items():
         found = delta.to_dense().double()
@@ -100,7 +99,7 @@ def test_a_sparse_adapter_comes_over_value_by_value(base, tmp_path):
     extract_adapter(base, tmp_path / "other", tmp_path / "sparse", num_weights="changed")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     order = layer.supertuning_indices["default"].argsort()
-    delta = verify_file(tmp_path / "sparse" / ADAPTER)["model.layers.0.self_attn.q_proj.weight"]
+    delta = saved_deltas(tmp_path / "sparse" / ADAPTER)["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(delta.indices, layer.supertuning_indices["default"][order])
     assert torch.equal(delta.values, layer.supertuning_values["default"].detach()[order])
 
@@ -232,6 +231,6 @@ def test_embeddings_of_the_base_in_the_file_are_left_out(base, tmp_path, caplog)
     extract_adapter(base, tmp_path / "other", tmp_path / "sparse", num_weights="changed")
     assert "belongs to the base model and was left out" in caplog.text
     expected = dense_differences(base, tmp_path / "other")
-    assert verify_file(tmp_path / "sparse" / ADAPTER).keys() == expected.keys()
+    assert saved_deltas(tmp_path / "sparse" / ADAPTER).keys() == expected.keys()
     settings = json.loads((tmp_path / "sparse" / "adapter_config.json").read_text())
     assert settings["modules_to_save"] is None

@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from peft_sparse import Extraction, extract_adapter, iter_deltas
-from peft_sparse.checkpoints.files import verify_file
 from tests.support.checkpoints import (
     IDS,
     SIZES,
@@ -25,6 +24,7 @@ from tests.support.checkpoints import (
     bits,
     output,
     save,
+    saved_deltas,
     tiny_bert,
     tiny_classifier,
     tiny_llama,
@@ -212,7 +212,7 @@ def test_the_file_is_a_normal_adapter(tmp_path):
     found = extract(base, tune(base), tmp_path, density=0.1, values_dtype="bfloat16")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     assert found.file_size == file.stat().st_size
-    deltas = verify_file(file)
+    deltas = saved_deltas(file)
     assert {name: delta.count for name, delta in deltas.items()} == {k.name: k.count for k in found.tensors if k.count}
     assert {tensor.dtype for key, tensor in load_file(file).items() if key.endswith("values")} == {torch.bfloat16}
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_sparse.optim.quantized_state import dequantize, quantize
-from peft_sparse.optim.reindex import Seeds, reindex
+from peft_sparse.optim.reindex import GrownGradients, reindex
 from peft_sparse.selection.replacement import Candidates, Replacement, drop_and_grow
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -105,7 +105,7 @@ def test_adam_is_carried_and_seeded(name: str, k: int) -> None:
     r = replacement(k)
     n = r.num_grown
     assert n == k // 10
-    reindex(optimizer, p, r, Seeds(torch.full((n,), 0.5), torch.full((n,), 0.25), GAMMA))
+    reindex(optimizer, p, r, GrownGradients(torch.full((n,), 0.5), torch.full((n,), 0.25), GAMMA))
     stays = torch.ones(k, dtype=torch.bool)
     stays[r.grown] = False
     initial = {1: 0.5 * (1 - 0.9**7), 2: 0.25 * (1 - 0.999**7)}
@@ -140,7 +140,7 @@ def test_optimizers_with_one_moment(name: str, arguments: dict[str, Any], initia
     r = replacement(K)
     expected = r.carry(read(optimizer.state[p], 1), initial)
     n = r.num_grown
-    reindex(optimizer, p, r, Seeds(torch.full((n,), 0.5), torch.full((n,), 0.3), GAMMA))
+    reindex(optimizer, p, r, GrownGradients(torch.full((n,), 0.5), torch.full((n,), 0.3), GAMMA))
     after = read(optimizer.state[p], 1)
     assert float((after - expected).abs().max()) <= 0.012 * float(expected.abs().max())
     assert after[r.grown].tolist() == pytest.approx([initial] * n, rel=0.06, abs=1e-6)

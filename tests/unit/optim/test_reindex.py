@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from peft_sparse.optim import reindex as reindex_module
 from peft_sparse.optim.quantized_state import dequantize, quantize
-from peft_sparse.optim.reindex import Seeds, reindex
+from peft_sparse.optim.reindex import GrownGradients, reindex
 from peft_sparse.optim.sm3 import SM3
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
@@ -77,8 +77,8 @@ def trained(
     return optimizer, p
 
 
-def seeds(mean: float, mean_square: float, samples: int = GAMMA, n: int = 2) -> Seeds:
-    return Seeds(torch.full((n,), mean), torch.full((n,), mean_square), samples)
+def gradients(mean: float, mean_square: float, samples: int = GAMMA, n: int = 2) -> GrownGradients:
+    return GrownGradients(torch.full((n,), mean), torch.full((n,), mean_square), samples)
 
 
 def next_step(optimizer: optim.Optimizer, p: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_weights_that_stay_do_not_notice(name: str, seeded: bool) -> None:
     optimizer, p = trained(MAKERS[name])
     undisturbed, q = copy.deepcopy((optimizer, p))
     undisturbed.param_groups[0]["params"] = [q]
-    reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2) if seeded else None)
+    reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2) if seeded else None)
     state = optimizer.state[p]
     per_weight = [key for key, t in undisturbed.state[q].items() if isinstance(t, Tensor) and t.shape == (5,)]
     assert per_weight or name == "SparseAdamW"
@@ -121,7 +121,7 @@ def test_a_seed_of_equal_gradients_gives_the_step_of_a_weight_that_saw_them_all(
     With the age off by one, this step would be 1.14 times as large.
     """
     optimizer, p = trained(MAKERS[name])
-    reindex(optimizer, p, REPLACEMENT, seeds(gradient, gradient**2))
+    reindex(optimizer, p, REPLACEMENT, gradients(gradient, gradient**2))
     moved = next_step(optimizer, p, torch.full((5,), gradient))
     expected = -LR * (1 if gradient > 0 else -1)
     assert moved[GROWN].tolist() == pytest.approx([expected] * 2, rel=2e-6)
@@ -135,7 +135,7 @@ def test_seeded_moments_are_those_of_a_weight_that_saw_gamma_gradients() -> None
         veteran.grad = torch.full((5,), 0.3)
         other.step()
     optimizer, p = trained(MAKERS["SparseAdamW"], steps=40)
-    reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.09))
+    reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.09))
     state = optimizer.state[p]
     assert state["age"].tolist() == [GAMMA, 40, 40, GAMMA, 40]
     for key in ("exp_avg", "exp_avg_sq"):
@@ -145,9 +145,9 @@ def test_seeded_moments_are_those_of_a_weight_that_saw_gamma_gradients() -> None
     assert state["age"].tolist() == [GAMMA + 1, 41, 41, GAMMA + 1, 41]
 
 
-def test_seeds_are_in_the_order_of_the_grown_weights() -> None:
+def test_gradients_are_in_the_order_of_the_grown_weights() -> None:
     optimizer, p = trained(MAKERS["SparseAdamW"])
-    reindex(optimizer, p, REPLACEMENT, Seeds(torch.tensor([1.0, -2.0]), torch.tensor([1.0, 4.0]), 3))
+    reindex(optimizer, p, REPLACEMENT, GrownGradients(torch.tensor([1.0, -2.0]), torch.tensor([1.0, 4.0]), 3))
     state = optimizer.state[p]
     assert state["exp_avg"][GROWN].tolist() == pytest.approx([1 - 0.9**3, -2 * (1 - 0.9**3)])
     assert state["exp_avg_sq"][GROWN].tolist() == pytest.approx([1 - 0.999**3, 4 * (1 - 0.999**3)])
@@ -174,14 +174,14 @@ def test_every_known_optimizer_is_seeded_in_its_own_terms(
     name: str, expected: dict[str, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     optimizer, p = trained(MAKERS[name])
-    reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
+    reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2))
     for key, value in expected.items():
         assert optimizer.state[p][key][GROWN].tolist() == pytest.approx([value] * 2), key
     assert not caplog.records
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_without_seeds_grown_weights_start_from_zero(name: str) -> None:
+def test_without_gradients_grown_weights_start_from_zero(name: str) -> None:
     optimizer, p = trained(MAKERS[name])
     reindex(optimizer, p, REPLACEMENT)
     # A step size of zero would never move its weight; Adagrad starts its sums from a value of its own.
@@ -196,17 +196,17 @@ def test_without_seeds_grown_weights_start_from_zero(name: str) -> None:
 def test_state_is_changed_in_place() -> None:
     optimizer, p = trained(MAKERS["AdamW"])
     before = optimizer.state[p]["exp_avg"].data_ptr()
-    reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
+    reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2))
     assert optimizer.state[p]["exp_avg"].data_ptr() == before
 
 
 def test_a_shared_age_stays_shared_until_a_weight_is_grown() -> None:
     optimizer, p = trained(MAKERS["SparseAdamW"])
     nothing = drop_and_grow(OLD, torch.ones(5), Candidates(OLD[:0], torch.empty(0)), num_replaced=3)
-    reindex(optimizer, p, nothing, seeds(1, 1, n=0))
+    reindex(optimizer, p, nothing, gradients(1, 1, n=0))
     assert optimizer.state[p]["age"].dim() == 0
-    reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
-    reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2, samples=2))
+    reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2))
+    reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2, samples=2))
     assert optimizer.state[p]["age"].tolist() == [2, GAMMA, 7, 2, 7]
 
 
@@ -225,7 +225,7 @@ def test_sizes_may_change(name: str) -> None:
     for replacement, kept in zip(sizes_change(), ([0, 2, 4], [1, 2, 3, 4, 6]), strict=True):
         optimizer, p = trained(MAKERS[name])
         before = copy.deepcopy(dict(optimizer.state[p]))
-        estimates = seeds(0.3, 0.2, n=replacement.num_grown)
+        estimates = gradients(0.3, 0.2, n=replacement.num_grown)
         reindex(optimizer, p, replacement, estimates)
         old = [0, 2, 4] if replacement.count == 3 else [0, 1, 2, 3, 4]
         for key, tensor in optimizer.state[p].items():
@@ -261,7 +261,7 @@ def test_sm3_on_a_vector_carries_its_sums() -> None:
     optimizer = SM3([delta.values], deltas=[delta])
     delta.values.grad = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     optimizer.step()
-    reindex(optimizer, delta.values, REPLACEMENT, seeds(0.3, 0.2))
+    reindex(optimizer, delta.values, REPLACEMENT, gradients(0.3, 0.2))
     assert optimizer.state[delta.values]["accumulator_0"].tolist() == pytest.approx([1.0, 1.0, 9.0, 1.0, 25.0])
 
 
@@ -270,14 +270,14 @@ def test_before_the_first_step_there_is_nothing_to_carry() -> None:
     for make in MAKERS.values():
         optimizer = make([p])
         before = dict(optimizer.state.get(p, {}))
-        reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2)) if not before else None
+        reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2)) if not before else None
         assert dict(optimizer.state.get(p, {})) == before
 
 
 def test_wrapped_optimizers_are_unwrapped() -> None:
     Accelerator(cpu=True)
     optimizer, p = trained(MAKERS["SparseAdamW"])
-    reindex(AcceleratedOptimizer(optimizer, device_placement=False), p, REPLACEMENT, seeds(0.3, 0.2))
+    reindex(AcceleratedOptimizer(optimizer, device_placement=False), p, REPLACEMENT, gradients(0.3, 0.2))
     assert optimizer.state[p]["age"].tolist() == [GAMMA, 7, 7, GAMMA, 7]
 
 
@@ -296,8 +296,8 @@ class Unheard(optim.Optimizer):
 def test_an_unknown_optimizer_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     optimizer, p = trained(Unheard)
     with caplog.at_level(logging.WARNING, logger="peft_sparse"):
-        reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
-        reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
+        reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2))
+        reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2))
     assert len(caplog.records) == 1
     assert "Unheard is an optimizer whose state is unknown here" in caplog.text
     assert "its trace start at zero for the new ones" in caplog.text
@@ -311,7 +311,7 @@ def test_an_optimizer_that_does_not_hold_the_values_is_warned_about(caplog: pyte
     optimizer, p = trained(MAKERS["AdamW"])
     before = copy.deepcopy(optimizer.state_dict())
     with caplog.at_level(logging.WARNING, logger="peft_sparse"):
-        reindex(optimizer, nn.Parameter(torch.zeros(5)), REPLACEMENT, seeds(0.3, 0.2))
+        reindex(optimizer, nn.Parameter(torch.zeros(5)), REPLACEMENT, gradients(0.3, 0.2))
     assert "AdamW does not hold the values of a delta" in caplog.text
     assert torch.equal(optimizer.state[p]["exp_avg"], before["state"][0]["exp_avg"])
 
@@ -334,7 +334,7 @@ def test_state_that_a_subclass_adds_is_carried_and_named(caplog: pytest.LogCaptu
     optimizer, p = trained(Extended)
     moment = optimizer.state[p]["exp_avg"].clone()
     with caplog.at_level(logging.WARNING, logger="peft_sparse"):
-        reindex(optimizer, p, REPLACEMENT, seeds(0.3, 0.2))
+        reindex(optimizer, p, REPLACEMENT, gradients(0.3, 0.2))
     state = optimizer.state[p]
     expected = REPLACEMENT.carry(torch.arange(1.0, 6.0))
     assert torch.equal(state["slow"], expected)
@@ -380,7 +380,7 @@ def test_both_means_of_ademamix_are_carried(is_quantized: bool) -> None:
     else:
         state["state1"] = moments.clone()
     optimizer.state[p] = state
-    reindex(optimizer, p, replacement, seeds(0.5, 0.25))
+    reindex(optimizer, p, replacement, gradients(0.5, 0.25))
     found = optimizer.state[p]["state1"]
     if is_quantized:
         assert found.dtype == torch.uint8

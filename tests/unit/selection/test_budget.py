@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peft_sparse.errors import ConfigError
-from peft_sparse.selection.budget import Group, allocate, draw_counts, groups_of, round_density, total_from_request
+from peft_sparse.selection.budget import Group, draw_counts, groups_of, round_density, total_from_request
 
 SHAPES: dict[str, tuple[int, ...]] = {"q.weight": (8, 6), "q.bias": (8,), "up.weight": (10, 4), "norm.weight": (4,)}
 SIZES = {"q.weight": 48, "q.bias": 8, "up.weight": 40, "norm.weight": 4}
@@ -84,28 +84,28 @@ def test_nothing_targeted() -> None:
         total_from_request(density=0.1, shapes={"w": (0, 4)})
 
 
+def uniform(total: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Counts per tensor."""
+    return {group.name: group.count for group in groups_of("uniform", total, sizes)}
+
+
 def test_uniform_gives_remainders_to_the_largest_and_ties_to_the_first() -> None:
     # Exact shares of 7: 3.36, 0.56, 2.8, 0.28.
-    assert allocate("uniform", 7, SIZES) == {"q.weight": 3, "q.bias": 1, "up.weight": 3, "norm.weight": 0}
-    assert allocate("uniform", 2, {"c": 5, "a": 5, "b": 5}) == {"c": 1, "a": 1, "b": 0}
-    assert allocate("uniform", 100, SIZES) == SIZES
-    assert allocate("uniform", 0, SIZES) == dict.fromkeys(SIZES, 0)
-    assert allocate("uniform", 0, {"w": 0}) == {"w": 0}
+    assert uniform(7, SIZES) == {"q.weight": 3, "q.bias": 1, "up.weight": 3, "norm.weight": 0}
+    assert uniform(2, {"c": 5, "a": 5, "b": 5}) == {"c": 1, "a": 1, "b": 0}
+    assert uniform(100, SIZES) == SIZES
+    assert uniform(0, SIZES) == dict.fromkeys(SIZES, 0)
+    assert uniform(0, {"w": 0}) == {"w": 0}
 
 
 def test_groups_of_each_budget() -> None:
     assert groups_of("uniform", 50, {"a": 60, "b": 40}) == [Group("a", ("a",), 30), Group("b", ("b",), 20)]
+    assert groups_of({"b": 0.25, "a": 0.75}, 8, {"a": 9, "b": 9}) == [Group("b", ("b",), 2), Group("a", ("a",), 6)]
     assert groups_of("global", 50, SIZES) == [Group("global", tuple(SIZES), 50)]
     assert groups_of({r"q\.": 0.7, "up|norm": 0.3}, 10, SIZES) == [
         Group(r"q\.", ("q.weight", "q.bias"), 7),
         Group("up|norm", ("up.weight", "norm.weight"), 3),
     ]
-
-
-def test_allocate_says_none_where_only_a_joint_selection_can_tell() -> None:
-    assert allocate("global", 50, SIZES) is None
-    assert allocate({r"q\.": 0.7, "up|norm": 0.3}, 10, SIZES) is None
-    assert allocate({"b": 0.25, "a": 0.75}, 8, {"a": 9, "b": 9}) == {"a": 6, "b": 2}
 
 
 def test_shares_are_taken_as_they_print_and_sum_exactly() -> None:
@@ -158,7 +158,7 @@ def test_drawn_counts_sum_per_group_and_repeat() -> None:
     assert all(0 <= counts[name] <= SIZES[name] for name in SIZES)
     assert draw_counts(groups, SIZES, seed=0) == counts
     assert any(draw_counts(groups, SIZES, seed=seed) != counts for seed in range(1, 9))
-    assert draw_counts(groups_of("uniform", 7, SIZES), SIZES, seed=0) == allocate("uniform", 7, SIZES)
+    assert draw_counts(groups_of("uniform", 7, SIZES), SIZES, seed=0) == uniform(7, SIZES)
 
 
 @pytest.mark.parametrize(

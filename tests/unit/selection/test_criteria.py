@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peft_sparse.errors import ConfigError, SelectionError
-from peft_sparse.selection.computed import Computed
 from peft_sparse.selection.criteria import CRITERIA, Criterion, GradientMeans, criterion_name, resolve_criterion
+from peft_sparse.selection.lazy_tensors import LazyTensors
 from peft_sparse.selection.shortlist import Shortlist
 
 WEIGHT = torch.tensor([[2.0, -3.0], [0.0, 0.5]])
@@ -90,7 +90,7 @@ def test_a_criterion_of_nothing(uses):
 
 def test_computed_tensors_are_not_kept():
     asked = []
-    scores = Computed(["b", "a"], lambda name: asked.append(name) or torch.zeros(1))
+    scores = LazyTensors(["b", "a"], lambda name: asked.append(name) or torch.zeros(1))
     assert list(scores) == ["b", "a"]
     assert len(scores) == 2
     assert scores["a"] is not scores["a"]

@@ -1,4 +1,4 @@
-"""Random supports are exact, repeatable and uniform; scores of change are exact."""
+"""Random supports are exact, repeatable and uniform; differences are exact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from peft_sparse.core.indices import check_indices
 from peft_sparse.errors import SelectionError
-from peft_sparse.selection.change import change
+from peft_sparse.selection.change import difference
 from peft_sparse.selection.random import random_counts, random_indices
 
 # Sparse (sorted draws), dense (a mask) and very dense (a mask of what is left out).
@@ -120,28 +120,28 @@ def test_random_counts_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_change_is_the_magnitude_in_float32(dtype: torch.dtype) -> None:
+def test_difference_is_taken_in_float32(dtype: torch.dtype) -> None:
     original = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=dtype)
     weight = torch.tensor([[1.0, -1.5], [0.25, 3.5]], dtype=dtype, requires_grad=True)
-    scores = change(weight, original)
-    assert scores.dtype == torch.float32
-    assert not scores.requires_grad
-    assert scores.tolist() == [[0.0, 0.5], [0.25, 0.5]]
+    moved = difference(weight, original)
+    assert moved.dtype == torch.float32
+    assert not moved.requires_grad
+    assert moved.tolist() == [[0.0, 0.5], [-0.25, 0.5]]
     assert weight.tolist() == [[1.0, -1.5], [0.25, 3.5]], "the weight itself was changed"
 
 
-def test_change_sees_the_smallest_step() -> None:
+def test_difference_sees_the_smallest_step() -> None:
     original = torch.tensor([1.0, 1e-38, 256.0])
     weight = torch.nextafter(original, torch.tensor(torch.inf))
-    assert (change(weight, original) > 0).all()
+    assert (difference(weight, original) > 0).all()
     # bfloat16 has steps of 2 at 256; the difference is taken after widening.
-    assert change(torch.tensor([258.0]).bfloat16(), torch.tensor([257.0])).tolist() == [1.0]
+    assert difference(torch.tensor([258.0]).bfloat16(), torch.tensor([257.0])).tolist() == [1.0]
     # float64 steps that float32 cannot tell apart at 1.0 still count.
-    assert change(torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0])).item() == pytest.approx(
+    assert difference(torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0])).item() == pytest.approx(
         1e-12, rel=1e-3, abs=0
     )
 
 
-def test_change_needs_equal_shapes() -> None:
+def test_difference_needs_equal_shapes() -> None:
     with pytest.raises(SelectionError, match=r"got the shapes \(2,\) and \(1, 2\)"):
-        change(torch.zeros(2), torch.zeros(1, 2))
+        difference(torch.zeros(2), torch.zeros(1, 2))

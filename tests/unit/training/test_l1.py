@@ -164,7 +164,7 @@ def test_the_hook_goes_with_the_last_penalised_adapter():
     watched = len(regularization.penalised)
     model = make()
     assert len(regularization.penalised) == watched + 1
-    assert regularization.penalised.is_hooked
+    assert regularization.penalised._hook is not None
     step()
     assert torch.equal(other, torch.ones(3))
     model.add_adapter("other", RandConfig(num_weights=8, target_modules=["inner"]))
@@ -177,7 +177,7 @@ def test_the_hook_goes_with_the_last_penalised_adapter():
     step()
     assert torch.equal(other, torch.ones(3))
     regularization.penalised.discard(other)
-    assert regularization.penalised.is_hooked == (watched > 0)
+    assert (regularization.penalised._hook is not None) == (watched > 0)
 
 
 def test_dense_phase_pulls_the_targets_to_where_they_started():

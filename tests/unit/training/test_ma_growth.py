@@ -130,15 +130,15 @@ def test_a_resumed_run_seeds_alike():
     _, reselector, _, _ = run(adamw, reselect_after=50, updates=10)
     state = reselector.state_dict()
     indices = torch.tensor([3, 40, 99])
-    seeds = reselector._covers.seeds("layer.weight", indices)
+    seeds = reselector._covers.grown_gradients("layer.weight", indices)
     _, other, _, _ = run(adamw, reselect_after=50, updates=3)
     other.deltas["layer.weight"].set_support(reselector.deltas["layer.weight"].indices)
     other.load_state_dict(state)
-    again = other._covers.seeds("layer.weight", indices)
+    again = other._covers.grown_gradients("layer.weight", indices)
     assert torch.equal(seeds.mean_square, again.mean_square)
     assert bool(seeds.mean_square.gt(0).all())
     # A state of an older version does not say: the updates of the training are what is known.
     del state["covers.updates.layer.weight"]
     other.load_state_dict(state)
-    older = other._covers.seeds("layer.weight", indices)
+    older = other._covers.grown_gradients("layer.weight", indices)
     torch.testing.assert_close(older.mean_square, seeds.mean_square * 10 / 11)

@@ -78,16 +78,22 @@ def make(folder, cls, kind, **changes):
     return sparse_trainer(cls)(model=model, args=make_args(folder, **changes), train_dataset=Labelled())
 
 
+@pytest.fixture(scope="module", params=CONFIGS)
+def plain(request, tmp_path_factory):
+    """A kind of adapter, and the state of its model after a run of a trainer without overrides."""
+    trainer = make(tmp_path_factory.mktemp("plain"), Trainer, request.param)
+    trainer.train()
+    return request.param, dict(trainer.model.state_dict())
+
+
 @pytest.mark.parametrize("cls", [Keywords, Old, Mine])
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_overrides_are_asked_for_what_was_given_alone(tmp_path, cls, kind):
+def test_overrides_are_asked_for_what_was_given_alone(tmp_path, cls, plain):
+    kind, expected = plain
     own = make(tmp_path / "own", cls, kind)
     own.train()
     assert own.state.global_step == 4
     if cls is not Old:  # whose batches are not shuffled
-        plain = make(tmp_path / "plain", Trainer, kind)
-        plain.train()
-        assert_same_tensors(dict(own.model.state_dict()), dict(plain.model.state_dict()))
+        assert_same_tensors(dict(own.model.state_dict()), expected)
     shutil.rmtree(tmp_path / "own" / "checkpoint-4")
     resumed = make(tmp_path / "own", cls, kind)
     resumed.train(resume_from_checkpoint=True)

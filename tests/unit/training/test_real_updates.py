@@ -187,7 +187,7 @@ def pickled(model):
 
 @pytest.mark.parametrize("cls", METHODS)
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("at", [0, 1, 3, 5])
+@pytest.mark.parametrize("at", [0, 3, 5])
 def test_a_copy_goes_on_by_itself_as_the_original_does(cls, how, at):
     model = make(cls)
     train(model, optimizer_of(model, torch.optim.SGD, lr=0.1), range(at))

@@ -143,7 +143,7 @@ def uninterrupted(cls, steps, **fields):
 
 
 @pytest.mark.parametrize("cls", METHODS)
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 9])
+@pytest.mark.parametrize("stop", [1, 3, 5, 6])
 def test_a_hand_written_loop_resumes_bit_for_bit(cls, stop):
     losses, whole, _ = uninterrupted(cls, 12)
 
@@ -175,7 +175,7 @@ def trained_whole(request, tmp_path_factory):
     return request.param, trainer
 
 
-@pytest.mark.parametrize("save_at", [1, 3, 5, 6])
+@pytest.mark.parametrize("save_at", [1, 5, 6])
 def test_a_plain_trainer_resumes_bit_for_bit(trained_whole, save_at):
     cls, whole = trained_whole
     checkpoint = Path(whole.args.output_dir, f"checkpoint-{save_at}")

@@ -22,12 +22,12 @@ from ....core.traced import gradient_shown, is_traced
 from ...common.base_module import called, loaded
 from ...common.layer import PARAMETERS, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
-from ...common.shown_state import ShownState
+from ...common.state_dict_hooks import StateDictHooks
+from .active_weights import ActiveWeights
+from .bounded_cache import with_entry
 from .delta import AdapterDelta, keep_dtypes
+from .in_place import WriteLock, Written, flat, is_all_local
 from .moved import MovableLayer
-from .newest import with_newest
-from .quick import ActiveWeights
-from .written import Writing, Written, flat, is_all_there
 
 
 class SparseLayer(MovableLayer):
@@ -51,7 +51,7 @@ class SparseLayer(MovableLayer):
         self.num_resident = 0
         # Held by what writes into the base weight, and by what reads a weight that may be written into.
         self._lock = threading.RLock()
-        self._writing = Writing(self._lock)
+        self._writing = WriteLock(self._lock)
         # Names of parameters that another module shares (tied embeddings): never written in place.
         self.tied_parameters: set[str] = set()
         self._written: dict[str, Written] = {}
@@ -62,7 +62,7 @@ class SparseLayer(MovableLayer):
         # {adapter: its deltas alone}, for batches that name an adapter for each example, and of adapters that act
         # together, by their names.
         self._named: dict[str | tuple[str, ...], ActiveWeights] = {}
-        self._shown = ShownState(self)
+        self._base_state_hooks = StateDictHooks(self)
         base = self.get_base_layer()
         with warnings.catch_warnings():
             # PEFT does not know norms and says so.
@@ -219,7 +219,7 @@ class SparseLayer(MovableLayer):
         if found is None:
             found = Overlay([d.indices for d in deltas])
             own = [k for k in self._overlays if k[0] == parameter]
-            self._overlays = with_newest(self._overlays, key, found, counted=own)
+            self._overlays = with_entry(self._overlays, key, found, counted=own)
         return key, found
 
     def pristine(self, parameter: str) -> Tensor:
@@ -254,7 +254,7 @@ class SparseLayer(MovableLayer):
             written, now = self._written.get(parameter), getattr(base, parameter)
             if written is None or written.key != key or (written.target is not None and written.target is not now):
                 self.restore(parameter)
-                self._shown.keep(parameter)
+                self._base_state_hooks.keep(parameter)
                 written = self._begin_write(parameter, key, overlay)
             own = written.parameter
             originals = written.originals if own is None else flat(own)[overlay.indices]
@@ -272,7 +272,7 @@ class SparseLayer(MovableLayer):
                 entries = self.pristine_entries(parameter, overlay)
             written = Written(key, overlay, originals=entries, shape=tuple(own.shape), target=own)
         self._written[parameter] = written
-        self._shown.begin()
+        self._base_state_hooks.begin()
         return written
 
     def restore(self, parameter: str | None = None) -> None:
@@ -283,7 +283,7 @@ class SparseLayer(MovableLayer):
             for name in PARAMETERS if parameter is None else (parameter,):
                 self._restore(name, self._written.pop(name, None))
             if not self._written:
-                self._shown.end()
+                self._base_state_hooks.end()
 
     def _restore(self, name: str, written: Written | None) -> None:
         if written is None:
@@ -292,10 +292,10 @@ class SparseLayer(MovableLayer):
             setattr(self.get_base_layer(), name, written.parameter)
             return
         own = getattr(self.get_base_layer(), name)
-        if written.target is not own and is_all_there(written.target, written.shape):
+        if written.target is not own and is_all_local(written.target, written.shape):
             # Another tensor has taken its place (torch.func.functional_call, a parameter assigned by the user).
             own = written.target
-        if is_all_there(own, written.shape):
+        if is_all_local(own, written.shape):
             # Otherwise it stood in a copy that FSDP gathered for a pass and has thrown away since.
             base = flat(own)
             written.overlay.put_(base, written.originals.to(device=base.device, dtype=base.dtype))
@@ -311,14 +311,14 @@ class SparseLayer(MovableLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_writing", "_shown", "_active", "_named")
+        own = ("_lock", "_writing", "_base_state_hooks", "_active", "_named")
         return {key: value for key, value in vars(self).items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is in no `resident` block, and has its own memory.
         super().__setstate__(state)
-        self._lock, self._shown = threading.RLock(), ShownState(self)
-        self._writing = Writing(self._lock)
+        self._lock, self._base_state_hooks = threading.RLock(), StateDictHooks(self)
+        self._writing = WriteLock(self._lock)
         self._forget()
         self.num_resident, self._checked = 0, None
         if not self.merged:
@@ -356,7 +356,7 @@ class SparseLayer(MovableLayer):
             own = getattr(self.get_base_layer(), parameter, None)
             for delta in self.active_deltas(parameter, adapters):
                 how = how_sharded(own)
-                if is_sharded(own) or (how is not None and not is_all_there(own, delta.shape)):
+                if is_sharded(own) or (how is not None and not is_all_local(own, delta.shape)):
                     raise not_whole(f"{parameter} of {name}", how)
 
     def keep_entries(self, kept: bool) -> None:

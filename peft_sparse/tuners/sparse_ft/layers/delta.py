@@ -20,8 +20,8 @@ from ....core.sharded import ObjectTensor, is_sharded, overwrite, sharded_like, 
 from ....core.traced import Viewer
 from ....errors import ConfigError, FormatError, SelectionError
 from ....optim import l1 as regularization
-from ...common.announcements import ON_UNFINISHED, announce
 from ...common.base_module import NeverOffloaded
+from ...common.events import ON_UNFINISHED, announce
 from ...common.kept_dtype import undo_cast
 from .. import unselected
 

@@ -17,15 +17,15 @@ from torch.compiler import is_compiling
 from ...._peft_bridge import BaseTunerLayer
 from ....core import ops
 from ....core.backends.native import kernels
+from ....core.few_rows import GetParts, Parts, add_parts_, takes_parts
 from ....core.overlay import Overlay
-from ....core.parts import GetParts, Parts, add_parts_, takes_parts
 from ....core.traced import is_traced, shown
 from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
+from .active_weights import ActiveWeights, Snapshot
 from .base import PARAMETERS, SparseLayer
+from .bounded_cache import with_entry
 from .delta import AdapterDelta
-from .newest import with_newest
-from .quick import ActiveWeights, Snapshot
-from .written import DTYPES, Written, can_be_put_back, is_whole
+from .in_place import DTYPES, Written, can_be_put_back, has_own_memory
 
 
 class Linear(SparseLayer):
@@ -91,7 +91,7 @@ class Linear(SparseLayer):
 
         `write_entries` does the same in three passes, and takes the hooks of state dicts off and puts them on again.
         """
-        native, before, holders = kernels(), self._written.get("weight"), self._shown.holders
+        native, before, holders = kernels(), self._written.get("weight"), self._base_state_hooks.holders
         if native is None or before is None or before.key == active.key or "weight" in holders:
             return False
         weight, values = active.weight, active.total()
@@ -114,7 +114,7 @@ class Linear(SparseLayer):
             if active is not None:
                 # Each of several adapters holds a union.
                 unions = [k for k in self._named if not isinstance(k, str) and len(k) > 1]
-                self._named = with_newest(self._named, key, active, counted=unions)
+                self._named = with_entry(self._named, key, active, counted=unions)
         return active
 
     def _find_active(self, base: nn.Module, names: str | list[str]) -> ActiveWeights | None:
@@ -227,7 +227,7 @@ class Linear(SparseLayer):
         values = [delta.values for delta in deltas]
         written = self.is_resident and "weight" not in self.tied_parameters and offload_hook(base) is None
         key, overlay = self.overlay("weight", adapters)
-        # The deltas are part of it so that nothing else gets their identity, by which the key knows them.
+        # `key` has the ids of the deltas: holding them keeps their ids from going to others.
         make = partial(self._make_weight, base.weight, deltas, key, overlay, values, written)
         if written:
             return make, self._lock, None
@@ -237,8 +237,8 @@ class Linear(SparseLayer):
     def _parts(self, own: Tensor, overlay: Overlay, values: Sequence[Tensor]) -> Iterator[Parts | None]:
         """The weight and the entries that are added to it, while nothing is or can be written into it."""
         with self._lock:
-            is_whole = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
-            total = None if "weight" in self._written or not is_whole else overlay.total(values)
+            is_flat = own.is_contiguous() and (not own.is_cpu or overlay.fits(own))
+            total = None if "weight" in self._written or not is_flat else overlay.total(values)
             yield None if total is None else Parts(own.detach(), overlay.support, total.contiguous())
 
     def _make_weight(
@@ -266,7 +266,7 @@ class Linear(SparseLayer):
 
 def is_writable(active: ActiveWeights) -> bool:
     """Whether kernels can write what acts into its weight, which is as `ActiveWeights.holds` wants it."""
-    return active.weight.dtype in DTYPES and active.overlay.fits(active.weight) and is_whole(active.weight)
+    return active.weight.dtype in DTYPES and active.overlay.fits(active.weight) and has_own_memory(active.weight)
 
 
 def _runs(names: Sequence[str]) -> list[tuple[str, int, int]]:

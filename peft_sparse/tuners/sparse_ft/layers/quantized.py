@@ -19,8 +19,8 @@ from ....core import ops
 from ....core.overlay import Overlay
 from ...common.packed import Packed, dequantize, is_transposed
 from .base import PARAMETERS
+from .in_place import flat
 from .linear import Linear
-from .written import flat
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sparse import BottleneckConfig, ConfigError, iter_bottlenecks
-from peft_sparse.tuners.bottleneck.own_weights import iter_layers
+from peft_sparse.tuners.bottleneck.iteration import iter_layers
 from peft_sparse.tuners.bottleneck.placement import ANATOMIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")

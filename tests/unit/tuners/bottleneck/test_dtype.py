@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import nn
 
 from peft_sparse import BottleneckConfig, MadGConfig
-from peft_sparse.tuners.bottleneck.own_weights import iter_layers
+from peft_sparse.tuners.bottleneck.iteration import iter_layers
 from peft_sparse.tuners.common import kept_dtype
 from tests.support.exact import IDS
 from tests.support.models import bert

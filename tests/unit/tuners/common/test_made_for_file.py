@@ -31,21 +31,21 @@ def saved(folder: Path, kind: str, *, base: nn.Module | None = None, **fields) -
     return folder
 
 
-@pytest.fixture(params=TYPES)
+@pytest.fixture(scope="module", params=TYPES)
 def kind(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def fits(tmp_path, kind) -> Path:
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory, kind) -> Path:
     """An adapter for the model of the tests."""
-    return saved(tmp_path / "fits", kind)
+    return saved(tmp_path_factory.mktemp("fits"), kind)
 
 
-@pytest.fixture
-def unfit(tmp_path, kind) -> Path:
+@pytest.fixture(scope="module")
+def unfit(tmp_path_factory, kind) -> Path:
     """One of a narrower model."""
-    return saved(tmp_path / "unfit", kind, base=llama(hidden_size=8))
+    return saved(tmp_path_factory.mktemp("unfit"), kind, base=llama(hidden_size=8))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Forwards that record no gradient: the quick way of linear layers beside the plain one, and what it must notice."""
+"""Forwards that record no gradient: the fast way of linear layers beside the plain one, and what it must notice."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_weight_that_another_thread_writes_meanwhile(monkeypatch, is_resident,
             assert relative_error(model(x), expected) < 1e-6
             assert turns
     else:
-        monkeypatch.setattr("peft_sparse.tuners.sparse_ft.layers.quick.output_of", disturbed)
+        monkeypatch.setattr("peft_sparse.tuners.sparse_ft.layers.active_weights.output_of", disturbed)
         assert relative_error(model(x), expected) < 1e-6
 
 

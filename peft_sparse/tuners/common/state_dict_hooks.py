@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .layer import WeightLayer
 
 
-class ShownState:
+class StateDictHooks:
     """Hooks that are on a base layer while something is written into its parameters.
 
     Under `resident` a state dict is taken of, and loaded into, the base layer's own entries; the next forward writes
@@ -96,10 +96,10 @@ class _Nobody:
     """What hooks of a copy refer to."""
 
 
-def _forget() -> ShownState:
-    shown = ShownState.__new__(ShownState)
-    shown._ref, shown._handles, shown.holders = weakref.ref(_Nobody()), [], {}
-    return shown
+def _forget() -> StateDictHooks:
+    hooks = StateDictHooks.__new__(StateDictHooks)
+    hooks._ref, hooks._handles, hooks.holders = weakref.ref(_Nobody()), [], {}
+    return hooks
 
 
 def _num_holders(tensor: Tensor) -> int:

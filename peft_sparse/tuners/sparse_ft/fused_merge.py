@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...core.backends.native import Kernels, kernels
+from .layers.active_weights import ActiveWeights
+from .layers.in_place import Written, can_be_put_back
 from .layers.linear import Linear, is_writable
-from .layers.quick import ActiveWeights
-from .layers.written import Written, can_be_put_back
 
 
 class _Ready(NamedTuple):
@@ -91,7 +91,7 @@ def _merge(native: Kernels, ready: Sequence[_Ready]) -> bool:
         for found, made in zip(ready, written, strict=True):
             found.layer.merged_adapters.extend(found.names)
             found.layer._written["weight"] = made
-            found.layer._shown.begin()
+            found.layer._base_state_hooks.begin()
     return True
 
 
@@ -100,7 +100,7 @@ def _ready(layer: Any, adapter_names: list[str] | None) -> _Ready | None:
     if type(layer) is not Linear or layer.merged_adapters or layer._written or layer.tied_parameters:
         return None
     asked = layer.active_adapters if adapter_names is None else adapter_names
-    layer._shown.keep("weight")
+    layer._base_state_hooks.keep("weight")
     active = layer.acting(layer._modules["base_layer"], asked)
     if active is None or not is_writable(active):
         return None

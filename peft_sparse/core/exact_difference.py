@@ -1,4 +1,4 @@
-"""From two tensors to the values that lead from one to the other by the library's own addition (`overlay.py`)."""
+"""Values that turn one tensor into another when they are added as the library adds deltas (`overlay.py`)."""
 
 from __future__ import annotations
 

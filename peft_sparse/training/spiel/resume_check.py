@@ -1,4 +1,4 @@
-"""Whether a reselection has counted the updates that an optimizer remembers."""
+"""Whether a resumed run brought back the state of the reselection together with that of the optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import ConfigError
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 
 
-def check_clock(adapter_name: str, optimizer: Optimizer, deltas: Iterable[AdapterDelta]) -> None:
+def check_resumed(adapter_name: str, optimizer: Optimizer, deltas: Iterable[AdapterDelta]) -> None:
     """Refuse to go on from a checkpoint that brought back the optimizer, and not the state of the reselection.
 
     To be asked at the first update that a reselection counts. Optimizers that count none themselves (SGD) tell nothing.

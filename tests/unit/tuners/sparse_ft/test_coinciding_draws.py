@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from peft_sparse import RandConfig, SpielAGConfig, iter_deltas
-from peft_sparse.composition.chance import _shared_positions, shared_positions
+from peft_sparse.composition.coinciding_draws import shared_positions
 from peft_sparse.core.delta import SparseDelta
 from tests.support.models import llama
 
@@ -29,12 +29,12 @@ def support(config, name="default"):
     ],
 )
 def test_draws_are_independent(config, name):
-    shared, expected = shared_positions(support(RandConfig(density=0.2)), support(config, name))
+    shared, expected = shared_positions(support(RandConfig(density=0.2)), support(config, name), at_least=0)
     assert shared == pytest.approx(expected, abs=0.05)
 
 
 def test_a_draw_can_be_made_again():
-    assert shared_positions(support(RandConfig(density=0.2)), support(RandConfig(density=0.2)))[0] == 1
+    assert shared_positions(support(RandConfig(density=0.2)), support(RandConfig(density=0.2)), at_least=0)[0] == 1
 
 
 def test_adding_up_the_same_draw_warns(tmp_path, caplog):
@@ -60,6 +60,6 @@ def test_stopping_early_overlooks_no_pair():
     # The first tensor is not shared, the second one is: 50 of 60, and 30 of 40.
     for count, is_found in ((50, True), (30, False)):
         one, other = part(0, 10, count), part(20, 10, count)
-        whole = shared_positions(one, other)
+        whole = shared_positions(one, other, at_least=0)
         assert whole[0] == count / (10 + count)
-        assert _shared_positions(one, other, at_least=0.8) == (whole if is_found else None)
+        assert shared_positions(one, other, at_least=0.8) == (whole if is_found else None)

@@ -1,4 +1,4 @@
-"""SpIEL-AG by criteria that look at the weights beside their gradients."""
+"""What growth criteria that also look at the weights multiply the sizes of gradients by (SpIEL-AG)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...tuners.sparse_ft.layers.base import SparseLayer
 
 
 @dataclass(frozen=True)
-class GrowthWeights:
+class GrowthFactors:
     """What a criterion multiplies the size of a gradient by, at every position of one tensor.
 
     Args:

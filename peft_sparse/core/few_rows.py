@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
-from .backends.held import SparseProduct
 from .backends.native import kernels
+from .backends.prepared_calls import SparseProduct
 
-# Fewer elements of a weight are copied before a kernel is called.
+# A weight of fewer elements is copied in less time than it takes to call a kernel.
 _WORTH_ADDING = 2**14
-# With more rows no weight of a usual size is cheaper by parts.
+# With more rows, forming W' is cheaper for every usual size of weight.
 FEW_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A weight W' in its parts, for products of so few rows that adding theirs is cheaper than forming W'.
+    """A weight W' in two parts, the base weight and the entries added to it.
+
+    For a few rows, one product with each part costs less than forming W'.
 
     Attributes:
         weight: the weight without deltas, as stored.
@@ -39,13 +41,13 @@ GetParts = Callable[[], AbstractContextManager[Parts | None]]
 
 
 def most_rows(num_entries: int, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> int:
-    """How many rows' product with W' is cheaper by its parts than by forming W', where there are kernels; 0 if none's.
+    """The largest number of rows for which a product by parts is cheaper than forming W'; 0 if it never is.
 
-    In elements of a weight that are copied, as measured with AVX2 on weights of 512 to 2048 rows and columns that no
-    cache held: forming W' costs one for each element, and 8 for each entry. By parts it costs 185,000 whatever the
-    number of rows, and for every 16 of them 4 for each entry and 17 for each row or column of the weight. In bfloat16
-    numbers are widened and rounded on the way, so that no more than 32 rows pay. Up to 16 rows, of text that is
-    generated, are cheaper than that where what they need was looked up before.
+    It holds where there are kernels. Costs are counted in elements of a weight that are copied, as measured with AVX2
+    on weights of 512 to 2048 rows and columns that were in no cache. Forming W' costs 1 for each element and 8 for each
+    entry. A product by parts costs 185,000 whatever the number of rows, and for every 16 rows 4 for each entry and 17
+    for each row or column of the weight. In bfloat16 numbers are widened and rounded on the way, so that no more than
+    32 rows pay. Up to 16 rows (generated text) cost less than that, where what they need was looked up before.
 
     Args:
         num_entries: that W' has beside the weight's own.

@@ -1,4 +1,4 @@
-"""What all adapters do around their files: gather what is sharded, take out what a refused file was to fill."""
+"""Taking an adapter out of a model: one whose loading failed, the last one, single layers and heads."""
 
 from __future__ import annotations
 
@@ -6,31 +6,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from ..._peft_bridge import PEFT_TYPE_TO_TUNER_MAPPING, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
-from ...core.sharded import is_sharded, whole
 
 if TYPE_CHECKING:
     from .tuner import AdapterTuner
 
 # Where a base model remembers which of its parameters trained before the first adapter came.
 TRAINABLE_BEFORE = "_peft_sparse_trainable_before"
-
-
-def gather(model: nn.Module, own: dict[str, Tensor], state_dict: dict[str, Tensor]) -> None:
-    """Put whole tensors in the place of sharded ones that go into an adapter's file, in both dictionaries.
-
-    Args:
-        model: whatever carries the adapter.
-        own: the adapter's own tensors.
-        state_dict: the model's state dict, in which the heads are.
-    """
-    heads = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    for tensors in (own, state_dict):
-        for key, tensor in tensors.items():
-            if (tensors is own or key.startswith(heads)) and is_sharded(tensor):
-                tensors[key] = whole(tensor).cpu()
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
@@ -59,7 +43,7 @@ def discard(model: nn.Module, adapter_name: str) -> None:
 
 
 def unload_as_before(tuner: Any) -> None:
-    """Take all layers off a model, and its own heads instead of an adapter's, which `unload` would leave there."""
+    """Take all tuner layers off a model, and put its own heads back; PEFT's `unload` would leave an adapter's there."""
     take_off(tuner, [module for module in tuner.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)])
     tuner.unload()
 

@@ -33,7 +33,7 @@ def generated(monkeypatch):
 
 def kept(model: nn.Module) -> int:
     """At how many sites something is kept."""
-    return sum(m._kept._weights is not None for m in model.modules() if isinstance(m, SiteGenerator))
+    return sum(m._cache._kept is not None for m in model.modules() if isinstance(m, SiteGenerator))
 
 
 @pytest.mark.parametrize("request_", REQUESTS)

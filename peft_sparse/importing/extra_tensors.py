@@ -1,4 +1,4 @@
-"""What lies in an adapter file beside its deltas, for formats that have places for less."""
+"""Tensors of an adapter file that are neither deltas nor heads: other formats have no place for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..core.names import lies_in_trained_whole
 from ..errors import ConfigError
 
 
-def check_passengers(files: AdapterFiles, kind: str) -> None:
+def refuse_extra_tensors(files: AdapterFiles, kind: str) -> None:
     """Refuse to export what is neither a delta nor a module that was trained whole (`modules_to_save`).
 
     Args:

@@ -1,4 +1,4 @@
-"""Scores of a whole model that are made when they are asked for, so that one tensor at a time is in memory."""
+"""Tensors that are computed when they are asked for, so that one tensor of a model at a time is in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 
-class Computed(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are computed when they are asked for, and not kept.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a linear layer needs to know in a forward that records nothing, looked up once and checked each time.
+"""The active deltas of a linear layer for forwards without gradients, looked up once and checked each time.
 
 Generating text calls every layer for every token, on a row or a few, so that asking each of them anew what its active
 deltas are would cost as much as its product.
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....core.backends.held import Image, SparseProduct
 from ....core.backends.native import Kernels, compiled, kernels
+from ....core.backends.prepared_calls import BitwiseComparison, SparseProduct
+from ....core.few_rows import most_rows
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, same_bits
-from ....core.parts import most_rows
 from ...common.base_module import output_of
 from .delta import AdapterDelta
-from .written import DTYPES, Written
+from .in_place import DTYPES, Written
 
 # Entries of a weight that are looked at before it is taken to hold what was written.
 _NUM_PROBES = 64
@@ -68,7 +68,7 @@ class ActiveWeights:
         self._product: tuple[Kernels, SparseProduct] | None = None
 
     def holds(self, weight: Tensor | None, adapters: str | list[str]) -> bool:
-        """Whether all of it is still so, for this weight and these active adapters."""
+        """Whether what was looked up still holds, for this weight and these active adapters."""
         if weight is not self.weight or adapters != self._adapters:
             return False
         for delta, version in self._watched:
@@ -175,17 +175,19 @@ class Snapshot:
         self._entries = active.weight.data.view(-1)[self._places]
         copies = [value.detach().clone(memory_format=torch.contiguous_format) for value in values]
         native = kernels(active.weight, *values)
-        images = [None if native is None else Image(native, copy, self._places, self._entries) for copy in copies]
-        self._held = [(copy, copy.dtype, copy.numel(), image) for copy, image in zip(copies, images, strict=True)]
+        comparisons = [
+            None if native is None else BitwiseComparison(native, copy, self._places, self._entries) for copy in copies
+        ]
+        self._held = [(c, c.dtype, c.numel(), comparison) for c, comparison in zip(copies, comparisons, strict=True)]
 
     def is_current(self, values: Sequence[Tensor]) -> bool:
         """Whether the weight, which is as `ActiveWeights.holds` wants it, holds these values already."""
         weight = self.active.weight
-        for value, (copy, dtype, count, image) in zip(values, self._held):  # noqa: B905 -- of one length, and hot
+        for value, (copy, dtype, count, comparison) in zip(values, self._held):  # noqa: B905 -- of one length, and hot
             if value.dtype is not dtype or value.numel() != count:
                 return False
-            if image is not None and value.is_cpu and value.is_contiguous():
-                is_same = image.is_of(value, weight)
+            if comparison is not None and value.is_cpu and value.is_contiguous():
+                is_same = comparison.is_same(value, weight)
             else:
                 is_same = value.shape == copy.shape and value.device == copy.device and same_bits(value.detach(), copy)
                 is_same = is_same and same_bits(weight.detach().view(-1)[self._places], self._entries)

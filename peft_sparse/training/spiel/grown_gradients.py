@@ -1,4 +1,4 @@
-"""What the optimizer's moments of grown weights start from: their estimated gradients, clipped as they will be."""
+"""The estimated gradients that the moments of grown weights start from, clipped as later gradients will be."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from math import isfinite, sqrt
 from torch.optim import Optimizer
 
 from ...core.sharded import whole
-from ...optim.reindex import Seeds
+from ...optim.reindex import GrownGradients
 from ...optim.step_watch import all_parameters
 from ...selection.replacement import Replacement
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from .estimate import Estimate
 
 
-def seeds_of(estimate: Estimate, replacement: Replacement, *, clip_factor: float) -> Seeds:
-    """Moments for the weights that a replacement grows.
+def grown_gradients(estimate: Estimate, replacement: Replacement, *, clip_factor: float) -> GrownGradients:
+    """The estimated gradients of the weights that a replacement grows.
 
     Args:
         estimate: of the tensor's candidates.
@@ -25,7 +25,7 @@ def seeds_of(estimate: Estimate, replacement: Replacement, *, clip_factor: float
     """
     grown = replacement.candidates
     mean, mean_squared = (part[estimate.nominated][grown] for part in (estimate.mean, estimate.mean_squared))
-    return Seeds(mean * clip_factor, mean_squared * clip_factor**2, max(1, estimate.updates))
+    return GrownGradients(mean * clip_factor, mean_squared * clip_factor**2, max(1, estimate.updates))
 
 
 def clip_factor(

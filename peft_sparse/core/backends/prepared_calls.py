@@ -1,4 +1,4 @@
-"""What layers hold of the kernels from call to call: the layout of a product, and what memory held at a time."""
+"""Calls of the C++ kernels whose arguments are prepared once, for layers that make them for every token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .native import TYPES, Kernels
 
 
 class SparseProduct:
-    """Products with entries D that change a weight, by the kernels; made once, for they are called for every token.
+    """Adds `x @ D.T` to an output, where D are the sparse entries on a weight. The arguments are prepared once.
 
     Args:
         kernels: the library.
@@ -69,8 +69,8 @@ class SparseProduct:
         self._call(self._address, inputs, num_rows, outputs, weight.data_ptr(), values.data_ptr())
 
 
-class Image:
-    """What values and some entries of a weight are now, to tell whether they still are, bit for bit.
+class BitwiseComparison:
+    """A copy of values and of some entries of a weight, to tell later whether they are still the same, bit for bit.
 
     Args:
         kernels: the library.
@@ -98,6 +98,6 @@ class Image:
         self._address = ctypes.addressof(self._image)
         self._call = kernels._unchanged  # type: ignore[attr-defined]
 
-    def is_of(self, values: Tensor, weight: Tensor) -> bool:
+    def is_same(self, values: Tensor, weight: Tensor) -> bool:
         """Whether values and weight, contiguous and of the same sizes and dtypes as then, have the same bits."""
         return bool(self._call(self._address, values.data_ptr(), weight.data_ptr()))

@@ -1,6 +1,6 @@
-"""Who is told when an adapter is made, several are made active, or some are merged: trainers have to know.
+"""Events of adapters that trainers have to know of: one is made, several are activated, some are merged.
 
-Training imports the tuners and not the other way round, so it registers here how it tells the trainers to come.
+Training imports the tuners and not the other way round, so it registers here the functions that are called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weights that were generated last, for forwards that only compute."""
+"""A cache of the weights that a site generated last, for evaluation without gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Kept(NamedTuple):
     weights: BottleneckWeights
 
 
-class KeptWeights:
+class WeightCache:
     """Keeps what one site generated for one language, until anything that it was generated from changes.
 
     Changes are told by the tensors' identity, storage, dtype and version, and on a CPU by a few of their entries, for
@@ -35,12 +35,6 @@ class KeptWeights:
     def __init__(self) -> None:
         # One object, put in its place in one step: several threads may compute with this site.
         self._kept: _Kept | None = None
-
-    @property
-    def _weights(self) -> BottleneckWeights | None:
-        """What is kept, if anything."""
-        kept = self._kept
-        return None if kept is None else kept.weights
 
     def get(
         self, language: str, sources: Sequence[Tensor], generate: Callable[[], BottleneckWeights]
@@ -68,8 +62,8 @@ class KeptWeights:
         """Keep nothing."""
         self._kept = None
 
-    def __reduce__(self) -> tuple[type[KeptWeights], tuple[()]]:
-        return KeptWeights, ()
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
 
 
 def _some_entries(tensor: Tensor) -> tuple[float, ...]:

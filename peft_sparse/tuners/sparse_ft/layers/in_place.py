@@ -1,4 +1,4 @@
-"""What is written into a base parameter, and the parameter's memory."""
+"""Writing deltas into a base parameter in place: what is in it and how to undo that, the lock, and checks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ....core.overlay import Overlay
 from ....core.sharded import how_sharded, is_sharded
 
 if TYPE_CHECKING:
-    from .quick import Snapshot
+    from .active_weights import Snapshot
 
 # The weights that kernels keep and write in one pass.
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Writing:
-    """Held while a layer's parameters are written into, once or several times over by one thread.
+class WriteLock:
+    """The lock that is held while a layer's parameters are written into; one thread may take it several times.
 
     A reader that takes no lock compares `begun` before and after, and looks at `depth`, to see whether anybody wrote.
 
@@ -81,16 +81,16 @@ def can_be_put_back(written: Written, own: Tensor | None) -> bool:
         return False
     is_plain = own.is_cpu and kept.is_cpu and own.dtype is kept.dtype and own.dtype in DTYPES
     fits = tuple(own.shape) == written.shape and kept.numel() == written.overlay.support.numel()
-    return is_plain and fits and own.is_contiguous() and kept.is_contiguous() and is_whole(own)
+    return is_plain and fits and own.is_contiguous() and kept.is_contiguous() and has_own_memory(own)
 
 
-def is_whole(weight: Tensor) -> bool:
-    """Whether no library keeps a part of a parameter elsewhere, or has thrown its memory away."""
+def has_own_memory(weight: Tensor) -> bool:
+    """Whether a parameter is neither sharded nor managed by FSDP or DeepSpeed, and its memory is there."""
     return how_sharded(weight) is None and weight.untyped_storage().nbytes() > 0
 
 
-def is_all_there(parameter: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is in this process's memory as a whole."""
+def is_all_local(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter has this shape and all of it is in this process's memory now."""
     return not is_sharded(parameter) and tuple(parameter.shape) == shape and parameter.untyped_storage().size() > 0
 
 

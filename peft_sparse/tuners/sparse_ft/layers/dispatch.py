@@ -1,4 +1,4 @@
-"""Which wrapper serves which kind of module."""
+"""Which layer class is put around which kind of module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wrapper_for(
     *,
     quantization: Mapping[str, Any] | None = None,
 ) -> Callable[[nn.Module], SparseLayer]:
-    """What puts the right `SparseLayer` around a module.
+    """Choose the `SparseLayer` class for a module.
 
     Args:
         module: the module to tune, or a tuner layer of PEFT's that wraps it.
@@ -50,13 +50,7 @@ def wrapper_for(
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base)
-    if has_foreign_forward(base):
-        raise foreign_forward(base, name)
-    if any(is_sharded(parameter) for parameter in base.parameters(recurse=False)):
-        raise NotInThisStateError(
-            f"{name} is sharded already, and an adapter added now would be left out of that: no process would see the "
-            "gradients of the others. Add the adapter to the whole model, then call fully_shard (trainers do so)."
-        )
+    _check_state(base, name)
     backend = find_backend(base, quantization)
     if backend is not None:
         check_tunable(base, backend, name)
@@ -94,3 +88,14 @@ def wrapper_for(
         f"target module {name} of type {kind.__name__} is not supported: sparse fine-tuning knows {SUPPORTED}. "
         f"Leave it out with exclude_modules=[{name!r}], or train it whole with modules_to_save=[{name!r}]."
     )
+
+
+def _check_state(base: nn.Module, name: str) -> None:
+    """Refuse a module that could be tuned, had nothing been done to it before."""
+    if has_foreign_forward(base):
+        raise foreign_forward(base, name)
+    if any(is_sharded(parameter) for parameter in base.parameters(recurse=False)):
+        raise NotInThisStateError(
+            f"{name} is sharded already, and an adapter added now would be left out of that: no process would see the "
+            "gradients of the others. Add the adapter to the whole model, then call fully_shard (trainers do so)."
+        )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from peft_sparse.core.exact import values_between
+from peft_sparse.core.exact_difference import values_between
 from peft_sparse.core.overlay import Overlay
 from tests.support.laws import examples
 

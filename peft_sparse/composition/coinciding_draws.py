@@ -17,19 +17,18 @@ RANDOM_METHODS = ("rand", "spiel_ag", "spiel_ma")
 _COINCIDING, _TIMES_CHANCE = 0.8, 3.0
 
 
-def shared_positions(one: Mapping[str, SparseDelta], other: Mapping[str, SparseDelta]) -> tuple[float, float]:
+def shared_positions(
+    one: Mapping[str, SparseDelta], other: Mapping[str, SparseDelta], *, at_least: float
+) -> tuple[float, float] | None:
     """What share of the smaller support the larger one has too, and what share two independent draws would have.
 
     Args:
         one, other: {parameter: delta}; parameters that only one of them tunes count as not shared.
+        at_least: smallest share of interest, in [0, 1].
+
+    Returns:
+        both shares; None as soon as the first can no longer be `at_least` as large, or if a support is empty.
     """
-    return _shared_positions(one, other, at_least=0.0) or (0.0, 0.0)
-
-
-def _shared_positions(
-    one: Mapping[str, SparseDelta], other: Mapping[str, SparseDelta], *, at_least: float
-) -> tuple[float, float] | None:
-    """`shared_positions`; None as soon as the first share can no longer be `at_least` as large."""
     smaller = min(sum(delta.count for delta in part.values()) for part in (one, other))
     if not smaller:
         return None
@@ -57,7 +56,7 @@ def warn_of_coinciding_draws(
         parts: {parameter: delta} of each.
     """
     for i, j in combinations([n for n, method in enumerate(methods) if method in RANDOM_METHODS], 2):
-        found = _shared_positions(parts[i], parts[j], at_least=_COINCIDING)
+        found = shared_positions(parts[i], parts[j], at_least=_COINCIDING)
         if found is None:
             continue
         shared, expected = found
