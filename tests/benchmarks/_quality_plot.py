@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -25,10 +26,9 @@ def draw(searched: dict[str, dict[float, dict]], untuned: dict | None, path: Pat
         left.plot([rate for rate, _ in runs], [run["loss"] for _, run in runs], **style)
         with_other = [run for _, run in runs if "general" in run]
         right.plot([run["general"] for run in with_other], [run["loss"] for run in with_other], **style)
-    best = min(run["loss"] for runs in curves.values() for _, run in runs)
-    ceiling = max(min(run["loss"] for _, run in runs) for runs in curves.values())
+    bottom, top = visible(curves)
     for axes in (left, right):
-        axes.set_ylim(best - 0.1 * (ceiling - best), ceiling + 1.0 * (ceiling - best) + 1e-6)
+        axes.set_ylim(bottom, top)
         axes.set_ylabel("held-out loss of the task, nats")
         axes.grid(alpha=0.3)
     left.set_xscale("log", base=2)
@@ -42,3 +42,16 @@ def draw(searched: dict[str, dict[float, dict]], untuned: dict | None, path: Pat
     left.legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def visible(curves: dict[str, list[tuple[float, dict]]]) -> tuple[float, float]:
+    """The losses that are worth their space: of each method the best, and those at half and twice its rate."""
+    best = {name: min(runs, key=lambda item: item[1]["loss"]) for name, runs in curves.items()}
+    near = [
+        run["loss"]
+        for name, runs in curves.items()
+        for rate, run in runs
+        if best[name][0] / 2.1 < rate < best[name][0] * 2.1 and math.isfinite(run["loss"])
+    ]
+    margin = 0.05 * (max(near) - min(near)) + 1e-6
+    return min(near) - margin, max(near) + margin
