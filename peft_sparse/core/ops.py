@@ -40,7 +40,7 @@ def is_recorded() -> bool:
 
 
 def is_kept() -> bool:
-    """Whether what torch records is a program that goes on to use the very parameters: torch.export, torch.jit.trace."""
+    """Whether torch records a program that goes on to use the very parameters: torch.export, torch.jit.trace."""
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 

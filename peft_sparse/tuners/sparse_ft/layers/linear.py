@@ -49,8 +49,8 @@ class Linear(SparseLayer):
                 return result
         if self.num_resident and ops.is_kept():
             raise ConfigError(
-                "a model cannot be exported or traced inside of resident(model): the program would hold the very weights "
-                "that later forwards write the deltas into, and add the deltas once more. Do it outside of the block."
+                "a model cannot be exported or traced inside of resident(model): the program would use weights that "
+                "later forwards write the deltas into, and add the deltas once more. Do it outside of the block."
             )
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 

@@ -209,16 +209,14 @@ def test_no_program_is_made_inside(strict, is_written):
     """It would share the weights: `torch.jit.trace` checks itself by a forward that writes the deltas into them."""
     torch.manual_seed(0)
     config = RandConfig(density=0.4, target_modules="all-linear", init_weights=False)
-    model, x = (
-        get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), config).eval(),
-        torch.randn(4, 6),
-    )
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), config).eval()
+    x = torch.randn(4, 6)
 
     def program():
         inside = model.get_base_model()
-        return (
-            torch.jit.trace(inside, x) if strict is None else torch.export.export(inside, (x,), strict=strict).module()
-        )
+        if strict is None:
+            return torch.jit.trace(inside, x)
+        return torch.export.export(inside, (x,), strict=strict).module()
 
     with resident(model), torch.no_grad():
         if is_written:
