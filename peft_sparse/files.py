@@ -60,6 +60,23 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+@contextmanager
+def one_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around writing what becomes a file bit by bit, beside it: no other process does so for the same file.
+
+    Args:
+        path: the file, in a folder that exists.
+
+    Raises:
+        ConfigError: another process does.
+    """
+    target = Path(path)
+    with _Staging(target.parent, target.name) as staging:
+        if _living(target.parent, target.name, None) != [staging.path]:
+            raise ConfigError(f"another process is writing {path}. Wait for it, or name another file.")
+        yield
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -219,8 +236,7 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
     Raises:
         ConfigError: it does, or it is a file, or begins with ~.
     """
-    if os.fspath(directory).startswith("~"):
-        raise ConfigError(f"{directory} begins with ~, which stands for a home only in a shell. Give the whole path.")
+    refuse_home(directory)
     path = Path(directory).resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{directory} is a file, not a directory. Give another output directory.")
@@ -230,6 +246,16 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
             f"{directory} exists and is not empty. Give another output directory, or replace the {what} in it with "
             "overwrite=True (--overwrite)."
         )
+
+
+def refuse_home(path: str | os.PathLike[str]) -> None:
+    """Refuse an output that would become a folder of the name ~.
+
+    Raises:
+        ConfigError: it begins with ~.
+    """
+    if os.fspath(path).startswith("~"):
+        raise ConfigError(f"{path} begins with ~, which stands for a home only in a shell. Give the whole path.")
 
 
 def check_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:

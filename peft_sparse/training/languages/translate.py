@@ -19,7 +19,7 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer
 from ...checks import is_whole
 from ...errors import ConfigError, FormatError
-from ...files import write_atomically
+from ...files import one_writer, refuse_home, write_atomically
 from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def translate_rows(
 
     Raises:
         ConfigError: no rows, a row without a field or with one that is no text, a language that the tokenizer does not
-            know, a model that is no sequence-to-sequence model, or a file of other rows or settings.
+            know, a model that is no sequence-to-sequence model, a file of other rows or settings, or one that another
+            process is writing.
         FormatError: what an earlier run left is damaged.
 
     Source: translate-train of thesis chapter 6, for classification: labels survive translation there.
@@ -111,45 +112,50 @@ def translate_rows(
         "rows": _digest(rows),
     }
     notes, partial = (output.with_name(f".{output.name}.{kind}") for kind in ("settings", "partial"))
-    _check_settings(notes, settings, output)
-    if output.exists():
-        done = list(_read_lines(output, is_whole=True))
-        return Translated(output, done, len(done), 0, 0)
+    refuse_home(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(notes, json.dumps(settings, ensure_ascii=False).encode())
-    done = list(_read_lines(partial, is_whole=False)) if partial.exists() else []
-    start, num_cut, num_unfinished = len(done), 0, 0
-    # Batches are those that a run in one go would have had: in float arithmetic a text's neighbours may matter.
-    per_batch = max(1, batch_size // len(fields))
-    start -= start % per_batch
-    done = done[:start]
-    begins = {} if forced is None else {"forced_bos_token_id": forced}
-    arguments = {"max_new_tokens": max_length, **(generation or {}), **begins}
+    # What is there already may be read where nothing can be written.
+    with nullcontext() if output.exists() else one_writer(output):
+        _check_settings(notes, settings, output)
+        if output.exists():
+            done = list(_read_lines(output, is_whole=True))
+            _check_number(output, done, rows, is_whole=True)
+            return Translated(output, done, len(done), 0, 0)
+        write_atomically(notes, json.dumps(settings, ensure_ascii=False).encode())
+        done = list(_read_lines(partial, is_whole=False)) if partial.exists() else []
+        _check_number(partial, done, rows, is_whole=False)
+        start, num_cut, num_unfinished = len(done), 0, 0
+        # Batches are those that a run in one go would have had: in float arithmetic a text's neighbours may matter.
+        per_batch = max(1, batch_size // len(fields))
+        start -= start % per_batch
+        done = done[:start]
+        begins = {} if forced is None else {"forced_bos_token_id": forced}
+        arguments = {"max_new_tokens": max_length, **(generation or {}), **begins}
 
-    def generate(texts: list[str]) -> tuple[list[str], int, int]:
-        return _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments)
+        def generate(texts: list[str]) -> tuple[list[str], int, int]:
+            return _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments)
 
-    was_training = model.training
-    model.eval()
-    write_atomically(partial, _lines(done))
-    bar = progress_bar("translating", len(rows)) if show_progress else nullcontext(lambda _: None)
-    try:
-        with bar as advance:
-            advance(start)
-            for first in range(start, len(rows), per_batch):
-                batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
-                new, cut, unfinished = _translated(batch, fields, generate)
-                num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
-                _append(partial, new)
-                done += new
-                advance(len(batch))
-    finally:
-        model.train(was_training)
-    os.replace(partial, output)
-    for number, what in ((num_cut, "texts were cut"), (num_unfinished, "translations were not at their end")):
-        if number:
-            logger.warning("%s: %d %s at %d subwords: max_length=...", output, number, what, max_length)
-    return Translated(output, done, start, num_cut, num_unfinished)
+        was_training = model.training
+        model.eval()
+        write_atomically(partial, _lines(done))
+        bar = progress_bar("translating", len(rows)) if show_progress else nullcontext(lambda _: None)
+        try:
+            with bar as advance:
+                advance(start)
+                for first in range(start, len(rows), per_batch):
+                    batch = [rows[number] for number in range(first, min(first + per_batch, len(rows)))]
+                    new, cut, unfinished = _translated(batch, fields, generate)
+                    num_cut, num_unfinished = num_cut + cut, num_unfinished + unfinished
+                    _append(partial, new)
+                    done += new
+                    advance(len(batch))
+        finally:
+            model.train(was_training)
+        os.replace(partial, output)
+        for number, what in ((num_cut, "texts were cut"), (num_unfinished, "translations were not at their end")):
+            if number:
+                logger.warning("%s: %d %s at %d subwords: max_length=...", output, number, what, max_length)
+        return Translated(output, done, start, num_cut, num_unfinished)
 
 
 def _translated(
@@ -316,6 +322,11 @@ def _read_lines(path: Path, *, is_whole: bool) -> Iterator[Row]:
             yield json.loads(line)
         except ValueError as error:
             raise FormatError(f"{path}, line {number + 1}, is no JSON: delete the file and translate again.") from error
+
+
+def _check_number(path: Path, found: Sequence[Row], rows: Sequence[Row], *, is_whole: bool) -> None:
+    if len(found) > len(rows) or (is_whole and len(found) < len(rows)):
+        raise FormatError(f"{path} holds {len(found)} rows, of {len(rows)}: delete it and translate again.")
 
 
 def _lines(rows: Sequence[Row]) -> bytes:
