@@ -14,6 +14,7 @@ from rich.progress import Progress
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file
 from ..checkpoints.foreign import COMPOSABLE_SFT, way_in
 from ..checkpoints.native import build
+from ..checkpoints.output import ADAPTER, save_adapter
 from ..checkpoints.shards import Checkpoint
 from ..errors import ConfigError, FormatError
 from ..files import check_apart, check_output
@@ -21,7 +22,6 @@ from ..selection.budget import Budget, groups_of, total_from_request
 from ..selection.criteria import Denoising, change_criterion
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .other_adapters import AdapterOnBase
-from .output import ADAPTER, save_adapter
 from .ranking import Ranking, Scores, measure
 from .result import Extraction
 from .sources import CheckpointPair, Source

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..checkpoints.adapter_files import CONFIG_FILE
 from ..checkpoints.native import SOURCE, build
+from ..checkpoints.output import save_adapter
 from ..core.names import PREFIX
-from ..extraction.output import save_adapter
 from ..files import AtomicFolder
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .foreign import Foreign
