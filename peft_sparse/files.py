@@ -138,7 +138,7 @@ class AtomicFolder:
         doors: Sequence[str] = (),
         wait: float = 0,
     ) -> None:
-        self._given, self._overwrite, self._what = os.fspath(directory), overwrite, what
+        self._overwrite, self._what = overwrite, what
         self._is_replaced, self._doors = is_replaced, tuple(doors)
         self.directory = Path(directory).resolve()
         check_output(directory, overwrite=overwrite, what=what)
@@ -184,7 +184,7 @@ class AtomicFolder:
             (self.staging / _LOCK).unlink(missing_ok=True)
             os.replace(self.staging, self.directory)
             return
-        check_output(self._given, overwrite=self._overwrite, what=self._what)  # again: writing took its time
+        check_output(self.directory, overwrite=self._overwrite, what=self._what)  # again: writing took its time
         try:
             self._exchange()
         except BaseException:

@@ -17,7 +17,7 @@ from typing import Any
 from peft import PeftModel
 
 from ...checkpoints.adapter_files import CONFIG_FILE, PICKLED
-from ...checkpoints.card import DEFAULT, README
+from ...checkpoints.card import DEFAULT, README, read_card
 from ...checkpoints.native import SOURCE
 from ...errors import ConfigError
 from ...files import AtomicFolder, told_as_os_error
@@ -64,9 +64,14 @@ def _guarded(save: Callable[..., None]) -> Callable[..., None]:
             save(self, save_directory, *args, **kwargs)
             return
         with folder, told_as_os_error(folder.directory):
-            for place in {PurePosixPath(), *places}:
-                _copy_card(folder.directory / place, folder.staging / place)
+            left_alone = [
+                place
+                for place in {PurePosixPath(), *places}
+                if not _copy_card(folder.directory / place, folder.staging / place)
+            ]
             save(self, os.fspath(folder.staging), *args, **kwargs)
+            for place in left_alone:
+                (folder.staging / place / README).unlink(missing_ok=True)
 
     return save_pretrained
 
@@ -92,8 +97,14 @@ def _folder_for(save_directory: str | os.PathLike[str], places: Sequence[PurePos
         return None
 
 
-def _copy_card(folder: Path, staging: Path) -> None:
-    """PEFT and the library add to a card that is there."""
-    if (folder / README).is_file():
-        staging.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / README, staging / README)
+def _copy_card(folder: Path, staging: Path) -> bool:
+    """Copy a card that is there, to which PEFT and the library add; returns False if they could not understand it, over
+    which PEFT would save nothing.
+    """
+    if not (folder / README).is_file():
+        return True
+    if read_card(folder / README) is None:
+        return False
+    staging.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / README, staging / README)
+    return True

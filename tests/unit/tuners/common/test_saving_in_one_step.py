@@ -142,3 +142,18 @@ def test_pefts_own_errors_are_told_by_peft(tmp_path):
     with pytest.raises(ValueError, match="invalid `selected_adapters`"):
         model.save_pretrained(tmp_path / "out", selected_adapters=["nobody"])
     assert content(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "card", [b"caf\xe9", b"---\na: [\n---\nMine.\n", b"---\n- a\n---\n", b"---\ntags: [{a: 1}]\n---\n"]
+)
+def test_a_card_that_cannot_be_understood_costs_no_weights(tmp_path, caplog, card):
+    model = changed(saved("SPARSE_FT", tmp_path, "default", "a"))
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "README.md").write_bytes(card)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (tmp_path / "a" / "README.md").read_bytes() == card
+    assert f"The model card {tmp_path / 'a' / 'README.md'} was left as it is" in caplog.text
+    for name, folder in (("default", tmp_path), ("a", tmp_path / "a")):
+        model.set_adapter(name)
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder)), logits(model))
