@@ -25,6 +25,7 @@ from .config import WeightConfig
 
 logger = logging.getLogger(__name__)
 
+_MARK = "_peft_sparse_in_one_step"
 # For processes that all save at once, without is_main_process.
 _SECONDS_TO_WAIT = 60
 
@@ -34,9 +35,10 @@ def guard_saving() -> None:
 
     Weights in the other of PEFT's two forms, which it would load in place of those that were saved, go.
     """
-    save = PeftModel.save_pretrained
-    if not hasattr(save, "__wrapped__"):
-        PeftModel.save_pretrained = _guarded(save)
+    if not hasattr(PeftModel.save_pretrained, _MARK):
+        save = _guarded(PeftModel.save_pretrained)
+        setattr(save, _MARK, True)
+        PeftModel.save_pretrained = save
 
 
 def _guarded(save: Callable[..., None]) -> Callable[..., None]:
