@@ -179,6 +179,17 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, number
     assert texts(tmp_path) == {"f": "1", "out/a": "2"}
 
 
+def test_a_relative_folder_is_where_it_was_when_writing_began(tmp_path, monkeypatch):
+    for folder in (tmp_path / "out", tmp_path / "other" / "out"):
+        folder.mkdir(parents=True)
+    (tmp_path / "other" / "out" / "f").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with AtomicFolder("out") as atomic:
+        (atomic.staging / "a").write_text("1")
+        monkeypatch.chdir(tmp_path / "other")
+    assert texts(tmp_path) == {"out/a": "1", "other/out/f": "mine"}
+
+
 def test_a_writer_waits_for_another(tmp_path):
     begun, may_end = threading.Event(), threading.Event()
 
