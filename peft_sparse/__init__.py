@@ -22,6 +22,7 @@ from .tuners.ada_sft.model import AdaSftModel as AdaSftModel
 from .tuners.bottleneck.config import BottleneckConfig as BottleneckConfig
 from .tuners.bottleneck.model import BottleneckModel as BottleneckModel
 from .tuners.common.loading import guard_loading
+from .tuners.common.saving import guard_saving
 from .tuners.madg.config import MadGConfig as MadGConfig
 from .tuners.madg.model import MadGModel as MadGModel
 from .tuners.sparse_ft.configs import one_shot as _one_shot  # noqa: F401
@@ -41,6 +42,7 @@ register("BOTTLENECK", BottleneckConfig, BottleneckModel)
 register("MAD_G", MadGConfig, MadGModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
 guard_loading()
+guard_saving()
 
 
 __getattr__ = lazy(__name__, _HOMES)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +27,10 @@ from .errors import ConfigError
 _LOCK, _OLD, _PLAN = ".lock", ".old", ".plan.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SECONDS_TO_LOCK = 60
+# File systems without locks: NFS whose lock daemon is off, some in user space.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+# File systems take 255, and the name of a staging folder is 18 longer than that of what is written.
+_MOST_NAME_BYTES = 200
 
 
 @contextmanager
@@ -54,6 +60,23 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+@contextmanager
+def one_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around writing what becomes a file bit by bit, beside it: no other process does so for the same file.
+
+    Args:
+        path: the file, in a folder that exists.
+
+    Raises:
+        ConfigError: another process does.
+    """
+    target = Path(path)
+    with _Staging(target.parent, target.name) as staging:
+        if _living(target.parent, target.name, None) != [staging.path]:
+            raise ConfigError(f"another process is writing {path}. Wait for it, or name another file.")
+        yield
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -62,8 +85,15 @@ def save_tensors(
     Raises:
         OSError: it cannot be written; safetensors' own error for that has no common base with Python's.
     """
-    try:
+    with told_as_os_error(path):
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+
+
+@contextmanager
+def told_as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around safetensors' writing: what the system refuses is an OSError that names `path`."""
+    try:
+        yield
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -80,10 +110,13 @@ class AtomicFolder:
 
     Args:
         directory: where the files will be.
-        overwrite: replace what is there: files that `is_replaced` says, and those of the same names as new ones.
+        overwrite: replace what is there: what `is_replaced` says, and files of the same names as new ones. Others stay,
+            in subfolders too.
         what: what is written, for the errors.
-        is_replaced: whether a file of this name goes when the new ones come.
-        doors: names of files that come last, in this order.
+        is_replaced: whether a file or folder of this name goes when the new files come. It is asked of what lies in the
+            folders that these come into, by paths such as "name" and "sub/name".
+        doors: names of files that come last, in this order, in whichever of these folders.
+        wait: for how many seconds another process may go on writing into the directory.
 
     Attributes:
         directory: as an absolute path.
@@ -103,19 +136,33 @@ class AtomicFolder:
         what: str = "content",
         is_replaced: Callable[[str], bool] = lambda name: False,
         doors: Sequence[str] = (),
+        wait: float = 0,
     ) -> None:
-        self._given, self._overwrite, self._what = os.fspath(directory), overwrite, what
+        self._overwrite, self._what = overwrite, what
         self._is_replaced, self._doors = is_replaced, tuple(doors)
         self.directory = Path(directory).resolve()
         check_output(directory, overwrite=overwrite, what=what)
+        end = time.monotonic() + wait
+        while others := self._open_beside():
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"another process is writing into {directory}: its files are in {others[0].name} so far. Wait for "
+                    "it, or give another directory. If it was killed, on another machine, delete what it left."
+                )
+            # Not in step with the other, which may do the same.
+            time.sleep(random.uniform(0.02, 0.2))
+
+    def _open_beside(self) -> list[Path]:
+        """Open a staging folder, unless another process has one for the same directory: then return the others'."""
         # Where a rename reaches the directory: inside it if it is there (it may be a mount point), else beside it.
         inside = self.directory.exists()
         self._staging = _Staging(self.directory if inside else self.directory.parent, self.directory.name)
         self._staging.open()
         self.staging = self._staging.path
-        if _writers(self.directory) != [self.staging]:
+        others = [path for path in _writers(self.directory) if path != self.staging]
+        if others:
             self._staging.close()
-            raise ConfigError(f"another process is writing into {directory}. Wait for it, or give another directory.")
+        return others
 
     def __enter__(self) -> AtomicFolder:
         return self
@@ -137,7 +184,7 @@ class AtomicFolder:
             (self.staging / _LOCK).unlink(missing_ok=True)
             os.replace(self.staging, self.directory)
             return
-        check_output(self._given, overwrite=self._overwrite, what=self._what)  # again: writing took its time
+        check_output(self.directory, overwrite=self._overwrite, what=self._what)  # again: writing took its time
         try:
             self._exchange()
         except BaseException:
@@ -145,18 +192,42 @@ class AtomicFolder:
             raise
 
     def _exchange(self) -> None:
-        new = self._in_order(path.name for path in self.staging.iterdir() if path.name != _LOCK)
-        there = [path.name for path in self.directory.iterdir() if path != self.staging]
-        old = self._in_order(name for name in there if name in new or self._is_replaced(name))
+        new = self._in_order(_files_in(self.staging) - {_LOCK})
+        old = self._in_order(self._going(set(new)))
         (self.staging / _OLD).mkdir()
         (self.staging / _PLAN).write_text(json.dumps({"old": old, "new": new}), encoding="utf-8")
         for name in reversed(old):
-            os.replace(self.directory / name, self.staging / _OLD / name)
+            _move(self.directory / name, self.staging / _OLD / name)
         for name in new:
-            os.replace(self.staging / name, self.directory / name)
+            _move(self.staging / name, self.directory / name)
 
-    def _in_order(self, names: Iterator[str]) -> list[str]:
-        return sorted(names, key=lambda name: (self._doors.index(name) if name in self._doors else -1, name))
+    def _going(self, new: set[str]) -> set[str]:
+        """What goes when these files come."""
+        folders = {PurePosixPath(name).parent for name in new} | {PurePosixPath()}
+        there = {(folder / path.name).as_posix() for folder in folders for path in _inside(self.directory / folder)}
+        going = {name for name in there - {self.staging.name} if name in new or self._is_replaced(name)}
+        # What lies in a folder that goes, goes with it.
+        return {name for name in going if not any(str(above) in going for above in PurePosixPath(name).parents)}
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        def place(path: str) -> tuple[int, str]:
+            name = PurePosixPath(path).name
+            return self._doors.index(name) if name in self._doors else -1, path
+
+        return sorted(names, key=place)
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
 
 
 def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: str = "content") -> None:
@@ -165,8 +236,7 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
     Raises:
         ConfigError: it does, or it is a file, or begins with ~.
     """
-    if os.fspath(directory).startswith("~"):
-        raise ConfigError(f"{directory} begins with ~, which stands for a home only in a shell. Give the whole path.")
+    refuse_home(directory)
     path = Path(directory).resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{directory} is a file, not a directory. Give another output directory.")
@@ -176,6 +246,16 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, what: st
             f"{directory} exists and is not empty. Give another output directory, or replace the {what} in it with "
             "overwrite=True (--overwrite)."
         )
+
+
+def refuse_home(path: str | os.PathLike[str]) -> None:
+    """Refuse an output that would become a folder of the name ~.
+
+    Raises:
+        ConfigError: it begins with ~.
+    """
+    if os.fspath(path).startswith("~"):
+        raise ConfigError(f"{path} begins with ~, which stands for a home only in a shell. Give the whole path.")
 
 
 def check_apart(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
@@ -201,8 +281,8 @@ class _Staging:
 
     def __init__(self, parent: Path, name: str) -> None:
         self._parent, self._name = parent, name
-        self.path = parent / f".{name}.{uuid.uuid4().hex[:8]}.staging"
-        self._lock = FileLock(self.path / _LOCK)
+        self.path = parent / f".{_short(name)}.{uuid.uuid4().hex[:8]}.staging"
+        self._lock: BaseFileLock = FileLock(self.path / _LOCK)
 
     def open(self) -> None:
         _living(self._parent, self._name, None)
@@ -211,10 +291,21 @@ class _Staging:
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(self._parent)) from error
         try:
-            self._lock.acquire(timeout=_SECONDS_TO_LOCK)
+            self._acquire()
         except BaseException:
             self.close()
             raise
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=_SECONDS_TO_LOCK)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            # A file that is there says as much, but not that its writer was killed. Nobody else has made one here.
+            (self.path / _LOCK).unlink(missing_ok=True)
+            self._lock = SoftFileLock(self.path / _LOCK)
+            self._lock.acquire(timeout=_SECONDS_TO_LOCK)
 
     def close(self) -> None:
         self._lock.release()
@@ -236,12 +327,18 @@ def _writers(directory: Path) -> list[Path]:
 
 def _living(parent: Path, name: str, directory: Path | None) -> list[Path]:
     """Staging folders in `parent` whose writers are alive; the others go."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.staging")
+    pattern = re.compile(rf"\.{re.escape(_short(name))}\.[0-9a-f]{{8}}\.staging")
     try:
         found = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
     except OSError:  # not there yet, or nobody may look: then it cannot be cleared up either
         return []
     return [path for path in sorted(found) if not _remove_if_abandoned(path, directory)]
+
+
+def _short(name: str) -> str:
+    """A name, or what stands for a long one that something is to be added to."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _MOST_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
 
 
 def _remove_if_abandoned(staging: Path, directory: Path | None) -> bool:
@@ -271,10 +368,14 @@ def _undo(staging: Path, directory: Path) -> None:
         return
     for name in reversed(plan["new"]):
         if not (staging / name).exists():
-            os.replace(directory / name, staging / name)
+            _move(directory / name, staging / name)
+    # Folders that were made for them, the innermost first.
+    for folder in sorted({above for name in plan["new"] for above in PurePosixPath(name).parents[:-1]}, reverse=True):
+        with suppress(OSError):  # something else is in it
+            (directory / folder).rmdir()
     for name in plan["old"]:
         if (staging / _OLD / name).exists():
-            os.replace(staging / _OLD / name, directory / name)
+            _move(staging / _OLD / name, directory / name)
 
 
 @contextmanager

@@ -144,15 +144,11 @@ def write_block(
         subfolder: where the part's adapter lies, None for `folder` itself.
     """
     path = folder / README
-    try:
-        existing = path.read_bytes().decode("utf-8-sig") if path.is_file() else "---\nlibrary_name: peft\n---\n"
-        card = ModelCard(existing)
-        old = card.data.tags or []
-        others = [tag for tag in ([old] if isinstance(old, str) else old) if not _names_a_folder(tag)]
-        card.data.tags = sorted({*others, *tags, *_base_tags(config)})
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        logger.warning("The model card %s was left as it is: its metadata cannot be read (%s).", path, error)
+    card = read_card(path)
+    if card is None:
         return
+    others = [tag for tag in card.data.tags if not _names_a_folder(tag)]
+    card.data.tags = sorted({*others, *tags, *_base_tags(config)})
     base = config.get("base_model_name_or_path")
     # PEFT writes what the base model was loaded from: a folder of this machine says nothing to anybody else.
     if isinstance(card.data.base_model, str) and not is_hub_id(card.data.base_model):
@@ -162,6 +158,18 @@ def write_block(
     card.data.library_name = "peft"  # as PEFT does; a card that transformers made says "transformers"
     card.text = place_block(without_empty_sections(card.text), block, subfolder=subfolder)
     write_atomically(path, str(card).encode())
+
+
+def read_card(path: Path) -> ModelCard | None:
+    """The card in a file, with a list of tags, or a new one; None, with a warning, if it cannot be understood."""
+    try:
+        card = ModelCard(path.read_bytes().decode("utf-8-sig") if path.is_file() else "---\nlibrary_name: peft\n---\n")
+        tags = card.data.tags or []
+        card.data.tags = sorted({tags} if isinstance(tags, str) else set(tags))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        logger.warning("The model card %s was left as it is: its metadata cannot be read (%s).", path, error)
+        return None
+    return card
 
 
 def place_block(text: str, block: str, *, subfolder: str | None = None) -> str:

@@ -37,6 +37,11 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _OF_ADAPTERS = "adapter_config.json"
 _READ_BEFORE_CLOSING = 2**26
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# What transformers looks for by name beside any weights: another model's would be taken for this one's.
+_LOOKED_FOR = re.compile(
+    r"(generation_config|(pre|video_pre)?processor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
+    r"|vocab|chat_template)\.json|(vocab|merges)\.txt|.+\.(model|spm|tiktoken|codes|jinja)|additional_chat_templates"
+)
 
 
 class Checkpoint:
@@ -179,6 +184,11 @@ def _find_shards(folder: Path, source: str) -> dict[str, set[str]]:
     return shards
 
 
+def is_of_checkpoint(name: str) -> bool:
+    """Whether a file or folder of this name belongs to the checkpoint beside it, and goes when that is replaced."""
+    return (_WRITTEN.fullmatch(name) or _LOOKED_FOR.fullmatch(name)) is not None
+
+
 def refuse_beside_adapter(directory: str | os.PathLike[str]) -> None:
     """Refuse to write a checkpoint into an adapter's folder, where transformers would load the adapter on top of it.
 
@@ -205,8 +215,8 @@ class ShardWriter:
     Args:
         directory: where the checkpoint will be.
         max_shard_bytes: a shard is written when the next tensor would make it larger; only a single tensor may be.
-        overwrite: replace a checkpoint that is there: its weights go, other files stay unless one of the same name is
-            written.
+        overwrite: replace a checkpoint that is there: its weights go, and what transformers would read with the new
+            ones (tokenizer, chat templates, generation config). Others stay unless one of the same name is written.
 
     Attributes:
         staging: where files are collected until then; whatever else is put there moves along.
@@ -228,7 +238,7 @@ class ShardWriter:
             directory,
             overwrite=overwrite,
             what="checkpoint",
-            is_replaced=lambda name: _WRITTEN.fullmatch(name) is not None,
+            is_replaced=is_of_checkpoint,
             doors=(WEIGHTS, INDEX, CONFIG),
         )
         self.directory, self.staging = self._folder.directory, self._folder.staging

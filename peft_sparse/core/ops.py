@@ -39,6 +39,11 @@ def is_recorded() -> bool:
     )
 
 
+def is_kept() -> bool:
+    """Whether torch records a program that goes on to use the very parameters: torch.export, torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def scatter(values: Tensor, indices: Tensor, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
     """A dense tensor of zeros with `values` at flat positions; differentiable with respect to the values.
 

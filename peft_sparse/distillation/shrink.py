@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config
-from ..checkpoints.shards import CONFIG, WEIGHTS, refuse_beside_adapter
+from ..checkpoints.shards import CONFIG, INDEX, WEIGHTS, is_of_checkpoint, refuse_beside_adapter
 from ..errors import ConfigError, FormatError
 from ..files import AtomicFolder, check_apart, check_output
 from .counting import Sameness, by_language
@@ -67,7 +67,7 @@ def shrink(
         texts: {language: texts} to count.
         stride: of `make_student`; None keeps all layers. Without distillation fewer layers mean a worse model.
         revision: of the model on the Hub.
-        overwrite: replace a model that is there.
+        overwrite: replace a model that is there, with its tokenizer and chat templates.
         limits: of `reduce_vocabulary`: min_count, min_probability, keep_characters.
 
     Raises:
@@ -84,7 +84,9 @@ def shrink(
     del whole
     reduced = reduce_vocabulary(small, tokenizer, texts=languages, **limits)
     new = _held_out(small, tokenizer, languages, limits)
-    with AtomicFolder(output, overwrite=overwrite, what="model", doors=(WEIGHTS, CONFIG)) as folder:
+    with AtomicFolder(
+        output, overwrite=overwrite, what="model", is_replaced=is_of_checkpoint, doors=(WEIGHTS, INDEX, CONFIG)
+    ) as folder:
         reduced.save_pretrained(folder.staging)
     return Shrunk(
         directory=Path(output),

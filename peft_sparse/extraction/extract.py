@@ -14,6 +14,7 @@ from rich.progress import Progress
 from ..checkpoints.adapter_files import CONFIG_FILE, find_file
 from ..checkpoints.foreign import COMPOSABLE_SFT, how_to_import
 from ..checkpoints.native import build
+from ..checkpoints.output import ADAPTER, save_adapter
 from ..checkpoints.shards import Checkpoint
 from ..core.delta import SparseDelta
 from ..errors import ConfigError, FormatError
@@ -22,7 +23,6 @@ from ..selection.budget import Budget, groups_of, total_from_request
 from ..selection.criteria import Denoising, change_criterion
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .other_adapters import AdapterOnBase
-from .output import ADAPTER, save_adapter
 from .ranking import Ranking, Scores, measure
 from .result import Extraction, Kept
 from .sources import CheckpointPair, Source

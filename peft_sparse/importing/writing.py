@@ -12,9 +12,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.adapter_files import CONFIG_FILE
 from ..checkpoints.native import SOURCE, build
+from ..checkpoints.output import save_adapter
 from ..core.names import PREFIX
-from ..extraction.output import save_adapter
 from ..files import AtomicFolder
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from .foreign import Foreign
@@ -55,8 +56,10 @@ def write_both(
         the two folders, None for a part that there is not; bytes of the sparse adapter's file.
     """
     sparse, lora, size = None, None, 0
-    parts = (SPARSE_FOLDER, LORA_FOLDER)
-    with AtomicFolder(output, overwrite=True, what="adapters", is_replaced=lambda name: name in parts) as folder:
+    parts, doors = (SPARSE_FOLDER, LORA_FOLDER), (SOURCE, CONFIG_FILE)
+    with AtomicFolder(
+        output, overwrite=True, what="adapters", is_replaced=lambda name: name in parts, doors=doors
+    ) as folder:
         if config is not None:
             size = write_sparse(folder.staging / SPARSE_FOLDER, foreign, config, overwrite=False)
             sparse = os.fspath(output / SPARSE_FOLDER)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +104,110 @@ def test_a_failing_move_brings_everything_back(tmp_path, monkeypatch, number):
     with pytest.raises(PermissionError):
         write(folder, NEW)
     assert content(folder) == OLD
+
+
+SUB_OLD = {"sub/config": "old", "sub/part1": "old", "sub/notes": "mine", "whole/part1": "old", "whole/notes": "old"}
+SUB_NEW = {"config": "new", "sub/config": "new", "sub/part2": "new", "whole/deep/weights": "new", "fresh/a": "new"}
+SUB_RESULT = {**SUB_NEW, "sub/notes": "mine"}
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_below(folder: Path) -> None:
+    replaced = ("whole", "sub/part1")
+    with AtomicFolder(folder, overwrite=True, doors=DOORS, is_replaced=lambda name: name in replaced) as atomic:
+        for name, text in SUB_NEW.items():
+            (atomic.staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (atomic.staging / name).write_text(text)
+
+
+def with_subfolders(folder: Path) -> Path:
+    for name, text in SUB_OLD.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_what_others_have_in_subfolders_stays(tmp_path):
+    folder = with_subfolders(tmp_path / "out")
+    write_below(folder)
+    assert texts(folder) == SUB_RESULT
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_failing_move_brings_subfolders_back(tmp_path, monkeypatch, number):
+    folder = with_subfolders(tmp_path / "out")
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == number:
+            raise PermissionError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(PermissionError):
+        write_below(folder)
+    assert texts(folder) == SUB_OLD
+    assert sorted(path.name for path in folder.iterdir()) == ["sub", "whole"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "日" * 85])
+def test_names_may_be_as_long_as_the_system_has_them(tmp_path, name):
+    for text in ("1", "2"):
+        write(tmp_path / name, {"a": text})
+        assert content(tmp_path / name) == {"a": text}
+    write_atomically(tmp_path / name / name, b"3")
+    assert content(tmp_path / name) == {"a": "2", name: "3"}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, number):
+    def refusing(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    write_atomically(tmp_path / "f", b"1")
+    write(tmp_path / "out", {"a": "1"})
+    with AtomicFolder(tmp_path / "out", overwrite=True) as atomic:
+        (atomic.staging / "a").write_text("2")
+        with pytest.raises(ConfigError, match=r"another process is writing into .*out: its files are in \.out\."):
+            AtomicFolder(tmp_path / "out", overwrite=True)
+    assert texts(tmp_path) == {"f": "1", "out/a": "2"}
+
+
+def test_a_relative_folder_is_where_it_was_when_writing_began(tmp_path, monkeypatch):
+    for folder in (tmp_path / "out", tmp_path / "other" / "out"):
+        folder.mkdir(parents=True)
+    (tmp_path / "other" / "out" / "f").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with AtomicFolder("out") as atomic:
+        (atomic.staging / "a").write_text("1")
+        monkeypatch.chdir(tmp_path / "other")
+    assert texts(tmp_path) == {"out/a": "1", "other/out/f": "mine"}
+
+
+def test_a_writer_waits_for_another(tmp_path):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def first():
+        with AtomicFolder(tmp_path / "out") as atomic:
+            (atomic.staging / "a").write_text("1")
+            begun.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait(60)
+    with pytest.raises(ConfigError, match="another process"):
+        AtomicFolder(tmp_path / "out", wait=0.3)
+    threading.Timer(0.3, may_end.set).start()
+    write(tmp_path / "out", {"b": "2"}, wait=60)
+    thread.join()
+    assert content(tmp_path / "out") == {"a": "1", "b": "2"}
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -78,7 +78,7 @@ def test_imports_point_one_way():
 BETWEEN_TUNERS = {
     "madg": {"bottleneck"},
     "ada_sft/config.py": {"sparse_ft.configs.base"},
-    "ada_sft/to_sparse.py": {"sparse_ft.configs.base", "sparse_ft.allocation"},
+    "ada_sft/to_sparse.py": {"sparse_ft.allocation"},
 }
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer
 from ...checks import is_whole
 from ...errors import ConfigError, FormatError
-from ...files import write_atomically
+from ...files import one_writer, refuse_home, write_atomically
 from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def translate_rows(
 
     Raises:
         ConfigError: no rows, a row without a field or with one that is no text, a language that the tokenizer does not
-            know, a model that is no sequence-to-sequence model, or a file of other rows or settings.
+            know, a model that is no sequence-to-sequence model, a file of other rows or settings, or one that another
+            process is writing.
         FormatError: what an earlier run left is damaged.
 
     Source: translate-train of thesis chapter 6, for classification: labels survive translation there.
@@ -111,31 +112,35 @@ def translate_rows(
         "rows": _digest(rows),
     }
     notes, partial = (output.with_name(f".{output.name}.{kind}") for kind in ("settings", "partial"))
-    _check_settings(notes, settings, output)
-    if output.exists():
-        done = list(_read_lines(output, is_whole=True))
-        return Translated(output, done, len(done), 0, 0)
+    refuse_home(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(notes, json.dumps(settings, ensure_ascii=False).encode())
-    begins = {} if forced is None else {"forced_bos_token_id": forced}
-    arguments = {"max_new_tokens": max_length, **(generation or {}), **begins}
+    # What is there already may be read where nothing can be written.
+    with nullcontext() if output.exists() else one_writer(output):
+        _check_settings(notes, settings, output)
+        if output.exists():
+            done = list(_read_lines(output, is_whole=True))
+            _check_number(output, done, rows, is_whole=True)
+            return Translated(output, done, len(done), 0, 0)
+        write_atomically(notes, json.dumps(settings, ensure_ascii=False).encode())
+        begins = {} if forced is None else {"forced_bos_token_id": forced}
+        arguments = {"max_new_tokens": max_length, **(generation or {}), **begins}
 
-    def translate(batch: Sequence[Mapping[str, Any]]) -> tuple[list[Row], int, int]:
-        return _translated(
-            batch,
-            fields,
-            lambda texts: _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments),
-        )
+        def translate(batch: Sequence[Mapping[str, Any]]) -> tuple[list[Row], int, int]:
+            return _translated(
+                batch,
+                fields,
+                lambda texts: _generate(model, tokenizer, [prefix + text for text in texts], max_length, arguments),
+            )
 
-    was_training = model.training
-    model.eval()
-    bar = progress_bar("translating", len(rows)) if show_progress else nullcontext(lambda _: None)
-    try:
-        with bar as advance:
-            found = _translate_rest(rows, partial, translate, max(1, batch_size // len(fields)), advance)
-    finally:
-        model.train(was_training)
-    os.replace(partial, output)
+        was_training = model.training
+        model.eval()
+        bar = progress_bar("translating", len(rows)) if show_progress else nullcontext(lambda _: None)
+        try:
+            with bar as advance:
+                found = _translate_rest(rows, partial, translate, max(1, batch_size // len(fields)), advance)
+        finally:
+            model.train(was_training)
+        os.replace(partial, output)
     done, start, num_cut, num_unfinished = found
     for number, what in ((num_cut, "texts were cut"), (num_unfinished, "translations were not at their end")):
         if number:
@@ -156,6 +161,7 @@ def _translate_rest(
         all rows; how many were there before; how many texts were cut, and translations unfinished.
     """
     done = list(_read_lines(partial, is_whole=False)) if partial.exists() else []
+    _check_number(partial, done, rows, is_whole=False)
     # Batches are those that a run in one go would have had: in float arithmetic a text's neighbours may matter.
     start = len(done) - len(done) % batch_size
     done = done[:start]
@@ -336,6 +342,11 @@ def _read_lines(path: Path, *, is_whole: bool) -> Iterator[Row]:
             yield json.loads(line)
         except ValueError as error:
             raise FormatError(f"{path}, line {number + 1}, is no JSON: delete the file and translate again.") from error
+
+
+def _check_number(path: Path, found: Sequence[Row], rows: Sequence[Row], *, is_whole: bool) -> None:
+    if len(found) > len(rows) or (is_whole and len(found) < len(rows)):
+        raise FormatError(f"{path} holds {len(found)} rows, of {len(rows)}: delete it and translate again.")
 
 
 def _lines(rows: Sequence[Row]) -> bytes:

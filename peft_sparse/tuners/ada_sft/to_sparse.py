@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
 
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ...checkpoints import native
-from ...checkpoints.adapter_files import CONFIG_FILE
-from ...checkpoints.card import README
+from ...checkpoints.output import save_adapter
 from ...core.delta import SparseDelta
 from ...errors import ConfigError
-from ...files import AtomicFolder, save_tensors
 from ...selection.lazy_tensors import LazyTensors
 from ...selection.top_k import joint_top_k
 from ..common.adapter_config import config_of
 from ..common.base_model import base_model_of
 from ..sparse_ft.allocation import plan_groups
-from ..sparse_ft.configs.base import SparseConfig
 from .config import ADA_SFT, AdaSftConfig
 from .iteration import iter_masked
 from .state import SLOT
@@ -82,7 +76,9 @@ def sparse_from_ada(
     if save_directory is not None:
         sparse.counts = {name: delta.count for name, delta in deltas.items()}
         sparse.target_modules = sorted(targets)
-        _save(deltas, _heads(model, adapter_name), sparse, Path(save_directory))
+        sparse.inference_mode = True
+        tensors = native.build(deltas, _heads(model, adapter_name))
+        save_adapter(save_directory, {n: t.contiguous() for n, t in tensors.items()}, sparse, overwrite=True)
     return deltas
 
 
@@ -90,13 +86,3 @@ def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Tensors of `modules_to_save`, by name in the base model."""
     whole = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {key.removeprefix(native.PREFIX): tensor for key, tensor in whole.items() if f".{SLOT}." not in key}
-
-
-def _save(deltas: Mapping[str, SparseDelta], heads: Mapping[str, Tensor], config: SparseConfig, folder: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in native.build(deltas, heads).items()}
-    config.inference_mode = True
-    with AtomicFolder(folder, overwrite=True, doors=(native.SOURCE, CONFIG_FILE)) as atomic:
-        if (folder / README).is_file():
-            shutil.copyfile(folder / README, atomic.staging / README)
-        save_tensors(tensors, atomic.staging / native.SOURCE, metadata={"format": "pt"})
-        config.save_pretrained(os.fspath(atomic.staging))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from peft import PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save
 from torch import nn
 
+from ...checkpoints.output import save_adapter
 from ...core.names import PREFIX
 from ...errors import ConfigError
-from ...files import write_atomically
 from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.iteration import set_bottleneck_weights
@@ -77,16 +74,16 @@ class GeneratedAdapter:
         """Write it as PEFT writes an adapter; `PeftModel.from_pretrained(base, folder)` loads it.
 
         Args:
-            folder: made if it is not there.
+            folder: made if it is not there; an adapter in it is replaced.
+
+        Raises:
+            ConfigError: see `files.AtomicFolder`.
         """
-        directory = Path(folder)
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{PREFIX}{path}.{ADAPTERS}.{field.replace('_', '.')}": tensor.cpu().contiguous()
             for path, weights in self.weights.items()
             for field, tensor in weights._asdict().items()
         }
-        write_atomically(directory / SAFETENSORS_WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
         config = copy.deepcopy(self.config)
         config.inference_mode = True
-        config.save_pretrained(str(directory))
+        save_adapter(folder, tensors, config, overwrite=True)

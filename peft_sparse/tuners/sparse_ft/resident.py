@@ -30,7 +30,8 @@ class resident(ContextDecorator, AbstractContextManager[nn.Module]):
     whatever is saved by them (`save_pretrained`, accelerate's `save_state`, safetensors' `save_model`); what is loaded
     inside takes their place. Copies of the model (`copy.deepcopy`, `torch.save`) are of the model outside of the block.
     Only the parameters themselves, read one by one (`named_parameters()`), show the weights with the deltas in them:
-    copy those outside of the block, or from `state_dict()`.
+    copy those outside of the block, or from `state_dict()`. A program that torch.export or torch.jit.trace makes of the
+    model uses these parameters: none is made inside of the block, and one that was made before is not to be run there.
 
     Args:
         model: a PeftModel, a tuner or a model with sparse layers in it. `with` gives it back.

@@ -131,6 +131,23 @@ def test_a_directory_with_something_in_it_is_replaced_only_when_asked(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [WEIGHTS, "notes.md"]
 
 
+# What transformers reads beside whichever weights are there, and what it does not.
+LOOKED_FOR = ["added_tokens.json", "chat_template.jinja", "generation_config.json", "spiece.model", "vocab.txt"]
+OWN = ["eval.json", "model.py", "notes.txt"]
+
+
+def test_the_tokenizer_and_templates_of_another_model_go_with_its_weights(tmp_path):
+    folder = write(tmp_path / "out", TENSORS)
+    (folder / "additional_chat_templates").mkdir()
+    for name in (*LOOKED_FOR, *OWN, "additional_chat_templates/rag.jinja"):
+        (folder / name).write_text("old")
+    with ShardWriter(folder, overwrite=True) as writer:
+        writer.add("z", torch.ones(2))
+        (writer.staging / "vocab.txt").write_text("new")
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*OWN, WEIGHTS, "vocab.txt"])
+    assert (folder / "vocab.txt").read_text() == "new"
+
+
 def test_an_overwrite_that_failed_leaves_the_old_checkpoint(tmp_path):
     folder = write(tmp_path / "out", TENSORS)
     with pytest.raises(RuntimeError, match="on the way"):

@@ -50,6 +50,17 @@ def test_it_shrinks_and_says_how_much(folder, tmp_path):
     assert len(tokenizer) == model.config.vocab_size < before.config.vocab_size
 
 
+def test_what_another_model_left_is_not_read_with_it(folder, tmp_path):
+    for name in ("chat_template.jinja", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    result = run(folder / "model", "--texts", folder / "ind.txt", "-o", tmp_path, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"mine.txt", "model.safetensors"} <= names
+    assert not {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"} & names
+
+
 def test_a_file_that_is_named_twice_is_counted_once(folder, tmp_path):
     texts, link = folder / "ind.txt", tmp_path / "ind.txt"
     link.symlink_to(texts)

@@ -205,7 +205,7 @@ def test_failed_writing_leaves_nothing(saved, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("peft_sparse.extraction.output.save_tensors", fail)
+    monkeypatch.setattr("peft_sparse.checkpoints.output.save_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         extract(saved, tmp_path / "a", density=0.1)
     assert list(tmp_path.iterdir()) == []

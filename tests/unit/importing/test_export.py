@@ -15,9 +15,9 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from peft_sparse import RandConfig, export_adapter, import_adapter
 from peft_sparse.checkpoints.adapter_files import read_adapter
 from peft_sparse.checkpoints.native import build
+from peft_sparse.checkpoints.output import save_adapter
 from peft_sparse.core.delta import SparseDelta
 from peft_sparse.errors import ConfigError, FormatError
-from peft_sparse.extraction.output import save_adapter
 from peft_sparse.importing.gap_lists import decode_gap_list, encode_gap_list
 from peft_sparse.importing.restricted_pickle import integers
 from tests.support.foreign_files import bert, differences, heads_of, write_diff

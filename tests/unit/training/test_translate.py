@@ -122,6 +122,40 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(tmp_path):
     assert (again.rows, again.num_resumed) == (whole.rows, 7)
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    whole = translate(made("bart"), tmp_path / "whole.jsonl")
+    model = made("bart")
+    generate, refused = model.generate, []
+
+    def second_at_the_same_time(**inputs):
+        with pytest.raises(ConfigError, match=r"another process is writing .*out\.jsonl") as found:
+            translate(made("bart"), tmp_path / "out.jsonl")
+        refused.append(found)
+        return generate(**inputs)
+
+    model.generate = second_at_the_same_time
+    assert translate(model, tmp_path / "out.jsonl").rows == whole.rows
+    assert len(refused) == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "kept"), [("out.jsonl", 6), ("out.jsonl", 8), (".out.jsonl.partial", 8)])
+def test_a_file_of_another_number_of_rows_is_damaged(tmp_path, name, kept):
+    translate(made("bart"), tmp_path / "out.jsonl")
+    lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").unlink()
+    (tmp_path / name).write_text("".join([*lines, *lines][:kept]))
+    with pytest.raises(FormatError, match=f"holds {kept} rows, of 7: delete it and translate again"):
+        translate(made("bart"), tmp_path / "out.jsonl")
+
+
+def test_a_home_in_an_output_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="begins with ~"):
+        translate(made("bart"), "~/out.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_with_other_rows_settings_or_weights_is_refused(tmp_path):
     translate(made("bart"), tmp_path / "out.jsonl")
     for change, message in [

@@ -321,7 +321,9 @@ class SparseLayer(MovableLayer):
         self._writing = WriteLock(self._lock)
         self._forget()
         self.num_resident, self._checked = 0, None
-        if not self.merged:
+        if self.merged:
+            self._shown.begin()
+        else:
             self.restore()
 
     # ---- merging ---------------------------------------------------------------------------------

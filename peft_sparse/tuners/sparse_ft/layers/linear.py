@@ -20,6 +20,7 @@ from ....core.backends.native import kernels
 from ....core.few_rows import GetParts, Parts, add_parts_, takes_parts
 from ....core.overlay import Overlay
 from ....core.traced import is_traced, shown
+from ....errors import ConfigError
 from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
 from .active_weights import ActiveWeights, Snapshot
 from .base import PARAMETERS, SparseLayer
@@ -47,6 +48,11 @@ class Linear(SparseLayer):
             result = self._without_gradient(x)
             if result is not None:
                 return result
+        if self.num_resident and ops.is_kept():
+            raise ConfigError(
+                "a model cannot be exported or traced inside of resident(model): the program would use weights that "
+                "later forwards write the deltas into, and add the deltas once more. Do it outside of the block."
+            )
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 
     def _without_gradient(self, x: Tensor) -> Tensor | None:

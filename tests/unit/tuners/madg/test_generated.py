@@ -55,6 +55,30 @@ def test_a_generated_adapter_is_an_ordinary_one(case, tmp_path):
         near(weights.down_weight.double(), adapter.weights[path].down_weight)
 
 
+def test_a_generated_adapter_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = PLAIN.model("network")
+    model.generate_adapter("bxr").save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("Mine.\n")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    fill_generators(model, "network", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(BottleneckConfig, "save_pretrained", raising(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            model.generate_adapter("bxr").save_pretrained(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    model.generate_adapter("bxr").save_pretrained(tmp_path / "out")
+    assert "Mine." in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="begins with ~"):
+        model.generate_adapter("bxr").save_pretrained("~/out")
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
 def test_generated_adapters_stack_below_a_task():
     network = PLAIN.model()
     model = get_peft_model(PLAIN.base(), Case("pfeiffer on post-norm").config(), adapter_name="task").eval()

@@ -10,9 +10,11 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_model, save_model
+from torch import nn
 
-from peft_sparse import ConfigError, resident
+from peft_sparse import ConfigError, RandConfig, resident
 from tests.support.adapters import tuned
 from tests.support.models import IDS, base_weights, llama, logits
 
@@ -187,15 +189,42 @@ def test_it_decorates_functions():
 
 
 @pytest.mark.parametrize("kind", ["sparse", "ada"])
-def test_base_weights_are_not_loaded_under_a_merged_adapter(kind):
+@pytest.mark.parametrize("copied", [False, True])
+def test_base_weights_are_not_loaded_under_a_merged_adapter(kind, copied):
     model = tuned(kind)
     state, want = copy.deepcopy(model.state_dict()), logits(model)
     model.merge_adapter()
+    model = copy.deepcopy(model) if copied else model
     with pytest.raises(ConfigError, match=r"unmerge_adapter\(\)"):
         model.load_state_dict(state)
     model.unmerge_adapter()
     model.load_state_dict(state)
     assert torch.equal(logits(model), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("strict", [False, True, None])
+def test_no_program_is_made_inside(strict, is_written):
+    """It would share the weights: `torch.jit.trace` checks itself by a forward that writes the deltas into them."""
+    torch.manual_seed(0)
+    config = RandConfig(density=0.4, target_modules="all-linear", init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), config).eval()
+    x = torch.randn(4, 6)
+
+    def program():
+        inside = model.get_base_model()
+        if strict is None:
+            return torch.jit.trace(inside, x)
+        return torch.export.export(inside, (x,), strict=strict).module()
+
+    with resident(model), torch.no_grad():
+        if is_written:
+            model(x)
+        with pytest.raises(Exception, match=r"inside of resident\(model\)"):
+            program()
+        want = model(x)
+    assert torch.allclose(program()(x), want)
 
 
 def test_a_backward_after_a_merge_sees_the_weight_of_its_forward():

@@ -6,26 +6,26 @@ import os
 import shutil
 from collections.abc import Mapping
 
+from peft import PeftConfig
 from torch import Tensor
 
-from ..checkpoints.adapter_files import CONFIG_FILE
-from ..checkpoints.card import README
-from ..checkpoints.native import SOURCE
 from ..files import AtomicFolder, save_tensors
-from ..tuners.sparse_ft.configs.base import SparseConfig
+from .adapter_files import CONFIG_FILE
+from .card import README
+from .native import SOURCE
 
 ADAPTER = "adapter"
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: SparseConfig, *, overwrite: bool = False
+    directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: PeftConfig, *, overwrite: bool = False
 ) -> int:
     """Write adapter file, config and card.
 
     Args:
         directory: where; files of other names that are there stay, as does what others wrote into the card.
-        tensors: of `native.build`.
-        config: with the counts of these tensors.
+        tensors: contiguous, by their names in the file.
+        config: of them; of a sparse adapter with their counts.
         overwrite: replace an adapter that is there.
 
     Returns:
