@@ -322,7 +322,7 @@ class SparseLayer(MovableLayer):
         self._forget()
         self.num_resident, self._checked = 0, None
         if self.merged:
-            self._shown.begin()
+            self._base_state_hooks.begin()
         else:
             self.restore()
 
