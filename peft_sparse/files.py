@@ -31,6 +31,8 @@ _SECONDS_TO_LOCK = 60
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 # File systems take 255, and the name of a staging folder is 18 longer than that of what is written.
 _MOST_NAME_BYTES = 200
+# Its own: waiting must not move the numbers that a training run draws.
+_jitter = random.Random()
 
 
 @contextmanager
@@ -150,7 +152,7 @@ class AtomicFolder:
                     "it, or give another directory. If it was killed, on another machine, delete what it left."
                 )
             # Not in step with the other, which may do the same.
-            time.sleep(random.uniform(0.02, 0.2))
+            time.sleep(_jitter.uniform(0.02, 0.2))
 
     def _open_beside(self) -> list[Path]:
         """Open a staging folder, unless another process has one for the same directory: then return the others'."""

@@ -36,7 +36,7 @@ def test_rows_by_norm():
     assert changed_rows(matrix({3: 0.0}, (3, 3))) == [ChangedRow(1, 0.0, 1)]
     assert changed_rows(delta, top=1) == [ChangedRow(0, 5.0, 2)]
     assert changed_rows(SparseDelta.empty((5, 3))) == []
-    assert changed_rows(matrix({0: 1.0, 1: 1.0}, (1, 2)))[0].norm == sqrt(2)
+    assert changed_rows(matrix({0: 1.0, 1: 1.0}, (1, 2)))[0].norm == pytest.approx(sqrt(2), rel=1e-15)
 
 
 def test_rows_need_a_matrix():
