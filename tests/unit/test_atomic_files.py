@@ -89,9 +89,8 @@ def test_an_overwritten_folder_keeps_what_is_not_replaced(tmp_path):
     assert content(folder) == RESULT
 
 
-@pytest.mark.parametrize("number", range(1, 9))
-def test_a_failing_move_brings_everything_back(tmp_path, monkeypatch, number):
-    folder = filled(tmp_path / "out")
+def fail_at_move(monkeypatch, number: int) -> None:
+    """Let the system refuse the move of this number, counted from 1, and no other."""
     replace, calls = os.replace, []
 
     def failing(source, target):
@@ -101,6 +100,12 @@ def test_a_failing_move_brings_everything_back(tmp_path, monkeypatch, number):
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", failing)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_failing_move_brings_everything_back(tmp_path, monkeypatch, number):
+    folder = filled(tmp_path / "out")
+    fail_at_move(monkeypatch, number)
     with pytest.raises(PermissionError):
         write(folder, NEW)
     assert content(folder) == OLD
@@ -139,15 +144,7 @@ def test_what_others_have_in_subfolders_stays(tmp_path):
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_failing_move_brings_subfolders_back(tmp_path, monkeypatch, number):
     folder = with_subfolders(tmp_path / "out")
-    replace, calls = os.replace, []
-
-    def failing(source, target):
-        calls.append(source)
-        if len(calls) == number:
-            raise PermissionError("no")
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", failing)
+    fail_at_move(monkeypatch, number)
     with pytest.raises(PermissionError):
         write_below(folder)
     assert texts(folder) == SUB_OLD

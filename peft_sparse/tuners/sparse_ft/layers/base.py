@@ -18,7 +18,7 @@ from ....core.observer import GradientObserver, watch_gradient
 from ....core.ops import is_recorded
 from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
-from ....core.traced import gradient_shown, is_traced
+from ....core.traced import Viewer, gradient_shown, is_traced
 from ...common.base_module import called, loaded
 from ...common.layer import PARAMETERS, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
@@ -176,28 +176,21 @@ class SparseLayer(MovableLayer):
     def maker(self, parameter: str, adapters: Sequence[str]) -> Callable[[], Tensor]:
         deltas = self.active_deltas(parameter, adapters)
         values = [(d.values, d.indices) for d in deltas]
-        watched = [d for d in deltas if d.observer is not None]
-        if is_traced():
-            viewers = [d.gradient_viewer.number for d in watched if d.gradient_viewer is not None]
-            return partial(self._traced_with_deltas, partial(self.base_under, parameter, adapters), values, viewers)
-        observers = [d.observer for d in watched if d.observer is not None and not is_recorded()]
-        return partial(self._with_deltas, partial(self.base_under, parameter, adapters), values, observers)
+        observers = [d.observer for d in deltas if d.observer is not None and not is_recorded()]
+        viewers = [d.gradient_viewer for d in deltas if d.observer is not None and is_traced()]
+        return partial(self._with_deltas, partial(self.base_under, parameter, adapters), values, observers, viewers)
 
     @staticmethod
     def _with_deltas(
-        base: Callable[[], Tensor], deltas: Sequence[tuple[Tensor, Tensor]], observers: Sequence[GradientObserver]
+        base: Callable[[], Tensor],
+        deltas: Sequence[tuple[Tensor, Tensor]],
+        observers: Sequence[GradientObserver],
+        viewers: Sequence[Viewer | None],
     ) -> Tensor:
         result = add_deltas(base(), deltas) if deltas else base()
         watch_gradient(result, observers)
-        return result
-
-    @staticmethod
-    def _traced_with_deltas(
-        base: Callable[[], Tensor], deltas: Sequence[tuple[Tensor, Tensor]], viewers: Sequence[Tensor]
-    ) -> Tensor:
-        result = add_deltas(base(), deltas) if deltas else base()
-        for number in viewers:
-            result = gradient_shown(result, number)
+        for viewer in viewers:
+            result = gradient_shown(result, viewer.number)  # type: ignore[union-attr]
         return result
 
     def leaves(self, parameter: str, adapters: Sequence[str]) -> list[Tensor]:
