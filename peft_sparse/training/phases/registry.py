@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from ...errors import ConfigError
+from ...tuners.common.adapter_config import carrier_of
 from . import dense_phase as dense_phase
 from . import mask_phase as mask_phase
 from . import one_shot as one_shot
@@ -19,6 +20,7 @@ def phase_before(model: Any) -> tuple[str, type[Phase]] | None:
     Raises:
         ConfigError: several have.
     """
+    model = carrier_of(model)
     if not isinstance(model, PeftModel):
         return None
     found: dict[str, type[Phase]] = {}

@@ -21,7 +21,7 @@ from ...checkpoints.adapter_hub import (
     write_adapter_hub,
 )
 from ...errors import FormatError
-from ..common.adapter_config import config_of
+from ..common.adapter_config import carrier_of, config_of
 from ..common.base_model import base_model_of
 from .adapter import LEARNED
 from .config import BOTTLENECK, BottleneckConfig
@@ -79,7 +79,9 @@ def load_adapter_hub(
     config = BottleneckConfig(**config_fields(adapter), modules_to_save=list(head.modules) if head else None)
     config.exclude_modules = _without_cross_attention(base, config, adapter)
     _check_fits(base, config, adapter)
-    if isinstance(model, PeftModel):
+    carrier = carrier_of(model)
+    if isinstance(carrier, PeftModel):
+        model = carrier
         model.add_adapter(name, config)
     else:
         training = model.training

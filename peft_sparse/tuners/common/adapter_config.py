@@ -11,14 +11,17 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer
 from ...checks import nearest
 from ...errors import ConfigError
-from .base_model import base_model_of, modules_around_adapters
+from .base_model import base_model_of, modules_around_adapters, uncompiled
 
 T = TypeVar("T")
 
 
 def carrier_of(model: Any) -> Any:
     """The model that carries adapters, inside whatever it is wrapped in (DDP, torch.compile); None if there is none."""
-    while model is not None and not isinstance(getattr(model, "peft_config", None), dict):
+    while model is not None:
+        model = uncompiled(model)
+        if isinstance(getattr(model, "peft_config", None), dict):
+            break
         model = getattr(model, "module", None)
     return model
 

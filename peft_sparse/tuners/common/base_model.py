@@ -15,16 +15,24 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The base model inside a PeftModel, a tuner or a distributed wrapper; the model itself if it is none of these."""
+    """The base model inside a PeftModel, a tuner, or the wrapper of a compiled or distributed one; else the model."""
     while True:
         if isinstance(model, PeftModel):
             model = model.base_model
         elif isinstance(model, BaseTuner):
             model = model.model
+        elif (inside := uncompiled(model)) is not model:
+            model = inside
         elif _is_wrapper(model):
             model = model.module
         else:
             return model
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside torch.compile's wrapper; without one the model itself."""
+    # Not its attribute: a PeftModel hands on those of a compiled base model.
+    return getattr(model, "_modules", {}).get("_orig_mod", model)
 
 
 def _is_wrapper(model: nn.Module) -> bool:

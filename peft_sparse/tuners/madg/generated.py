@@ -16,6 +16,7 @@ from ..bottleneck.adapter import BottleneckWeights
 from ..bottleneck.config import BOTTLENECK, BottleneckConfig
 from ..bottleneck.iteration import set_bottleneck_weights
 from ..bottleneck.layer import ADAPTERS
+from ..common.adapter_config import carrier_of
 from ..common.removal import discard
 
 
@@ -48,9 +49,11 @@ class GeneratedAdapter:
             ConfigError: the model holds another tuner type, or has other sites or widths. It is as it was then.
         """
         config = copy.deepcopy(self.config)
-        if not isinstance(model, PeftModel):
+        carrier = carrier_of(model)
+        if not isinstance(carrier, PeftModel):
             model = get_peft_model(model, config, adapter_name=self.name)
         else:
+            model = carrier
             kind = next(iter(model.peft_config.values())).peft_type
             if kind != BOTTLENECK:
                 raise ConfigError(

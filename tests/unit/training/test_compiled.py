@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import Trainer
 
-from peft_sparse import OneShotConfig, SpielAGConfig, iter_deltas, iter_reselectors, rate_scales, select_by_gradients
+from peft_sparse import (
+    AdaSftConfig,
+    ConfigError,
+    LotteryTicketConfig,
+    OneShotConfig,
+    SpielAGConfig,
+    iter_deltas,
+    iter_reselectors,
+    rate_scales,
+    select_by_gradients,
+    start_dense_phase,
+)
+from tests.support.training import Labelled, make_args, make_bert, make_trainer
 
 TARGETS = {"target_modules": ["tokens", "twice", "last"], "target_norms": True}
 SPIEL = {"density": 0.2, "reselection_steps": 3, "estimation_steps": 2, "total_steps": 12, **TARGETS}
@@ -84,10 +99,40 @@ def test_gradients_choose_the_same_weights():
     found = []
     for wrap in (lambda model: model, compiled):
         model = get_peft_model(Net(), OneShotConfig(density=0.2, criterion="fisher", budget="uniform", **TARGETS))
-        select_by_gradients(wrap(model), batches(3), loss_fn=loss)
+        chosen = select_by_gradients(wrap(model), batches(3), loss_fn=loss)
         found.append({name: (d.indices, d.values) for name, _, _, d in iter_deltas(model)})
+        assert chosen.keys() == found[0].keys()
     assert_equal(found[1], found[0])
     assert sum(indices.numel() for indices, _ in found[0].values()) > 0
+
+
+def test_a_phase_begun_on_the_compiled_model_is_the_model_s():
+    model = get_peft_model(Net(), LotteryTicketConfig(density=0.2, **TARGETS))
+    seen = compiled(model)
+    assert [name for name, *_ in iter_deltas(seen)] == [name for name, *_ in iter_deltas(model)]
+    start_dense_phase(seen)
+    with pytest.raises(ConfigError, match="dense phase"):
+        start_dense_phase(model)
+
+
+@pytest.mark.parametrize("config", [LotteryTicketConfig, AdaSftConfig])
+def test_a_trainer_goes_through_both_phases(config, tmp_path):
+    found = []
+    for wrap in (lambda model: model, partial(compiled, backend="eager")):
+        share = {"density": 0.02} if config is LotteryTicketConfig else {}
+        model = get_peft_model(make_bert(dropout=0.0, layers=1), config(**share, target_modules="all-linear"))
+        trainer = make_trainer(tmp_path, model=wrap(model), remove_unused_columns=False)
+        trainer.train()
+        trainer.save_model(tmp_path / "out")
+        saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        found.append({name: tensor for name, tensor in saved.items() if "digest" not in name})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_trainer_of_another_library_refuses_a_first_phase(tmp_path):
+    model = compiled(get_peft_model(make_bert(), LotteryTicketConfig(density=0.02)), backend="eager")
+    with pytest.raises(ConfigError, match=r"would train nothing of them\. Train with SparseSFTTrainer"):
+        Trainer(model=model, args=make_args(tmp_path), train_dataset=Labelled()).train()
 
 
 def test_a_fitted_rate_is_the_same():
