@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -46,15 +47,23 @@ def shared_positions(
 
 
 def warn_of_coinciding_draws(
-    names: Sequence[str], methods: Sequence[str | None], parts: Sequence[Mapping[str, SparseDelta]]
+    names: Sequence[str],
+    methods: Sequence[str | None],
+    parts: Sequence[Mapping[str, SparseDelta]],
+    factors: Sequence[float] | None,
 ) -> None:
     """Log a warning about each pair of adapters whose random supports coincide far above chance.
+
+    An average, whose factors add up to 1, is of one support by intent: of a run's checkpoints, or of runs on one task.
 
     Args:
         names: what to call the adapters.
         methods: of each, as its config says.
         parts: {parameter: delta} of each.
+        factors: of each in the sum; None for a sum of all as they are.
     """
+    if factors is not None and math.isclose(sum(factors), 1.0):
+        return
     for i, j in combinations([n for n, method in enumerate(methods) if method in RANDOM_METHODS], 2):
         found = shared_positions(parts[i], parts[j], at_least=_COINCIDING)
         if found is None:

@@ -44,6 +44,7 @@ def test_adding_up_the_same_draw_warns(tmp_path, caplog):
     model.add_adapter("c", RandConfig(density=0.2))
     with caplog.at_level(logging.WARNING, "peft_sparse"):
         model.base_model.add_weighted_adapter(["default", "c"], [1, 1], "fine")
+        model.base_model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "average")
         assert not caplog.records
         model.base_model.add_weighted_adapter(["default", "b"], [1, 1], "sum")
     assert "share 100 % of their weights, where two independent draws would share 20 %" in caplog.text
