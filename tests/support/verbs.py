@@ -27,6 +27,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -354,6 +355,12 @@ def status(case: Case, folder: Path) -> None:
         assert get_model_status(model).merged_adapters == ["b"]
 
 
+def uncast(case: Case, folder: Path) -> None:
+    model = case.model("a")
+    with disable_input_dtype_casting(model):
+        close(logits(model), expected(case, case.part(model, "a")))
+
+
 def reference_for_dpo(case: Case, folder: Path) -> None:
     # What trl's DPOTrainer does: the same config object, then the values by the adapter's name in the parameter's.
     model = case.model()
@@ -493,6 +500,7 @@ VERBS: dict[str, Callable[[Case, Path], None]] = {
     "inject_adapter_in_model": inject,
     "transformers' own verbs": through_transformers,
     "get_model_status, get_layer_status": status,
+    "disable_input_dtype_casting": uncast,
     "DPO's reference adapter": reference_for_dpo,
     "deepcopy": deep_copy,
     "pickle, torch.save": pickled,

@@ -156,6 +156,10 @@ def attribute_of(module: nn.Module, name: str, view: Callable[[], nn.Module]) ->
 class LikeItsBase(nn.Module):
     """A layer around a base module: an attribute that it lacks is that of the base module."""
 
+    # `peft.helpers.disable_input_dtype_casting` sets it on every tuner layer. Here inputs are cast where the base layer
+    # casts them, whatever it says.
+    cast_input_dtype_enabled = True
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if name in modules:
