@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...files import AtomicFolder
+from ...tuners.common.adapter_config import carrier_of
 from ..phases.phase import Phase
 from ..spiel.callback import STATE_FILE, load_state, save_state
 from ..spiel.reselector import iter_reselectors
@@ -78,7 +79,7 @@ class PhaseCheckpoints(_Base):
         if self._phase is not None:
             self._phase.load(resume_from_checkpoint)
         elif model is None and (adapters := self._trained_adapters()):
-            load_adapters(self.model, resume_from_checkpoint, adapters)
+            load_adapters(carrier_of(self.model), resume_from_checkpoint, adapters)
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
                 load_state(self.model, resume_from_checkpoint)
         else:
@@ -95,7 +96,7 @@ class PhaseCheckpoints(_Base):
             and (adapters := self._trained_adapters())
         ):
             logger.info("Loading the best adapter from %s (score: %s).", best, score)
-            load_adapters(self.model, best, adapters)
+            load_adapters(carrier_of(self.model), best, adapters)
         else:
             super()._load_best_model()
 
@@ -105,17 +106,17 @@ class PhaseCheckpoints(_Base):
         The trainer's own loading takes the first active adapter for the only one, and so a frozen language adapter for
         the task's.
         """
-        if not isinstance(self.model, PeftModel):
-            return []
-        return [name for name in self.model.active_adapters if trains(self.model, name)]
+        model = carrier_of(self.model)
+        return [name for name in model.active_adapters if trains(model, name)] if isinstance(model, PeftModel) else []
 
     def _needs_of_checkpoints(self) -> Needs:
         """What this run has to find in a checkpoint. FSDP and DeepSpeed write theirs in ways of their own."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
+        model = carrier_of(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(model, PeftModel):
             return Needs(training=False)
-        adapters = tuple(self._trained_adapters() or self.model.active_adapters)
+        adapters = tuple(self._trained_adapters() or model.active_adapters)
         files = []
-        if any(reselector.adapter_name in adapters for reselector in iter_reselectors(self.model)):
+        if any(reselector.adapter_name in adapters for reselector in iter_reselectors(model)):
             files.append(STATE_FILE)
         training = not self.args.save_only_model
         if training and getattr(self.accelerator, "scaler", None) is not None:

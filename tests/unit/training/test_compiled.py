@@ -25,7 +25,7 @@ from peft_sparse import (
     select_by_gradients,
     start_dense_phase,
 )
-from tests.support.training import Labelled, make_args, make_bert, make_trainer
+from tests.support.training import Labelled, deltas, make_args, make_bert, make_trainer
 
 TARGETS = {"target_modules": ["tokens", "twice", "last"], "target_norms": True}
 SPIEL = {"density": 0.2, "reselection_steps": 3, "estimation_steps": 2, "total_steps": 12, **TARGETS}
@@ -62,7 +62,7 @@ def train(model, called, *, updates=9, micro_batches=1):
         if number % micro_batches == 0:
             optimizer.step()
             optimizer.zero_grad()
-    return {name: (d.indices.clone(), d.values.detach().clone()) for name, _, _, d in iter_deltas(model)}
+    return deltas(model)
 
 
 def compiled(model, backend="aot_eager"):
@@ -127,6 +127,18 @@ def test_a_trainer_goes_through_both_phases(config, tmp_path):
         saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
         found.append({name: tensor for name, tensor in saved.items() if "digest" not in name})
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_stopped_run_goes_on_to_the_last_bit(tmp_path):
+    def run(**more):
+        config = SpielAGConfig(density=0.02, reselection_steps=3, estimation_steps=2)
+        model = get_peft_model(make_bert(layers=1), config)
+        how = {"save_strategy": "steps", "save_steps": 4, "remove_unused_columns": False}
+        make_trainer(tmp_path, model=compiled(model, backend="eager"), **how).train(**more)
+        return deltas(model)
+
+    whole = run()
+    assert_equal(run(resume_from_checkpoint=str(tmp_path / "checkpoint-4")), whole)
 
 
 def test_a_trainer_of_another_library_refuses_a_first_phase(tmp_path):
