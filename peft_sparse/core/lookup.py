@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .indices import positions
-from .observer import GradientObserver, current_pass, remember_outer
+from .observer import GradientObserver, current_pass, remember_outer, wanted_on
 from .ops import Deltas, is_recorded
 from .overlay import Overlay
 
@@ -135,7 +135,7 @@ class _Embedding(torch.autograd.Function):
             grad_values.append(gradient)
         remember_outer(ctx.made_in)
         for observer in ctx.observers:
-            observer.receive(_rows_at(flat.detach(), rows, observer.wanted(), ctx.width, ctx.numel))
+            observer.receive(_rows_at(flat.detach(), rows, wanted_on(observer, flat.device), ctx.width, ctx.numel))
         return None, None, None, None, None, *grad_values
 
 

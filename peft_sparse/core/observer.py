@@ -23,7 +23,8 @@ class GradientObserver(Protocol):
     def receive(self, gradient: Tensor) -> None:
         """Take the gradient of one use: [c] at the wanted positions, or the whole of it flat [numel].
 
-        float32 or wider. It is the caller's memory: what is to stay has to be copied.
+        float32 or wider. It is the caller's memory: what is to stay has to be copied. Replicas of the model hand over
+        theirs from a thread and a device each.
         """
 
 
@@ -76,6 +77,12 @@ def _running() -> int:
     return torch._C._current_graph_task_id()
 
 
+def wanted_on(observer: GradientObserver, device: torch.device) -> Tensor | None:
+    """What an observer wants, on the device of a replica of the model (`nn.DataParallel`)."""
+    wanted = observer.wanted()
+    return None if wanted is None else wanted.to(device)
+
+
 def watch_gradient(result: Tensor, observers: Sequence[GradientObserver]) -> None:
     """Hand the gradient of a tensor, or what is wanted of it, to observers in every backward pass."""
     if not observers or not result.requires_grad:
@@ -92,6 +99,6 @@ def _show(observer: GradientObserver, made_in: int, gradient: Tensor) -> None:
 
 def receive_whole(observer: GradientObserver, gradient: Tensor) -> None:
     """Hand an observer what it wants of a tensor's whole gradient, of any shape and dtype."""
-    wanted = observer.wanted()
+    wanted = wanted_on(observer, gradient.device)
     whole = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
     observer.receive(whole if wanted is None else whole[wanted.long()])

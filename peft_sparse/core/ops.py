@@ -22,7 +22,7 @@ from .autocast import autocast_dtype, without_autocast
 from .backends import sddmm
 from .backends.products import wide_product
 from .few_rows import FEW_ROWS, GetParts, add_parts_, takes_parts
-from .observer import GradientObserver, current_pass, remember_outer
+from .observer import GradientObserver, current_pass, remember_outer, wanted_on
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
 
@@ -200,7 +200,7 @@ class _Linear(torch.autograd.Function):
                 found = sddmm.weight_gradients(
                     flat,
                     x.reshape(-1, x.shape[-1]),
-                    [*(indices[i] for i in wanted), *(observer.wanted() for observer in ctx.observers)],
+                    [*(indices[i] for i in wanted), *(wanted_on(observer, x.device) for observer in ctx.observers)],
                     ctx.shape,
                     transposed=ctx.fan_in_fan_out,
                     shared=ctx.shared,
@@ -235,7 +235,10 @@ def _twice_differentiable(
             ]
             remember_outer(ctx.made_in)
             for observer in ctx.observers:
-                wanted, seen = observer.wanted(), dense.detach().to(torch.promote_types(dense.dtype, torch.float32))
+                wanted, seen = (
+                    wanted_on(observer, dense.device),
+                    dense.detach().to(torch.promote_types(dense.dtype, torch.float32)),
+                )
                 observer.receive(seen if wanted is None else seen[wanted.long()])
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
     return grad_x, grad_bias, None, None, None, None, None, *grad_values

@@ -85,6 +85,12 @@ class DistillationTraining:
         self._terms: dict[bool, dict[str, list[tuple[Tensor, int]]]] = {True: {}, False: {}}
         super().__init__(*args, **kwargs)
         if self.teacher is not None:
+            if self.args.n_gpu > 1:
+                raise ConfigError(
+                    f"a student learns from its teacher's layers on one GPU a process, got {self.args.n_gpu} GPUs: the "
+                    "trainer would copy the student to all of them (nn.DataParallel), and copies are not read. Start a "
+                    "process for each GPU (torchrun, accelerate launch), or show one alone: CUDA_VISIBLE_DEVICES=0."
+                )
             # Each micro-batch has a mean of its own, which the trainer divides by the number of those in a step.
             self.model_accepts_loss_kwargs = False
             self._prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 MEASURED_UPDATES = 4
 
 
+# Held while a meter takes inputs: the replicas of `nn.DataParallel` compute side by side.
+_seeing = threading.Lock()
+
+
 class InputMeter:
     """Sums up the squared inputs of one layer, column by column.
 
@@ -46,8 +51,9 @@ class InputMeter:
         """Take the inputs [..., I] of one forward."""
         rows = x.detach().reshape(-1, x.shape[-1])
         squares = rows.float().square().sum(0)
-        self.total = squares if self.total is None else self.total.to(squares.device).add_(squares)
-        self.tokens += rows.shape[0]
+        with _seeing:
+            self.total = squares if self.total is None else self.total.to(squares.device).add_(squares)
+            self.tokens += rows.shape[0]
 
 
 class RateFit:

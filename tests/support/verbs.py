@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import bottleneck, madg, sparse
 from tests.support.exact import IDS, base_parameters, close, logits, untouched
+from tests.support.replicas import OnReplicas
 
 Case = sparse.Case | bottleneck.Case | madg.MadGCase
 GREEDY = {"input_ids": IDS[:, :2], "max_new_tokens": 6, "do_sample": False}
@@ -361,6 +362,18 @@ def uncast(case: Case, folder: Path) -> None:
         close(logits(model), expected(case, case.part(model, "a")))
 
 
+def data_parallel(case: Case, folder: Path) -> None:
+    model = case.model("a")
+    wanted = case.parameters(model, "a")
+    plain = torch.autograd.grad(model(input_ids=IDS).logits.square().sum(), wanted)
+    on_replicas = OnReplicas(model)(input_ids=IDS).logits
+    close(on_replicas, expected(case, case.part(model, "a")))
+    for found, whole in zip(torch.autograd.grad(on_replicas.square().sum(), wanted), plain, strict=True):
+        # Values have a dtype of their own, to which the gradient of each half is rounded.
+        off = 4 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
+        torch.testing.assert_close(found, whole, rtol=0, atol=off)
+
+
 def reference_for_dpo(case: Case, folder: Path) -> None:
     # What trl's DPOTrainer does: the same config object, then the values by the adapter's name in the parameter's.
     model = case.model()
@@ -501,6 +514,7 @@ VERBS: dict[str, Callable[[Case, Path], None]] = {
     "transformers' own verbs": through_transformers,
     "get_model_status, get_layer_status": status,
     "disable_input_dtype_casting": uncast,
+    "nn.DataParallel": data_parallel,
     "DPO's reference adapter": reference_for_dpo,
     "deepcopy": deep_copy,
     "pickle, torch.save": pickled,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,9 @@ from ...selection.top_k import top_k
 from ...tuners.sparse_ft.layers.delta import AdapterDelta
 from ..distributed import means_over_ranks
 from .estimate import Estimate, zero_estimate
+
+# Held while a tap takes a gradient: the replicas of `nn.DataParallel` run their backward passes side by side.
+_receiving = threading.Lock()
 
 # Active weights that are watched along with the candidates. The gradient that the optimizer sees is known for them, so
 # they tell by how much clipping and loss scaling changed it.
@@ -118,11 +122,13 @@ class GradientTap:
         values = self._delta.values
         if not is_accumulated(values):
             return
-        if (now := current_pass()) != self._pass:
-            self._begin_pass(now)
-        self._uses = gradient.clone() if self._uses is None else self._uses.add_(gradient)
-        if self._handle is None and values.is_leaf:
-            self._handle = values.register_post_accumulate_grad_hook(self._end_pass)
+        with _receiving:
+            if (now := current_pass()) != self._pass:
+                self._begin_pass(now)
+            gradient = gradient.to(self._delta.indices.device, copy=self._uses is None)
+            self._uses = gradient if self._uses is None else self._uses.add_(gradient)
+            if self._handle is None and values.is_leaf:
+                self._handle = values.register_post_accumulate_grad_hook(self._end_pass)
 
     def _begin_pass(self, number: int) -> None:
         is_new = self._begins_update()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -221,13 +221,16 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         checkpoint = point.path if point is not None and point.phase == SECOND else None
         if point is not None and point.phase == SELECTION:
             self._load_selection(point.path)
-        if name is None:
-            with resident(self.model):
+        # On several GPUs of one process the trainer wraps the model in `nn.DataParallel`, whose copies nothing may be
+        # written into.
+        is_copied = self.args.n_gpu > 1
+        with nullcontext() if is_copied else resident(self.model):
+            if name is None:
                 return self._run_phase(checkpoint, options)
-        self._drop_optimizer()
-        with self._named(name), resident(self.model):
-            self._seed()
-            return self._run_phase(checkpoint, options)
+            self._drop_optimizer()
+            with self._named(name):
+                self._seed()
+                return self._run_phase(checkpoint, options)
 
     def _run_phase(self, checkpoint: str | None, options: dict[str, Any]) -> TrainOutput:
         """The trainer class's own training, which says so if it ends early."""

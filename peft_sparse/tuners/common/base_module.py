@@ -49,7 +49,9 @@ def seen_through(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.
     It shares buffers and children, has no hooks, and what a method of it writes into its attributes is lost.
     """
     view: nn.Module = object.__new__(type(module))
-    state = {name: value for name, value in vars(module).items() if name not in ("forward", "_hf_hook", "_old_forward")}
+    # A replica of `nn.DataParallel` has its parameters as attributes, which would hide these.
+    left_out = {"forward", "_hf_hook", "_old_forward", *tensors}
+    state = {name: value for name, value in vars(module).items() if name not in left_out}
     state["_parameters"] = {**module._parameters, **tensors}
     state.update({hooks: {} for hooks in _HOOKS})
     given = own_forward(module)

@@ -132,7 +132,7 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
     def _view(self) -> nn.Module:
         """The base layer with its parameters as this layer has them."""
         base = self.get_base_layer()
-        return seen_through(base, {p: getattr(self, p) for p in PARAMETERS if p in base._parameters})
+        return seen_through(base, {p: getattr(self, p) for p in PARAMETERS if hasattr(base, p)})
 
     def acts(self, adapter_name: str) -> bool:
         """Whether an adapter changes what this layer computes."""

@@ -20,6 +20,7 @@ from transformers import (
     ModernBertConfig,
     RoFormerConfig,
     Trainer,
+    TrainingArguments,
     XGLMConfig,
 )
 
@@ -306,6 +307,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"derived from transformers\.Trainer"):
         distilled_trainer(dict)
     assert distilled_trainer(Trainer) is DistillationTrainer is distilled_trainer(DistillationTrainer)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    base = classifier()
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConfigError, match=r"one GPU a process, got 2 GPUs: .*CUDA_VISIBLE_DEVICES=0"):
+        make_trainer(tmp_path, make_student(base, stride=2), Teacher(base))
 
 
 def test_attention_that_would_be_empty_is_refused(tmp_path):

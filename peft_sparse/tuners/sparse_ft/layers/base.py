@@ -26,7 +26,7 @@ from ...common.state_dict_hooks import StateDictHooks
 from .active_weights import ActiveWeights
 from .bounded_cache import with_entry
 from .delta import AdapterDelta, keep_dtypes
-from .in_place import WriteLock, Written, flat, is_all_local
+from .in_place import WriteLock, Written, flat, is_all_local, written_in_copies
 from .moved import MovableLayer
 
 
@@ -302,6 +302,16 @@ class SparseLayer(MovableLayer):
                 written.originals = fn(written.originals)
         super()._apply(fn, recurse)
         return self
+
+    def _replicate_for_data_parallel(self) -> SparseLayer:
+        # `nn.DataParallel` copies weights first and modules then: what is written stays in the copies. Each is of one
+        # forward in one thread, and writes nothing.
+        if self._written and (not self.merged or self.disable_adapters):
+            raise written_in_copies()
+        replica = super()._replicate_for_data_parallel()
+        replica._forget()
+        replica.num_resident, replica._written = 0, {}
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_lock", "_writing", "_base_state_hooks", "_active", "_named")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ....core.overlay import Overlay
 from ....core.sharded import how_sharded, is_sharded
+from ....errors import ConfigError
 
 if TYPE_CHECKING:
     from .active_weights import Snapshot
@@ -104,3 +105,12 @@ def flat(parameter: Tensor) -> Tensor:
             "Make it contiguous first: module.weight.data = module.weight.data.contiguous()"
         )
     return data.view(-1)
+
+
+def written_in_copies() -> ConfigError:
+    """The error for a model that `nn.DataParallel` copies while deltas are in its weights."""
+    return ConfigError(
+        "nn.DataParallel copies the model's weights, into which deltas are written now: by a forward of the model "
+        "itself inside of resident(model), or by merge_adapter() under disable_adapter(). Leave that block, or start "
+        "one process for each GPU (torchrun, accelerate launch), which is faster as well."
+    )
