@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import without_adapter
 from ...errors import ConfigError
+from .adapter_config import carrier_of
 from .adapter_names import known_list, known_names
 from .adding import adding
 from .base_model import KnownModules, iter_tuned, path_in_base
@@ -38,6 +39,23 @@ class AdapterTuner(BaseTuner):
     names_in_forward: ClassVar[bool] = True
 
     # ---- injection -------------------------------------------------------------------------------
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **options: Any) -> None:
+        if isinstance(carrier_of(model), PeftModel):
+            raise ConfigError(
+                "the model is a PeftModel already. Its add_adapter(name, config) and load_adapter(path, name) add one "
+                "more adapter. To start over, give PEFT the base model: model.unload() returns it without adapters."
+            )
+        # A model that has adapters already shares their configs with its new tuner, and keeps them if that fails.
+        held = getattr(model, "peft_config", None)
+        before = dict(held) if isinstance(held, dict) else None
+        try:
+            super().__init__(model, peft_config, adapter_name, **options)
+        except BaseException:
+            if before is not None:
+                held.clear()
+                held.update(before)
+            raise
 
     def inject_adapter(
         self,

@@ -52,6 +52,33 @@ def two_adapters(kind: str, **fields):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_a_model_with_adapters_is_given_no_second_time(kind):
+    model = two_adapters(kind)
+    before, own = picture(model), model.peft_config["a"]
+    for wrapped in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(ConfigError, match=r"is a PeftModel already.*add_adapter\(name, config\).*unload\(\)"):
+            get_peft_model(wrapped, CONFIGS[kind](), adapter_name="a")
+    assert picture(model) == before
+    assert model.peft_config["a"] is own
+
+
+@pytest.mark.filterwarnings("ignore:.*second time:UserWarning", "ignore:Already found a:UserWarning")
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_an_adapter_survives_if_one_of_its_name_fails_on_its_base_model(monkeypatch, kind, call):
+    model = two_adapters(kind, **HEADS)
+    model.set_adapter("b")
+    before, own = picture(model), model.peft_config["b"]
+    if call:
+        fail_at(monkeypatch, PEFT_TYPE_TO_TUNER_MAPPING[kind], "_create_and_replace", call)
+    wrong = {} if call else {"exclude_modules": ".*"}
+    with pytest.raises(Exception, match="_create_and_replace" if call else "exclude|matches no module"):
+        get_peft_model(model.get_base_model(), CONFIGS[kind](**wrong), adapter_name="b")
+    assert picture(model) == before
+    assert model.peft_config["b"] is own
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_first_adapter_that_fails_midway_leaves_the_base_model(monkeypatch, kind, call):
     model = llama()
