@@ -22,7 +22,7 @@ from .autocast import autocast_dtype, without_autocast
 from .backends import sddmm
 from .backends.products import wide_product
 from .few_rows import FEW_ROWS, GetParts, add_parts_, takes_parts
-from .observer import GradientObserver, current_pass, remember_outer, wanted_on
+from .observer import GradientObserver, current_pass, receive_whole, remember_outer, wanted_on
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
 
@@ -235,11 +235,7 @@ def _twice_differentiable(
             ]
             remember_outer(ctx.made_in)
             for observer in ctx.observers:
-                wanted, seen = (
-                    wanted_on(observer, dense.device),
-                    dense.detach().to(torch.promote_types(dense.dtype, torch.float32)),
-                )
-                observer.receive(seen if wanted is None else seen[wanted.long()])
+                receive_whole(observer, dense)
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
     return grad_x, grad_bias, None, None, None, None, None, *grad_values
 

@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 # Inputs are measured over so many updates; the first already scales by what it has seen.
 MEASURED_UPDATES = 4
-
-
 # Held while a meter takes inputs: the replicas of `nn.DataParallel` compute side by side.
 _seeing = threading.Lock()
 
