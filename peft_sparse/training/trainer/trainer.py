@@ -221,10 +221,8 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         checkpoint = point.path if point is not None and point.phase == SECOND else None
         if point is not None and point.phase == SELECTION:
             self._load_selection(point.path)
-        # On several GPUs of one process the trainer wraps the model in `nn.DataParallel`, whose copies nothing may be
-        # written into.
-        is_copied = self.args.n_gpu > 1
-        with nullcontext() if is_copied else resident(self.model):
+        # On several GPUs of one process `nn.DataParallel` copies the model, and nothing is written into copies.
+        with nullcontext() if self.args.n_gpu > 1 else resident(self.model):
             if name is None:
                 return self._run_phase(checkpoint, options)
             self._drop_optimizer()
