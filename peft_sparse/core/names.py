@@ -11,28 +11,29 @@ PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 # What DDP and its like call the model that they wrap.
 _WRAPPED = "module."
+# What PEFT calls the module that a tuner layer is around.
+_AROUND = "base_layer"
 _HEADS = "modules_to_save"
 # The containers that hold one entry per adapter, by its name: those of all tuner types here, and PEFT's own.
-SLOTS = frozenset(
-    {
-        "sparse_ft_weight",
-        "sparse_ft_bias",
-        "ada_sft_weight",
-        "bottleneck_adapters",
-        "mad_g_generators",
-        _HEADS,
-        "trainable_tokens_delta",
-        "trainable_tokens_original",
-    }
-)
+_OURS = frozenset({"sparse_ft_weight", "sparse_ft_bias", "ada_sft_weight", "bottleneck_adapters", "mad_g_generators"})
+SLOTS = _OURS | {_HEADS, "trainable_tokens_delta", "trainable_tokens_original"}
 
 
 def unwrapped(name: str) -> str:
-    """A module's path or a tensor's key without what FSDP, DDP, torch.compile and checkpointing put into it."""
-    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(_WRAPPED)
+    """A module's path or a tensor's key without what FSDP, DDP, torch.compile and checkpointing put into it; a key of
+    an adapter's also without the layers of other adapter types that are around its own (see `path_of_layer`).
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    slot = next((i for i, part in enumerate(parts) if part in _OURS), 0)
+    plain = ".".join([*(part for part in parts[:slot] if part != _AROUND), *parts[slot:]]).removeprefix(_WRAPPED)
     if plain.startswith(PREFIX):
         return PREFIX + plain.removeprefix(PREFIX).removeprefix(_WRAPPED)
     return plain
+
+
+def path_of_layer(path: str) -> str:
+    """The path in the base model of what a tuner layer is around, whatever layers of other types are around it."""
+    return ".".join(part for part in unwrapped(path).split(".") if part != _AROUND)
 
 
 def without_adapter(key: str, adapter_name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule
-from ..common.base_model import path_in_base
+from ...core.names import unwrapped
 from ..common.base_module import home_of
 from ..common.combining import Combined
 from ..common.events import ON_UNFINISHED, announce
@@ -67,7 +67,7 @@ class AdaSftModel(WeightTuner):
                     masked.start_at_random()
 
     def _check_target_module_exists(self, peft_config: AdaSftConfig, key: str) -> Any:
-        if path_in_base(key) in self._targets:
+        if unwrapped(key) in self._targets:
             return True
         return _ExcludedModule() if is_excluded(self._request, key) else False
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.base_model import path_in_base
+from ...core.names import unwrapped
 from ..common.combining import Combined
 from ..common.keys import gather
 from ..common.made_for_file import Receipt, cast_anew
@@ -100,7 +100,7 @@ class BottleneckModel(AdapterTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> bool:
-        return path_in_base(key) in self._sites
+        return unwrapped(key) in self._sites
 
     def _tuned(
         self, config: BottleneckConfig, adapter_name: str, target: nn.Module, path: str, parent: nn.Module

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, TrainableTokensLayer
-from ...core.names import unwrapped as path_in_base
+from ...core.names import path_of_layer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -115,4 +115,4 @@ def iter_tuned(model: nn.Module, kind: type[_Layer]) -> Iterator[tuple[str, _Lay
     """(path in the base model, layer) of every tuned layer of a kind, in the order of the model."""
     for name, module in modules_around_adapters(base_model_of(model)):
         if isinstance(module, kind):
-            yield path_in_base(name), module
+            yield path_of_layer(name), module

@@ -14,10 +14,10 @@ from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer, NoMatchingPeftModuleError
 from ...checks import nearest
-from ...core.names import ends_with
+from ...core.names import ends_with, path_of_layer, unwrapped
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch
-from .base_model import modules_around_adapters, path_in_base
+from .base_model import modules_around_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,35 @@ def refuse_other_tuners(model: nn.Module, targets: Collection[str], own: type[Ba
         ConfigError: there is such a layer.
     """
     for path, module in modules_around_adapters(model):
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, own) and path_in_base(path) in targets:
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, own) and unwrapped(path) in targets:
             others = module._all_available_adapter_names()
             raise ConfigError(
-                f"{path_in_base(path)} carries the adapters {others} of another type already, around which the weight "
+                f"{unwrapped(path)} carries the adapters {others} of another type already, around which the weight "
                 f"cannot be tuned. Load {others} after this one, merge them into the base model first, or leave "
-                f"the module out with exclude_modules=[{path_in_base(path)!r}]."
+                f"the module out with exclude_modules=[{unwrapped(path)!r}]."
+            )
+
+
+def refuse_stacked_types(model: nn.Module, layers: Iterable[BaseTunerLayer]) -> None:
+    """Refuse to merge or to take out adapters of a model in which a module has layers of two types, one around the
+    other: PEFT puts the module itself in the place of both, and what one restores is not what the other has written.
+
+    Args:
+        model: whatever carries the adapters.
+        layers: its tuner layers.
+
+    Raises:
+        ConfigError: there is such a module; the model is as it was.
+    """
+    for layer in layers:
+        inner = layer._modules.get("base_layer")
+        if isinstance(inner, BaseTunerLayer):
+            path = next(path for path, module in modules_around_adapters(model) if module is layer)
+            names = [one._all_available_adapter_names() for one in (inner, layer)]
+            raise ConfigError(
+                f"{path_of_layer(path)} carries the adapters {names[0]}, and around them {names[1]} of another type: "
+                "one cannot be merged or taken out without the other. Save both, load each into a base model of its "
+                "own, and merge them one after the other (peft-sparse merge, then the other type's merge_and_unload)."
             )
 
 

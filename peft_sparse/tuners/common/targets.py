@@ -13,10 +13,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_include_all_linear_layers
-from ...core.names import ends_with, lies_in_trained_whole
+from ...core.names import ends_with, lies_in_trained_whole, path_of_layer, unwrapped
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
-from .base_model import base_model_of, modules_around_adapters, path_in_base
+from .base_model import base_model_of, modules_around_adapters
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
@@ -57,9 +57,10 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
 
     Raises:
         ConfigError: a parameter of `counts` or of `target_parameters` is not in the model, or a layer of
-            `layers_to_transform`.
+            `layers_to_transform`; or a layer of another adapter type is around what is targeted.
     """
     modules = dict(named_targets(model))
+    _refuse_hidden(config, model)
     if config.counts is not None:
         warn_if_deeper(config, config.counts, modules)
         return _from_counts(config.counts, modules)
@@ -97,7 +98,44 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = f"{name}."
         if isinstance(module, AuxiliaryTrainingWrapper):
             continue
-        yield path_in_base(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        yield unwrapped(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _refuse_hidden(config: TargetRequest, model: nn.Module) -> None:
+    """Refuse to target what lies inside of another type's layer (a bottleneck adapter around a feed-forward), where it
+    would not be found.
+
+    Raises:
+        ConfigError: the config does.
+    """
+    for path, layer in modules_around_adapters(model):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        around = path_of_layer(path)
+        for inner, module in modules_around_adapters(layer.get_base_layer()):
+            name = path_of_layer(f"{around}.{inner}")
+            if inner and _would_target(config, name, module):
+                raise ConfigError(
+                    f"{name} lies inside of {around}, which carries the adapters "
+                    f"{layer._all_available_adapter_names()} of another type, and would not be tuned. Load those after "
+                    "this one, or merge or unload them first."
+                )
+
+
+def _would_target(config: TargetRequest, name: str, module: nn.Module) -> bool:
+    """Whether a config means a module by its name and kind alone."""
+    own, target = own_parameters(module), config.target_modules
+    if config.counts is not None:
+        return any(f"{name}.{parameter}" in config.counts for parameter in own)
+    if not own or is_excluded(config, name) or is_left_out_norm(config, module) or not _in_layers(config, name):
+        return False
+    if any(_ends_with_any(f"{name}.{parameter}", config.target_parameters or ()) for parameter in own):
+        return True
+    if (config.target_norms and is_norm(module)) or target == ALL_PARAMETERS:
+        return True
+    if target == ALL_LINEAR or (target is None and not config.target_parameters):
+        return is_linear(module)
+    return fullmatch(target, name) if isinstance(target, str) else _ends_with_any(name, target or ())
 
 
 def is_left_out_norm(config: TargetRequest, module: nn.Module) -> bool:
@@ -204,8 +242,8 @@ def _all_linear(config: TargetRequest, model: nn.Module) -> set[str]:
     named = dict(modules_around_adapters(model))
     found = _maybe_include_all_linear_layers(scratch, model).target_modules
     bypassed = sorted(name for name in found if _is_bypassed(named.get(name)))
-    _warn_of_bypassed(ALL_LINEAR, [name for name in bypassed if not is_excluded(config, path_in_base(name))])
-    return {path_in_base(name) for name in found if name not in bypassed}
+    _warn_of_bypassed(ALL_LINEAR, [name for name in bypassed if not is_excluded(config, unwrapped(name))])
+    return {unwrapped(name) for name in found if name not in bypassed}
 
 
 def _is_bypassed(module: nn.Module | None) -> bool:

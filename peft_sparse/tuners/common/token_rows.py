@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensLayer
-from ...core.names import is_trained_whole
+from ...core.names import is_trained_whole, unwrapped
 from ...errors import ConfigError, FormatError
-from .base_model import modules_around_adapters, path_in_base
+from .base_model import modules_around_adapters
 
 
 def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str]) -> None:
@@ -42,14 +42,14 @@ def check_token_rows(config: PeftConfig, model: nn.Module, tuned: Collection[str
         found.update({path: module for path, module in modules if output is not None and module is output})
     heads = tuple(getattr(config, "modules_to_save", None) or ())
     for path, module in found.items():
-        if path_in_base(path) in tuned or isinstance(module, BaseTunerLayer):
-            also, way_out = "an adapter tunes", f"Leave it out there with exclude_modules=[{path_in_base(path)!r}]"
+        if unwrapped(path) in tuned or isinstance(module, BaseTunerLayer):
+            also, way_out = "an adapter tunes", f"Leave it out there with exclude_modules=[{unwrapped(path)!r}]"
         elif is_trained_whole(path, heads):
             also, way_out = f"modules_to_save={list(heads)} trains whole", "Leave one of the two out"
         else:
             continue
         raise ConfigError(
-            f"trainable_token_indices trains rows of {path_in_base(path)}, which {also}: a matrix can be tuned, "
+            f"trainable_token_indices trains rows of {unwrapped(path)}, which {also}: a matrix can be tuned, "
             f"trained whole or trained in some rows, and only one of these. {way_out}."
         )
 
@@ -62,7 +62,7 @@ def _check_file(config: PeftConfig, paths: Iterable[str]) -> None:
     """
     held = getattr(config, "held_in_file", None)
     for path in paths:
-        key = f"{path_in_base(path)}.token_adapter.trainable_tokens_delta"
+        key = f"{unwrapped(path)}.token_adapter.trainable_tokens_delta"
         if held is not None and key not in held:
             raise FormatError(
                 f"the adapter's file has no '{key}', the rows of tokens that its config says are trained "

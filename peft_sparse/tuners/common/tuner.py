@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
-from ...core.names import without_adapter
+from ...core.names import unwrapped, without_adapter
 from ...errors import ConfigError
 from .adapter_config import carrier_of
 from .adapter_names import known_list, known_names
 from .adding import adding
-from .base_model import KnownModules, iter_tuned, path_in_base
+from .base_model import KnownModules, iter_tuned
 from .combining import Combined, add_combined, check_names, choose_head, inherited
 from .events import ON_STACK, announce
 from .heads_in_files import check_shapes
@@ -24,6 +24,7 @@ from .keys import own_state, to_model_keys, warn_if_not_finite
 from .made_for_file import Receipt, cast_anew, receiving
 from .mixed_batches import give_names, names_by_module
 from .stacked_heads import check_rows_to_merge, delete_heads, set_adapters, set_heads_to_merge
+from .target_checks import refuse_stacked_types
 from .token_rows import check_token_rows, keep_biases
 
 
@@ -111,7 +112,7 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = self._tuned(peft_config, adapter_name, target, path_in_base(current_key), parent)
+        layer = self._tuned(peft_config, adapter_name, target, unwrapped(current_key), parent)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -194,6 +195,7 @@ class AdapterTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        refuse_stacked_types(self.model, self.around.of_kind(BaseTunerLayer))
         layers = dict(iter_tuned(self.model, self.tuner_layer_cls))
         self._begin_unloading(layers, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         if merge and adapter_names is not None:

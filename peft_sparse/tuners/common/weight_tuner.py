@@ -16,6 +16,7 @@ from .broken_ties import forget_broken_ties
 from .events import ON_MERGE, announce
 from .removal import train_as_before
 from .stacked_heads import check_heads_of_merged
+from .target_checks import refuse_stacked_types
 from .tuner import AdapterTuner
 
 
@@ -38,10 +39,14 @@ class WeightTuner(AdapterTuner):
             adapter_names: the adapters to merge; the active ones if None.
             safe_merge: refuse values that are not finite, before any layer is touched. Finite ones that would become
                 infinite in the base weights' dtype are always refused.
+
+        Raises:
+            ConfigError: a layer of another adapter type is around one of these.
         """
         adapter_names = known_list(adapter_names, self.peft_config)
         if adapter_names is not None:
             check_heads_of_merged(self, adapter_names)
+        refuse_stacked_types(self.model, self.around.of_kind(BaseTunerLayer))
         # Not of those that were loaded to be used: trainers are slow to import.
         chosen = self.active_adapters if adapter_names is None else adapter_names
         if not all(self.peft_config[name].inference_mode for name in chosen):

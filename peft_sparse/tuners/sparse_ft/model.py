@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..._peft_bridge import _ExcludedModule, get_quantization_kwargs
+from ...core.names import unwrapped
 from ...errors import ConfigError
 from ..common.adapter_names import known_list
-from ..common.base_model import path_in_base
 from ..common.combining import Combined
 from ..common.made_for_file import Receipt, cast_anew
 from ..common.packed import hold_layouts, release_layouts
@@ -92,7 +92,7 @@ class SparseModel(WeightTuner):
         drivers.start(model, adapter_name, config)
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
-        if path_in_base(key) in self._targets:
+        if unwrapped(key) in self._targets:
             return True
         return _ExcludedModule() if peft_config.counts is None and is_excluded(peft_config, key) else False
 
