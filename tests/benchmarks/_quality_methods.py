@@ -102,10 +102,10 @@ def input_energies(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[s
 
 
 class ScaledSteps(TrainerCallback):
-    """Takes only a part of each of the optimizer's steps.
+    """Scales each of the optimizer's steps.
 
     Args:
-        scales: gives (parameter, how much of each step to take, a number or one for each entry); called at the first
+        scales: gives (parameter, the factor of its steps, a number or one for each entry); called at the first
             step, when the support is chosen.
     """
 
@@ -169,6 +169,12 @@ def with_low_rank(model: nn.Module, run: Run) -> None:
         layer.register_forward_hook(lambda module, inputs, output: output + module.low_rank(inputs[0]))
 
 
+def with_low_rank_at_half_rate(model: nn.Module, run: Run) -> ScaledSteps:
+    """`with_low_rank` at the learning rate that LoRA wants, and sparse steps of twice that, as random weights want."""
+    with_low_rank(model, run)
+    return ScaledSteps(lambda: [(delta.values, torch.full_like(delta.values, 2)) for *_, delta in iter_deltas(model)])
+
+
 def spiel(kind: type[PeftConfig], **changes):
     def config(run: Run) -> PeftConfig:
         # Which a random support to start from does not look at.
@@ -185,6 +191,14 @@ def spiel(kind: type[PeftConfig], **changes):
 def spiel_window():
     """SpIEL-AG that nominates over the whole of its estimation window."""
     return lambda run: spiel(SpielAGConfig, nomination_updates=run.options.estimation_steps)(run)
+
+
+def lora(share: float = 1.0):
+    def config(run: Run) -> LoraConfig:
+        rank = max(1, int(run.rank * share))
+        return LoraConfig(r=rank, lora_alpha=2 * rank, **TARGETS)
+
+    return config
 
 
 def rand(share: float = 1.0, **changes):
@@ -340,7 +354,7 @@ _FAMILIES = [
 ]
 ROWS = {name: method for family in _FAMILIES for name, method in family.items()}
 METHODS = {
-    LORA: Method((2e-3, 1e-3, 4e-3), lambda r: LoraConfig(r=r.rank, lora_alpha=2 * r.rank, **TARGETS), is_ours=False),
+    LORA: Method((2e-3, 1e-3, 4e-3), lora(), is_ours=False),
     **{name: ROWS[name] for name in ("rand", "spiel_ag", "one_shot", "spiel_ma")},
     "full": Method((2e-4, 1e-4, 4e-4), lambda _: None, trains_base=True, is_ours=False),
     "shira": Method(RANDOM, lambda r: ShiraConfig(r=r.rank, random_seed=r.seed, **TARGETS), is_ours=False),
@@ -367,6 +381,8 @@ EXTRAS = {
     "one_shot_by_both": Method((2e-3, 1e-3, 4e-3), one_shot("gradient"), prepare=steps_by_both),
     "flat_gradient": Method(RANDOM, one_shot(Criterion(fisher_over_energy, ("mean",)))),
     "rand_low_rank": Method(RANDOM, rand(0.5), prepare=with_low_rank),
+    "rand_low_rank_at_half_rate": Method((2e-3, 1e-3, 4e-3), rand(0.5), prepare=with_low_rank_at_half_rate),
+    "lora_of_half_the_rank": Method((2e-3, 1e-3, 4e-3), lora(0.5), is_ours=False),
     "one_shot_low_rank": Method(SM3, one_shot("gradient", 0.5), prepare=with_low_rank),
     "rand_all": Method(RANDOM, rand(target_modules="all")),
     "rand_rows": Method(RANDOM, confined(0.1, 0)),

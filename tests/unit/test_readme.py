@@ -59,6 +59,7 @@ STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("switch = LanguageSwitch(")
 DISTILLING = snippet("make_student(")
+BESIDE_LORA, BOTH_LOADED = snippet('"low_rank"):\n'), snippet('(merged, "low_rank")')
 PARSING, MIXING = snippet("encode_sentences("), snippet("few_shot(")
 
 
@@ -120,6 +121,21 @@ def test_two_phases_and_adding_up(folder):
     stacked.base_model.set_adapter(["language", "task"])
     torch.testing.assert_close(output(merged), output(stacked), rtol=1e-5, atol=1e-6)
     assert torch.equal(output(LlamaForCausalLM.from_pretrained("merged")), output(merged))
+
+
+def test_sparse_beside_low_rank(folder):
+    args = TrainingArguments(output_dir="out", max_steps=4, report_to="none", save_strategy="no")
+    names: dict = {"model": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
+    exec(BESIDE_LORA, names)
+    trained = names["model"]
+    outputs = []
+    for active in ("sparse", "low_rank", ["sparse", "low_rank"]):
+        trained.set_adapter(active)
+        outputs.append(output(trained))
+    names = {"base": tiny_model()}
+    exec(BOTH_LOADED, names)
+    torch.testing.assert_close(output(names["model"]), outputs[-1])
+    assert not any(torch.allclose(one, outputs[-1], atol=1e-4) for one in [*outputs[:-1], output(tiny_model())])
 
 
 def tokenizer_in(folder: str) -> None:
@@ -395,7 +411,7 @@ def test_distilling(folder):
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, SERVING, TWO_PHASES, QUANTIZED, LANGUAGE, TASK_ON_SOURCE, ZERO_SHOT, SWITCHING, MERGING]
     run += [SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, FITTED, DECAY, STACKING, ADAPTER_HUB]
-    run += [GENERATING, FEATURES, IMPORTING]
+    run += [GENERATING, FEATURES, IMPORTING, BESIDE_LORA, BOTH_LOADED]
     run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING, PARSING, MIXING]
     assert sorted(SNIPPETS) == sorted(run)
 
