@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.names import unwrapped
+from ...errors import ConfigError
 from ..common.combining import Combined
 from ..common.keys import gather
 from ..common.made_for_file import Receipt, cast_anew
@@ -62,9 +63,25 @@ class BottleneckModel(AdapterTuner):
         self, config: BottleneckConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
     ) -> Collection[str]:
         refuse_new_adapter(model, adapter_name)
+        self._refuse_relatives(model)
         self._sites: dict[str, Site] = self._find_sites(config, model)
         self._detach_inverse()
         return self._sites
+
+    def _refuse_relatives(self, model: nn.Module) -> None:
+        """Refuse a model whose bottlenecks are of the other kind, a hypernetwork's or plain ones: layers hold one kind.
+
+        Raises:
+            ConfigError: they are.
+        """
+        for path, layer in iter_layers(model):
+            if type(layer) is not self.tuner_layer_cls:
+                raise ConfigError(
+                    f"{path} carries the adapters {layer._all_available_adapter_names()}: plain bottleneck adapters "
+                    "and MAD-G's hypernetwork have no place in one model. What the hypernetwork generates has: "
+                    'model.generate_adapter("ace") of a model with the hypernetwork alone gives one more plain '
+                    "adapter, and its save_pretrained(folder) makes it one to load beside the others."
+                )
 
     def _find_sites(self, config: BottleneckConfig, model: nn.Module) -> dict[str, Site]:
         """Resolve a config, in place, and say where its adapter goes; refuses what cannot be had."""

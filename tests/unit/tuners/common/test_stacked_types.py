@@ -183,6 +183,16 @@ def test_a_file_for_what_lies_inside_of_another_types_layers_is_refused_by_name(
     assert picture(model) == before
 
 
+@pytest.mark.parametrize(("first", "second"), [("BOTTLENECK", "MAD_G"), ("MAD_G", "BOTTLENECK")])
+def test_a_hypernetwork_and_plain_bottlenecks_do_not_stand_in_one_model(first, second):
+    model = llama()
+    model.add_adapter(config(first), adapter_name="first")
+    before = picture(model)
+    with pytest.raises(ConfigError, match=r"carries the adapters \['first'\]: .*generate_adapter"):
+        model.add_adapter(config(second), adapter_name="second")
+    assert picture(model) == before
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_second_adapter_of_the_same_type_is_no_other_type(kind):
     model = get_peft_model(llama(), config(kind), adapter_name="a")
