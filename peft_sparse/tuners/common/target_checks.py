@@ -65,12 +65,13 @@ def refuse_other_tuners(model: nn.Module, targets: Collection[str], own: type[Ba
         ConfigError: there is such a layer.
     """
     for path, module in modules_around_adapters(model):
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, own) and unwrapped(path) in targets:
+        name = unwrapped(path)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, own) and name in targets:
             others = module._all_available_adapter_names()
             raise ConfigError(
-                f"{unwrapped(path)} carries the adapters {others} of another type already, around which the weight "
-                f"cannot be tuned. Load {others} after this one, merge them into the base model first, or leave "
-                f"the module out with exclude_modules=[{unwrapped(path)!r}]."
+                f"{name} carries the adapters {others} of another type already, around which the weight cannot be "
+                f"tuned. Load {others} after this one, merge them into the base model first, or leave the module out "
+                f"with exclude_modules=[{name!r}]."
             )
 
 

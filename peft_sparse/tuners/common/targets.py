@@ -60,10 +60,12 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
             `layers_to_transform`; or a layer of another adapter type is around what is targeted.
     """
     modules = dict(named_targets(model))
-    _refuse_hidden(config, model)
+    hidden = {name: layer for name, _, layer in _hidden_modules(model)}
     if config.counts is not None:
+        _refuse_hidden((parameter.rpartition(".")[0] for parameter in config.counts), hidden)
         warn_if_deeper(config, config.counts, modules)
         return _from_counts(config.counts, modules)
+    modules.update((name, module) for name, module, _ in _hidden_modules(model))
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
     _check_layers_exist(config, modules)
@@ -77,6 +79,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
         present = tuple(p for p in PARAMETERS if p in wanted and _has_parameter(module, p))
         if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
             targets[name] = present
+    _refuse_hidden(targets, hidden)
     if not targets and config.target_modules in (None, ALL_LINEAR) and not _all_linear(config, model):
         raise no_linear(type(model).__name__)
     check_names(config.target_modules, modules, is_empty=not targets)
@@ -101,41 +104,29 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield unwrapped(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _refuse_hidden(config: TargetRequest, model: nn.Module) -> None:
-    """Refuse to target what lies inside of another type's layer (a bottleneck adapter around a feed-forward), where it
-    would not be found.
-
-    Raises:
-        ConfigError: the config does.
+def _hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseTunerLayer]]:
+    """(path, module, layer) of the modules inside of what a tuner layer is around, such as a bottleneck adapter's around
+    a feed-forward. `named_targets` does not see them.
     """
     for path, layer in modules_around_adapters(model):
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        around = path_of_layer(path)
-        for inner, module in modules_around_adapters(layer.get_base_layer()):
-            name = path_of_layer(f"{around}.{inner}")
-            if inner and _would_target(config, name, module):
-                raise ConfigError(
-                    f"{name} lies inside of {around}, which carries the adapters "
-                    f"{layer._all_available_adapter_names()} of another type, and would not be tuned. Load those after "
-                    "this one, or merge or unload them first."
-                )
+        if isinstance(layer, BaseTunerLayer):
+            for inner, module in modules_around_adapters(layer.get_base_layer()):
+                if inner:
+                    yield path_of_layer(f"{path}.{inner}"), module, layer
 
 
-def _would_target(config: TargetRequest, name: str, module: nn.Module) -> bool:
-    """Whether a config means a module by its name and kind alone."""
-    own, target = own_parameters(module), config.target_modules
-    if config.counts is not None:
-        return any(f"{name}.{parameter}" in config.counts for parameter in own)
-    if not own or is_excluded(config, name) or is_left_out_norm(config, module) or not _in_layers(config, name):
-        return False
-    if any(_ends_with_any(f"{name}.{parameter}", config.target_parameters or ()) for parameter in own):
-        return True
-    if (config.target_norms and is_norm(module)) or target == ALL_PARAMETERS:
-        return True
-    if target == ALL_LINEAR or (target is None and not config.target_parameters):
-        return is_linear(module)
-    return fullmatch(target, name) if isinstance(target, str) else _ends_with_any(name, target or ())
+def _refuse_hidden(targets: Iterable[str], hidden: dict[str, BaseTunerLayer]) -> None:
+    """Refuse to target what lies inside of another type's layer.
+
+    Raises:
+        ConfigError: a target does.
+    """
+    for name in targets:
+        if name in hidden:
+            raise ConfigError(
+                f"{name} lies inside of a module that carries adapters of another type, and would not be tuned. Load "
+                f"{hidden[name]._all_available_adapter_names()} after this one, or merge or unload them first."
+            )
 
 
 def is_left_out_norm(config: TargetRequest, module: nn.Module) -> bool:
@@ -243,7 +234,9 @@ def _all_linear(config: TargetRequest, model: nn.Module) -> set[str]:
     found = _maybe_include_all_linear_layers(scratch, model).target_modules
     bypassed = sorted(name for name in found if _is_bypassed(named.get(name)))
     _warn_of_bypassed(ALL_LINEAR, [name for name in bypassed if not is_excluded(config, unwrapped(name))])
-    return {unwrapped(name) for name in found if name not in bypassed}
+    # Nor what is inside of another type's layer.
+    hidden = {name for name, module, _ in _hidden_modules(model) if is_linear(module)}
+    return hidden | {unwrapped(name) for name in found if name not in bypassed}
 
 
 def _is_bypassed(module: nn.Module | None) -> bool:
