@@ -105,8 +105,8 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseTunerLayer]]:
-    """(path, module, layer) of the modules inside of what a tuner layer is around, such as a bottleneck adapter's around
-    a feed-forward. `named_targets` does not see them.
+    """(path, module, layer) of the modules inside of what a tuner layer is around, such as a feed-forward with a
+    bottleneck adapter. `named_targets` does not see them.
     """
     for path, layer in modules_around_adapters(model):
         if isinstance(layer, BaseTunerLayer):
