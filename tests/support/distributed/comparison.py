@@ -20,12 +20,12 @@ def assert_replicas(results: list[dict[str, Any]]) -> None:
                 assert other[name] == expected, name
 
 
-def assert_joined(found: dict[str, Any], expected: dict[str, Any], *, tolerance: float = 1e-5) -> None:
+def assert_joined(found: dict[str, Any], expected: dict[str, Any], *, tolerance: float = 1e-4) -> None:
     """Several processes came to what one does on the joined batch: equal supports, counts and ages.
 
     Means over two halves are rounded otherwise than the mean over the whole, in float32 (2**-24). Where a gradient is
-    near zero, Adam divides by its size, and ten updates carry that on; 1e-5 of a tensor's largest entry is ten times
-    what was seen.
+    near zero, Adam divides by its size, and ten updates carry that on; 1e-4 of a tensor's largest entry is four times
+    what was seen (2.3e-5, of the bias of queries, on a processor with AMX; else 1e-6).
     """
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
