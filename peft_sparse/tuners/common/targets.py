@@ -60,12 +60,13 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
             `layers_to_transform`; or a layer of another adapter type is around what is targeted.
     """
     modules = dict(named_targets(model))
-    hidden = {name: layer for name, _, layer in _hidden_modules(model)}
+    inside = list(_hidden_modules(model))
+    hidden = {name: layer for name, _, layer in inside}
     if config.counts is not None:
         _refuse_hidden((parameter.rpartition(".")[0] for parameter in config.counts), hidden)
         warn_if_deeper(config, config.counts, modules)
         return _from_counts(config.counts, modules)
-    modules.update((name, module) for name, module, _ in _hidden_modules(model))
+    modules.update((name, module) for name, module, _ in inside)
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
     _check_layers_exist(config, modules)
