@@ -8,10 +8,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from ..errors import ConfigError
-from ..tuners.common.adapter_config import carrier_of
 from ..tuners.common.base_model import tensors_of_adapter
 from ..tuners.common.events import ON_STACK
 from .callbacks import add_to_every_trainer
@@ -54,24 +52,6 @@ class StackedAdaptersCallback(TrainerCallback):
                 f"load_best_model_at_end=True: of the active adapters {self._active} this trainer would load the best "
                 f"{self._active[0]!r} alone, and {behind} train. {WAY_OUT}"
             )
-
-
-def refuse_unsaveable(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a run before it begins that would end at its first checkpoint: transformers' own models save one adapter.
-
-    Raises:
-        ConfigError: the model has several active adapters outside of a PeftModel, and checkpoints are to be written.
-    """
-    carrier = carrier_of(model)
-    if isinstance(carrier, PeftModel) or not getattr(carrier, "_hf_peft_config_loaded", False):
-        return
-    active = list(carrier.active_adapters())
-    if len(active) > 1 and args.save_strategy != SaveStrategy.NO:
-        raise ConfigError(
-            f"save_strategy={args.save_strategy.value!r}: the adapters {active} are active, and transformers saves one "
-            'at a time, so the first checkpoint would end the run. Give save_strategy="no", and save them one by one '
-            "afterwards: model.set_adapter(name), model.save_pretrained(folder)."
-        )
 
 
 def trains(model: nn.Module, adapter_name: str) -> bool:

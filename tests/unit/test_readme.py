@@ -59,7 +59,7 @@ STACKING, ADAPTER_HUB = snippet("invertible="), snippet("load_adapter_hub(")
 GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("switch = LanguageSwitch(")
 DISTILLING = snippet("make_student(")
-BESIDE_LORA, BOTH_LOADED = snippet('"low_rank"):\n'), snippet('(merged, "low_rank")')
+BESIDE_LORA, BOTH_LOADED = snippet('trainer.save_model("both")'), snippet('(merged, "both/low_rank")')
 PARSING, MIXING = snippet("encode_sentences("), snippet("few_shot(")
 
 
@@ -124,7 +124,7 @@ def test_two_phases_and_adding_up(folder):
 
 
 def test_sparse_beside_low_rank(folder):
-    args = TrainingArguments(output_dir="out", max_steps=4, report_to="none", save_strategy="no")
+    args = TrainingArguments(output_dir="out", max_steps=4, report_to="none", save_steps=2)
     names: dict = {"model": tiny_model(), "args": args, "rows": rows(16), "collate": collate}
     exec(BESIDE_LORA, names)
     trained = names["model"]

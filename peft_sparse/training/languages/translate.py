@@ -20,6 +20,7 @@ from ..._peft_bridge import BaseTunerLayer
 from ...checks import is_whole
 from ...errors import ConfigError, FormatError
 from ...files import one_writer, refuse_home, write_atomically
+from ...tuners.common.adapter_config import active_adapters_of
 from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -355,12 +356,8 @@ def _lines(rows: Sequence[Row]) -> bytes:
 
 def _active_adapters(model: Any) -> list[str]:
     """The adapters that translate, which the weights alone do not say."""
-    if not hasattr(model, "peft_config"):
-        return []
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    active = model.active_adapters
-    # A method of models that transformers itself gave adapters.
-    return [] if any(layer.disable_adapters for layer in layers) else list(active() if callable(active) else active)
+    return [] if any(layer.disable_adapters for layer in layers) else active_adapters_of(model)
 
 
 def _digest_of_tokenizer(tokenizer: Any) -> str:

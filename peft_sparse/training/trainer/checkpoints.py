@@ -8,13 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...files import AtomicFolder
-from ...tuners.common.adapter_config import carrier_of
+from ...tuners.common.adapter_config import active_adapters_of, carrier_of
 from ..phases.phase import Phase
 from ..spiel.callback import STATE_FILE, load_state, save_state
 from ..spiel.reselector import iter_reselectors
@@ -22,7 +21,7 @@ from ..stacked_adapters import trains
 from .completeness import STATE, Needs, check_moments, naming
 from .preemption import is_just_in_time
 from .resume import SELECTION_FILE, SELECTION_FOLDER
-from .stored_adapters import load_adapters
+from .stored_adapters import folders_of, load_adapters, saving_each
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ class PhaseCheckpoints(_Base):
         return folder if self._phase is None else os.path.join(folder, self._phase.folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, **({} if state_dict is None else {"state_dict": state_dict}))
+        with saving_each(self.model):
+            super()._save(output_dir, **({} if state_dict is None else {"state_dict": state_dict}))
         if self._phase is not None and self.args.should_save:
             self._phase.save(output_dir if output_dir is not None else self.args.output_dir)
 
@@ -79,7 +79,7 @@ class PhaseCheckpoints(_Base):
         if self._phase is not None:
             self._phase.load(resume_from_checkpoint)
         elif model is None and (adapters := self._trained_adapters()):
-            load_adapters(carrier_of(self.model), resume_from_checkpoint, adapters)
+            load_adapters(self.model, resume_from_checkpoint, adapters)
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
                 load_state(self.model, resume_from_checkpoint)
         else:
@@ -96,7 +96,7 @@ class PhaseCheckpoints(_Base):
             and (adapters := self._trained_adapters())
         ):
             logger.info("Loading the best adapter from %s (score: %s).", best, score)
-            load_adapters(carrier_of(self.model), best, adapters)
+            load_adapters(self.model, best, adapters)
         else:
             super()._load_best_model()
 
@@ -107,14 +107,14 @@ class PhaseCheckpoints(_Base):
         the task's.
         """
         model = carrier_of(self.model)
-        return [name for name in model.active_adapters if trains(model, name)] if isinstance(model, PeftModel) else []
+        return [name for name in active_adapters_of(model) if trains(model, name)]
 
     def _needs_of_checkpoints(self) -> Needs:
         """What this run has to find in a checkpoint. FSDP and DeepSpeed write theirs in ways of their own."""
         model = carrier_of(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(model, PeftModel):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not active_adapters_of(model):
             return Needs(training=False)
-        adapters = tuple(self._trained_adapters() or model.active_adapters)
+        adapters = folders_of(model, self._trained_adapters() or active_adapters_of(model))
         files = []
         if any(reselector.adapter_name in adapters for reselector in iter_reselectors(model)):
             files.append(STATE_FILE)

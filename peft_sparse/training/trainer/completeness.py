@@ -6,9 +6,9 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ class Needs:
     """What a run has to find in a checkpoint.
 
     Attributes:
-        adapters: names of the adapters that it trains.
+        adapters: {name: folder in the checkpoint} of the adapters that it trains.
         files: further files, e.g. the state of the reselection; paths in the checkpoint's folder.
         training: whether it finds states of optimizer, scheduler and random generators (not with `save_only_model`, and
             not where FSDP or DeepSpeed writes them in its own way).
         rank: of this process, if there are several.
     """
 
-    adapters: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     training: bool = True
     rank: int | None = None
@@ -98,24 +98,18 @@ def faults(folder: str, files: tuple[str, ...], needs: Needs) -> Iterator[Fault]
         yield from _fault(folder, name)
 
 
-def folder_of(adapter_name: str) -> str:
-    """Where a saved model keeps an adapter, as PEFT lays it out."""
-    return "" if adapter_name == "default" else adapter_name
-
-
-def holds_adapter(folder: str, adapter_name: str) -> bool:
-    """Whether a checkpoint was written with an adapter of this name."""
-    own = os.path.join(folder, folder_of(adapter_name))
-    return any(os.path.exists(os.path.join(own, name)) for name in ("adapter_config.json", *_WEIGHTS))
+def holds_adapter(folder: str) -> bool:
+    """Whether there is an adapter in a folder, be it damaged."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("adapter_config.json", *_WEIGHTS))
 
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def _adapter_files(folder: str, adapters: tuple[str, ...]) -> Iterator[str]:
+def _adapter_files(folder: str, adapters: Mapping[str, str]) -> Iterator[str]:
     """An adapter that was added after the checkpoint is not in it; but one of those that train has to be."""
-    for adapter in [name for name in adapters if holds_adapter(folder, name)] or adapters[:1]:
-        own = folder_of(adapter)
+    folders = list(adapters.values())
+    for own in [own for own in folders if holds_adapter(os.path.join(folder, own))] or folders[:1]:
         yield os.path.join(own, "adapter_config.json")
         weights = [os.path.join(own, name) for name in _WEIGHTS]
         yield next((name for name in weights if os.path.exists(os.path.join(folder, name))), weights[0])

@@ -1,17 +1,62 @@
-"""Adapters that a checkpoint holds in PEFT's files, put back into a model."""
+"""Adapters in a checkpoint, in PEFT's files: each in a folder of its own, from which it is put back into a model."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
-from .completeness import folder_of, holds_adapter, naming
+from ...core.names import PREFIX
+from ...tuners.common.adapter_config import active_adapters_of, carrier_of
+from .completeness import holds_adapter, naming
 
 logger = logging.getLogger(__name__)
+
+
+def folders_of(model: Any, adapters: Sequence[str]) -> dict[str, str]:
+    """{adapter: folder in a checkpoint of the model}, as PEFT lays them out; transformers' models keep the only one
+    that is active in none, whatever its name.
+    """
+    is_alone = not isinstance(model, PeftModel) and len(active_adapters_of(model)) == 1
+    return {name: "" if is_alone or name == "default" else name for name in adapters}
+
+
+@contextmanager
+def saving_each(model: Any) -> Iterator[None]:
+    """While open, `save_pretrained` of a transformers model writes all of its active adapters, which it refuses by
+    itself, as a `PeftModel` does: each into a folder of its own.
+
+    Args:
+        model: whatever carries adapters, or none; nothing changes for one with a single one, and for a `PeftModel`.
+    """
+    model = carrier_of(model)
+    active = active_adapters_of(model)
+    if isinstance(model, PeftModel) or len(active) < 2:
+        yield
+        return
+    save_active = model.save_pretrained
+
+    def save_pretrained(folder: str | os.PathLike[str], **options: Any) -> None:
+        for name, own in folders_of(model, active).items():
+            with _shadowed(model, active_adapters=lambda name=name: [name]):
+                save_active(os.path.join(folder, own), **options)
+
+    with _shadowed(model, save_pretrained=save_pretrained):
+        yield
+
+
+@contextmanager
+def _shadowed(model: Any, **methods: Any) -> Iterator[None]:
+    vars(model).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(model)[name]
 
 
 def load_adapters(model: Any, folder: str, adapters: Sequence[str]) -> None:
@@ -20,11 +65,15 @@ def load_adapters(model: Any, folder: str, adapters: Sequence[str]) -> None:
     Raises:
         FormatError: a file is damaged.
     """
-    known = [name for name in adapters if holds_adapter(folder, name)]
+    model = carrier_of(model)
+    folders = {name: os.path.join(folder, own) for name, own in folders_of(model, adapters).items()}
+    known = {name: own for name, own in folders.items() if holds_adapter(own)}
     for name in set(adapters) - set(known):
         logger.warning("adapter %r is not in %s: it starts afresh.", name, folder)
-    loaded = {name: _read(os.path.join(folder, folder_of(name))) for name in known}
+    loaded = {name: _read(own) for name, own in known.items()}
     for name, tensors in loaded.items():
+        if not isinstance(model, PeftModel):
+            tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 

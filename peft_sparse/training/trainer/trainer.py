@@ -29,7 +29,7 @@ from ..phases.logs import NamePhase, PhaseLogs
 from ..phases.phase import PHASES, SECOND, SELECTION, Phase
 from ..phases.registry import phase_before
 from ..spiel.in_trainer import optimizer_for
-from ..stacked_adapters import StackedAdaptersCallback, refuse_unsaveable
+from ..stacked_adapters import StackedAdaptersCallback
 from .checkpoints import PhaseCheckpoints
 from .phase_args import make_first_args
 from .preemption import listen, listening, take_request
@@ -131,7 +131,6 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         with self._model_made_once(trial), listening(self):
             refuse_merged(self.model)
             refuse_frozen(self.model, self.optimizer)
-            refuse_unsaveable(self.model, self.args)
             # TRL has cast them if the base is quantised; DDP has to find them as they train.
             for _, layer in (*iter_layers(self.model), *iter_bottleneck_layers(self.model)):
                 layer.keep_dtypes()

@@ -26,6 +26,15 @@ def carrier_of(model: Any) -> Any:
     return model
 
 
+def active_adapters_of(carrier: Any) -> list[str]:
+    """The adapters that are active in a `PeftModel`, or in a model of transformers that was given adapters itself; of
+    what carries none, none."""
+    if not isinstance(getattr(carrier, "peft_config", None), dict):
+        return []
+    active = carrier.active_adapters
+    return list(active() if callable(active) else active)  # a method in models of transformers
+
+
 def peft_configs(model: nn.Module) -> dict[str, Any]:
     """{adapter name: config} of a model, whatever it is wrapped in.
 

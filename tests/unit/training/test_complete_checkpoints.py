@@ -81,7 +81,7 @@ FILES += ["adapter_model.safetensors", STATE_FILE]
 def test_the_newest_complete_checkpoint_is_taken(tmp_path, whole, file, harm, caplog):
     folder = copy_of(whole["spiel"], tmp_path)
     harm(folder / "checkpoint-8" / file)
-    needs = Needs(adapters=("default",), files=(STATE_FILE,))
+    needs = Needs(adapters={"default": ""}, files=(STATE_FILE,))
     assert find_resume_point(str(folder), True, None, needs=needs).path == str(folder / "checkpoint-4")
     assert f"passes over {folder / 'checkpoint-8'}" in caplog.text
     assert f"{file} is {'missing' if harm is remove else 'damaged'}" in caplog.text

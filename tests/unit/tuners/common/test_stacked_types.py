@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_sparse import AdaSftConfig, ConfigError, RandConfig, SparseTrainer, iter_deltas
+from peft_sparse import AdaSftConfig, ConfigError, RandConfig, iter_deltas
 from tests.support.adapters import TYPES, adapted, config
 from tests.support.models import IDS, llama, logits, picture
 
@@ -98,28 +98,6 @@ def test_a_sparse_and_a_low_rank_adapter_train_together(tmp_path):
     merged = PeftModel.from_pretrained(llama(), str(tmp_path / "sparse")).merge_and_unload()
     served = PeftModel.from_pretrained(merged, str(tmp_path / "low_rank"))
     torch.testing.assert_close(logits(served), together)
-
-
-def test_a_run_that_its_first_checkpoint_would_end_does_not_begin(tmp_path):
-    """transformers' models save one adapter at a time."""
-    model = llama()
-    model.add_adapter(RandConfig(density=0.2, target_modules="all-linear"), adapter_name="sparse")
-    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
-    trained = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True}
-
-    def trainer(**fields) -> SparseTrainer:
-        return SparseTrainer(
-            model=model, args=TrainingArguments(str(tmp_path), **{**trained, **fields}), train_dataset=rows
-        )
-
-    trainer().train()  # with one it can
-    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"), adapter_name="low_rank")
-    model.set_adapter(["sparse", "low_rank"])
-    before = picture(model)
-    with pytest.raises(ConfigError, match=r"save_strategy='steps': the adapters \['sparse', 'low_rank'\] are active"):
-        trainer().train()
-    assert picture(model) == before
-    trainer(save_strategy="no").train()
 
 
 @pytest.mark.parametrize("kind", ["SPARSE_FT", "ADA_SFT"])
