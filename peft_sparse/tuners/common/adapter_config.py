@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from peft import PeftType
+from peft import PeftModel, PeftType
 from torch import nn
 
 from ..._peft_bridge import BaseTunerLayer
@@ -27,12 +27,12 @@ def carrier_of(model: Any) -> Any:
 
 
 def active_adapters_of(carrier: Any) -> list[str]:
-    """The adapters that are active in a `PeftModel`, or in a model of transformers that was given adapters itself; of
-    what carries none, none."""
-    if not isinstance(getattr(carrier, "peft_config", None), dict):
-        return []
-    active = carrier.active_adapters
-    return list(active() if callable(active) else active)  # a method in models of transformers
+    """The adapters that are active in a `PeftModel`, or in a model of transformers that was given adapters by its own
+    verbs; none of a model that has none, or into which PEFT injected them, where no verb saves or loads them.
+    """
+    if isinstance(carrier, PeftModel):
+        return list(carrier.active_adapters)
+    return list(carrier.active_adapters()) if getattr(carrier, "_hf_peft_config_loaded", False) else []
 
 
 def peft_configs(model: nn.Module) -> dict[str, Any]:

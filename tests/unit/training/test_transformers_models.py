@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import Trainer
 
 from peft_sparse import AdaSftConfig, BottleneckConfig, FormatError, RandConfig, SparseTrainer, SpielAGConfig
@@ -156,6 +156,21 @@ def test_a_damaged_adapter_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(FormatError, match="low_rank"):
         trainer(tmp_path, resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same_tensors(tensors(resumed), before)
+
+
+def test_injected_adapters_are_saved_with_the_model(tmp_path):
+    """No verb of PEFT or transformers knows them, so that a checkpoint is that of any model."""
+
+    def injected():
+        torch.manual_seed(0)
+        return inject_adapter_in_model(TYPES["rand"](), llama(seed=3))
+
+    model = injected()
+    trainer(tmp_path, model).train()
+    assert (tmp_path / "checkpoint-4/model.safetensors").exists()
+    resumed = injected()
+    trainer(tmp_path, resumed).train(resume_from_checkpoint=True)
+    assert_same_tensors(tensors(resumed), tensors(model))
 
 
 def test_transformers_own_trainer_cannot_save_several(tmp_path):
