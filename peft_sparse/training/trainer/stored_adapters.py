@@ -10,7 +10,6 @@ from typing import Any
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
-from ...core.names import PREFIX
 from ...tuners.common.adapter_config import active_adapters_of, carrier_of
 from .completeness import holds_adapter, naming
 
@@ -72,8 +71,6 @@ def load_adapters(model: Any, folder: str, adapters: Sequence[str]) -> None:
         logger.warning("adapter %r is not in %s: it starts afresh.", name, folder)
     loaded = {name: _read(own) for name, own in known.items()}
     for name, tensors in loaded.items():
-        if not isinstance(model, PeftModel):
-            tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
