@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
-
 from ...errors import ConfigError
-from ...tuners.common.adapter_config import carrier_of
+from ...tuners.common.adapter_config import active_adapters_of, carrier_of
 from . import dense_phase as dense_phase
 from . import mask_phase as mask_phase
 from . import one_shot as one_shot
@@ -21,10 +19,8 @@ def phase_before(model: Any) -> tuple[str, type[Phase]] | None:
         ConfigError: several have.
     """
     model = carrier_of(model)
-    if not isinstance(model, PeftModel):
-        return None
     found: dict[str, type[Phase]] = {}
-    for name in model.active_adapters:
+    for name in active_adapters_of(model):
         called = getattr(model.peft_config[name], "first_phase", None)
         if called is not None and (kind := phase_called(called)).is_before(model, name):
             found[name] = kind

@@ -6,7 +6,6 @@ import logging
 from functools import partial
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -49,11 +48,10 @@ def check_training(model: Any) -> None:
     names = [name for name in inner.peft_config if phase is None or phase.adapter_name != name]
     waiting = [name for name in names if is_unselected(inner.peft_config[name]) and _is_active(inner, name)]
     if waiting:
-        wrap = "" if isinstance(inner, PeftModel) else "Make a PeftModel: get_peft_model(model, config). "
         raise ConfigError(
             f"the weights of the active adapters {waiting} "
             f"({', '.join(sorted({type(inner.peft_config[name]).__name__ for name in waiting}))}) are not selected "
-            f"yet, so this trainer would train nothing of them. {wrap}{HOW_TO_SELECT}"
+            f"yet, so this trainer would train nothing of them. {HOW_TO_SELECT}"
         )
     masks = [name for name in names if is_in_mask_phase(inner, name)]
     if masks:

@@ -21,7 +21,7 @@ from ..stacked_adapters import trains
 from .completeness import STATE, Needs, check_moments, naming
 from .preemption import is_just_in_time
 from .resume import SELECTION_FILE, SELECTION_FOLDER
-from .stored_adapters import folders_of, load_adapters, saving_each
+from .stored_adapters import folders_of, load_adapters, save_adapter, saving_each
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class PhaseCheckpoints(_Base):
             return
         folder = os.path.join(self._get_output_dir(trial), kind.folder, SELECTION_FOLDER)
         with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: True, doors=(SELECTION_FILE,)) as atomic:
-            self.model.save_pretrained(os.fspath(atomic.staging), selected_adapters=[adapter])
+            save_adapter(self.model, os.fspath(atomic.staging), adapter)
             (atomic.staging / SELECTION_FILE).write_text(json.dumps({"adapter": adapter}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

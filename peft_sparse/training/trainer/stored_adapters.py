@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,15 @@ def folders_of(model: Any, adapters: Sequence[str]) -> dict[str, str]:
     return {name: "" if is_alone or name == "default" else name for name in adapters}
 
 
+def save_adapter(model: Any, folder: str, adapter: str) -> None:
+    """Save one of a model's active adapters where `load_adapters` finds it."""
+    model = carrier_of(model)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=[adapter])
+    else:
+        _save_alone(model, model.save_pretrained, folder, adapter)
+
+
 @contextmanager
 def saving_each(model: Any) -> Iterator[None]:
     """While open, `save_pretrained` of a transformers model writes all of its active adapters, which it refuses by
@@ -39,13 +48,19 @@ def saving_each(model: Any) -> Iterator[None]:
         return
     save_active = model.save_pretrained
 
-    def save_pretrained(folder: str | os.PathLike[str], **options: Any) -> None:
-        for name, own in folders_of(model, active).items():
-            with _shadowed(model, active_adapters=lambda name=name: [name]):
-                save_active(os.path.join(folder, own), **options)
+    def save_pretrained(folder: str, **options: Any) -> None:
+        for name in active:
+            _save_alone(model, save_active, folder, name, **options)
 
     with _shadowed(model, save_pretrained=save_pretrained):
         yield
+
+
+def _save_alone(model: Any, save: Callable[..., None], folder: str, adapter: str, **options: Any) -> None:
+    """Save one of a transformers model's active adapters by its own `save_pretrained`, which sees no other."""
+    own = os.path.join(folder, folders_of(model, [adapter])[adapter])
+    with _shadowed(model, active_adapters=lambda: [adapter]):
+        save(own, **options)
 
 
 @contextmanager

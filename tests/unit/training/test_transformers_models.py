@@ -10,10 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import Trainer
 
-from peft_sparse import AdaSftConfig, BottleneckConfig, FormatError, RandConfig, SparseTrainer, SpielAGConfig
+from peft_sparse import (
+    AdaSftConfig,
+    BottleneckConfig,
+    FormatError,
+    LotteryTicketConfig,
+    OneShotConfig,
+    RandConfig,
+    SparseTrainer,
+    SpielAGConfig,
+)
+from peft_sparse.core.names import PREFIX
+from peft_sparse.training.phases.registry import phase_before
 from tests.support.models import llama, logits
 from tests.support.training import assert_same_tensors, make_args
 
@@ -24,19 +35,26 @@ TYPES = {
     "spiel": lambda: SpielAGConfig(density=0.1, reselection_steps=2, estimation_steps=1, **LINEAR),
     "masks": lambda: AdaSftConfig(density=0.1, **LINEAR),
     "bottleneck": lambda: BottleneckConfig(bottleneck_size=4),
+    "ticket": lambda: LotteryTicketConfig(density=0.1, **LINEAR),
+    "gradients": lambda: OneShotConfig(density=0.1, criterion="gradient", selection_batches=2, **LINEAR),
     "lora": lambda: LoraConfig(r=2, **LINEAR),
 }
 MODELS = [
     {"default": "rand"},
     {"quechua": "rand"},
     {"default": "spiel"},
-    {"default": "masks"},
     {"default": "bottleneck"},
     {"default": "lora"},
     {"sparse": "rand", "low_rank": "lora"},
     {"default": "spiel", "low_rank": "lora"},
     {"sparse": "rand", "default": "bottleneck"},
     {"language": "rand", "task": "rand"},
+]
+PHASES = [
+    {"quechua": "ticket"},
+    {"sparse": "ticket", "low_rank": "lora"},
+    {"sparse": "gradients", "low_rank": "lora"},
+    {"default": "masks"},
 ]
 SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 WEIGHTS = "adapter_model.safetensors"
@@ -79,6 +97,28 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, adapters):
         trainer(tmp_path, resumed).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert resumed.active_adapters() == list(adapters)
         assert_same_tensors(tensors(resumed), tensors(model))
+
+
+@pytest.mark.parametrize("adapters", PHASES, ids=called)
+def test_a_run_with_phases_goes_on_from_any_checkpoint(tmp_path, adapters):
+    model = carrying(adapters)
+    trainer(tmp_path / "whole", model).train()
+    _, phase = phase_before(carrying(adapters))
+    points = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / phase.folder).iterdir()]
+    for i, point in enumerate([*points, Path("checkpoint-2")]):
+        shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        resumed = carrying(adapters)
+        trainer(tmp_path / str(i), resumed).train(resume_from_checkpoint=str(tmp_path / str(i) / point))
+        assert_same_tensors(tensors(resumed), tensors(model))
+
+
+@pytest.mark.parametrize("kind", ["ticket", "gradients"])
+def test_a_run_with_phases_equals_that_of_a_peft_model(tmp_path, kind):
+    model = carrying({"default": kind})
+    trainer(tmp_path, model).train()
+    peft_model = get_peft_model(llama(seed=3), TYPES[kind]())
+    trainer(tmp_path, peft_model).train()
+    assert_same_tensors(tensors(model), {name.removeprefix(PREFIX): t for name, t in tensors(peft_model).items()})
 
 
 @pytest.mark.parametrize("adapters", MODELS, ids=called)

@@ -80,8 +80,10 @@ def test_one_unfinished_adapter_of_several_is_named(tmp_path, copied):
 def test_an_adapter_that_transformers_added(tmp_path):
     model = make_bert()
     model.add_adapter(TICKET)
-    with pytest.raises(ConfigError, match=r"Make a PeftModel: get_peft_model\(model, config\)"):
+    with pytest.raises(ConfigError, match=r"\['default'\] \(LotteryTicketConfig\) are not selected .*SparseTrainer"):
         plain(tmp_path, model).train()
+    make_trainer(tmp_path, model=model, max_steps=1).train()
+    assert sum(model.peft_config["default"].counts.values()) == 100
 
 
 def test_a_saved_and_reloaded_one(tmp_path, caplog):
