@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..training.languages.multisource import LANGUAGE
+from ..tuners.common.adapter_config import refuse_transformers_verbs
 from ..tuners.madg.config import MAD_G
 from ..tuners.madg.model import set_language
 from .attention import inner_model
@@ -34,7 +35,8 @@ class Teacher:
         languages: {language: name of its adapter in the model}.
 
     Raises:
-        ConfigError: no model of transformers; or PEFT's own errors for an adapter that does not fit.
+        ConfigError: no model of transformers, or one to which its own verbs gave adapters and which is to get more; or
+            PEFT's own errors for an adapter that does not fit.
 
     Source: BiStil, section 3.2 and 3.3: base + language SFT, and in phase 2 the task SFT, "trained beforehand".
     """
@@ -47,6 +49,8 @@ class Teacher:
         task: str | os.PathLike[str] | None = None,
     ) -> None:
         inner_model(base)
+        if languages or task is not None:
+            refuse_transformers_verbs(base)
         self.model = base
         adapters = {language: os.fspath(where) for language, where in (languages or {}).items()}
         names = {

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import ConfigError
+from ...tuners.common.adapter_config import refuse_transformers_verbs
 from ...tuners.madg.model import look_up_languages
 from .multisource import LANGUAGE
 
@@ -171,13 +172,15 @@ def language_below_task(adapters: Mapping[str, str | None], task: str) -> Callab
         task: name of the task adapter.
 
     Returns:
-        activate(model, language); raises ConfigError for a language without an adapter.
+        activate(model, language); raises ConfigError for a language without an adapter, and for a model that has its
+        adapters by transformers' own verbs.
     """
     known = dict(adapters)
 
     def activate(model: PeftModel, language: str) -> None:
         if language not in known:
             raise ConfigError(f"language must be one that has an adapter ({sorted(known)}), got {language!r}")
+        refuse_transformers_verbs(model)
         below = known[language]
         wanted = [task] if below is None else [below, task]
         if list(model.active_adapters) != wanted:

@@ -35,6 +35,21 @@ def active_adapters_of(carrier: Any) -> list[str]:
     return list(carrier.active_adapters()) if getattr(carrier, "_hf_peft_config_loaded", False) else []
 
 
+def refuse_transformers_verbs(model: Any) -> None:
+    """Refuse a model whose adapters transformers' own verbs added, where those of a `PeftModel` are needed.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    carrier = carrier_of(model)
+    if getattr(carrier, "_hf_peft_config_loaded", False) and not isinstance(carrier, PeftModel):
+        raise ConfigError(
+            f"model must be a PeftModel here, got a {type(carrier).__name__} to which transformers' own add_adapter or "
+            f"load_adapter gave {sorted(carrier.peft_config)}. Load them with PeftModel.from_pretrained(base, folder) "
+            "and its load_adapter(folder, name)."
+        )
+
+
 def peft_configs(model: nn.Module) -> dict[str, Any]:
     """{adapter name: config} of a model, whatever it is wrapped in.
 

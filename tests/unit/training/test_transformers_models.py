@@ -14,18 +14,22 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import Trainer
 
 from peft_sparse import (
+    AdapterAverage,
     AdaSftConfig,
     BottleneckConfig,
+    ConfigError,
     FormatError,
     LotteryTicketConfig,
     OneShotConfig,
     RandConfig,
     SparseTrainer,
     SpielAGConfig,
+    Teacher,
+    language_below_task,
 )
 from peft_sparse.core.names import PREFIX
 from peft_sparse.training.phases.registry import phase_before
-from tests.support.models import llama, logits
+from tests.support.models import llama, logits, picture
 from tests.support.training import assert_same_tensors, make_args
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -211,6 +215,30 @@ def test_injected_adapters_are_saved_with_the_model(tmp_path):
     resumed = injected()
     trainer(tmp_path, resumed).train(resume_from_checkpoint=True)
     assert_same_tensors(tensors(resumed), tensors(model))
+
+
+def average(model):
+    found = AdapterAverage(model, "language")
+    found.update()
+    found.add_to(model, "average")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        average,
+        lambda model: language_below_task({"eng": "language"}, "task")(model, "eng"),
+        lambda model: Teacher(model, languages={"eng": "language"}, task="task"),
+        lambda model: Teacher(model, task="task"),
+    ],
+    ids=["average", "language below task", "teacher", "teacher of a task"],
+)
+def test_what_needs_the_verbs_of_a_peft_model_says_so(use):
+    model = carrying({"language": "rand", "task": "rand"})
+    before = picture(model)
+    with pytest.raises(ConfigError, match=r"PeftModel here, got a LlamaForCausalLM .*\['language', 'task'\]"):
+        use(model)
+    assert picture(model) == before
 
 
 def test_transformers_own_trainer_cannot_save_several(tmp_path):
