@@ -65,12 +65,14 @@ def _save_alone(model: Any, save: Callable[..., None], folder: str, adapter: str
 
 @contextmanager
 def _shadowed(model: Any, **methods: Any) -> Iterator[None]:
+    before = {name: vars(model)[name] for name in methods if name in vars(model)}
     vars(model).update(methods)
     try:
         yield
     finally:
         for name in methods:
             del vars(model)[name]
+        vars(model).update(before)
 
 
 def load_adapters(model: Any, folder: str, adapters: Sequence[str]) -> None:

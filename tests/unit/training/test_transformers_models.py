@@ -143,11 +143,17 @@ def test_the_best_checkpoint_is_loaded_whole(tmp_path, adapters):
 @pytest.mark.parametrize("adapters", [a for a in MODELS if len(a) > 1], ids=called)
 def test_each_is_saved_as_if_it_were_alone(tmp_path, adapters):
     model = carrying(adapters)
+    saved, save = [], model.save_pretrained
+    model.save_pretrained = patched = lambda folder, **options: (saved.append(folder), save(folder, **options))
     run = trainer(tmp_path, model)
     run.train()
     run.save_model(str(tmp_path / "final"))
     assert model.active_adapters() == list(adapters)
-    assert not {"save_pretrained", "active_adapters"} & set(vars(model))
+    assert {name: vars(model).get(name) for name in ("save_pretrained", "active_adapters")} == {
+        "save_pretrained": patched,
+        "active_adapters": None,
+    }
+    assert len(saved) == 4 * len(adapters)  # three checkpoints and the last, by what a user has put in its place
     loaded = llama(seed=3)
     for name in adapters:
         together = tmp_path / "final" / ("" if name == "default" else name)
