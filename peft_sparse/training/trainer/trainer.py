@@ -46,7 +46,8 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
     the rewind and the sparse phase run one after the other; if it is one of Ada-SFT that has yet to learn its masks,
     the mask phase and the weight phase do (see `start_weight_phase`). If gradients are to choose its weights
     (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as usual,
-    only in `resident` mode.
+    only in `resident` mode. It is a `PeftModel`, or one of transformers with adapters by its own `add_adapter`, also of
+    other types: checkpoints hold all that are active, and bring back those that train.
 
     Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
     sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
