@@ -269,6 +269,42 @@ def test_pushing_again_keeps_the_words_on_the_hub_and_refuses_a_damaged_download
     )
 
 
+@pytest.mark.parametrize("kind", ["PeftModel", "transformers"])
+def test_a_trainer_pushes_adapters_of_any_name_while_it_trains(hub, run, tmp_path, kind):
+    """transformers takes along the files of a checkpoint, and not its folders."""
+    run(
+        tmp_path,
+        f"""
+        from peft import LoraConfig
+        from transformers import TrainingArguments
+        from peft_sparse import SparseTrainer
+
+        if {kind == "PeftModel"}:
+            model = get_peft_model(base(), config, adapter_name="german")
+            model.add_adapter("task", config)
+            model.base_model.set_adapter(["german", "task"])
+        else:
+            model = base()
+            model.add_adapter(config, adapter_name="german")
+            model.add_adapter(LoraConfig(target_modules="all-linear"), adapter_name="task")
+            model.set_adapter(["german", "task"])
+        rows = [{{"input_ids": torch.arange(8), "labels": torch.arange(8)}}] * 4
+        args = TrainingArguments(
+            folder + "/out", max_steps=2, save_steps=1, use_cpu=True, report_to=[], push_to_hub=True, hub_model_id=repo
+        )
+        trainer = SparseTrainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        trainer._finish_current_push()
+        """,
+    )
+    for name in ("german", "task"):
+        pushed = hub.files[f"{name}/adapter_model.safetensors"]
+        assert pushed in [
+            (tmp_path / f"out/checkpoint-{i}/{name}/adapter_model.safetensors").read_bytes() for i in (1, 2)
+        ]
+        assert f"{name}/adapter_config.json" in hub.files
+
+
 def test_a_saved_model_can_still_be_copied_and_pickled(tmp_path):
     model = get_peft_model(llama(), RandConfig(density=0.5, init_weights=False)).eval()
     model.save_pretrained(tmp_path)

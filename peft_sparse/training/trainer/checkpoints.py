@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ...files import AtomicFolder
 from ...tuners.common.adapter_config import active_adapters_of, carrier_of
@@ -18,7 +19,7 @@ from ..phases.phase import Phase
 from ..spiel.callback import STATE_FILE, load_state, save_state
 from ..spiel.reselector import iter_reselectors
 from ..stacked_adapters import trains
-from .completeness import STATE, Needs, check_moments, naming
+from .completeness import STATE, Needs, check_moments, holds_adapter, naming
 from .preemption import is_just_in_time
 from .resume import SELECTION_FILE, SELECTION_FOLDER
 from .stored_adapters import folders_of, load_adapters, save_adapter, saving_each
@@ -59,6 +60,16 @@ class PhaseCheckpoints(_Base):
             # The state comes last. An older one of the same step would call a half-written checkpoint complete.
             Path(folder, STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push adapters of other names than "default", too: the trainer's own takes along no folder of a checkpoint."""
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        will_push = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not is_busy)
+        if self.is_world_process_zero() and will_push:
+            for folder in Path(checkpoint_folder).iterdir():
+                if folder.is_dir() and holds_adapter(os.fspath(folder)):
+                    shutil.copytree(folder, Path(self.args.output_dir, folder.name), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
