@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from ...checkpoints.adapter_files import CONFIG_FILE
 from ...files import AtomicFolder
 from ...tuners.common.adapter_config import active_adapters_of, carrier_of
 from ..phases.phase import Phase
@@ -68,7 +69,11 @@ class PhaseCheckpoints(_Base):
         if self.is_world_process_zero() and will_push:
             for folder in Path(checkpoint_folder).iterdir():
                 if folder.is_dir() and holds_adapter(os.fspath(folder)):
-                    shutil.copytree(folder, Path(self.args.output_dir, folder.name), dirs_exist_ok=True)
+                    beside = os.path.join(self.args.output_dir, folder.name)
+                    with AtomicFolder(
+                        beside, overwrite=True, is_replaced=lambda name: True, doors=(CONFIG_FILE,)
+                    ) as atomic:
+                        shutil.copytree(folder, atomic.staging, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""Adapters in a checkpoint, in PEFT's files: each in a folder of its own, from which it is put back into a model."""
+"""Adapters in a checkpoint, in PEFT's files: where each lies, how it gets there, and back into a model."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import load_peft_weights, set_peft_model_state_dict
 
-from ...tuners.common.adapter_config import active_adapters_of, carrier_of
+from ...tuners.common.adapter_config import active_adapters_of, carrier_of, is_of_transformers
 from .completeness import holds_adapter, naming
 
 logger = logging.getLogger(__name__)
 
 
 def folders_of(model: Any, adapters: Sequence[str]) -> dict[str, str]:
-    """{adapter: folder in a checkpoint of the model}, as PEFT lays them out; transformers' models keep the only one
-    that is active in none, whatever its name.
+    """{adapter: its folder, in a checkpoint of the model}, as PEFT lays them out: "default" lies in the checkpoint
+    itself. So does, whatever its name, the only active one of a model that transformers gave adapters.
     """
-    is_alone = not isinstance(model, PeftModel) and len(active_adapters_of(model)) == 1
+    is_alone = is_of_transformers(model) and len(active_adapters_of(model)) == 1
     return {name: "" if is_alone or name == "default" else name for name in adapters}
 
 
 def save_adapter(model: Any, folder: str, adapter: str) -> None:
     """Save one of a model's active adapters where `load_adapters` finds it."""
     model = carrier_of(model)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, selected_adapters=[adapter])
-    else:
+    if is_of_transformers(model):
         _save_alone(model, model.save_pretrained, folder, adapter)
+    else:
+        model.save_pretrained(folder, selected_adapters=[adapter])
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def saving_each(model: Any) -> Iterator[None]:
     """
     model = carrier_of(model)
     active = active_adapters_of(model)
-    if isinstance(model, PeftModel) or len(active) < 2:
+    if not is_of_transformers(model) or len(active) < 2:
         yield
         return
     save_active = model.save_pretrained

@@ -26,13 +26,19 @@ def carrier_of(model: Any) -> Any:
     return model
 
 
+def is_of_transformers(carrier: Any) -> bool:
+    """Whether it is a model to which transformers' own verbs (`model.add_adapter`, `load_adapter`) gave adapters."""
+    # A PeftModel over such a model passes the attribute on.
+    return not isinstance(carrier, PeftModel) and getattr(carrier, "_hf_peft_config_loaded", False)
+
+
 def active_adapters_of(carrier: Any) -> list[str]:
-    """The adapters that are active in a `PeftModel`, or in a model of transformers that was given adapters by its own
-    verbs; none of a model that has none, or into which PEFT injected them, where no verb saves or loads them.
+    """The adapters that are active in a `PeftModel`, or in a model to which transformers' verbs gave them; none of a
+    model that has none, or into which PEFT injected them, where no verb saves or loads them.
     """
     if isinstance(carrier, PeftModel):
         return list(carrier.active_adapters)
-    return list(carrier.active_adapters()) if getattr(carrier, "_hf_peft_config_loaded", False) else []
+    return list(carrier.active_adapters()) if is_of_transformers(carrier) else []
 
 
 def refuse_transformers_verbs(model: Any) -> None:
@@ -42,7 +48,7 @@ def refuse_transformers_verbs(model: Any) -> None:
         ConfigError: it is one.
     """
     carrier = carrier_of(model)
-    if getattr(carrier, "_hf_peft_config_loaded", False) and not isinstance(carrier, PeftModel):
+    if is_of_transformers(carrier):
         raise ConfigError(
             f"model must be a PeftModel here, got a {type(carrier).__name__} to which transformers' own add_adapter or "
             f"load_adapter gave {sorted(carrier.peft_config)}. Load them with PeftModel.from_pretrained(base, folder) "
