@@ -16,6 +16,7 @@ from ..composition.overlap import Deltas, Interference, Overlap, interference, o
 from ..errors import ConfigError
 from ..selection.anatomy import by_group
 from ..tables import Sheet
+from ..tuners.common.adapter_config import carrier_of
 from .reading import adapter_of, read_adapter, read_adapters
 from .sheets import NOTHING, layer_labels, pairs_sheet, percent
 
@@ -77,7 +78,7 @@ def conflicts(
     """
     if isinstance(model, (str, os.PathLike, Sequence)):
         model = {adapter.name: adapter.deltas for adapter in read_adapters(in_list(model))}
-    known = list(model) if isinstance(model, Mapping) else list(getattr(model, "peft_config", {}))
+    known = list(model) if isinstance(model, Mapping) else list(getattr(carrier_of(model), "peft_config", {}))
     names = known if adapters is None else in_list(adapters)
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) != len(names) or len(names) < 2:

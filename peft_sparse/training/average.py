@@ -10,7 +10,7 @@ from ..composition.combine import combine
 from ..core.delta import SparseDelta
 from ..core.sharded import whole
 from ..errors import ConfigError
-from ..tuners.common.adapter_config import config_of, refuse_transformers_verbs
+from ..tuners.common.adapter_config import carrier_of, config_of, refuse_transformers_verbs
 from ..tuners.sparse_ft.configs.base import SPARSE_FT
 from ..tuners.sparse_ft.configs.one_shot import GivenConfig
 from ..tuners.sparse_ft.iteration import iter_deltas
@@ -84,6 +84,7 @@ class AdapterAverage:
                 adapters.
         """
         refuse_transformers_verbs(model)
+        model = carrier_of(model) or model
         means = {name: mean for name, mean in self._means.items() if mean.count}
         if not means:
             raise ConfigError("there is nothing to average yet: call update() after optimizer steps.")

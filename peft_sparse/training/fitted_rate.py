@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
-from ..tuners.common.base_model import base_model_of
 from ..tuners.common.events import ON_START, announce
 from ..tuners.sparse_ft.configs.base import SparseConfig
 from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, iter_drivers
@@ -189,7 +188,7 @@ def rate_scales(model: nn.Module, adapter_name: str = "default") -> dict[str, fl
 
 def iter_rate_fits(model: nn.Module) -> Iterator[RateFit]:
     """What fits the rates of a model's adapters."""
-    return (fit for fit in iter_drivers(base_model_of(model)) if isinstance(fit, RateFit))
+    return (fit for fit in iter_drivers(model) if isinstance(fit, RateFit))
 
 
 FIELD_DRIVERS["fitted_rate"] = RateFit

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from ..tuners.common.adapter_config import carriers_of
 
 _WAY_OUT = (
     "Load it with is_trainable=True (PeftModel.from_pretrained(model, path, is_trainable=True)), or let it train by "
@@ -26,14 +27,14 @@ def refuse_frozen(model: nn.Module, optimizer: Any = None) -> None:
     """
     if optimizer is not None or any(parameter.requires_grad for parameter in model.parameters()):
         return
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    configs = [name for carrier in carriers_of(model) for name in carrier.peft_config]
     if not configs:
         raise ConfigError(
             f"nothing of this {type(model).__name__} would train: it has no adapter, and none of its parameters "
             "requires a gradient. Add an adapter: get_peft_model(model, config)."
         )
     raise ConfigError(
-        f"nothing would train: of the adapters {list(configs)} and the base model no parameter requires a gradient, as "
+        f"nothing would train: of the adapters {configs} and the base model no parameter requires a gradient, as "
         f"after loading an adapter to use it. {_WAY_OUT}"
     )
 

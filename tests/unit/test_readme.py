@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainingArguments,
@@ -60,6 +61,7 @@ GENERATING, FEATURES = snippet("MadGConfig("), snippet("plot_importance(")
 UNSEEN_LANGUAGE, SEVERAL_LANGUAGES = snippet("add_language_adapter("), snippet("switch = LanguageSwitch(")
 DISTILLING = snippet("make_student(")
 BESIDE_LORA, BOTH_LOADED = snippet('trainer.save_model("both")'), snippet('(merged, "both/low_rank")')
+PART_OF_A_MODEL = snippet("class Tagger(")
 PARSING, MIXING = snippet("encode_sentences("), snippet("few_shot(")
 
 
@@ -136,6 +138,18 @@ def test_sparse_beside_low_rank(folder):
     exec(BOTH_LOADED, names)
     torch.testing.assert_close(output(names["model"]), outputs[-1])
     assert not any(torch.allclose(one, outputs[-1], atol=1e-4) for one in [*outputs[:-1], output(tiny_model())])
+
+
+def test_an_encoder_in_a_model_of_ones_own(folder):
+    args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no")
+    tagged = [{**row, "labels": [number % 17 for number in row["labels"]]} for row in rows(16)]
+    names = {"encoder": tiny_bert(BertModel), "args": args, "rows": tagged, "collate": collate}
+    exec(PART_OF_A_MODEL, names)
+    encoder, ids = names["model"].eval().encoder, torch.arange(8)[None]
+    alone = PeftModel.from_pretrained(tiny_bert(BertModel), "tagger").eval()
+    with torch.no_grad():
+        assert torch.equal(alone(ids).last_hidden_state, encoder(ids).last_hidden_state)
+        assert not torch.equal(alone(ids).last_hidden_state, tiny_bert(BertModel).eval()(ids).last_hidden_state)
 
 
 def tokenizer_in(folder: str) -> None:
@@ -411,7 +425,7 @@ def test_distilling(folder):
 def test_every_snippet_is_run():
     run = [PLAIN_LOOP, SERVING, TWO_PHASES, QUANTIZED, LANGUAGE, TASK_ON_SOURCE, ZERO_SHOT, SWITCHING, MERGING]
     run += [SOFT_MASKS, LOOKING, EXTRACTING, ONE_SHOT, FITTED, DECAY, STACKING, ADAPTER_HUB]
-    run += [GENERATING, FEATURES, IMPORTING, BESIDE_LORA, BOTH_LOADED]
+    run += [GENERATING, FEATURES, IMPORTING, BESIDE_LORA, BOTH_LOADED, PART_OF_A_MODEL]
     run += [UNSEEN_LANGUAGE, SEVERAL_LANGUAGES, DISTILLING, PARSING, MIXING]
     assert sorted(SNIPPETS) == sorted(run)
 

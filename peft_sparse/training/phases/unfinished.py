@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import ConfigError
-from ...tuners.common.adapter_config import carrier_of
+from ...tuners.common.adapter_config import carriers_of
 from ...tuners.common.base_model import base_model_of
 from ...tuners.common.events import ON_UNFINISHED
 from ...tuners.sparse_ft.iteration import iter_deltas
@@ -41,9 +41,11 @@ def check_training(model: Any) -> None:
     Raises:
         ConfigError: the weights of an active adapter are not selected, and no dense phase of it is open.
     """
-    inner = carrier_of(model)
-    if inner is None:
-        return
+    for carrier in carriers_of(model):
+        _check_carrier(carrier)
+
+
+def _check_carrier(inner: Any) -> None:
     phase = open_phase(base_model_of(inner))
     names = [name for name in inner.peft_config if phase is None or phase.adapter_name != name]
     waiting = [name for name in names if is_unselected(inner.peft_config[name]) and _is_active(inner, name)]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...errors import ConfigError
 from ...files import atomic_file, save_tensors
 from ..decay import decay_deltas_only
 from ..fitted_rate import iter_rate_fits
@@ -117,11 +118,16 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{driver.adapter_name}/{key}": tensor.cpu().contiguous()
-        for driver in (*iter_reselectors(model), *iter_rate_fits(model))
-        for key, tensor in driver.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for driver in (*iter_reselectors(model), *iter_rate_fits(model)):
+        own = {f"{driver.adapter_name}/{key}": tensor for key, tensor in driver.state_dict().items()}
+        if not own.keys().isdisjoint(tensors):
+            raise ConfigError(
+                f"several parts of this {type(model).__name__} have an adapter {driver.adapter_name!r}, and one file "
+                "cannot hold the training state of both: give each a name of its own (adapter_name=...)."
+            )
+        tensors |= own
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _of_adapter(adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

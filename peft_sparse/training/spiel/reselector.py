@@ -17,7 +17,6 @@ from ...optim.step_scale import end_step
 from ...optim.step_watch import Step, StepWatch
 from ...selection.replacement import Candidates, Replacement
 from ...selection.schedule import Schedule
-from ...tuners.common.base_model import base_model_of
 from ...tuners.common.events import ON_START, announce
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
 from ...tuners.sparse_ft.drivers import iter_drivers
@@ -398,4 +397,4 @@ stepped: StepWatch[Reselector] = StepWatch(register_optimizer_step_post_hook, _a
 
 def iter_reselectors(model: nn.Module) -> Iterator[Reselector]:
     """The reselectors that drive adapters of a model."""
-    return (driver for driver in iter_drivers(base_model_of(model)) if isinstance(driver, Reselector))
+    return (driver for driver in iter_drivers(model) if isinstance(driver, Reselector))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ...checkpoints.adapter_files import CONFIG_FILE
 from ...files import AtomicFolder
-from ...tuners.common.adapter_config import active_adapters_of, carrier_of
+from ...tuners.common.adapter_config import active_adapters_of, carrier_of, carries_in_a_part
 from ..phases.phase import Phase
 from ..spiel.callback import STATE_FILE, load_state, save_state
 from ..spiel.reselector import iter_reselectors
@@ -51,8 +51,13 @@ class PhaseCheckpoints(_Base):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with saving_each(self.model):
             super()._save(output_dir, **({} if state_dict is None else {"state_dict": state_dict}))
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if carries_in_a_part(self.model) and self.args.should_save:
+            # What the trainer saves of the whole model has no adapters' configs.
+            for name in active_adapters_of(carrier_of(self.model)):
+                save_adapter(self.model, folder, name)
         if self._phase is not None and self.args.should_save:
-            self._phase.save(output_dir if output_dir is not None else self.args.output_dir)
+            self._phase.save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -88,31 +93,44 @@ class PhaseCheckpoints(_Base):
             return
         folder = os.path.join(self._get_output_dir(trial), kind.folder, SELECTION_FOLDER)
         with AtomicFolder(folder, overwrite=True, is_replaced=lambda name: True, doors=(SELECTION_FILE,)) as atomic:
-            save_adapter(self.model, os.fspath(atomic.staging), adapter)
+            if carries_in_a_part(self.model):
+                self._save(os.fspath(atomic.staging))
+            else:
+                save_adapter(self.model, os.fspath(atomic.staging), adapter)
             (atomic.staging / SELECTION_FILE).write_text(json.dumps({"adapter": adapter}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._phase is not None:
-            self._phase.load(resume_from_checkpoint)
-        elif model is None and (adapters := self._trained_adapters()):
-            load_adapters(self.model, resume_from_checkpoint, adapters)
+            self._load_phase(self._phase, resume_from_checkpoint)
+        elif model is None and self._trained_adapters():
+            self._load_trained(resume_from_checkpoint)
             if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
                 load_state(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
+    def _load_phase(self, phase: Phase, folder: str) -> None:
+        phase.load(folder)
+        if phase.holds_adapter:
+            self._load_around_adapters(folder)
+
+    def _load_trained(self, folder: str) -> None:
+        """Bring back the adapters that train, and all else of a model of which what carries them is but a part."""
+        load_adapters(self.model, folder, self._trained_adapters())
+        self._load_around_adapters(folder)
+
+    def _load_around_adapters(self, folder: str) -> None:
+        if carries_in_a_part(self.model):
+            super()._load_from_checkpoint(folder)
+
     def _load_best_model(self) -> None:
         best, score = self.state.best_model_checkpoint, self.state.best_metric
         if self._phase is not None and best is not None:
             logger.info("Loading the best of the %s phase from %s (score: %s).", self._phase.name, best, score)
-            self._phase.load(best)
-        elif (
-            best is not None
-            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            and (adapters := self._trained_adapters())
-        ):
+            self._load_phase(self._phase, best)
+        elif best is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self._trained_adapters():
             logger.info("Loading the best adapter from %s (score: %s).", best, score)
-            load_adapters(self.model, best, adapters)
+            self._load_trained(best)
         else:
             super()._load_best_model()
 
@@ -141,7 +159,7 @@ class PhaseCheckpoints(_Base):
         return Needs(adapters=adapters, files=tuple(files), training=training, rank=rank)
 
     def _load_selection(self, folder: str) -> None:
-        load_adapters(self.model, folder, self._trained_adapters())
+        self._load_trained(folder)
 
     # ---- damaged files ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput, find_executable_batch_size
 from ...checkpoints.push import update_cards
 from ...errors import ConfigError, FormatError
 from ...tuners.bottleneck.iteration import iter_layers as iter_bottleneck_layers
+from ...tuners.common.adapter_config import peft_configs
 from ...tuners.common.base_model import base_model_of
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.resident import resident
@@ -47,7 +48,8 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
     the mask phase and the weight phase do (see `start_weight_phase`). If gradients are to choose its weights
     (`OneShotConfig`), they do so over the first batches, and the sparse phase follows. Any other model trains as usual,
     only in `resident` mode. It is a `PeftModel`, or one of transformers with adapters by its own `add_adapter`, also of
-    other types: checkpoints hold all that are active, and bring back those that train.
+    other types: checkpoints hold all that are active, and bring back those that train. Or a module of the user's own of
+    which such a model is a part, whose checkpoints hold both the whole and the adapters.
 
     Each phase has an optimizer, a scheduler, a length and checkpoints of its own, begins from `args.seed` (so the
     sparse phase sees the data in the order in which Rand-SFT with the same seed would), and names itself in logs (key
@@ -162,7 +164,7 @@ class TwoPhaseTraining(PhaseLogs, PhaseCheckpoints, PhaseTrials):
         if point is not None and (point.phase != kind.name or not kind.trains):
             raise FormatError(
                 f"resume_from_checkpoint: {point.path} is of a {point.phase} phase, which adapter {adapter!r} "
-                f"({type(self.model.peft_config[adapter]).__name__}) does not have."
+                f"({type(peft_configs(self.model)[adapter]).__name__}) does not have."
             )
         output = None
         with ExitStack() as around:

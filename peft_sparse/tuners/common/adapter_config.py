@@ -11,19 +11,40 @@ from torch import nn
 from ..._peft_bridge import BaseTunerLayer
 from ...checks import nearest
 from ...errors import ConfigError
-from .base_model import base_model_of, modules_around_adapters, uncompiled
+from .base_model import base_model_of, carriers_in, modules_around_adapters, uncompiled
 
 T = TypeVar("T")
 
 
 def carrier_of(model: Any) -> Any:
-    """The model that carries adapters, inside whatever it is wrapped in (DDP, torch.compile); None if there is none."""
+    """The model that carries adapters: inside whatever it is wrapped in (DDP, torch.compile), or the only one that is a
+    part of the model; None if there is none, or several.
+    """
+    carriers = carriers_of(model)
+    return carriers[0] if len(carriers) == 1 else None
+
+
+def carriers_of(model: Any) -> list[Any]:
+    """All models that carry adapters; several only where they are parts of a model that itself carries none."""
+    outer = outer_carrier_of(model)
+    if outer is not None:
+        return [outer]
+    return carriers_in(model) if isinstance(model, nn.Module) else []
+
+
+def outer_carrier_of(model: Any) -> Any:
+    """The model that carries adapters, or None, without a look at parts of a model."""
     while model is not None:
         model = uncompiled(model)
         if isinstance(getattr(model, "peft_config", None), dict):
             break
         model = getattr(model, "module", None)
     return model
+
+
+def carries_in_a_part(model: Any) -> bool:
+    """Whether what carries adapters is but a part of a model, beside which it has weights of its own."""
+    return outer_carrier_of(model) is None and carrier_of(model) is not None
 
 
 def is_of_transformers(carrier: Any) -> bool:

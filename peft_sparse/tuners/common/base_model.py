@@ -15,7 +15,21 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The base model inside a PeftModel, a tuner, or the wrapper of a compiled or distributed one; else the model."""
+    """The base model inside a PeftModel, a tuner, the wrapper of a compiled or distributed one, or a module of the
+    user's own in which it is the only part with adapters (an encoder under a head); else the model.
+    """
+    found = base_models_in(model)
+    return found[0] if len(found) == 1 else outer_base_model_of(model)
+
+
+def base_models_in(model: nn.Module) -> list[nn.Module]:
+    """The base models of all parts of a model that carry adapters; its own, if it carries them or nothing does."""
+    model = outer_base_model_of(model)
+    return [outer_base_model_of(part) for part in carriers_in(model)] or [model]
+
+
+def outer_base_model_of(model: nn.Module) -> nn.Module:
+    """As `base_model_of`, without a look at parts: the model that a new adapter would tune."""
     while True:
         if isinstance(model, PeftModel):
             model = model.base_model
@@ -27,6 +41,36 @@ def base_model_of(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def carries_adapters(module: nn.Module) -> bool:
+    """Whether a module itself, and not a part of it, is what carries adapters: PEFT notes their configs there."""
+    return isinstance(module, (PeftModel, BaseTuner)) or isinstance(vars(module).get("peft_config"), dict)
+
+
+def carriers_in(model: nn.Module) -> list[nn.Module]:
+    """The models that carry adapters, outermost ones alone: the model itself, or parts of it.
+
+    None where adapters are being added to the model itself: they act on its layers before it carries them. Of a
+    `PeftModel` and its base model, if a module holds both, the former counts.
+    """
+    found: dict[int, nn.Module] = {}  # by the base model
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, BaseTunerLayer):
+            return []
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if carries_adapters(module):
+            base = outer_base_model_of(module)
+            if module is not base or id(base) not in found:
+                found[id(base)] = module
+        else:
+            waiting += reversed([child for child in module._modules.values() if child is not None])
+    return list(found.values())
 
 
 def uncompiled(model: Any) -> Any:

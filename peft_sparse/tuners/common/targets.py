@@ -16,7 +16,7 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTunerLayer, _maybe_inc
 from ...core.names import ends_with, lies_in_trained_whole, path_of_layer, unwrapped
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
-from .base_model import base_model_of, modules_around_adapters
+from .base_model import modules_around_adapters, outer_base_model_of
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
@@ -230,7 +230,7 @@ def _all_linear(config: TargetRequest, model: nn.Module) -> set[str]:
     scratch = PeftConfig(task_type=config.task_type)
     scratch.target_modules = ALL_LINEAR
     # PEFT leaves the output layer of a transformers model out, and does not know one that torch.compile has wrapped.
-    model = base_model_of(model)
+    model = outer_base_model_of(model)
     named = dict(modules_around_adapters(model))
     found = _maybe_include_all_linear_layers(scratch, model).target_modules
     bypassed = sorted(name for name in found if _is_bypassed(named.get(name)))

@@ -13,7 +13,7 @@ from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from ...checkpoints.push import keep_card_when_pushing
 from ...core.names import unwrapped, without_adapter
 from ...errors import ConfigError
-from .adapter_config import carrier_of
+from .adapter_config import outer_carrier_of
 from .adapter_names import known_list, known_names
 from .adding import adding
 from .base_model import KnownModules, iter_tuned
@@ -42,7 +42,7 @@ class AdapterTuner(BaseTuner):
     # ---- injection -------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **options: Any) -> None:
-        if isinstance(carrier_of(model), PeftModel):
+        if isinstance(outer_carrier_of(model), PeftModel):
             raise ConfigError(
                 "the model is a PeftModel already. Its add_adapter(name, config) and load_adapter(path, name) add one "
                 "more adapter. To start over, give PEFT the base model: model.unload() returns it without adapters."

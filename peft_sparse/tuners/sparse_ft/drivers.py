@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
+from ..common.base_model import base_models_in
 from .configs.base import SparseConfig
 
 
@@ -52,6 +53,7 @@ def stop(model: nn.Module, adapter_name: str | None = None) -> None:
 
 
 def iter_drivers(model: nn.Module) -> Iterator[Driver]:
-    """The drivers of a base model's adapters."""
-    for drivers in list(model.__dict__.get(_ATTRIBUTE, {}).values()):
-        yield from drivers
+    """The drivers of a model's adapters, whatever it is wrapped in, and of those of all of its parts."""
+    for base in base_models_in(model):
+        for drivers in list(base.__dict__.get(_ATTRIBUTE, {}).values()):
+            yield from drivers
