@@ -16,16 +16,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..core.sharded import own_part
 from .step_watch import Step, StepWatch, all_parameters
 
+# Of all entries of a parameter, or of each: [k] on its device, as this process holds it.
+Scale = float | Tensor
+
 
 class Scaled(Protocol):
     """Anything that scales steps: see `training.fitted_rate`."""
 
-    def scales(self, parameters: Iterable[Tensor]) -> list[tuple[Tensor, float]]:
+    def scales(self, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Scale]]:
         """(parameter, how much of each step to take) of those that it scales, at the beginning of a step on them."""
 
 
 # {optimizer in its step: the parameters that are scaled, what they were before, and the scales}
-_before: dict[int, tuple[list[Tensor], list[Tensor], list[float]]] = {}
+_before: dict[int, tuple[list[Tensor], list[Tensor], list[Scale]]] = {}
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def _begin(watched: tuple[Scaled, ...], step: Step) -> None:
     if step.enclosing:
         return  # the outermost optimizer's step is what is scaled, once
     held = [p for p in all_parameters(step.optimizer) if p.grad is not None or step.closure is not None]
-    found = [pair for scaled in watched for pair in scaled.scales(held) if pair[1] != 1.0]
+    found = [pair for scaled in watched for pair in scaled.scales(held) if not _is_one(pair[1])]
     if found:
         parameters = [own_part(parameter) for parameter, _ in found]
         _before[id(step.optimizer)] = parameters, [p.clone() for p in parameters], [scale for _, scale in found]
@@ -48,12 +51,17 @@ def end_step(step: Step) -> None:
     if step.enclosing or (kept := _before.pop(id(step.optimizer), None)) is None:
         return
     parameters, before, scales = kept
-    for kind in {(p.device, p.dtype) for p in parameters}:
-        own = [i for i, p in enumerate(parameters) if (p.device, p.dtype) == kind]
+    kinds = [(p.device, p.dtype, isinstance(scale, Tensor)) for p, scale in zip(parameters, scales, strict=True)]
+    for kind in set(kinds):
+        own = [i for i, found in enumerate(kinds) if found == kind]
         moved = torch._foreach_sub([parameters[i] for i in own], [before[i] for i in own])
-        torch._foreach_mul_(moved, [scales[i] for i in own])
+        torch._foreach_mul_(moved, [scales[i] for i in own])  # type: ignore[misc]
         torch._foreach_add_(moved, [before[i] for i in own])
         torch._foreach_copy_([parameters[i] for i in own], moved)
+
+
+def _is_one(scale: Scale) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0
 
 
 class StepScales:

@@ -26,8 +26,10 @@ from ...tuners.sparse_ft.configs.one_shot import OneShotConfig
 from ...tuners.sparse_ft.configs.spiel import SpielConfig
 from ...tuners.sparse_ft.iteration import iter_layers
 from ...tuners.sparse_ft.known_support import check_scores
+from ...tuners.sparse_ft.random_part import RandomPart
 from ...tuners.sparse_ft.unselected import is_unselected
 from ..distributed import from_first_rank, refuse_sharded
+from ..fitted_rate import iter_rate_fits
 from ..progress import progress_bar
 from ..spiel.reselector import iter_reselectors
 from .gradient_means import LossFunction, gradient_means
@@ -95,11 +97,15 @@ def select_by_gradients(
             len(kept),
             config.selection_batches,
         )
-    selection = _select(model, config, criterion, targets, kept, loss_fn or _own_loss)
+    drawn = RandomPart(config, [target.name for target in targets], base_model_of(model), adapter_name)
+    selection = _select(model, config, criterion, targets, kept, loss_fn or _own_loss, drawn)
     _apply(config, targets, selection)
     for reselector in iter_reselectors(model):
         if reselector.adapter_name == adapter_name:
             reselector.begin_window()
+    for fit in iter_rate_fits(model):
+        if fit.adapter_name == adapter_name:
+            fit.begin()
     logger.info(
         "adapter %r: selected %d of %d weights by criterion %r over %d batches",
         adapter_name,
@@ -220,14 +226,16 @@ def _select(
     targets: Sequence[Target],
     batches: Sequence[Any],
     loss_fn: LossFunction,
+    drawn: RandomPart,
 ) -> dict[str, Tensor]:
     by_name = {target.name: target for target in targets}
     groups = plan_groups(config, targets_of(by_name), base_model_of(model))
     confinement = RowConfinement(config.support_rows)
     shortlists: dict[str, Shortlist] = {}
     for group in groups:
-        if group.count:
-            shortlist = Shortlist(group.count, name=group.name, min_score=criterion.min_score)
+        count = group.count - sum(drawn.counts.get(name, 0) for name in group.members)
+        if count:
+            shortlist = Shortlist(count, name=group.name, min_score=criterion.min_score)
             shortlists.update(dict.fromkeys(group.members, shortlist))
     parts = split_in_parts([by_name[name] for name in by_name if name in shortlists], config.selection_passes)
     with progress_bar("selecting weights by gradients", len(parts) * len(batches)) as advance:
@@ -240,13 +248,17 @@ def _select(
                 loss_fn=loss_fn,
                 on_batch=advance,
             )
-            scores = {name: confinement.confine(name, _scores(criterion, by_name[name], mean)) for name, mean in means}
+            scores = {
+                name: confinement.confine(name, drawn.left_out(name, _scores(criterion, by_name[name], mean)))
+                for name, mean in means
+            }
             for shortlist in dict.fromkeys(shortlists[name] for name in scores):
                 shortlist.add({name: scores.pop(name) for name in list(scores) if shortlists[name] is shortlist})
     chosen: dict[str, Tensor] = {}
     for shortlist in dict.fromkeys(shortlists.values()):
         chosen.update(confinement.in_whole(shortlist.select()))
-    return from_first_rank({t.name: chosen.get(t.name, _nothing(t)) for t in targets})
+    chosen = {t.name: drawn.joined(t.name, chosen.get(t.name, _nothing(t))) for t in targets}
+    return from_first_rank(chosen)
 
 
 def _scores(criterion: Criterion, target: Target, means: GradientMeans) -> Tensor:

@@ -78,7 +78,7 @@ def plan_groups(config: SparseConfig, targets: Targets, model: nn.Module) -> lis
             fit them.
     """
     modules = dict(named_targets(model))
-    shapes = _shapes(targets, modules)
+    shapes = shapes_of(targets, modules)
     total = total_from_request(
         density=config.density,
         num_weights=config.num_weights,
@@ -108,7 +108,7 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     groups = plan_groups(config, targets, model)
     if config.selected_by != CHANCE and config.init_weights:
         return None
-    shapes = _shapes(targets, dict(named_targets(model)))
+    shapes = shapes_of(targets, dict(named_targets(model)))
     sizes = {name: room(config.support_rows, shape) for name, shape in shapes.items()}
     seed = getattr(config, "seed", 0)
     if getattr(config, "draw", "exact") == "exact":
@@ -122,7 +122,7 @@ def plan_counts(config: SparseConfig, targets: Targets, model: nn.Module) -> dic
     return counts
 
 
-def _shapes(targets: Targets, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def shapes_of(targets: Targets, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """{parameter: its shape, unpacked} of everything that is targeted, in the order of the model."""
     owners = ((path, modules[path], which) for path, parts in targets.items() for which in parts)
     return {f"{path}.{which}": parameter_shape(module, which) for path, module, which in owners}
