@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.sharded import own_part, sharded_like
 from ..errors import FormatError
-from ..optim.step_scale import Scale, scaled_steps
+from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
 from ..tuners.common.events import ON_START, announce
 from ..tuners.sparse_ft.configs.base import SparseConfig
@@ -21,7 +19,6 @@ from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, iter_drivers
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.linear import Linear
-from ..tuners.sparse_ft.random_part import RandomPart
 from .distributed import means_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -61,7 +58,6 @@ class RateFit:
 
     The inputs of the layers are measured in the training forwards of the first `MEASURED_UPDATES` updates, padding and
     all, and kept, for a support that is replaced later. Whatever is no linear layer's weight is left alone.
-    Weights that were drawn at random and those that a criterion chose beside them (`random_share`) have a scale each.
 
     Args:
         model: the base model, with its sparse layers.
@@ -82,7 +78,6 @@ class RateFit:
                 self._deltas[name], self._transposed[name] = delta, layer.fan_in_fan_out
         self._warned = False
         self.begin()
-        self._drawn = RandomPart(config, [name for name, *_ in iter_deltas(model, adapter_name)], model, adapter_name)
         scaled_steps.add(self)
         # Trainers' checkpoints keep what was measured.
         announce(ON_START)
@@ -93,7 +88,7 @@ class RateFit:
             delta.meter = InputMeter()
         self.energies: dict[str, Tensor] = {}
         # {parameter name: (support version, updates measured, scale)}
-        self._found: dict[str, tuple[int, int, Scale]] = {}
+        self._found: dict[str, tuple[int, int, float]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -105,17 +100,16 @@ class RateFit:
         for delta in self._deltas.values():
             delta.meter = None
 
-    def scales(self, parameters: Iterable[Tensor]) -> list[tuple[Tensor, Scale]]:
+    def scales(self, parameters: Iterable[Tensor]) -> list[tuple[Tensor, float]]:
         """(values, how much of a step to take) of the adapter's tensors among some parameters."""
         held = {id(p) for p in parameters}
         own = {name: d for name, d in self._deltas.items() if id(d.held_values) in held}
         self._measure(own)
-        return [(delta.held_values, self._scale_as_held(name, delta)) for name, delta in own.items()]
+        return [(delta.held_values, self._scale(name, delta)) for name, delta in own.items()]
 
     def scale_of(self, name: str) -> float:
-        """How much of a step is taken on a tensor, as far as is known by now; the mean over its weights."""
-        scale = self._scale(name, self._deltas[name])
-        return float(scale.mean()) if isinstance(scale, Tensor) else scale
+        """How much of a step is taken on a tensor, as far as is known by now."""
+        return self._scale(name, self._deltas[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was measured so far, by parameter name, for checkpoints."""
@@ -172,33 +166,16 @@ class RateFit:
             if meter.updates >= MEASURED_UPDATES:
                 deltas[name].meter = None
 
-    def _scale_as_held(self, name: str, delta: AdapterDelta) -> Scale:
-        scale, held = self._scale(name, delta), delta.held_values
-        return own_part(sharded_like(scale, held)).to(held.device) if isinstance(scale, Tensor) else scale
-
-    def _scale(self, name: str, delta: AdapterDelta) -> Scale:
+    def _scale(self, name: str, delta: AdapterDelta) -> float:
         if name not in self.energies:
             return 1.0
         meter = delta.meter
         key = delta.support_version, MEASURED_UPDATES if meter is None else meter.updates
         found = self._found.get(name)
         if found is None or found[:2] != key:
-            self._found[name] = found = (*key, self._fit(name, delta))
+            scale = step_scale(self.energies[name], delta.indices, delta.shape, transposed=self._transposed[name])
+            self._found[name] = found = (*key, scale)
         return found[2]
-
-    def _fit(self, name: str, delta: AdapterDelta) -> Scale:
-        fit = partial(step_scale, self.energies[name], shape=delta.shape, transposed=self._transposed[name])
-        drawn = self._drawn.mask_of(name, delta.indices)
-        if drawn is None:
-            if self._drawn.share and delta.count and not self._warned:
-                self._warned = True
-                logger.warning(
-                    "fitted_rate of adapter %r: which of its weights were drawn at random is not known, for it was "
-                    "made under another name or for another model, so one scale serves all weights of a tensor.",
-                    self.adapter_name,
-                )
-            return fit(delta.indices)
-        return torch.where(drawn, fit(delta.indices[drawn]), fit(delta.indices[~drawn]))
 
 
 def rate_scales(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:

@@ -67,7 +67,7 @@ def recommended(config: Any, num_parameters: int, *, with_sm3: bool = False) -> 
         return Rates(5e-5, 2e-3, _THESIS)
     if with_sm3:
         return Rates(4e-4, 1e-3, _TABLE) if is_large else Rates(8e-3, 8e-3, _MEASURED)
-    if config.method == "rand" or config.fitted_rate:
+    if config.method == "rand" or config.fitted_rate or getattr(config, "random_share", 0):
         return Rates(1e-4, 4e-3, _MEASURED) if is_large else Rates(2e-3, 4e-3, _MEASURED)
     if config.method.startswith("spiel"):
         return Rates(1e-5, 1e-4, _TABLE) if is_large else Rates(2e-3, 2e-3, _MEASURED)

@@ -219,6 +219,11 @@ def one_shot(criterion, share: float = 1.0, **changes):
     )
 
 
+def half_random(run: Run) -> PeftConfig:
+    """Half of the weights drawn at random, half chosen by gradients, which take an eighth of each step."""
+    return one_shot("gradient", random_share=0.5, seed=run.seed)(run)
+
+
 def with_embeddings(run: Run) -> PeftConfig:
     """SpIEL-AG with the same total, which it shares out itself over the linear layers and the embedding."""
     embedding = run.model.get_input_embeddings()
@@ -271,40 +276,6 @@ def capped(most: float):
     return config
 
 
-class HalfAndHalf:
-    """Half of the weights by |mean gradient| over the batches, half at random; the chosen half takes an eighth of each
-    step.
-    """
-
-    def __init__(self) -> None:
-        self.chosen: list[Tensor] = []
-
-    def config(self, run: Run) -> PeftConfig:
-        density = run.count / sum(layer.weight.numel() for _, layer in linear_layers(run.model))
-        generator = torch.Generator(device=next(run.model.parameters()).device).manual_seed(run.seed)
-        self.chosen.clear()
-
-        def score(weight: Tensor, gradients) -> Tensor:
-            size = gradients.mean.abs().float().flatten()
-            best = size.topk(round(density * size.numel() / 2)).indices
-            drawn = torch.rand(size.numel(), device=size.device, generator=generator)
-            drawn[best] = 2.0
-            self.chosen.append(best)
-            return drawn.view(gradients.mean.shape)
-
-        return one_shot(Criterion(score, ("mean",)))(run)
-
-    def prepare(self, model: nn.Module, run: Run) -> ScaledSteps:
-        def scales() -> list[tuple[nn.Parameter, Tensor]]:
-            found = []
-            for (_, _, _, delta), chosen in zip(iter_deltas(model), self.chosen, strict=True):
-                scale = torch.where(torch.isin(delta.indices.long(), chosen), 0.125, 1.0)
-                found.append((delta.values, scale))
-            return found
-
-        return ScaledSteps(scales)
-
-
 def fisher_over_energy(weight: Tensor, gradients) -> Tensor:
     """|mean gradient| over the root of its column's mean square: the loss's slope for a step of a given output."""
     mean = gradients.mean.float()
@@ -342,7 +313,6 @@ def ours(name: str, rates: tuple[float, ...], config, fitted_rates: tuple[float,
 RANDOM, CHOSEN, ACCUMULATED = (4e-3, 2e-3, 8e-3), (5e-4, 2.5e-4, 1e-3), (8e-3, 4e-3, 1.6e-2)
 AS_LORA = (2e-3, 1e-3, 4e-3)
 MENDED = {"nomination_updates": 1, "initial_support": "gradient", "selection_passes": 1}
-halves = HalfAndHalf()
 _FAMILIES = [
     ours("rand", RANDOM, rand(), RANDOM),
     ours("one_shot", CHOSEN, one_shot("gradient"), RANDOM),
@@ -372,7 +342,7 @@ METHODS = {
 }
 EXTRAS = {
     **{name: row for name, row in ROWS.items() if name not in METHODS},
-    "halves": Method(RANDOM, halves.config, prepare=halves.prepare),
+    "half_random": Method(RANDOM, half_random),
     "spiel_ag_whole_update": Method(CHOSEN, spiel(SpielAGConfig, nomination_updates=1)),
     "spiel_ag_window": Method(CHOSEN, spiel_window()),
     "spiel_ag_window_fitted": Method(RANDOM, fitted(spiel_window())),

@@ -25,7 +25,7 @@ class Driver(Protocol):
 Maker = Callable[[nn.Module, str, SparseConfig], Driver]
 # {method: (base model, adapter name, the model's copy of the config) -> its driver}
 DRIVERS: dict[str, Maker] = {}
-# {field of the config: what drives an adapter beside that, where the field is True}
+# {field of the config: what drives an adapter beside that, where the field is set}
 FIELD_DRIVERS: dict[str, Maker] = {}
 
 # Where a base model keeps its drivers: an attribute and not a global, so that both die together.
@@ -36,7 +36,7 @@ def start(model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
     """Start what drives an adapter of this config, if anything does and the adapter is there to be trained."""
     stop(model, adapter_name)
     makers = [DRIVERS[config.method]] if config.method in DRIVERS else []
-    makers += [make for field, make in FIELD_DRIVERS.items() if getattr(config, field)]
+    makers += [make for field, make in FIELD_DRIVERS.items() if getattr(config, field, False)]
     if makers and not config.inference_mode:
         drivers = [make(model, adapter_name, config) for make in makers]
         model.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = drivers

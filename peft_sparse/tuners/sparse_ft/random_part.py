@@ -15,13 +15,14 @@ from ...selection.random import random_indices
 from ..common.targets import named_targets, targets_of
 from .allocation import plan_groups, shapes_of, stream_of
 from .configs.base import SparseConfig
+from .configs.one_shot import OneShotConfig
 
 
 class RandomPart:
     """Which weights of an adapter are drawn before its criterion chooses the rest.
 
-    A function of the config, the shapes of the targets and the adapter's name alone, so that it is known again wherever
-    the adapter trains on, and no file has to hold it.
+    A function of the config, the shapes of the targets and the name that the adapter was made under, so that it is
+    known again wherever the adapter trains on, and no file has to hold it.
 
     Args:
         config: of the adapter; most have no such part.
@@ -30,25 +31,21 @@ class RandomPart:
         adapter_name: the adapter.
 
     Attributes:
-        share: of all weights that the adapter tunes.
         counts: {parameter: how many of its weights are drawn}; empty if the adapter has no such part.
+
+    Raises:
+        ConfigError: the model has no room for what the config asks for.
     """
 
     def __init__(self, config: SparseConfig, parameters: Sequence[str], model: nn.Module, adapter_name: str) -> None:
         self.counts: dict[str, int] = {}
-        self.share = as_decimal(getattr(config, "random_share", 0.0))
-        if not self.share:
+        self._adapter_name = adapter_name
+        if not isinstance(config, OneShotConfig) or not config.random_share:
             return
-        targets = targets_of(parameters)
-        self._seed, self._stream = getattr(config, "seed", 0), stream_of(config, adapter_name)
+        share, targets = as_decimal(config.random_share), targets_of(parameters)
+        self._seed, self._stream = config.seed, config.drawn_for or stream_of(config, adapter_name)
         self._shapes = shapes_of(targets, dict(named_targets(model)))
-        try:
-            groups = plan_groups(config, targets, model)
-        except ConfigError:
-            if config.counts is None:
-                raise
-            return  # the adapter comes from a file, and was made for another model
-        groups = [Group(group.name, group.members, floor(self.share * group.count)) for group in groups]
+        groups = [Group(g.name, g.members, floor(share * g.count)) for g in plan_groups(config, targets, model)]
         self.counts = draw_counts(groups, {name: prod(s) for name, s in self._shapes.items()}, seed=self._seed)
 
     def positions(self, name: str) -> Tensor:
@@ -69,11 +66,17 @@ class RandomPart:
             return chosen
         return torch.cat([chosen, self.positions(name).to(chosen)]).sort().values
 
-    def mask_of(self, name: str, indices: Tensor) -> Tensor | None:
-        """[k] bool: which of a tensor's tuned weights were drawn. None where none were, or where not all that should
-        have been are among them: the support is not of this config under this name.
+    def mask_of(self, name: str, indices: Tensor) -> Tensor:
+        """[k] bool: which of a tensor's tuned weights were drawn.
+
+        Raises:
+            ConfigError: not all that were drawn are among them.
         """
-        if not self.counts.get(name):
-            return None
         mask = torch.isin(indices, self.positions(name).to(indices), assume_unique=True)
-        return mask if int(mask.sum()) == self.counts[name] else None
+        if int(mask.sum()) != self.counts[name]:
+            raise ConfigError(
+                f"adapter {self._adapter_name!r} does not tune all weights of {name} that its config draws at random, "
+                "so which of them are chosen, and at what rate they train, is not known. Its values come from an "
+                "adapter of another config: load that one under a name of its own, with is_trainable=True."
+            )
+        return mask

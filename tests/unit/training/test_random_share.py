@@ -1,8 +1,8 @@
-"""Supports of which a part is drawn at random and the rest chosen by gradients, each part at a rate that fits it."""
+"""Supports of which a part is drawn at random and the rest chosen by gradients and takes smaller steps."""
 
 from __future__ import annotations
 
-import logging
+import copy
 import shutil
 
 import pytest
@@ -12,14 +12,10 @@ from peft import PeftModel, get_peft_model
 from peft_sparse import (
     ConfigError,
     OneShotConfig,
-    RandConfig,
     SparseTrainer,
     iter_deltas,
-    rate_scales,
     select_by_gradients,
 )
-from peft_sparse.selection.output_energy import step_scale
-from peft_sparse.training.fitted_rate import iter_rate_fits
 from tests.support.training import Labelled, assert_same_tensors, deltas, make_args, make_bert
 
 ROWS = Labelled(16)
@@ -120,6 +116,9 @@ def test_the_result_does_not_depend_on_the_passes():
         ({"random_share": float("nan")}, "got nan"),
         ({"criterion": "largest_weight"}, "'largest_weight' looks at the weights alone"),
         ({"support_rows": 0.5}, "draws from all rows, and support_rows=0.5 confines"),
+        ({"fitted_rate": True}, "fitted_rate=True would scale all of a tensor's by one number"),
+        ({"chosen_rate": 0}, r"chosen_rate must be a share of each step in \(0, 1\], got 0"),
+        ({"chosen_rate": True}, "got True"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
     ],
 )
@@ -131,23 +130,21 @@ def test_what_cannot_be_is_refused(fields, match):
 # ---- how fast ------------------------------------------------------------------------------------------
 
 
-def test_each_part_has_the_rate_that_fits_it():
-    torch.manual_seed(0)
-    plain, fitted = make(), make(fitted_rate=True)
-    for model in (plain, fitted):
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_chosen_weights_take_a_share_of_each_step(optimizer):
+    whole, shared = make(chosen_rate=1.0), make(chosen_rate=0.25)
+    for model in (whole, shared):
         select(model)
-        step(model, BATCHES[0], torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
-    drawn, seen = _drawn(make()), []
-    (fit,) = iter_rate_fits(fitted)
-    for (name, _, _, with_one), (_, _, _, with_two) in zip(iter_deltas(plain), iter_deltas(fitted), strict=True):
-        indices = with_one.indices.long()
-        mask = torch.isin(indices, drawn[name])
-        scales = [step_scale(fit.energies[name], indices[part], with_one.shape) for part in (mask, ~mask)]
-        expected = with_one.values * torch.where(mask, *scales)
-        torch.testing.assert_close(with_two.values, expected, rtol=1e-5, atol=1e-9)
-        assert rate_scales(fitted)[name] == pytest.approx(float(torch.where(mask, *scales).mean()))
-        seen.append(scales[0] - scales[1])
-    assert all(abs(difference) > 1e-4 for difference in seen)
+        step(model, BATCHES[0], optimizer([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    drawn = _drawn(make())
+    for (name, _, _, one), (_, _, _, two) in zip(iter_deltas(whole), iter_deltas(shared), strict=True):
+        share = torch.where(torch.isin(one.indices.long(), drawn[name]), 1.0, 0.25)
+        torch.testing.assert_close(two.values, one.values * share, rtol=1e-6, atol=0)
+        assert one.values.all()
+
+
+def test_an_eighth_by_default():
+    assert OneShotConfig(**HALVES).chosen_rate == 0.125
 
 
 def run(folder, model, **changes):
@@ -155,43 +152,54 @@ def run(folder, model, **changes):
     return SparseTrainer(model=model, args=args, train_dataset=ROWS)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.0])
-def test_a_run_goes_on_from_any_checkpoint(tmp_path, share):
-    model = make(fitted_rate=True, random_share=share)
+@pytest.mark.parametrize("fields", [{}, {"random_share": 0.0, "fitted_rate": True}], ids=["halves", "fitted"])
+def test_a_run_goes_on_from_any_checkpoint(tmp_path, fields):
+    model = make(**fields)
     run(tmp_path / "whole", model).train()
     for i, point in enumerate(["checkpoint-2", "checkpoint-4", "_dense/selection"]):
         shutil.copytree(tmp_path / "whole", tmp_path / str(i))
-        resumed = make(fitted_rate=True, random_share=share)
+        resumed = make(**fields)
         run(tmp_path / str(i), resumed).train(resume_from_checkpoint=str(tmp_path / str(i) / point))
         assert_same_tensors(deltas(resumed), deltas(model))
 
 
-def test_an_adapter_from_a_file_has_both_rates_again(tmp_path, caplog):
-    model = make(fitted_rate=True)
+@pytest.mark.parametrize("name", ["default", "renamed"])
+def test_an_adapter_from_a_file_trains_on_as_the_one_that_it_was(tmp_path, name):
+    model = make()
     run(tmp_path, model).train()
     model.save_pretrained(tmp_path / "saved")
-    scales = []
-    for name in ("default", "renamed"):
-        with caplog.at_level(logging.WARNING):
-            caplog.clear()
-            loaded = PeftModel.from_pretrained(
-                make_bert(dropout=0.0), str(tmp_path / "saved"), adapter_name=name, is_trainable=True
-            )
-            config = loaded.peft_config[name]
-            assert (config.random_share, config.seed) == (0.5, 0)
-            step(loaded, BATCHES[0], torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.0))
-        is_told = "which of its weights were drawn at random is not known" in caplog.text
-        assert is_told == (name == "renamed")
-        (fit,) = iter_rate_fits(loaded)
-        parts = [
-            scale for scale in (fit._scale(*pair) for pair in fit._deltas.items()) if isinstance(scale, torch.Tensor)
-        ]
-        scales.append(parts)
-    assert len(scales[0]) == 13 > len(scales[1])
+    loaded = PeftModel.from_pretrained(
+        make_bert(dropout=0.0), str(tmp_path / "saved"), adapter_name=name, is_trainable=True
+    )
+    for one in (model, loaded):
+        step(one, BATCHES[0], torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=0.1))
+    assert_same_tensors(deltas(loaded, name), deltas(model))
 
 
-def test_other_methods_have_no_such_part():
-    model = get_peft_model(make_bert(dropout=0.0), RandConfig(density=0.1, fitted_rate=True))
-    step(model, BATCHES[0], torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
-    (fit,) = iter_rate_fits(model)
-    assert all(isinstance(fit._scale(*pair), float) for pair in fit._deltas.items())
+def test_a_copy_trains_as_the_model_does():
+    model = make()
+    select(model)
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        step(one, BATCHES[0], torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=0.1))
+    assert_same_tensors(deltas(other), deltas(model))
+
+
+def test_one_config_draws_anew_for_each_adapter():
+    config = OneShotConfig(**HALVES)
+    model = get_peft_model(make_bert(dropout=0.0), config)
+    model.add_adapter("other", config)
+    assert config.drawn_for is None
+    first, second = (model.peft_config[name].drawn_for for name in ("default", "other"))
+    assert first != second
+
+
+def test_values_of_another_draw_are_refused(tmp_path):
+    other = make(seed=5)
+    select(other)
+    other.save_pretrained(tmp_path)
+    model = make()
+    select(model)
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)  # PEFT keeps the config that was there
+    with pytest.raises(ConfigError, match=r"does not tune all weights of .* that its config draws at random"):
+        step(model, BATCHES[0], torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))

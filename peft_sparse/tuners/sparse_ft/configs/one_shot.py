@@ -71,9 +71,12 @@ class OneShotConfig(SparseConfig):
         selection_passes: into how many parts the targets are split, each of which is scored in a pass of its own over
             the batches: the time of the selection grows with it, its memory falls. The result does not depend on it.
         random_share: share of the weights, in [0, 1), that is drawn at random before a criterion of gradients chooses
-            the rest. With `fitted_rate=True` each part has the rate that fits it: half and half did better than either
-            alone on two tasks (`examples/RESULTS.md`).
+            the rest. Half and half did better than either alone (`examples/RESULTS.md`).
+        chosen_rate: how much of each step the chosen weights take beside the drawn ones, in (0, 1], in any loop and
+            under any optimizer: they act several times as strongly on the outputs, and want smaller steps. Nothing
+            without a random part.
         seed: of the random part, which depends on what `RandConfig` says of its own.
+        drawn_for: not a request: what the draw depended on beside the seed, filled in by the library.
 
     Source: see the functions of `peft_sparse.selection.criteria`.
     """
@@ -85,7 +88,9 @@ class OneShotConfig(SparseConfig):
     selection_batches: int = field(default=32, metadata={"help": "Batches over which gradients are averaged."})
     selection_passes: int = field(default=4, metadata={"help": "Parts of the targets that are scored one by one."})
     random_share: float = field(default=0.0, metadata={"help": "Share of the weights that is drawn at random."})
+    chosen_rate: float = field(default=0.125, metadata={"help": "Share of each step that chosen weights take then."})
     seed: int = field(default=0, metadata={"help": "Seed of the random part."})
+    drawn_for: str | None = field(default=None, metadata={"help": "Filled in by the library."})
     budget: str | dict[str, float] = field(
         default="global",
         metadata={"help": "How the total is spread: 'uniform', 'global', 'sc_sft_...' or {regex: share}."},
@@ -109,6 +114,13 @@ class OneShotConfig(SparseConfig):
             raise ConfigError(
                 f"random_share={share!r} is for criteria of gradients, and {criterion_name(self.criterion)!r} looks at "
                 "the weights alone."
+            )
+        if not is_number(self.chosen_rate) or not 0 < self.chosen_rate <= 1:
+            raise ConfigError(f"chosen_rate must be a share of each step in (0, 1], got {self.chosen_rate!r}.")
+        if share and self.fitted_rate:
+            raise ConfigError(
+                f"random_share={share!r} has chosen weights take chosen_rate={self.chosen_rate!r} of each step, and "
+                "fitted_rate=True would scale all of a tensor's by one number: give one of them."
             )
         if share and self.support_rows is not None:
             raise ConfigError(
