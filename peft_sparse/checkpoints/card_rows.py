@@ -78,8 +78,9 @@ def _sparse_facts(config: Mapping[str, Any], sizes: Mapping[str, int] | None) ->
 
 
 def _criterion(config: Mapping[str, Any]) -> str:
-    criterion = config.get("criterion")
-    return f", by the criterion `{plain(criterion)}`" if criterion is not None else ""
+    criterion, share = config.get("criterion"), config.get("random_share")
+    drawn = f", with {share:.0%} of the weights drawn at random beside them" if share else ""
+    return f", by the criterion `{plain(criterion)}`{drawn}" if criterion is not None else ""
 
 
 def _request(config: Mapping[str, Any]) -> str:

@@ -188,7 +188,8 @@ def _sparse_training(
     optimizer.has_ages = config.grows_weights
     ratio = getattr(config, "candidates_per_weight", 1.0)
     watched = [delta for layer, delta in deltas if not isinstance(layer, Embedding)]
-    fitted = _measure_inputs(tuned) if config.fitted_rate else []
+    has_parts = bool(getattr(config, "random_share", 0))
+    scaled = _measure_inputs(tuned) if config.fitted_rate else [d.values for _, d in deltas] if has_parts else []
     step = _measure(
         model,
         tuned,
@@ -197,7 +198,7 @@ def _sparse_training(
         unseen=[delta.values for delta in lookups],
         is_resident=not workload.load_in_4bit,
         watch=partial(watch_for_candidates, watched, config) if nominates else None,
-        scaled=fitted,
+        scaled=scaled,
     )
     values = nbytes(delta.values for _, delta in deltas)
     parts = {
@@ -206,6 +207,8 @@ def _sparse_training(
         "adapter indices": sum(delta.count * index_dtype(delta.numel).itemsize for _, delta in deltas),
         **_parts_of(step, optimizer),
     }
+    if has_parts:
+        parts["rates of the weights"] = sum(4 * delta.count for _, delta in deltas)
     own = {id(delta.values) for _, delta in deltas}
     heads = nbytes(p for p in trained if id(p) not in own)
     if heads:

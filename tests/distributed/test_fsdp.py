@@ -17,6 +17,11 @@ CASES = {
     "rand, fewer weights than processes": ("rand", "adamw", {"density": None, "num_weights": 9}),
     "rand, L1": ("rand", "adamw", {"l1": 1e-4}),
     "rand, everything": ("rand", "adamw", {"target_modules": "all"}),
+    "half chosen, half drawn": (
+        "one shot",
+        "adamw",
+        {"criterion": "gradient", "selection_batches": 1, "random_share": 0.5},
+    ),
     "ag": ("ag", "adamw", {}),
     "ag, own optimizer": ("ag", "sparse_adamw", {}),
     "ag, float32 with a head": ("ag", "sparse_adamw", {"double": False}),

@@ -189,6 +189,8 @@ def train_fsdp(
         fields["modules_to_save"] = None
     base = make_bert(dropout=0.0, dtype=torch.float64 if double else torch.float32)
     model = get_peft_model(base, make_config(method, **fields))
+    if method == "one shot":
+        select_by_gradients(model, [batch(99)])
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()

@@ -413,6 +413,17 @@ def test_scaled_steps_hold_the_values_from_before_and_how_far_they_moved():
     assert fitted.parts["originals"] == training().parts["originals"] + energies
 
 
+def test_a_support_of_two_rates_costs_them_and_a_copy_of_its_values():
+    def training(**options) -> PhaseMemory:
+        config = OneShotConfig(density=0.5, criterion="gradient", **options)
+        return plan_memory(LLAMA, config, batch_size=1, sequence_length=1).phases[-1]
+
+    halves = training(random_share=0.5)
+    assert halves.parts["temporaries"] == 2 * halves.parts["adapter values"]
+    assert halves.parts["rates of the weights"] == halves.parts["adapter values"]
+    assert "rates of the weights" not in training().parts
+
+
 def test_nominating_over_whole_updates_tracks_more():
     def window(**options) -> PhaseMemory:
         return plan_memory(LLAMA, SpielAGConfig(density=0.1, **options), batch_size=1, sequence_length=64).phases[-1]
