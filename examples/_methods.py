@@ -26,6 +26,7 @@ class Method(str, Enum):
     spiel_ag = "spiel_ag"
     spiel_ma = "spiel_ma"
     rand = "rand"
+    half_random = "half_random"
     lottery_ticket = "lottery_ticket"
     deft_x = "deft_x"
     fisher = "fisher"
@@ -35,7 +36,7 @@ class Method(str, Enum):
 # Those with a dense phase, which trains the base weights themselves.
 TWO_PHASES = (Method.lottery_ticket, Method.deft_x)
 # SM3, which SpIEL-MA trains with, divides by the root of a sum, not of a mean: its steps shrink, so they start larger.
-LEARNING_RATES = {Method.spiel_ma: 8e-3}
+LEARNING_RATES = {Method.spiel_ma: 8e-3, Method.half_random: 4e-3}
 LEARNING_RATE = 2e-3
 
 
@@ -50,6 +51,9 @@ def adapter_config(method: Method, density: float, seed: int, model: torch.nn.Mo
         return SpielMAConfig(density=density, seed=seed, **often, **common)
     if method is Method.rand:
         return RandConfig(density=density, seed=seed, **common)
+    if method is Method.half_random:
+        chosen = {"criterion": "gradient", "budget": "uniform", "selection_batches": 8}
+        return OneShotConfig(density=density, seed=seed, random_share=0.5, **chosen, **common)
     if method is Method.lottery_ticket:
         return LotteryTicketConfig(density=density, **common)
     if method is Method.deft_x:

@@ -4,8 +4,8 @@
 
 tunes SmolLM2-135M-Instruct by SpIEL-AG on 180 built-in questions, whose answers are one short sentence and a subject
 in brackets. `--model` and `--data` take your own (questions and answers, or with `--text-column` just text);
-`--method` compares SpIEL-MA, Rand-SFT, LT-SFT, DeFT-X and LoRA at the same number of weights; `--load-in-4bit`
-quantises the base; `--plot ages.png` shows when the tuned weights were grown.
+`--method` compares Rand-SFT, half random weights and half by gradients, SpIEL-MA, LT-SFT, DeFT-X and LoRA at the same
+number of weights; `--load-in-4bit` quantises the base; `--plot ages.png` shows when the tuned weights were grown.
 """
 
 from __future__ import annotations

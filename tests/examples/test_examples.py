@@ -57,7 +57,7 @@ def losses(output: str) -> tuple[float, float]:
 
 # One of each way through the example; the others are rows of the same ways, in the slow tests.
 METHODS = ["spiel_ag", "lottery_ticket", "fisher", "lora"]
-METHODS += [pytest.param(method, marks=pytest.mark.slow) for method in ("spiel_ma", "rand", "deft_x")]
+METHODS += [pytest.param(method, marks=pytest.mark.slow) for method in ("spiel_ma", "rand", "half_random", "deft_x")]
 
 
 @pytest.mark.parametrize("method", METHODS)
