@@ -99,8 +99,8 @@ def merge_checkpoint(
         )
     plan = MergePlan(checkpoint, parts, factors, head)
     plan.check_range(dtype)
-    methods = [part.config.get("method") for part in parts]
-    warn_of_coinciding_draws([part.source for part in parts], methods, [part.deltas for part in parts], factors)
+    configs = [part.config for part in parts]
+    warn_of_coinciding_draws([part.source for part in parts], configs, [part.deltas for part in parts], factors)
     writer = ShardWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     with writer, Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as progress:
         task = progress.add_task("merging", total=len(checkpoint.names()))

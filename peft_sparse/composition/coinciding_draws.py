@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 from ..core.delta import SparseDelta
 from ..core.indices import union
@@ -16,6 +17,11 @@ logger = logging.getLogger(__name__)
 RANDOM_METHODS = ("rand", "spiel_ag", "spiel_ma")
 # Shares of the smaller support: above the first one and this many times what chance gives, two draws are no two draws.
 _COINCIDING, _TIMES_CHANCE = 0.8, 3.0
+
+_WAY_OUT = (
+    "They were drawn with the same seed, method, task and name, and their sum changes the same weights twice. Train one "
+    "with another seed=..., or under another adapter_name."
+)
 
 
 def shared_positions(
@@ -48,7 +54,7 @@ def shared_positions(
 
 def warn_of_coinciding_draws(
     names: Sequence[str],
-    methods: Sequence[str | None],
+    configs: Sequence[Mapping[str, Any]],
     parts: Sequence[Mapping[str, SparseDelta]],
     factors: Sequence[float] | None,
 ) -> None:
@@ -58,13 +64,18 @@ def warn_of_coinciding_draws(
 
     Args:
         names: what to call the adapters.
-        methods: of each, as its config says.
+        configs: of each, as its file has it.
         parts: {parameter: delta} of each.
         factors: of each in the sum; None for a sum of all as they are.
     """
     if factors is not None and math.isclose(sum(factors), 1.0):
         return
-    for i, j in combinations([n for n, method in enumerate(methods) if method in RANDOM_METHODS], 2):
+    halves = [(name, config) for name, config in zip(names, configs, strict=True) if config.get("random_share")]
+    for (one, its), (other, theirs) in combinations(halves, 2):
+        if all(its.get(field) == theirs.get(field) for field in ("drawn_for", "seed")):
+            logger.warning("The random parts of %s and %s are the same weights. %s", one, other, _WAY_OUT)
+    random = [n for n, config in enumerate(configs) if config.get("method") in RANDOM_METHODS]
+    for i, j in combinations(random, 2):
         found = shared_positions(parts[i], parts[j], at_least=_COINCIDING)
         if found is None:
             continue
@@ -72,10 +83,10 @@ def warn_of_coinciding_draws(
         if shared >= _COINCIDING and shared > _TIMES_CHANCE * expected:
             logger.warning(
                 "The random supports of %s and %s share %.0f %% of their weights, where two independent draws would "
-                "share %.0f %%: they were drawn with the same seed, method, task and name, and their sum changes the "
-                "same weights twice. Train one of them with another seed=..., or under another adapter_name.",
+                "share %.0f %%. %s",
                 names[i],
                 names[j],
                 100 * shared,
                 100 * expected,
+                _WAY_OUT,
             )

@@ -32,7 +32,7 @@ def combined(
     """
     configs = [tuner.peft_config[adapter] for adapter in adapters]
     parts = [{name: delta.delta for name, _, _, delta in iter_deltas(tuner, adapter)} for adapter in adapters]
-    warn_of_coinciding_draws(adapters, [config.method for config in configs], parts, weights)
+    warn_of_coinciding_draws(adapters, [vars(config) for config in configs], parts, weights)
     shapes = {name: delta.shape for part in parts for name, delta in part.items()}
     total = {
         name: combine(

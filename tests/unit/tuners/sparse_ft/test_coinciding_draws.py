@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_sparse import RandConfig, SpielAGConfig, iter_deltas
+from peft_sparse import OneShotConfig, RandConfig, SpielAGConfig, iter_deltas, select_by_gradients
 from peft_sparse.composition.coinciding_draws import shared_positions
 from peft_sparse.core.delta import SparseDelta
-from tests.support.models import llama
+from tests.support.models import IDS, llama
 
 
 def support(config, name="default"):
@@ -48,6 +48,26 @@ def test_adding_up_the_same_draw_warns(tmp_path, caplog):
         assert not caplog.records
         model.base_model.add_weighted_adapter(["default", "b"], [1, 1], "sum")
     assert "share 100 % of their weights, where two independent draws would share 20 %" in caplog.text
+
+
+def test_adding_up_two_with_the_same_random_part_warns(tmp_path, caplog):
+    def adapter(name="default", **fields):
+        config = OneShotConfig(density=0.2, criterion="gradient", random_share=0.5, selection_batches=1, **fields)
+        model = get_peft_model(llama(), config, adapter_name=name)
+        select_by_gradients(model, [{"input_ids": IDS, "labels": IDS}], adapter_name=name)
+        model.save_pretrained(tmp_path / str(fields))
+        return model
+
+    model = adapter()
+    adapter(seed=1)
+    model.load_adapter(tmp_path / "{}", "same")
+    model.load_adapter(tmp_path / "{'seed': 1}", "apart")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "peft_sparse"):
+        model.base_model.add_weighted_adapter(["default", "apart"], [1, 1], "fine")
+        assert not caplog.records
+        model.base_model.add_weighted_adapter(["default", "same"], [1, 1], "sum")
+    assert "The random parts of default and same are the same weights." in caplog.text
 
 
 def test_stopping_early_overlooks_no_pair():
