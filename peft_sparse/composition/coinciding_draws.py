@@ -19,8 +19,8 @@ RANDOM_METHODS = ("rand", "spiel_ag", "spiel_ma")
 _COINCIDING, _TIMES_CHANCE = 0.8, 3.0
 
 _WAY_OUT = (
-    "They were drawn with the same seed, method, task and name, and their sum changes the same weights twice. Train one "
-    "with another seed=..., or under another adapter_name."
+    "They were drawn with the same seed, method, task and name, and their sum changes the same weights twice. Train "
+    "one with another seed=..., or under another adapter_name."
 )
 
 
