@@ -176,6 +176,18 @@ def test_an_adapter_from_a_file_trains_on_as_the_one_that_it_was(tmp_path, name)
     assert_same_tensors(deltas(loaded, name), deltas(model))
 
 
+def test_the_rates_follow_a_support_that_is_loaded(tmp_path):
+    other, model = make(criterion="fisher"), make()
+    for one in (other, model):
+        select(one)
+    other.save_pretrained(tmp_path)
+    step(model, BATCHES[0], torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    for one in (other, model):
+        step(one, BATCHES[1], torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1))
+    assert_same_tensors(deltas(model), deltas(other))
+
+
 def test_a_copy_trains_as_the_model_does():
     model = make()
     select(model)
