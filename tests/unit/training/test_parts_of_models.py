@@ -246,7 +246,8 @@ def test_a_base_model_that_is_kept_beside_its_peft_model_is_no_part_of_its_own()
 
 def test_adapters_of_a_model_do_not_look_into_its_parts():
     inner = Tagger(by_peft(TYPES["rand"]()))
-    config = RandConfig(density=0.1, target_modules=["head"])
+    config = SpielAGConfig(density=0.1, **{**SPIEL, "target_modules": ["head"]})
     outer = get_peft_model(inner, config, adapter_name="outer")
     assert base_model_of(outer) is inner
-    assert [name for name, *_ in iter_deltas(outer, "outer")] == ["head.weight"]
+    (reselector,) = iter_reselectors(outer)
+    assert list(reselector.deltas) == ["head.weight"]
