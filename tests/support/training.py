@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -137,6 +138,17 @@ def assert_same_tensors(found: Any, expected: Any) -> None:
         for a, b in zip(as_tuple(found[name]), as_tuple(expected[name]), strict=True):
             assert a.dtype == b.dtype, name
             assert torch.equal(a, b), name
+
+
+# The loss falls, so the first of its checkpoints is the "best" one.
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+
+
+def assert_best_is_loaded(trainer: Any) -> None:
+    """A run with `BEST` ends with the weights of its best checkpoint, and not with its last ones."""
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.max_steps
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

@@ -45,17 +45,17 @@ def check_training(model: Any) -> None:
         _check_carrier(carrier)
 
 
-def _check_carrier(inner: Any) -> None:
-    phase = open_phase(base_model_of(inner))
-    names = [name for name in inner.peft_config if phase is None or phase.adapter_name != name]
-    waiting = [name for name in names if is_unselected(inner.peft_config[name]) and _is_active(inner, name)]
+def _check_carrier(carrier: Any) -> None:
+    phase = open_phase(base_model_of(carrier))
+    names = [name for name in carrier.peft_config if phase is None or phase.adapter_name != name]
+    waiting = [name for name in names if is_unselected(carrier.peft_config[name]) and _is_active(carrier, name)]
     if waiting:
         raise ConfigError(
             f"the weights of the active adapters {waiting} "
-            f"({', '.join(sorted({type(inner.peft_config[name]).__name__ for name in waiting}))}) are not selected "
+            f"({', '.join(sorted({type(carrier.peft_config[name]).__name__ for name in waiting}))}) are not selected "
             f"yet, so this trainer would train nothing of them. {HOW_TO_SELECT}"
         )
-    masks = [name for name in names if is_in_mask_phase(inner, name)]
+    masks = [name for name in names if is_in_mask_phase(carrier, name)]
     if masks:
         logger.warning(
             "this trainer trains the masks of the adapters %s, the first phase of Ada-SFT, and not the weights under "

@@ -31,7 +31,7 @@ from peft_sparse.training.phases.registry import phase_before
 from peft_sparse.tuners.common.adapter_config import carrier_of
 from peft_sparse.tuners.common.base_model import base_model_of
 from tests.support.models import bert
-from tests.support.training import assert_same_tensors, make_args
+from tests.support.training import BEST, assert_best_is_loaded, assert_same_tensors, make_args
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = {"target_modules": r".*\.layer\..*(query|key|value|dense)"}
@@ -123,17 +123,7 @@ def test_a_run_goes_on_from_any_checkpoint(tmp_path, kind, made):
 
 @pytest.mark.parametrize(("kind", "made"), WAYS)
 def test_the_best_checkpoint_is_loaded_whole(tmp_path, kind, made):
-    best = trainer(
-        tmp_path,
-        Tagger(made(TYPES[kind]())),
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        greater_is_better=True,  # the loss falls, so the first one is "best"
-    )
-    best.train()
-    assert best.state.best_global_step < 6
-    assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric, abs=1e-6)
+    assert_best_is_loaded(trainer(tmp_path, Tagger(made(TYPES[kind]())), **BEST))
 
 
 @pytest.mark.parametrize(("kind", "made"), WAYS)

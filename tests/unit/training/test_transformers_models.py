@@ -30,7 +30,7 @@ from peft_sparse import (
 from peft_sparse.core.names import PREFIX
 from peft_sparse.training.phases.registry import phase_before
 from tests.support.models import llama, logits, picture
-from tests.support.training import assert_same_tensors, make_args
+from tests.support.training import BEST, assert_best_is_loaded, assert_same_tensors, make_args
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = {"target_modules": "all-linear"}
@@ -127,17 +127,7 @@ def test_a_run_with_phases_equals_that_of_a_peft_model(tmp_path, kind):
 
 @pytest.mark.parametrize("adapters", MODELS, ids=called)
 def test_the_best_checkpoint_is_loaded_whole(tmp_path, adapters):
-    best = trainer(
-        tmp_path,
-        carrying(adapters),
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        greater_is_better=True,  # the loss falls, so the first one is "best"
-    )
-    best.train()
-    assert best.state.best_global_step < 6
-    assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric, abs=1e-6)
+    assert_best_is_loaded(trainer(tmp_path, carrying(adapters), **BEST))
 
 
 @pytest.mark.parametrize("adapters", [a for a in MODELS if len(a) > 1], ids=called)
