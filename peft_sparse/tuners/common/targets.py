@@ -17,6 +17,7 @@ from ...core.names import ends_with, lies_in_trained_whole, path_of_layer, unwra
 from ...errors import ConfigError
 from ...selection.patterns import fullmatch, match
 from .base_model import modules_around_adapters, outer_base_model_of
+from .computed import computed_parameters, is_parametrization, refuse_computed
 from .field_checks import ALL_LINEAR, ALL_PARAMETERS
 from .layer import PARAMETERS
 from .packed import find_backend, own_parameters, parameter_numel
@@ -65,7 +66,9 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     if config.counts is not None:
         _refuse_hidden((parameter.rpartition(".")[0] for parameter in config.counts), hidden)
         warn_if_deeper(config, config.counts, modules)
-        return _from_counts(config.counts, modules)
+        listed = _from_counts(config.counts, modules)
+        refuse_computed(listed, modules)
+        return listed
     modules.update((name, module) for name, module, _ in inside)
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})
@@ -81,6 +84,7 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
         if present or (wanted and not any(_has_parameter(module, p) for p in PARAMETERS)):
             targets[name] = present
     _refuse_hidden(targets, hidden)
+    refuse_computed(targets, modules)
     if not targets and config.target_modules in (None, ALL_LINEAR) and not _all_linear(config, model):
         raise no_linear(type(model).__name__)
     check_names(config.target_modules, modules, is_empty=not targets)
@@ -90,17 +94,17 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
 
 
 def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the model itself, by path: tuner layers count as the module that they wrap, their insides do not
-    count.
+    """Modules of the model itself, by path: tuner layers count as the module that they wrap; their insides do not
+    count, nor what computes a module's weight for it.
     """
     # Modules come before what is inside of them, and that before all else, so the last tuner layer alone matters.
     inside: str | None = None
     for name, module in modules_around_adapters(model):
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or is_parametrization(module):
             inside = f"{name}."
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper) or is_parametrization(module):
             continue
         yield unwrapped(name), module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -177,11 +181,11 @@ def _module_rule(config: TargetRequest, model: nn.Module, modules: dict[str, nn.
                 return ()
             parameters = own_parameters(module).items()
             own = {p: t for p, t in parameters if id(t) not in seen and f"{name}.{p}" not in unsaved}
-            if not own or not name.startswith(root):
+            if not name.startswith(root):
                 return ()
             seen.update(map(id, own.values()))
-            # A module whose only parameters have other names is wanted all the same: `wrap` refuses it by name.
-            return tuple(own)
+            # What cannot be tuned is wanted all the same, and refused by name: computed weights, other parameters.
+            return (*own, *computed_parameters(module))
 
         return every
     if target is None and config.target_parameters:
@@ -318,7 +322,7 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def _has_parameter(module: nn.Module, parameter: str) -> bool:
-    return parameter in own_parameters(module)
+    return parameter in own_parameters(module) or parameter in computed_parameters(module)
 
 
 def _ends_with_any(name: str, endings) -> bool:
