@@ -36,7 +36,8 @@ def refuse_computed(targets: Mapping[str, tuple[str, ...]], modules: Mapping[str
     Raises:
         ConfigError: there are such parameters.
     """
-    found = {path: names for path, own in targets.items() if (names := _computed(modules[path], own))}
+    computed = {path: set(own).intersection(computed_parameters(modules[path])) for path, own in targets.items()}
+    found = {path: sorted(names) for path, names in computed.items() if names}
     if not found:
         return
     listed = ", ".join(f"{path}.{name}" for path, names in found.items() for name in names)
@@ -46,10 +47,6 @@ def refuse_computed(targets: Mapping[str, tuple[str, ...]], modules: Mapping[str
         removal += ", or torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove for the older kinds"
     raise ConfigError(
         f"{listed}: computed from other parameters in each forward (weight norm, spectral norm, pruning and the like), "
-        f"so that a delta would be lost. Leave out with exclude_modules={exclusion}, or have the model keep the weight "
-        f"itself before the adapter is added ({removal})."
+        f"so that a delta would be lost. Leave the module out with exclude_modules={exclusion}, or have the model keep "
+        f"the weight itself before the adapter is added ({removal})."
     )
-
-
-def _computed(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in computed_parameters(module) if name in names)
