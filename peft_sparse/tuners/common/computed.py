@@ -14,11 +14,15 @@ from .target_checks import shortest_exclusion
 
 def computed_parameters(module: nn.Module) -> tuple[str, ...]:
     """Those of `PARAMETERS` that a module computes: by a parametrization of torch (weight_norm, spectral_norm,
-    orthogonal), or by the older hooks of the same names and those of pruning, which leave a plain tensor there.
+    orthogonal), or by the older hooks of the same names and those of pruning.
     """
-    return tuple(
-        name for name in PARAMETERS if is_parametrized(module, name) or isinstance(module.__dict__.get(name), Tensor)
-    )
+    return tuple(name for name in PARAMETERS if is_parametrized(module, name) or _is_hooked(module, name))
+
+
+def _is_hooked(module: nn.Module, name: str) -> bool:
+    # The hooks leave a plain tensor there, beside weight_g and weight_v, or weight_orig. HQQ's plain biases are alone.
+    sources = any(own.startswith(f"{name}_") for own in module._parameters)
+    return sources and isinstance(module.__dict__.get(name), Tensor)
 
 
 def is_parametrization(module: nn.Module) -> bool:
