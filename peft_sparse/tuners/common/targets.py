@@ -65,10 +65,10 @@ def find_targets(config: TargetRequest, model: nn.Module) -> Targets:
     hidden = {name: layer for name, _, layer in inside}
     if config.counts is not None:
         _refuse_hidden((parameter.rpartition(".")[0] for parameter in config.counts), hidden)
+        # Before anything reads a weight: reading a spectral norm's changes it.
+        refuse_computed({name: own for name, own in targets_of(config.counts).items() if name in modules}, modules)
         warn_if_deeper(config, config.counts, modules)
-        listed = _from_counts(config.counts, modules)
-        refuse_computed(listed, modules)
-        return listed
+        return _from_counts(config.counts, modules)
     modules.update((name, module) for name, module, _ in inside)
     if config.target_norms is False:
         refuse_norms_by_name(config, {name: is_norm(module) for name, module in modules.items()})

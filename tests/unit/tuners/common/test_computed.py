@@ -112,9 +112,10 @@ def test_the_bias_beside_it_can_be_tuned(kind):
     assert delta.grad.abs().sum() > 0
 
 
-def test_a_file_that_tunes_it_is_refused_and_the_model_is_as_it_was(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_tunes_it_is_refused_and_the_model_is_as_it_was(kind, tmp_path):
     get_peft_model(Net(), RandConfig(density=0.5, target_modules="all-linear")).save_pretrained(tmp_path)
-    model = net("weight_norm")
+    model = net(kind)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ConfigError, match=r"normed\.weight: computed"):
         PeftModel.from_pretrained(model, tmp_path)
