@@ -10,6 +10,7 @@ import pos_transfer
 import pytest
 import torch
 from _masked_training import masked_nll
+from _recipes import LANGUAGE
 from _report import paired_bootstrap
 from peft import get_peft_model
 from transformers import BertConfig, BertForMaskedLM
@@ -50,6 +51,17 @@ def test_a_rehearsal_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pos_transfer.Bench, "tested", lambda *args: pytest.fail("tested again"))
     pos_transfer.main(arguments)
     assert (tmp_path / "pos.md").read_text() == table
+    monkeypatch.undo()
+
+    # Fewer weights, beside the results of more.
+    pos_transfer.main([*arguments, "--language-density", "0.0005", "--than-density", str(LANGUAGE.density)])
+    lines = [json.loads(line) for line in (tmp_path / "pos.jsonl").read_text().splitlines()]
+    more, fewer = (
+        line["accuracy"] for line in lines if (line["over"], line["language"], line["way"]) == ("source", "far", "own")
+    )
+    row = next(line for line in (tmp_path / "pos.md").read_text().splitlines() if line.startswith("| H5"))
+    assert fewer < more
+    assert f"{fewer - more:+.1f} (" in row
     capsys.readouterr()
 
 
