@@ -308,7 +308,7 @@ def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
     for number in range(len(rows)):
         try:
             digest.update(json.dumps(rows[number], ensure_ascii=False).encode() + b"\n")
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # a ValueError: half a character, or a row that holds itself
             raise ConfigError(f"row {number} holds what JSON cannot: {error}") from error
     return digest.hexdigest()
 

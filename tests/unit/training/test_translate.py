@@ -199,6 +199,8 @@ def test_a_run_with_other_rows_settings_or_weights_is_refused(tmp_path):
         ({"target": "bbc_Latn"}, "target: the tokenizer has no token of the language 'bbc_Latn'.*add_language_code"),
         ({"source": "ind_Latn"}, "this tokenizer marks no language of its texts"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"rows": [{"text": "a"}, {"text": "b", "label": {1, 2}}]}, "row 1 holds what JSON cannot: .*set"),
+        ({"rows": [{"text": "half a character: \ud83d"}]}, "row 0 holds what JSON cannot: .*surrogates"),
     ],
 )
 def test_what_cannot_be_translated_is_refused(change, message, tmp_path):
