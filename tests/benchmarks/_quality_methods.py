@@ -127,6 +127,40 @@ class ScaledSteps(TrainerCallback):
         torch._foreach_copy_(parameters, moved)
 
 
+class LocalWarmUp(TrainerCallback):
+    """The first steps of a weight that was grown are a part of what they would be, which grows with its age.
+
+    Args:
+        length: the age at which steps are whole.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length, self.updates = length, 0
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        # Within the step: what reselects hears of it afterwards.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        self.updates += 1
+        self.before = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        for parameter, before in self.before:
+            age = optimizer.state[parameter]["age"].to(parameter.device)
+            share = torch.where(age < self.updates, (age / self.length).clamp(max=1), 1.0)
+            parameter.copy_(before.lerp(parameter, share.to(parameter.dtype)))
+
+
+def warm_up(model: nn.Module, run: Run) -> LocalWarmUp:
+    """Until the next reselection; a grown weight begins with the age that its estimates give it."""
+    return LocalWarmUp(run.options.reselection_steps)
+
+
 def _energy_of_entries(model: nn.Module, run: Run) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
     """(values [k], [k] input energy of each tuned weight's column, mean input energy of its layer)."""
     for name, _, _, delta in iter_deltas(model):
@@ -353,6 +387,7 @@ EXTRAS = {
     "spiel_ag_window_fitted": Method(RANDOM, fitted(spiel_window())),
     "spiel_ag_drop_by_gradient": Method(RANDOM, dropping("delta_times_gradient")),
     "spiel_ag_drop_by_moments": Method(RANDOM, dropping("moment_ratio")),
+    "spiel_ag_warm_up": Method(RANDOM, fitted(spiel(SpielAGConfig, **MENDED)), prepare=warm_up),
     "spiel_ag_once": Method(CHOSEN, spiel(SpielAGConfig, **MENDED, reselection_until=0.25)),
     "rand_by_column": Method(RANDOM, rand(), prepare=steps_by_column),
     "one_shot_by_column": Method(RANDOM, one_shot("gradient"), prepare=steps_by_column),
