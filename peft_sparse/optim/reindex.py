@@ -90,31 +90,6 @@ def state_holders(optimizers: Iterable[Any], values: Tensor) -> list[Any]:
     return list(found.values())
 
 
-def moment_ratios(optimizer: Any, values: Tensor) -> Tensor | None:
-    """|m| / sqrt(v) of each weight, by the moments of Adam's kind: how much of its movement keeps one direction.
-
-    Args:
-        optimizer: that holds the values, or a wrapper around it.
-        values: the parameter [k].
-
-    Returns:
-        [k] in the moments' dtype, corrected for each weight's age where there is one, 0 where v is; None if the
-        optimizer keeps no such moments, or keeps them quantised.
-    """
-    optimizer = _unwrap(optimizer)
-    state = getattr(optimizer, "state", {}).get(values, {})
-    first, second = (state.get("exp_avg", state.get("state1")), state.get("exp_avg_sq", state.get("state2")))
-    if not all(isinstance(m, Tensor) and m.is_floating_point() and m.shape == values.shape for m in (first, second)):
-        return None
-    m, v = whole(first), whole(second)
-    if isinstance(optimizer, SparseAdamW):
-        group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
-        age = whole(state["age"]).to(v.device).double().clamp_min(1)
-        beta1, beta2 = group["betas"]
-        m, v = m / (1 - beta1**age).to(m.dtype), v / (1 - beta2**age).to(v.dtype)
-    return torch.where(v > 0, m.abs() / v.sqrt(), torch.zeros_like(m))
-
-
 def _running_optimizers() -> Iterator[Any]:
     """Whatever has `param_groups` and is in its `step` around the caller, innermost first."""
     frame: Any = sys._getframe(1)

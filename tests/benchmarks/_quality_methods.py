@@ -227,11 +227,6 @@ def spiel_window():
     return lambda run: spiel(SpielAGConfig, nomination_updates=run.options.estimation_steps)(run)
 
 
-def dropping(drop_by: str):
-    """SpIEL-AG, mended and fitted, that drops what another measure finds weak."""
-    return fitted(spiel(SpielAGConfig, **MENDED, drop_by=drop_by))
-
-
 def lora(share: float = 1.0):
     def config(run: Run) -> LoraConfig:
         rank = max(1, int(run.rank * share))
@@ -385,8 +380,7 @@ EXTRAS = {
     "spiel_ag_whole_update": Method(CHOSEN, spiel(SpielAGConfig, nomination_updates=1)),
     "spiel_ag_window": Method(CHOSEN, spiel_window()),
     "spiel_ag_window_fitted": Method(RANDOM, fitted(spiel_window())),
-    "spiel_ag_drop_by_gradient": Method(RANDOM, dropping("delta_times_gradient")),
-    "spiel_ag_drop_by_moments": Method(RANDOM, dropping("moment_ratio")),
+    "spiel_ag_drop_by_gradient": Method(RANDOM, fitted(spiel(SpielAGConfig, **MENDED, drop_by="delta_times_gradient"))),
     "spiel_ag_warm_up": Method(RANDOM, fitted(spiel(SpielAGConfig, **MENDED)), prepare=warm_up),
     "spiel_ag_once": Method(CHOSEN, spiel(SpielAGConfig, **MENDED, reselection_until=0.25)),
     "rand_by_column": Method(RANDOM, rand(), prepare=steps_by_column),

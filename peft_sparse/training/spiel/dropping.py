@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from ...core.sharded import whole
-from ...errors import ConfigError
-from ...optim.reindex import moment_ratios
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 
 
-def drop_scores(
-    drop_by: str,
-    values: Tensor,
-    *,
-    before: Tensor | None,
-    held: nn.Parameter,
-    optimizers: Sequence[Optimizer],
-    adapter_name: str,
-) -> Tensor:
+def drop_scores(drop_by: str, values: Tensor, *, before: Tensor | None, gradient: Tensor | None) -> Tensor:
     """How much each weight of a tensor counts; the lowest are dropped.
 
     Args:
         drop_by: of the config.
         values: [k] the tuned values, whole.
         before: [k] what they were after the last reselection; None if there was none.
-        held: the parameter that optimizers hold, with the gradient of the update that was just made.
-        optimizers: that step on it.
-        adapter_name: for the message.
+        gradient: [k] of the update that was just made, or this process's part of it; None if there was none.
 
     Returns:
         [k] >= 0.
-
-    Raises:
-        ConfigError: no optimizer keeps the moments that are asked for.
     """
     if drop_by == "change_since_reselection" and before is not None:
         return (values - before.to(values.device)).abs()
-    if drop_by == "delta_times_gradient" and held.grad is not None:
-        return (values * whole(held.grad).to(values)).abs()
-    if drop_by == "moment_ratio":
-        for optimizer in optimizers:
-            if (ratios := moment_ratios(optimizer, held)) is not None:
-                return ratios.to(values.device)
-        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "no optimizer"
-        raise ConfigError(
-            f"drop_by='moment_ratio' of adapter {adapter_name!r} needs the moments of Adam's kind in full precision, "
-            f"and {names} has none. Use SparseAdamW or torch's Adam, or drop_by='delta'."
-        )
+    if drop_by == "delta_times_gradient" and gradient is not None:
+        return (values * whole(gradient).to(values)).abs()
     return values.abs()
 
 

@@ -312,15 +312,8 @@ class Reselector:
         }
 
     def _drop_scores(self, name: str, values: Tensor) -> Tensor:
-        held = self.deltas[name].held_values
-        return drop_scores(
-            self.config.drop_by,
-            values,
-            before=self._record.last_values(name),
-            held=held,
-            optimizers=self._updates.optimizers_of(held),
-            adapter_name=self.adapter_name,
-        )
+        gradient = self.deltas[name].held_values.grad
+        return drop_scores(self.config.drop_by, values, before=self._record.last_values(name), gradient=gradient)
 
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]

@@ -15,7 +15,7 @@ from .base import CHANCE, GRADIENTS, SparseConfig, method_name
 RANDOM = "random"
 # Criteria that a position has on its own, whatever the others of its tensor are.
 GROW_BY = ("gradient", "fisher", "weight_times_gradient", "gradient_on_small_weights")
-DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient", "moment_ratio")
+DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient")
 
 
 @dataclass
@@ -42,9 +42,8 @@ class SpielConfig(SparseConfig):
         reselection_schedule: how it falls: "linear" xi (1 - t/T) or "cosine" xi/2 (1 + cos(pi t/T)).
         drop_by: "delta" drops the weights that differ least from their pretrained values (the authors' code, and the
             thesis's text), "change_since_reselection" those that moved least since the last one (its Algorithm 2).
-            Two more to try, of nobody's paper: "delta_times_gradient" drops by |delta| times the last update's
-            |gradient|, what taking the weight back would change the loss by to first order; "moment_ratio" by
-            |m| / sqrt(v), dropping weights that move to and fro (with optimizers of Adam's kind).
+            One more to try, of nobody's paper: "delta_times_gradient" drops by |delta| times the last update's
+            |gradient|, what taking the weight back would change the loss by to first order.
         replace_all_first: replace every weight at the first reselection, for the support to start from is random.
         reselection_until: share of training after which the support stays as it is, in (0, 1].
         total_steps: T, updates in all of training; None takes the trainer's.
