@@ -35,7 +35,7 @@ together.
   quarter of the weights know a language less, so the target's own adapter is below the denser one by more than two
   standard errors in both languages; and LT-SFT, which chooses what it keeps, loses less by it than Rand-SFT does.
   Refuted, each, if the sign is the other one in both languages; else open. Random weights may want a larger rate the
-  fewer they are: `--rand-rate` gives them one, and their masked loss says which is best.
+  fewer they are: `--language-rates rand=4e-3` gives them one, and the masked loss says which is best, for both methods.
 
 The third call is the smallest that told something: under two hours of processor time (about 1,000 s for an LT-SFT
 adapter of Maltese, with AVX2). With 300, 150 and 100 steps, half an hour, language adapters changed nothing.
@@ -401,7 +401,14 @@ def settings_of(options: argparse.Namespace) -> dict:
 
 def rates_of(options: argparse.Namespace) -> dict[str, tuple]:
     """`RATES`, with what the call changes."""
-    return {**RATES, "rand": (options.rand_rate, *RATES["rand"][1:])}
+    return {**RATES, **{method: (rate, *RATES[method][1:]) for method, rate in options.language_rates}}
+
+
+def method_and_rate(given: str) -> tuple[str, float]:
+    method, _, rate = given.partition("=")
+    if method not in RATES:
+        raise argparse.ArgumentTypeError(f"takes METHOD=RATE with one of {', '.join(RATES)}, got {given!r}")
+    return method, float(rate)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -417,7 +424,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of a task adapter, 16 sentences each")
     parser.add_argument("--dense-share", type=float, default=0.4, help="LT-SFT's dense phase as a share of these")
     parser.add_argument("--language-density", type=float, default=LANGUAGE.density)
-    parser.add_argument("--rand-rate", type=float, default=RATES["rand"][0], help="of Rand-SFT's language adapters")
+    parser.add_argument(
+        "--language-rates",
+        type=method_and_rate,
+        nargs="*",
+        default=[],
+        metavar="METHOD=RATE",
+        help="of the sparse phase",
+    )
     parser.add_argument("--than-density", type=float, help="of an earlier call with this --output, to compare with")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a piece of raw text")
     parser.add_argument("--threads", type=int, default=1)
