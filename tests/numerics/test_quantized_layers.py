@@ -211,13 +211,14 @@ def test_autocast_casts_as_it_does_for_an_ordinary_layer(kind):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "8 bit, bfloat16 model"])
-def test_each_example_of_a_batch_with_its_own_adapter(kind):
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_each_example_of_a_batch_with_its_own_adapter(kind, with_gradients):
     model, x, compute = make(kind, adapters=("default", "b"))
     model.eval()
     names = ["b", "__base__", "default", "b", "default"]
     base = tuned(model).get_base_layer()
-    with torch.no_grad():
-        y = model(x, adapter_names=names)
+    with torch.set_grad_enabled(with_gradients):
+        y = model(x.detach().requires_grad_(with_gradients), adapter_names=names)
         for i, name in enumerate(names):
             if name == "__base__":
                 assert torch.equal(y[i], base(x)[i])

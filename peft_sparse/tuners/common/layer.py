@@ -185,8 +185,7 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
         return called(base, partial(self._mixed_rows, adapter_names), (x, *args), kwargs)
 
     def _mixed_rows(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.restore()
-        result = output_without_hooks(self.get_base_layer(), x, *args, **kwargs)
+        result = self._untuned_rows(x, *args, **kwargs)
         if len(result) != len(x):
             raise ValueError(
                 f"adapter_names cannot be given: {type(self.get_base_layer()).__name__} mixes the examples."
@@ -205,6 +204,11 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
             tuned = self._tuned_rows(name, result[rows], x[rows], *others, **named)
             result = result.index_copy(0, rows, tuned.to(result.dtype))
         return result
+
+    def _untuned_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer alone makes of all examples."""
+        self.restore()
+        return output_without_hooks(self.get_base_layer(), x, *args, **kwargs)
 
     def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What one adapter makes of some examples; `base` is a copy of what the base layer makes of them."""

@@ -157,6 +157,8 @@ class Linear(SparseLayer):
         """The base layer's output for all examples, and what each one's deltas add to it, if kernels can add it."""
         self.restore()
         base, writes = self._modules["base_layer"], self._writing.begun
+        if self._writing.depth or self._written:
+            return None  # another thread writes, or has written by now
         rows, found = x.numel() // max(1, len(x) * x.shape[-1]), []
         for name, first, count in _runs(adapter_names):
             if not self.acts(name):
@@ -174,6 +176,16 @@ class Linear(SparseLayer):
         for first, count, product, values in found:
             product.add_(y, x, count, base.weight, values, first_row=first)
         return None if self._writing.depth or self._writing.begun != writes else y
+
+    def _untuned_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        is_plain = self.has_own("weight") and not (args or kwargs or base.weight.requires_grad or ops.is_recorded())
+        if is_plain and is_grad_enabled() and x.requires_grad:
+            # Its backward, too, has to find the weight without what a resident forward wrote into it meanwhile.
+            make = partial(self._base_weight, base.weight)
+            return ops.linear(x, make, base.bias, [], fan_in_fan_out=self.fan_in_fan_out, guard=self._lock)
+        with self._lock:
+            return super()._untuned_rows(x, *args, **kwargs)
 
     def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own, deltas = self.get_base_layer().weight, self.active_deltas("weight", [name])
@@ -231,7 +243,9 @@ class Linear(SparseLayer):
         base = self.get_base_layer()
         deltas = self.active_deltas("weight", adapters)
         values = [delta.values for delta in deltas]
-        written = self.is_resident and "weight" not in self.tied_parameters and offload_hook(base) is None
+        # Only what is active is written: a batch that names others would take it out for the threads beside it.
+        is_active = list(adapters) == self.active_adapters
+        written = self.is_resident and is_active and "weight" not in self.tied_parameters and offload_hook(base) is None
         key, overlay = self.overlay("weight", adapters)
         # `key` has the ids of the deltas: holding them keeps their ids from going to others.
         make = partial(self._make_weight, base.weight, deltas, key, overlay, values, written)
@@ -260,11 +274,15 @@ class Linear(SparseLayer):
             if written and self.is_resident and not self.merged and own is self.get_base_layer().weight:
                 self.write_entries("weight", key, overlay, values)
                 return own.data
+            return overlay.add(self._base_weight(own), values)
+
+    def _base_weight(self, own: Tensor) -> Tensor:
+        """The weight that a forward found, without any delta: in a backward after a merge, or after a block of resident
+        mode began, something is written into it.
+        """
+        with self._lock:
             now = self._written.get("weight")
-            if now is not None and (now.target is own or now.parameter is own):
-                # A backward after a merge, or after a block of resident mode began.
-                own = self.pristine("weight")
-            return overlay.add(own, values)
+            return self.pristine("weight") if now is not None and (now.target is own or now.parameter is own) else own
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.fan_in_fan_out

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from peft_sparse import RandConfig, iter_deltas, resident
 from tests.support.adapters import TYPES, adapted, tuned
 from tests.support.madg import MadGCase
 from tests.support.models import llama
@@ -95,3 +97,51 @@ def test_every_thread_has_its_adapter_names(kind):
     torch.testing.assert_close(want[3], want[0])  # "a" is the active one
     assert not any(torch.allclose(want[i], want[j], atol=1e-3) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert all(torch.equal(found, want[i % 4]) for i, found in enumerate(in_threads(serve, 120)))
+
+
+def two_adapters():
+    """ "a" on all linear weights, which is active, and "b" on few of them."""
+    model = adapted("SPARSE_FT", llama(), "a")
+    model.add_adapter("b", RandConfig(density=0.2, target_modules=["q_proj"], init_weights=False))
+    for _, _, _, delta in iter_deltas(model, "b"):
+        delta.values.data += 0.3
+    return model
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_adapter_names_beside_resident_blocks(with_gradients):
+    model = two_adapters()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    requests = [["a", "b"], ["b", "__base__"], ["__base__", "a"], None]
+
+    def serve(i):
+        names = requests[i % 4]
+        with torch.set_grad_enabled(with_gradients):
+            if names is not None:
+                return model(input_ids=REQUESTS[0], adapter_names=names).logits.detach()
+            with resident(model):
+                return model(input_ids=REQUESTS[0]).logits.detach()
+
+    want = [serve(i) for i in range(4)]
+    assert not any(torch.allclose(want[i], want[j], atol=1e-2) for i in range(4) for j in range(i))
+    for i, found in enumerate(in_threads(serve, 400)):
+        torch.testing.assert_close(found, want[i % 4])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_gradients_of_adapter_names_in_a_resident_block():
+    """Where "b" changes nothing, its examples need the base weight in their backward, after others wrote into it."""
+    model = two_adapters().double()
+    for _, _, _, delta in iter_deltas(model, "b"):
+        delta.values.requires_grad_(True)
+
+    def gradients(block):
+        with block:
+            named = model(input_ids=REQUESTS[0], adapter_names=["b", "b"]).logits
+            others = model(input_ids=REQUESTS[1]).logits
+            loss = named.square().sum() + others.square().sum()
+            held = [delta.values for *_, delta in (*iter_deltas(model, "a"), *iter_deltas(model, "b"))]
+            return torch.autograd.grad(loss, held)
+
+    for found, want in zip(gradients(resident(model)), gradients(nullcontext()), strict=True):
+        torch.testing.assert_close(found, want)
