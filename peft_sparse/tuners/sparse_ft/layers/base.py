@@ -152,7 +152,7 @@ class SparseLayer(MovableLayer):
             if self.merged:
                 self.unmerge()
             self.restore()
-            return self.base_layer(x, *args, **kwargs)
+            return self._untuned(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         deltas = self.all_active_deltas()
@@ -165,6 +165,10 @@ class SparseLayer(MovableLayer):
         if torch.is_grad_enabled():
             keep_dtypes(deltas, in_forward=True)
         return called(self.get_base_layer(), partial(self._delta_forward, self.active_adapters), (x, *args), kwargs)
+
+    def _untuned(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the wrapped layer computes without the adapters, of which nothing is written now."""
+        return self.base_layer(x, *args, **kwargs)
 
     def keep_dtypes(self) -> None:
         """Undo casts of the active adapters' values that nobody asked for: see `AdapterDelta.keep_dtype`."""

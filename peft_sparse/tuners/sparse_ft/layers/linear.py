@@ -21,7 +21,7 @@ from ....core.few_rows import GetParts, Parts, add_parts_, takes_parts
 from ....core.overlay import Overlay
 from ....core.traced import is_traced, shown
 from ....errors import ConfigError
-from ...common.base_module import has_hooks, offload_hook, output_of, output_without_hooks
+from ...common.base_module import called, has_hooks, offload_hook, output_of, output_without_hooks, own_forward
 from .active_weights import ActiveWeights, Snapshot
 from .base import PARAMETERS, SparseLayer
 from .bounded_cache import with_entry
@@ -177,15 +177,30 @@ class Linear(SparseLayer):
             product.add_(y, x, count, base.weight, values, first_row=first)
         return None if self._writing.depth or self._writing.begun != writes else y
 
-    def _untuned_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _untuned(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        is_plain = self.has_own("weight") and not (args or kwargs or base.weight.requires_grad or ops.is_recorded())
-        if is_plain and is_grad_enabled() and x.requires_grad:
-            # Its backward, too, has to find the weight without what a resident forward wrote into it meanwhile.
-            make = partial(self._base_weight, base.weight)
-            return ops.linear(x, make, base.bias, [], fan_in_fan_out=self.fan_in_fan_out, guard=self._lock)
+        if self.base_layer is base and self._has_later_backward(x, args, kwargs):
+            return called(base, self._untuned_with_backward, (x,), {})
+        return super()._untuned(x, *args, **kwargs)
+
+    def _untuned_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._has_later_backward(x, args, kwargs):
+            return self._untuned_with_backward(x)
         with self._lock:
             return super()._untuned_rows(x, *args, **kwargs)
+
+    def _has_later_backward(self, x: Tensor, args: Any, kwargs: Any) -> bool:
+        """Whether the base layer's own product would need the weight again, which other forwards may write into."""
+        if not (is_grad_enabled() and x.requires_grad) or args or kwargs or not self.has_own("weight"):
+            return False
+        base = self.get_base_layer()
+        return own_forward(base) is None and not (base.weight.requires_grad or ops.is_recorded())
+
+    def _untuned_with_backward(self, x: Tensor) -> Tensor:
+        """The base layer's output; what a resident forward writes into the weight is in neither pass."""
+        base = self.get_base_layer()
+        make = partial(self._base_weight, base.weight)
+        return ops.linear(x, make, base.bias, [], fan_in_fan_out=self.fan_in_fan_out, guard=self._lock)
 
     def _tuned_rows(self, name: str, base: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own, deltas = self.get_base_layer().weight, self.active_deltas("weight", [name])

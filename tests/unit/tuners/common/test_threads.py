@@ -129,18 +129,29 @@ def test_adapter_names_beside_resident_blocks(with_gradients):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_gradients_of_adapter_names_in_a_resident_block():
-    """Where "b" changes nothing, its examples need the base weight in their backward, after others wrote into it."""
+@pytest.mark.parametrize(
+    "request_",
+    [{"adapter_names": ["b", "b"]}, {"adapter_names": ["b", "__base__"]}, None],
+    ids=["b", "base", "disabled"],
+)
+@pytest.mark.parametrize("in_block", [True, False])
+def test_gradients_beside_a_resident_block(request_, in_block):
+    """What the base weights alone computed needs them in its backward, after other forwards wrote into them."""
     model = two_adapters().double()
     for _, _, _, delta in iter_deltas(model, "b"):
         delta.values.requires_grad_(True)
+    embedded = model.get_input_embeddings()(REQUESTS[0]).detach().requires_grad_(True)
+
+    def forward():
+        with model.disable_adapter() if request_ is None else nullcontext():
+            return model(inputs_embeds=embedded, **(request_ or {})).logits.square().sum()
 
     def gradients(block):
+        held = [embedded, *(delta.values for *_, delta in iter_deltas(model, "a"))]
+        first = None if in_block else forward()
         with block:
-            named = model(input_ids=REQUESTS[0], adapter_names=["b", "b"]).logits
-            others = model(input_ids=REQUESTS[1]).logits
-            loss = named.square().sum() + others.square().sum()
-            held = [delta.values for *_, delta in (*iter_deltas(model, "a"), *iter_deltas(model, "b"))]
+            first = forward() if first is None else first
+            loss = first + model(input_ids=REQUESTS[1]).logits.square().sum()
             return torch.autograd.grad(loss, held)
 
     for found, want in zip(gradients(resident(model)), gradients(nullcontext()), strict=True):
