@@ -37,8 +37,9 @@ _MOST_PASSES = 2**12
 def current_pass() -> int:
     """The number of the backward pass that runs now, the outermost one; -1 outside of any."""
     found = _running()
-    while found in _outer:
-        found = _outer[found]
+    # Another thread may empty it.
+    while (outer := _outer.get(found)) is not None:
+        found = outer
     return found
 
 

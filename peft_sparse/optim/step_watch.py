@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
-from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -90,31 +91,39 @@ class StepWatch(Generic[T]):
     ) -> None:
         self._register = register
         self._tell = tell
-        self._watched: WeakSet[Any] = WeakSet()
+        # Replaced and never changed: a model may be made in one thread while another trains.
+        self._watched: tuple[weakref.ref[Any], ...] = ()
+        self._lock = threading.Lock()
         self._hook: Any = None
 
     def add(self, watched: T) -> None:
         """Tell `watched` of every later step, until it dies or is discarded."""
-        self._watched.add(watched)
-        if self._hook is None:
-            self._hook = self._register(self._on_step)
+        with self._lock:
+            self._watched = (*self._all_but(watched), weakref.ref(watched))
+            if self._hook is None:
+                self._hook = self._register(self._on_step)
 
     def discard(self, watched: T) -> None:
         """Undo `add`."""
-        self._watched.discard(watched)
-        # Torch goes through its hooks while they tell, and must not lose one meanwhile: it stays, and does nothing.
-        if self._hook is not None and not len(self._watched) and not _telling:
-            self._hook.remove()
-            self._hook = None
+        with self._lock:
+            self._watched = tuple(self._all_but(watched))
+            # Torch goes through its hooks while they tell, and must not lose one meanwhile: it stays, and does nothing.
+            if self._hook is not None and not len(self) and not _telling:
+                self._hook.remove()
+                self._hook = None
+
+    def _all_but(self, watched: T) -> Iterator[weakref.ref[Any]]:
+        """Those that live, without one."""
+        return (each for each in self._watched if (one := each()) is not None and one is not watched)
 
     def __len__(self) -> int:
-        return len(self._watched)
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(tuple(self._watched))
+        return (watched for each in self._watched if (watched := each()) is not None)
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if not len(self._watched):
+        if not len(self):
             return None
         # Every step runs in a wrapper of torch's, of one code for all optimizers. Looking for it on the stack needs no
         # memory, which a step that ends in an exception would leave wrong.

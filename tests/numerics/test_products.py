@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,3 +141,27 @@ class TestRememberedLayouts:
         with torch.inference_mode():
             support = in_rows([6], 3)
         assert products.layout_of([support], (ROWS, COLUMNS)).rows.tolist() == [6]
+
+
+def test_layouts_are_remembered_and_dropped_in_several_threads(monkeypatch):
+    class Interrupted(dict):
+        """One whose items come one by one, so that other threads run in between."""
+
+        def items(self):
+            for item in super().items():
+                time.sleep(0)
+                yield item
+
+    monkeypatch.setattr(products, "_layouts", Interrupted())
+    monkeypatch.setattr(products, "_sweep_at", 4)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def lay_out(row):
+        return products.layout_of([torch.arange(COLUMNS) + row % ROWS * COLUMNS], (ROWS, COLUMNS)).rows.tolist()
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lay_out, range(1500))) == [[row % ROWS] for row in range(1500)]
+    finally:
+        sys.setswitchinterval(before)

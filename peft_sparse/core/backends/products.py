@@ -7,6 +7,7 @@ to a part of the rows, only those rows are multiplied.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,9 +114,10 @@ def layout_of(supports: Sequence[Tensor], shape: tuple[int, int]) -> Layout:
     key = (*(_identity(support) for support in supports), shape, TILE_BYTES)
     found = _layouts.get(key)
     if found is None:
-        _forget_dead()
         found = _Remembered([StorageWeakRef(s.untyped_storage()) for s in supports], _lay_out(supports, shape))
-        _layouts[key] = found
+        with _lock:
+            _forget_dead()
+            _layouts[key] = found
     return found.layout
 
 
@@ -164,6 +166,8 @@ class _Remembered:
 
 
 _layouts: dict[tuple[object, ...], _Remembered] = {}
+# Held while layouts are added and dropped: replicas of `nn.DataParallel` and servers compute in threads.
+_lock = threading.Lock()
 _sweep_at = 256
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_sparse import RandConfig, iter_deltas, resident
+from peft_sparse import RandConfig, SpielAGConfig, iter_deltas, resident
 from tests.support.adapters import TYPES, adapted, tuned
 from tests.support.madg import MadGCase
 from tests.support.models import llama
@@ -160,6 +160,22 @@ def test_gradients_beside_a_resident_block(request_, in_block):
 
     for found, want in zip(gradients(resident(model)), gradients(nullcontext()), strict=True):
         torch.testing.assert_close(found, want)
+
+
+def test_models_are_made_while_others_train():
+    """Whatever is told of optimizer steps, and what is remembered of supports, is shared by all models."""
+
+    def serve(i):
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)), SpielAGConfig(num_weights=8, target_modules=["0"], seed=i)
+        )
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+        return [delta.count for *_, delta in iter_deltas(model)]
+
+    assert in_threads(serve, 150) == [[8]] * 150
 
 
 @torch.no_grad()
