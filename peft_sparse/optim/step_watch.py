@@ -93,7 +93,8 @@ class StepWatch(Generic[T]):
         self._tell = tell
         # Replaced and never changed: a model may be made in one thread while another trains.
         self._watched: tuple[weakref.ref[Any], ...] = ()
-        self._lock = threading.Lock()
+        # One thread may come again: whatever is collected meanwhile may ask to be discarded.
+        self._lock = threading.RLock()
         self._hook: Any = None
 
     def add(self, watched: T) -> None:
