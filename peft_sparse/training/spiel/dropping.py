@@ -21,6 +21,8 @@ def drop_scores(drop_by: str, values: Tensor, *, before: Tensor | None, gradient
 
     Returns:
         [k] >= 0.
+
+    Source: "delta" is that of the authors' code, "change_since_reselection" of thesis Algorithm 2; see `SpielAGConfig`.
     """
     if drop_by == "change_since_reselection" and before is not None:
         return (values - before.to(values.device)).abs()

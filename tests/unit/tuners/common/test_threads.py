@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sparse import RandConfig, SpielAGConfig, iter_deltas, resident
+from peft_sparse.core import observer
 from tests.support.adapters import TYPES, adapted, tuned
 from tests.support.madg import MadGCase
 from tests.support.models import llama
@@ -176,6 +177,20 @@ def test_models_are_made_while_others_train():
         return [delta.count for *_, delta in iter_deltas(model)]
 
     assert in_threads(serve, 150) == [[8]] * 150
+
+
+def test_an_outer_pass_may_be_forgotten_by_another_thread(monkeypatch):
+    class Emptied(dict):
+        """As if another thread emptied it right after somebody looked."""
+
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(observer, "_outer", Emptied({5: 3}))
+    monkeypatch.setattr(observer, "_running", lambda: 5)
+    assert observer.current_pass() == 3
 
 
 @torch.no_grad()
