@@ -46,12 +46,28 @@ class StackedAdaptersCallback(TrainerCallback):
                 f"resume_from_checkpoint: the adapters {self._active} were active, and this trainer has brought back "
                 f"{self._active[0]!r} alone. {WAY_OUT} Make model and trainer anew."
             )
-        behind = [name for name in self._active[1:] if trains(model, name)]
-        if args.load_best_model_at_end and behind:
-            raise ConfigError(
-                f"load_best_model_at_end=True: of the active adapters {self._active} this trainer would load the best "
-                f"{self._active[0]!r} alone, and {behind} train. {WAY_OUT}"
-            )
+        refuse_best(args, model, self._active)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Look again: the model may activate several adapters with its first batch, as `LanguageSwitch` has it do.
+
+        Raises:
+            ConfigError: the best model is to be loaded at the end, and would be one of them alone.
+        """
+        if isinstance(model, PeftModel):
+            refuse_best(args, model, list(model.active_adapters))
+
+
+def refuse_best(args: TrainingArguments, model: nn.Module, active: list[str]) -> None:
+    """Raise a ConfigError if the trainer is to load the best model at the end, and more than the first adapter trains."""
+    behind = [name for name in active[1:] if trains(model, name)] if args.load_best_model_at_end else []
+    if behind:
+        raise ConfigError(
+            f"load_best_model_at_end=True: of the active adapters {active} this trainer would load the best "
+            f"{active[0]!r} alone, and {behind} train. {WAY_OUT}"
+        )
 
 
 def trains(model: nn.Module, adapter_name: str) -> bool:

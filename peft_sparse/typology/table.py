@@ -267,8 +267,9 @@ class Typology:
     def require_same(self, saved: Mapping[str, Any]) -> None:
         """Refuse to stand in for the typology that `to_dict` describes if it says something else.
 
-        The features must be the same, in the same order. If vectors were saved, those are compared, so that a file with
-        some of the languages serves as well as the whole; otherwise the digest is.
+        The features must be the same, in the same order. If vectors were saved, those are compared, whatever code of a
+        language they were asked for by, so that a file with some of the languages serves as well as the whole; it is
+        told if it has none of them. Without saved vectors the digest is compared.
 
         Raises:
             ConfigError: it differs; the error says in what.
@@ -281,13 +282,20 @@ class Typology:
                 f"the features must be those of {origin} ({len(theirs.feature_names)}), in their order; "
                 f"{_origin(self)} has {_first_difference(self.feature_names, theirs.feature_names)}"
             )
-        shared = [code for code in theirs.vectors if code in self._rows]
+        # A language that another stands for here may have been in the whole table itself.
+        shared = [code for code in theirs.vectors if self._spelt(code) is not None]
         changed = [code for code in shared if not torch.equal(self.vector(code), theirs.vectors[code])]
         if changed:
             raise ConfigError(
                 f"the vectors of {changed[:5]} ({len(changed)} of {len(shared)} languages) are not those of {origin}: "
                 f"{_origin(self)} is another version of the data, and adapters generated from it would be others"
             )
+        if theirs.vectors and not shared and self.digest != theirs.digest:
+            logger.warning(
+                "%s has none of the languages %s, so nothing shows whether it is %s, whose vectors the adapter was "
+                "trained on: give a typology that has one of them as well",
+                _origin(self), list(theirs.vectors)[:5], origin,
+            )  # fmt: skip
         if not theirs.vectors and self.digest != theirs.digest:
             raise ConfigError(
                 f"the vectors are not those of {origin}: {_origin(self)} has the digest {self.digest[:12]}, not "
@@ -299,19 +307,22 @@ class Typology:
         return {code: row for row, code in enumerate(self.languages)}
 
     def _find(self, code: str) -> str | None:
-        if code in self._rows:
-            return code
-        plain = code.strip().lower()
-        if plain in self.glottocodes:
-            code = self.glottocodes[plain]
-        for other in spellings(code):
-            if other in self._rows:
-                return other
-        for other in stand_ins(code):
+        found = self._spelt(code)
+        if found is not None:
+            return found
+        for other in stand_ins(self._plain(code)):
             if other in self._rows:
                 logger.info("%s has no %s; %s stands for it", self.source, code, other)
                 return other
         return None
+
+    def _spelt(self, code: str) -> str | None:
+        """The code of the language itself, if it is here under any of its codes."""
+        return next((other for other in (code, *spellings(self._plain(code))) if other in self._rows), None)
+
+    def _plain(self, code: str) -> str:
+        """A Glottocode's ISO code; any other code as it is."""
+        return self.glottocodes.get(code.strip().lower(), code)
 
     def _unknown(self, code: str) -> str:
         text = f"language {code!r} is not among the {len(self)} of {_origin(self)}"

@@ -44,6 +44,15 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
     make of them, with their gradient, and every other attribute is the base layer's own.
     """
 
+    def requires_grad_(self, requires_grad: bool = True) -> WeightLayer:
+        """As any module's; but the base parameters stay frozen where `weight` requires a gradient as it is.
+
+        transformers gives embeddings that it did not resize back the flag that it read off their weight.
+        """
+        if requires_grad and self.weight.requires_grad:
+            return self
+        return super().requires_grad_(requires_grad)
+
     # ---- what the model reads past the forward ---------------------------------------------------
 
     @property
@@ -174,22 +183,26 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """One adapter per example of the batch; "__base__" stands for none."""
-        check_one_per_example(adapter_names, x)
+        base = self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            x = self._positions_of_each(x, len(adapter_names))
+        if any(map(self.acts, adapter_names)):
+            check_one_per_example(adapter_names, x)
         if self.merged:
             raise ValueError("adapter_names cannot be given while adapters are merged: call unmerge_adapter() first.")
         if self.disable_adapters:
             raise ValueError(
                 "adapter_names cannot be given while adapters are disabled: call enable_adapter_layers() first."
             )
-        base = self.get_base_layer()
         return called(base, partial(self._mixed_rows, adapter_names), (x, *args), kwargs)
 
     def _mixed_rows(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = self._untuned_rows(x, *args, **kwargs)
+        result = self._for_each(x, self._untuned_rows(x, *args, **kwargs))
         if len(result) != len(x):
             raise ValueError(
                 f"adapter_names cannot be given: {type(self.get_base_layer()).__name__} mixes the examples."
             )
+        least = 2 if isinstance(self.get_base_layer(), nn.Embedding) else 1
         for name in dict.fromkeys(adapter_names):
             if not self.acts(name):
                 continue
@@ -197,13 +210,29 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
 
             def part(value: Any, rows: Tensor = rows) -> Any:
                 """What belongs to the rows, of a tensor with one entry per example; anything else as it is."""
-                is_per_example = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(x)
+                # Beside ids [B, T], one dimension is that of positions [T].
+                is_per_example = isinstance(value, Tensor) and value.dim() >= least and len(value) == len(x)
                 return value[rows.to(value.device)] if is_per_example else value
 
             others, named = [part(value) for value in args], {key: part(value) for key, value in kwargs.items()}
-            tuned = self._tuned_rows(name, result[rows], x[rows], *others, **named)
+            tuned = self._for_each(x[rows], self._tuned_rows(name, result[rows], x[rows], *others, **named))
             result = result.index_copy(0, rows, tuned.to(result.dtype))
         return result
+
+    @staticmethod
+    def _positions_of_each(x: Tensor, count: int) -> Tensor:
+        """Ids [B, T], also of positions that a model looks up once for all examples, [1, T] or [T]."""
+        x = x.unsqueeze(0) if x.dim() == 1 and len(x) != count else x
+        return x.expand(count, *x.shape[1:]) if len(x) == 1 else x
+
+    def _for_each(self, x: Tensor, result: Tensor) -> Tensor:
+        """What a layer makes of examples x [B, ...], one entry for each: also of embeddings that count positions
+        themselves, and give one for all [1, T, H] (BART) or [T, H] (Whisper).
+        """
+        if not isinstance(self.get_base_layer(), nn.Embedding) or x.dim() < 2:
+            return result
+        result = result.unsqueeze(0) if result.dim() == 2 else result
+        return result.expand(len(x), *result.shape[1:]) if len(result) == 1 else result
 
     def _untuned_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer alone makes of all examples."""

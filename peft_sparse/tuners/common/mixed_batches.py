@@ -6,7 +6,8 @@ compute at a time, with names and without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -14,37 +15,50 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner
+from ..._peft_bridge import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
+from ...errors import ConfigError
 
 # What a mixed batch calls an example without an adapter (PEFT's own word).
 BASE = "__base__"
+# Embeddings of the distance between two tokens (T5's relative_attention_bias): their ids are [queries, keys], of which
+# all examples have the same.
+_OF_DISTANCES = re.compile(r"(^|[._])rel(ative)?_")
 
 
 def names_by_module(
-    tuner: BaseTuner, adapter_names: list[str], kwargs: dict[str, Any], kind: type[nn.Module]
+    tuner: BaseTuner,
+    adapter_names: list[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    kind: type[nn.Module],
 ) -> Iterator[tuple[nn.Module, list[str]]]:
     """The adapter of each example that each tuned layer and each head will see.
 
     Args:
         tuner: the model.
         adapter_names: one name per example of the batch; "__base__" stands for none.
-        kwargs: what else the forward or generate call was given.
+        args, kwargs: what else the forward or generate call was given.
         kind: class of the tuned layers.
 
     Raises:
-        ValueError: a name is unknown, or the model is in training.
+        ValueError: a name is unknown, there are more or fewer than examples, or the model is in training.
+        ConfigError: an adapter tunes what all examples share, whatever their adapters are.
     """
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     unknown = sorted(set(adapter_names) - set(tuner.peft_config) - {BASE})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    beams = kwargs.get("num_beams") or 1
     model = tuner.model
+    batch = _batch(model, args, kwargs)
+    if batch is not None:
+        check_one_per_example(adapter_names, batch)
+    beams = kwargs.get("num_beams") or 1
     encoder = model.get_encoder() if beams > 1 and hasattr(model, "get_encoder") else None
     in_encoder = set(encoder.modules()) if encoder is not None and encoder is not model else set()
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, (kind, AuxiliaryTrainingWrapper)):
+            _refuse_distances(path, module, adapter_names)
             # Beam search repeats every example inside the decoder, not in the encoder.
             repeats = 1 if module in in_encoder else beams
             own = adapter_names
@@ -53,6 +67,25 @@ def names_by_module(
                 having = module._get_available_adapters()
                 own = [name if name in having else BASE for name in adapter_names]
             yield module, [name for name in own for _ in range(repeats)]
+
+
+def _batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a model is given, one row per example; None if that is not told."""
+    own = getattr(model, "main_input_name", "input_ids")
+    given = [*args[:1], *(kwargs.get(name) for name in (own, "inputs", "inputs_embeds"))]
+    return next((value for value in given if isinstance(value, Tensor) and value.dim() > 1), None)
+
+
+def _refuse_distances(path: str, module: nn.Module, adapter_names: Sequence[str]) -> None:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+    if not (isinstance(base, nn.Embedding) and _OF_DISTANCES.search(path)):
+        return
+    acting = [name for name in dict.fromkeys(adapter_names) if module.acts(name)]
+    if acting:
+        raise ConfigError(
+            f"adapter_names cannot be given: the adapters {acting} tune {path}, which all examples share. Compute the "
+            f"examples one adapter at a time (model.set_adapter), or train with exclude_modules=[{path!r}]."
+        )
 
 
 def check_one_per_example(adapter_names: Sequence[str], x: Tensor) -> None:

@@ -241,7 +241,7 @@ class AdapterTuner(BaseTuner):
         if adapter_names is None:
             yield
             return
-        named = dict(names_by_module(self, list(adapter_names), kwargs, self.tuner_layer_cls))
+        named = dict(names_by_module(self, list(adapter_names), args, kwargs, self.tuner_layer_cls))
         layers = {module: names for module, names in named.items() if isinstance(module, self.tuner_layer_cls)}
         if any(layer.disable_adapters for layer in layers):
             raise ValueError(

@@ -79,3 +79,19 @@ def test_one_active_adapter_is_no_stack(tmp_path):
     resumed.set_adapter("task")
     trainer(tmp_path, resumed, Trainer).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_tensors(own(resumed), own(model))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_stack_that_the_first_batch_makes_is_one(tmp_path, kind):
+    """As under `LanguageSwitch`."""
+    model = stacked(kind)
+    model.set_adapter("task")
+
+    def stack(*_):
+        model.base_model.set_adapter(["language", "task"])
+        model.base_model.set_requires_grad("language", requires_grad=False)
+
+    model.register_forward_pre_hook(stack)
+    with pytest.raises(ConfigError, match=r"load_best_model_at_end=True: .*'language' alone, and \['task'\] train"):
+        trainer(tmp_path, model, Trainer, **BEST).train()
+    trainer(tmp_path, model, Trainer).train()

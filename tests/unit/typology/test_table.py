@@ -180,6 +180,24 @@ def test_another_typology_is_refused():
         made([row[:3] for row in VALUES], names=NAMES[:3]).require_same(part)
 
 
+@pytest.mark.parametrize("code", ["en", "EN", "eng_Latn"])
+def test_another_typology_is_refused_whatever_a_language_was_called(code):
+    # As an adapter keeps the vector of a language that it was asked for.
+    typology = made()
+    saved = typology.to_dict(languages=["eng"])
+    saved["vectors"] = {code: saved["vectors"]["eng"]}
+    typology.require_same(saved)
+    with pytest.raises(ConfigError, match=rf"vectors of \['{code}'\] \(1 of 1 languages\) are not those of"):
+        made([[0, *VALUES[0][1:]], *VALUES[1:]]).require_same(saved)
+
+
+def test_a_typology_without_the_saved_languages_is_told(caplog):
+    saved = made().to_dict(languages=["eng"])
+    with caplog.at_level("WARNING", logger="peft_sparse"):
+        made(VALUES[1:2], languages=["quy"]).require_same(saved)
+    assert "none of the languages ['eng']" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

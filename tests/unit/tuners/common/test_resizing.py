@@ -47,3 +47,19 @@ def test_the_way_out_keeps_what_was_trained(tmp_path):
     base.resize_token_embeddings(25)
     again = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits(again)[..., :20], expected)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_the_same_size_leaves_the_base_frozen(target):
+    model = adapted("SPARSE_FT", llama(), target_modules=[target, "q_proj"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.get_base_model().resize_token_embeddings(20)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+
+
+def test_a_layer_is_frozen_and_opened_as_any_module():
+    layer = adapted("SPARSE_FT", llama(), target_modules=["embed_tokens"]).get_input_embeddings()
+    layer.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    layer.requires_grad_(True)
+    assert layer.get_base_layer().weight.requires_grad
