@@ -15,6 +15,7 @@ from ._peft_bridge import register
 from .training import fitted_rate as _fitted_rate  # noqa: F401
 from .training import merged as _merged  # noqa: F401
 from .training import part_rates as _part_rates  # noqa: F401
+from .training import skipped_inverses as _skipped_inverses  # noqa: F401
 from .training import stacked_adapters as _stacked_adapters  # noqa: F401
 from .training.phases import unfinished as _unfinished  # noqa: F401
 from .training.spiel import start as _start  # noqa: F401

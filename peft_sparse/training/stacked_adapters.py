@@ -61,7 +61,7 @@ class StackedAdaptersCallback(TrainerCallback):
 
 
 def refuse_best(args: TrainingArguments, model: nn.Module, active: list[str]) -> None:
-    """Raise a ConfigError if the trainer is to load the best model at the end, and more than the first adapter trains."""
+    """Raise a ConfigError if the trainer is to load the best model at the end, and others than the first one train."""
     behind = [name for name in active[1:] if trains(model, name)] if args.load_best_model_at_end else []
     if behind:
         raise ConfigError(

@@ -116,11 +116,16 @@ def save_adapter_hub(
 
     Raises:
         ConfigError: the model has no such bottleneck adapter.
-        FormatError: the architecture is another one, the adapter lies where the library has none of that kind, or the
-            library has no head that computes the same.
+        FormatError: the architecture is another one, the adapter lies where the library has none of that kind or has
+            what the library has none of (token rows), or the library has no head that computes the same.
     """
     base = base_model_of(model)
     config: BottleneckConfig = config_of(model, adapter_name, BOTTLENECK, called="a bottleneck adapter")
+    if config.trainable_token_indices:
+        raise FormatError(
+            f"adapter {adapter_name!r} has rows of trained tokens (trainable_token_indices), of which the adapters "
+            "library has none: there it would compute something else. Use save_pretrained()."
+        )
     model_type = getattr(base.config, "model_type", None)
     if model_type not in _HOLDERS:
         raise FormatError(

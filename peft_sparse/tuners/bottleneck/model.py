@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...core.names import unwrapped
 from ...errors import ConfigError
 from ..common.combining import Combined
+from ..common.events import ON_INVERTIBLE, announce
 from ..common.keys import gather
 from ..common.made_for_file import Receipt, cast_anew
 from ..common.targets import model_numel
@@ -58,6 +59,9 @@ class BottleneckModel(AdapterTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._attach_inverse(model)
+        config = self.peft_config[adapter_name]
+        if config.invertible is not None and not config.inference_mode:
+            announce(ON_INVERTIBLE)
 
     def _plan(
         self, config: BottleneckConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None

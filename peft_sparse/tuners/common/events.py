@@ -15,6 +15,8 @@ ON_START: list[Callable[[], None]] = []
 ON_STACK: list[Callable[[], None]] = []
 # Called when adapters are merged that are there to be trained.
 ON_MERGE: list[Callable[[], None]] = []
+# Called when an adapter is made, to be trained, that is undone before the output matrix.
+ON_INVERTIBLE: list[Callable[[], None]] = []
 
 
 def announce(listeners: list[Callable[[], None]]) -> None:

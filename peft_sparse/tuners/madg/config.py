@@ -17,8 +17,10 @@ from ..bottleneck.config import BottleneckConfig
 from .saved_typology import check_typology
 
 MAD_G = add_peft_type("MAD_G")
+# What an adapter trains beside what a hypernetwork generates.
+NOT_GENERATED = ("modules_to_save", "trainable_token_indices")
 # What a generated adapter has of its own, whatever the hypernetwork's.
-_NOT_PASSED_ON = ("peft_type", "modules_to_save", "trainable_token_indices", "inference_mode", "init_weights")
+_NOT_PASSED_ON = ("peft_type", *NOT_GENERATED, "inference_mode", "init_weights")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,13 +20,15 @@ from ..bottleneck.state import unfit
 from ..common.adapter_config import refusing_unknown
 from ..common.base_model import base_model_of
 from ..common.made_for_file import Receipt
-from .config import MadGConfig
+from .config import NOT_GENERATED, MadGConfig
 from .generated import GeneratedAdapter
 from .generator import SiteGenerator, num_generated
 from .importance import FeatureImportance, feature_importance
 from .languages import LanguageContext, Languages, MadGState, as_languages
 from .layer import GENERATORS, MadGLayer
 from .saved_typology import as_typology, saved_vectors
+
+logger = logging.getLogger(__name__)
 
 
 class MadGModel(BottleneckModel):
@@ -264,12 +267,20 @@ def generate_adapter(
         adapter_name: name of the new adapter; the code if None.
         source: the MAD-G adapter that generates it; the only one, or the active one, if None.
 
+    Heads and rows of trained tokens of the hypernetwork's adapter stay with it; that is told.
+
     Raises:
         ConfigError: there is no vector for the language.
     """
     name = _one_adapter(model, source)
     shared = _state(model).shared[name]
     shared.vector(language)
+    behind = [field for field in NOT_GENERATED if getattr(shared.config, field)]
+    if behind:
+        logger.warning(
+            "the adapter generated for %s has neither heads nor trained tokens of %r (%s), and computes something else "
+            "than the model does without them: merge_and_unload() keeps them", language, name, ", ".join(behind),
+        )  # fmt: skip
     weights = {path: site.built_in(language).weights for path, site in iter_sites(model, name)}
     return GeneratedAdapter(
         language=language,

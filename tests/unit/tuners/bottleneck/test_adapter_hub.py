@@ -282,3 +282,10 @@ def test_refusals_lead_to_the_right_door(kind, tmp_path):
         with pytest.raises(FormatError, match=DOORS[kind]) as refusal:
             reader()
         assert "again" not in str(refusal.value)
+
+
+def test_trained_tokens_have_no_place_there(tmp_path):
+    model = get_peft_model(bert(), BottleneckConfig(trainable_token_indices=[3]))
+    with pytest.raises(FormatError, match=r"rows of trained tokens \(trainable_token_indices\).*save_pretrained"):
+        save_adapter_hub(model, tmp_path / "there")
+    assert not (tmp_path / "there").exists()

@@ -14,9 +14,11 @@ from peft_sparse import (
     generate_adapter,
     set_language,
 )
+from tests.support.adapters import adapted
 from tests.support.bottleneck import Case, parameters_of
 from tests.support.exact import IDS, close, logits
 from tests.support.madg import MadGCase, fill_generators
+from tests.support.models import bert
 
 PLAIN, LAYERS = MadGCase("MAD-G"), MadGCase("MAD-G-LS")
 
@@ -112,6 +114,16 @@ def test_a_generated_adapter_that_does_not_fit_changes_nothing():
     with pytest.raises(ConfigError, match="must be"):
         network.generate_adapter("quy").add_to(tuned)
     assert list(tuned.peft_config) == ["task"]
+
+
+@pytest.mark.parametrize("more", [{"trainable_token_indices": [3]}, {"modules_to_save": ["cls"]}])
+def test_what_a_generated_adapter_leaves_behind_is_told(more, caplog):
+    model = adapted("MAD_G", bert(), **more)
+    model.generate_adapter("quy")
+    assert f"neither heads nor trained tokens of 'default' ({next(iter(more))})" in caplog.text
+    caplog.clear()
+    adapted("MAD_G", bert()).generate_adapter("quy")
+    assert not caplog.text
 
 
 def test_which_hypernetwork_generates():
