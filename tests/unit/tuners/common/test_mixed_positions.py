@@ -38,6 +38,24 @@ def tuned(model: nn.Module, **fields) -> nn.Module:
     return adapted("SPARSE_FT", model, "one", "two", target_modules="all", **fields)
 
 
+class Counted(nn.Embedding):
+    """Positions for all examples alike, [T, H]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[: x.shape[1]]
+
+
+class Small(nn.Module):
+    """A model of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 4), Counted(16, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.tokens(input_ids) + self.positions(input_ids)
+
+
 def ids(rows: int) -> Tensor:
     return torch.randint(4, 20, (rows, 6), generator=torch.Generator().manual_seed(rows))
 
@@ -63,6 +81,16 @@ def test_each_example_has_its_own_positions(make: Callable[[], nn.Module], rows:
     expected = torch.cat([logits(model, x[i : i + 1], name) for i, name in enumerate(names)])
     torch.testing.assert_close(logits(model, x, adapter_names=names), expected, rtol=0, atol=1e-6)
     assert not torch.allclose(expected[0], logits(model, x[:1], "__base__")[0])
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_positions_without_examples(rows: int) -> None:
+    model = adapted("SPARSE_FT", Small(), "one", "two", target_modules=["positions"])
+    names, x = (NAMES * 2)[:rows], ids(rows)
+    found = model(input_ids=x, adapter_names=names)
+    for i, name in enumerate(["one", "two"]):
+        model.set_adapter(name)
+        assert torch.equal(found[i], model(input_ids=x)[i])
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
