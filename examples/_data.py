@@ -9,11 +9,16 @@ import ast
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from _readers import READERS, SPLITS, Row, bad, first_line, is_local, read_file, read_hub, what_is_there
+
+from peft_sparse.checks import is_finite
+
+# (what a cell holds, what the data call its field) -> what an example takes; a ValueError says what it must be.
+Reader = Callable[[Any, str], Any]
 
 # ---- whole data sets -------------------------------------------------------------------------------
 
@@ -34,8 +39,18 @@ def read_set(where: str, split: str = "train", *, option: str = "--data") -> lis
 
 def split_file(folder: Path, split: str) -> Path | None:
     """<split>.<suffix> in a folder, by any of the split's names."""
-    tried = (folder / f"{name}{suffix}" for name in SPLITS[split] for suffix in READERS)
-    return next((path for path in tried if path.is_file()), None)
+    return next((path for name in SPLITS[split] for path in files_called(folder, name)), None)
+
+
+def files_called(folder: Path, stem: str) -> list[Path]:
+    """<stem>.<suffix> in a folder, of the kinds that are read and in their order; a suffix may be in capitals."""
+    kinds = list(READERS)
+    found = [one for one in folder.glob(f"{glob.escape(stem)}.*") if one.stem == stem and _is_read(one)]
+    return sorted(found, key=lambda one: (kinds.index(one.suffix.lower()), one.name))
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix.lower() in READERS and path.is_file()
 
 
 def with_columns(
@@ -45,7 +60,7 @@ def with_columns(
     *,
     name: str,
     option: str = "--data",
-    lists: Iterable[str] = (),
+    cells: Mapping[str, Reader] | None = None,
     named_by: Callable[[str], str] = lambda field: f"--{field.replace('_', '-')}-column NAME",
 ) -> list[Row]:
     """Rows with the fields that an example knows.
@@ -56,7 +71,7 @@ def with_columns(
         needed: fields that each row must have.
         name: of the data, for errors.
         option: that named the data.
-        lists: fields that are lists; in CSV a cell is a JSON list, or words with spaces between them.
+        cells: {field: how its cells are read}: by `as_text`, `as_written` or `as_list`; others stay as they are.
         named_by: field -> the option that says what it is called in the data.
     """
     found = []
@@ -70,10 +85,14 @@ def with_columns(
                     f"{named_by(field)} says what it is called there",
                     option,
                 )
-        try:
-            found.append({**own, **{field: _as_list(own[field]) for field in lists if own.get(field) is not None}})
-        except ValueError as error:
-            raise bad(f"{name}, row {number}: {error}", option) from error
+        for field, read in (cells or {}).items():
+            if own.get(field) is None:
+                continue
+            try:
+                own[field] = read(own[field], columns.get(field, field))
+            except ValueError as error:
+                raise bad(f"{name}, row {number}: {error}; {named_by(field)} names another column", option) from error
+        found.append(own)
     return found
 
 
@@ -85,9 +104,33 @@ def field_names(pairs: Iterable[str] | None) -> dict[str, str]:
     return found
 
 
-def _as_list(cell: Any) -> list:
-    if not isinstance(cell, str):
-        return list(cell)
+def as_text(cell: Any, name: str) -> str:
+    """Text as it is, and words in a list with spaces between them."""
+    words = [cell] if isinstance(cell, str) else cell
+    if isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words):
+        return " ".join(words)
+    raise ValueError(f"{name!r} must be text or a list of words, got {cell!r:.60}")
+
+
+def as_written(cell: Any, name: str) -> str:
+    """Text as it is, and a number as it is written: a label, an answer, a name."""
+    if isinstance(cell, (str, bool)) or is_finite(cell):
+        return str(cell)
+    raise ValueError(f"{name!r} must be text or a number, got {cell!r:.60}: write it as text")
+
+
+def as_list(cell: Any, name: str) -> list:
+    """A list of words or numbers, one at least; in CSV a cell is a JSON list, or words with spaces between them."""
+    found = _list_in(cell) if isinstance(cell, str) else cell
+    if not isinstance(found, (list, tuple)) or not found:
+        ways = "as JSON or as words with spaces between them"
+        raise ValueError(f"{name!r} must be a list with a word at least, {ways}, got {cell!r:.60}")
+    for place, one in enumerate(found):
+        as_written(one, f"{name}[{place}]")
+    return list(found)
+
+
+def _list_in(cell: str) -> Any:
     if not cell.lstrip().startswith("["):
         return cell.split()
     try:
@@ -96,11 +139,9 @@ def _as_list(cell: Any) -> list:
         try:
             written = ast.literal_eval(cell.strip())
         except (SyntaxError, ValueError):
-            written = None
+            return None
         # A list as numpy prints it, ['a' 'b'], is to Python the list ['ab'].
-        if isinstance(written, list) and repr(written) == cell.strip():
-            return written
-    raise ValueError(f"{cell[:60]!r} is no list: give it as JSON, or words with spaces between them")
+        return written if isinstance(written, list) and repr(written) == cell.strip() else None
 
 
 # ---- languages -------------------------------------------------------------------------------------
@@ -113,7 +154,7 @@ def read_rows(
     *,
     columns: Mapping[str, str],
     needed: Iterable[str],
-    lists: Iterable[str] = (),
+    cells: Mapping[str, Reader] | None = None,
     option: str = "--data",
     named_by: Callable[[str], str] = lambda field: f"--column {field}=NAME",
 ) -> list[Row]:
@@ -124,14 +165,14 @@ def read_rows(
             folder with that in it; a file, which is then of this language; or the id of a data set on the Hub, whose
             configurations are the languages (id:configuration takes one).
         language, split: which; a split may have another of its usual names ("dev").
-        columns, needed, lists, option, named_by: as in `with_columns`.
+        columns, needed, cells, option, named_by: as in `with_columns`.
     """
     path = find_file(where, language, split, option=option)
     rows = read_hub(where, split, config=language, option=option) if path is None else read_file(path, option=option)
     name = str(path or f"{where} ({language}, {split})")
     if not rows:
         raise bad(f"{name} has no rows", option)
-    return with_columns(rows, columns, needed, name=name, option=option, lists=lists, named_by=named_by)
+    return with_columns(rows, columns, needed, name=name, option=option, cells=cells, named_by=named_by)
 
 
 def find_file(where: str, language: str, split: str, *, option: str = "--data") -> Path | None:
@@ -163,8 +204,14 @@ def find_file(where: str, language: str, split: str, *, option: str = "--data") 
 
 def apart(train: Path | None, test: Path | None, *, option: str = "--data") -> None:
     """Refuse to test on the file that was trained on; None is a place that is no file here."""
-    if train is not None and train == test:
+    if train is not None and test is not None and train.samefile(test):
         raise bad(f"{train} would be both trained and tested on: a pattern with {{split}} tells the two apart", option)
+
+
+def told_apart(labels: Sequence[str], *, least: int = 2, option: str = "--data") -> None:
+    """Refuse training rows with fewer labels than there must be."""
+    if len(labels) < least:
+        raise bad(f"all training rows have the label {labels[0]!r}: there is nothing to learn", option)
 
 
 def filled(pattern: Path, language: str, *, option: str, split: str = "") -> Path:
@@ -181,7 +228,7 @@ def read_text(where: str, language: str, *, column: str = "text", option: str = 
         where: a pattern with {language}; a folder with files called <language>, else <language>_<anything>, else
             <anything>_<language>, with any suffix; or the id of a data set whose configurations are the languages.
         language: which.
-        column: of the text; text files have none.
+        column: of the text, or of its words; text files have none.
         option: that named the text.
     """
     path = Path(where).expanduser()
@@ -190,11 +237,10 @@ def read_text(where: str, language: str, *, column: str = "text", option: str = 
     if "{" in where:
         files = [filled(path, language, option=option)]
     elif path.is_dir():
-        kinds = ([f"{language}{suffix}" for suffix in READERS], [f"{language}_*"], [f"*_{language}.*"])
-        groups = (
-            [one for name in names for one in sorted(path.glob(name)) if one.suffix in READERS] for names in kinds
+        others = (
+            [one for one in sorted(path.glob(name)) if _is_read(one)] for name in (f"{language}_*", f"*_{language}.*")
         )
-        files = next(filter(None, groups), [path / f"{language}.txt"])
+        files = next(filter(None, (files_called(path, language), *others)), [path / f"{language}.txt"])
     else:
         raise bad(f"{where} is no folder, and no pattern: {option} 'text/{{language}}.txt'", option)
     if not files[0].is_file():
@@ -207,8 +253,8 @@ def read_text(where: str, language: str, *, column: str = "text", option: str = 
 
 def _texts(rows: list[Row], column: str, name: str, option: str) -> list[str]:
     columns = {} if column == "text" or Path(name).suffix.lower() == ".txt" else {"text": column}
-    rows = with_columns(rows, columns, ["text"], name=name, option=option)
-    return [text for row in rows if (text := str(row["text"]).strip())]
+    rows = with_columns(rows, columns, ["text"], name=name, option=option, cells={"text": as_text})
+    return [text for row in rows if (text := row["text"].strip())]
 
 
 def read_texts(where: str, *, column: str = "text", language_column: str = "") -> dict[str, list[str]]:
@@ -221,9 +267,9 @@ def read_texts(where: str, *, column: str = "text", language_column: str = "") -
     """
     path, found = Path(where).expanduser(), {}
     if language_column:
-        rows = with_columns(read_set(where), {"text": column, "language": language_column}, (), name=where)
-        for row in rows:
-            found.setdefault(str(row["language"]), []).append(str(row["text"]).strip())
+        columns, cells = {"text": column, "language": language_column}, {"text": as_text, "language": as_written}
+        for row in with_columns(read_set(where), columns, (), name=where, cells=cells):
+            found.setdefault(row["language"], []).append(row["text"].strip())
     elif path.is_dir() or "{" in where:
         for language, file in _files_of_languages(path):
             found.setdefault(language, []).extend(_texts(read_file(file), column, str(file), "--data"))
@@ -246,7 +292,7 @@ def read_texts(where: str, *, column: str = "text", language_column: str = "") -
 
 def _files_of_languages(path: Path) -> list[tuple[str, Path]]:
     if path.is_dir():
-        files = [one for one in sorted(path.iterdir()) if one.suffix.lower() in READERS and one.is_file()]
+        files = [one for one in sorted(path.iterdir()) if _is_read(one)]
         found = [(one.stem.partition("_")[0], one) for one in files]
         wanted = path / "<language>.txt"
     else:

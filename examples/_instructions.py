@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from _data import read_set, split_file, with_columns
-from _readers import bad
+import typer
+from _data import as_text, as_written, read_set, split_file, with_columns
+from _readers import Row, bad
 
 HOUSE_STYLE = Path(__file__).parent / "house_style"
 USUAL = {"question": ("instruction", "question", "prompt"), "answer": ("output", "answer", "response")}
+# What a question is about: Alpaca's and Dolly's.
+BESIDE = ("input", "context")
 
 
 def read_pairs(
@@ -20,7 +23,8 @@ def read_pairs(
 
     The built-in answers are one short sentence and a subject in square brackets. Of a folder without a file for it the
     last tenth is held out, at most `max_held_out` rows. `columns` says what the data call "question" and "answer", or
-    "text": that is learnt as it is, without a question, and so are the lines of a text file.
+    "text": that is learnt as it is, without a question, and so are the lines of a text file. Behind a question comes
+    what the row has as "input" or "context", unless that is the question or the answer itself.
     """
     if not data:
         train, held_out = (read_set(str(HOUSE_STYLE / f"{split}.jsonl")) for split in ("train", "heldout"))
@@ -28,6 +32,8 @@ def read_pairs(
     columns = {"text": "text"} if Path(data).suffix.lower() == ".txt" else dict(columns or {})
     if "text" in columns and len(columns) > 1:
         raise bad("a text has no question: --text-column goes without --question-column and --answer-column", "--data")
+    if len({*columns.values()}) < len(columns):
+        raise bad(f"question and answer cannot both be {columns['answer']!r}: name two columns", "--answer-column")
     pairs = _pairs(read_set(data), columns, data)
     folder = Path(data).expanduser()
     other = next((found for s in ("valid", "test") if folder.is_dir() and (found := split_file(folder, s))), None)
@@ -39,22 +45,45 @@ def read_pairs(
     return pairs[:cut], pairs[cut:]
 
 
-def _pairs(rows: list[dict], columns: Mapping[str, str], name: str) -> list[dict]:
-    return [_pair(row, columns) for row in with_columns(rows, columns, (), name=name)]
-
-
-def _pair(row: dict, columns: Mapping[str, str]) -> dict:
+def _pairs(rows: list[Row], columns: Mapping[str, str], name: str) -> list[dict]:
     if "text" in columns:
-        return {"question": "", "answer": str(row["text"])}
-    names = {field: (field,) if field in columns else usual for field, usual in USUAL.items()}
-    pair = {field: next((str(row[name]) for name in own if row.get(name)), None) for field, own in names.items()}
-    if None in pair.values():
-        raise bad(
-            f"a row needs one of {USUAL['question']} and one of {USUAL['answer']}; this one has {sorted(row)}. "
-            "--question-column and --answer-column say what they are called; --text-column takes text as it is",
-            "--data",
+        texts = [row["text"] for row in with_columns(rows, columns, (), name=name, cells={"text": as_text})]
+        found = [{"question": "", "answer": text} for text in texts if text.strip()]
+        if not found:
+            raise bad(f"{name} has no text in {columns['text']!r}, in none of {len(rows)} rows", "--data")
+        return found
+    found = []
+    for number, row in enumerate(with_columns(rows, columns, (), name=name), start=1):
+        try:
+            pair = {field: _only(row, field, columns) for field in USUAL}
+            about = [as_written(row[own], own) for own in _filled(row, BESIDE) if own not in columns.values()]
+        except ValueError as error:
+            raise bad(f"{name}, row {number}: {error}", "--data") from error
+        found.append({**pair, "question": "\n".join([pair["question"], *about])})
+    return found
+
+
+def _only(row: Row, field: str, columns: Mapping[str, str]) -> str:
+    """The question or answer of a row: of the column that was named, or of the one with a usual name."""
+    names = [field] if field in columns else [name for name in USUAL[field] if name not in columns.values()]
+    found = _filled(row, names)
+    if len(found) > 1:
+        raise ValueError(f"both {found[0]!r} and {found[1]!r} may be the {field}: --{field}-column NAME says which is")
+    empty = next((name for name in names if name in row), None)
+    if not found and empty is not None:
+        called = columns.get(field, empty)
+        raise ValueError(f"the {field} is empty, {called!r} is {row[empty]!r}: fill it in, or leave the row out")
+    if not found:
+        raise ValueError(
+            f"a row needs one of {names} for the {field}; this one has {sorted(map(str, row))}. "
+            "--question-column and --answer-column say what they are called; --text-column takes text as it is"
         )
-    return {**pair, "question": "\n".join(filter(None, [pair["question"], row.get("input")]))}
+    return as_written(row[found[0]], columns.get(field, found[0]))
+
+
+def _filled(row: Row, names: Iterable[str]) -> list[str]:
+    """Those of the names under which a row has something; 0 is something."""
+    return [name for name in names if row.get(name) is not None and str(row[name]).strip()]
 
 
 def opening(pair: dict) -> str:
@@ -74,7 +103,7 @@ def encode_prompt(tokenizer, question: str) -> list[int]:
 
 
 def encode(tokenizer, pairs: list[dict], *, max_length: int = 512) -> list[dict]:
-    """Rows with `input_ids` and `labels`, -100 on the question."""
+    """Rows with `input_ids` and `labels`, -100 on the question; those that have no place for an answer are left out."""
     rows = []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair["question"]) if pair["question"] else []
@@ -85,6 +114,14 @@ def encode(tokenizer, pairs: list[dict], *, max_length: int = 512) -> list[dict]
         ids = (prompt + answer)[:max_length]
         if len(prompt) < max_length:  # else the answer is cut off, and there is nothing to learn
             rows.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:max_length]})
+    if len(rows) < len(pairs):
+        left_out = f"{len(pairs) - len(rows)} of {len(pairs)} questions have {max_length} tokens or more"
+        if not rows:
+            first = pairs[0]["question"]
+            raise bad(
+                f"{left_out}, which leaves no place for an answer: shorten them. The first is {first!r:.60}", "--data"
+            )
+        typer.echo(f"{left_out}: no place for an answer, they are left out.", err=True)
     return rows
 
 

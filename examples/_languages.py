@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _data import read_texts
+from _readers import bad
 from _worlds import pretrained_bert
 from rich.console import Console
 
@@ -22,19 +23,34 @@ class Corpus:
     held_out: dict[str, list[str]]
     typology: Typology
 
+    def called(self, language: str) -> str | None:
+        """The code under which there is text of a language, however it is spelt; None if there is none."""
+        if language not in self.typology:
+            return None
+        resolve = self.typology.resolve
+        return next((code for code in self.text if resolve(code) == resolve(language)), None)
+
 
 def read_corpus(
     data: str, typology: Path | None, pivot: str, console: Console, *, column: str = "text", language_column: str = ""
 ) -> Corpus:
-    """Text of all languages that `read_texts` finds in `data` and the typology knows."""
+    """Text of all languages that `read_texts` finds in `data` and the typology knows, two lines at least of each."""
     vectors = load_typology(typology)
     vectors.resolve(pivot)
     found = read_texts(str(data), column=column, language_column=language_column)
-    for code in found:
+    known: dict[str, str] = {}  # {code of the typology: code of the data}
+    for code, text in found.items():
         if code not in vectors:
             console.print(f"text of {code!r} is left out: the typology has no language {code!r}")
-    known = {code: text for code, text in found.items() if code in vectors and len(text) > 1}
-    return _split(pivot, known, vectors)
+        elif len(text) < 2:
+            console.print(f"text of {code!r} is left out: of {len(text)} lines none can be held out, two are needed")
+        elif (other := known.setdefault(vectors.resolve(code), code)) != code:
+            raise bad(
+                f"{data} has text of {other!r} and of {code!r}, which the typology takes for one language, "
+                f"{vectors.resolve(code)!r}: give them one code, or leave one out",
+                "--data",
+            )
+    return _split(pivot, {code: found[code] for code in known.values()}, vectors)
 
 
 def _split(pivot: str, text: dict[str, list[str]], typology: Typology, *, max_held_out: int = 200) -> Corpus:

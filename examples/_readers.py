@@ -82,15 +82,27 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, alone or as "data" in an object; or JSONL under another name."""
+    """A list of objects, or an object of columns, alone or as "data" in an object; or JSONL under another name."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         return _read_jsonl(path)
-    rows = content.get("data", [content]) if isinstance(content, dict) else content
+    rows = content.get("data", content) if isinstance(content, dict) else content
+    if isinstance(rows, dict):
+        rows = _rows_of_columns(rows)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("which is no list of JSON objects")
     return iter(rows)
+
+
+def _rows_of_columns(columns: dict[str, Any]) -> list[Row]:
+    """The rows of {column: cells}; an object with anything but lists is a row."""
+    if not columns or not all(isinstance(cells, list) for cells in columns.values()):
+        return [columns]
+    lengths = {name: len(cells) for name, cells in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"which has columns of different lengths, {lengths}: give a list of JSON objects")
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -104,7 +116,10 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_conllu(path: Path) -> Iterator[Row]:
-    """Words, universal tags, heads and relations; parts of multiword tokens as they are, empty nodes left out."""
+    """Words, universal tags, heads and relations; parts of multiword tokens as they are, empty nodes left out.
+
+    A block without words, of comments alone, is no sentence.
+    """
     import conllu
 
     with open(path, encoding="utf-8-sig") as file:
@@ -112,6 +127,8 @@ def _read_conllu(path: Path) -> Iterator[Row]:
         try:
             for sentence in conllu.parse_incr(file):
                 words = [token for token in sentence if isinstance(token["id"], int)]
+                if not words:
+                    continue
                 fields = {"tokens": "form", "upos": "upos", "heads": "head", "relations": "deprel"}
                 yield {field: [word[theirs] for word in words] for field, theirs in fields.items()}
                 number += 1

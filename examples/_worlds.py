@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _data import read_rows, read_text
+from _data import apart, as_text, as_written, find_file, read_rows, read_text, told_apart
 from _readers import bad
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -54,15 +54,16 @@ def read_world(
     texts = {
         code: read_text(where, code, column=columns.get("text", "text"), option=option) for code in (target, source)
     }
-    named_by = "--{}-column NAME".format
-    train, test = (
-        read_rows(data, code, split, columns=columns, needed=("text", "label"), named_by=named_by)
-        for code, split in ((source, "train"), (target, "test"))
-    )
-    labels = sorted({str(row["label"]) for row in train})
-    if unknown := sorted({str(row["label"]) for row in test} - {*labels}):
+    cells = {"text": as_text, "label": as_written}
+    how = {"columns": columns, "needed": tuple(cells), "cells": cells, "named_by": "--{}-column NAME".format}
+    parts = ((source, "train"), (target, "test"))
+    apart(*(find_file(data, *part) for part in parts))
+    train, test = (read_rows(data, *part, **how) for part in parts)
+    labels = sorted({row["label"] for row in train})
+    told_apart(labels)
+    if unknown := sorted({row["label"] for row in test} - {*labels}):
         raise bad(f"{target!r} has the label {unknown[0]!r}, which {source!r} has not: {labels}", "--data")
-    pairs = [[(str(row["text"]), labels.index(str(row["label"]))) for row in part] for part in (train, test)]
+    pairs = [[(row["text"], labels.index(row["label"])) for row in part] for part in (train, test)]
     return World(source, target, labels, texts, *pairs)
 
 

@@ -81,10 +81,11 @@ def main(
         corpus = read_corpus(data, typology, pivot, console, column=text_column, language_column=language_column)
     else:
         raise typer.BadParameter("--data needs an encoder, --model, and a language to leave out, --unseen")
+    asked, unseen = unseen, corpus.called(unseen)
     others = {code: sentences for code, sentences in corpus.text.items() if code != unseen}
-    if unseen == corpus.pivot or len(others) == len(corpus.text) or not others:
+    if unseen is None or unseen == corpus.called(corpus.pivot) or not others:
         raise typer.BadParameter(
-            f"must be one of several languages with text ({', '.join(corpus.text)}) and not the pivot, got {unseen!r}",
+            f"must be one of several languages with text ({', '.join(corpus.text)}) and not the pivot, got {asked!r}",
             param_hint="--unseen",
         )
     base = tiny_multilingual_bert(output / "tiny_bert", unseen, seed=seed) if not data else model

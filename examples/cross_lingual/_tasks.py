@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import typer
+from _data import Reader, as_list, as_text, as_written, told_apart
 from _readers import bad
 from _squad import best_span, f1, windows
 from transformers import (
@@ -42,7 +43,7 @@ class Task:
         predict: (model, tokenizer, rows, labels, longest) -> an answer for each row.
         score: (rows, answers) -> in [0, 1].
         clean: what rows are before anything else.
-        lists: fields that are lists.
+        cells: {field: how its cells are read}.
         least_labels: of training rows; with one, there would be nothing to tell apart.
     """
 
@@ -54,8 +55,8 @@ class Task:
     collator: Callable[[Any], Callable]
     predict: Callable[..., list[Any]]
     score: Callable[[Sequence[Row], Sequence[Any]], float]
+    cells: Mapping[str, Reader]
     clean: Callable[[Row], Row] = dict
-    lists: tuple[str, ...] = ()
     least_labels: int = 2
 
 
@@ -88,8 +89,7 @@ def labels_of(task: Task, train: Sequence[Row], tests: Mapping[str, Sequence[Row
     labels = task.labels(train)
     if labels is None:
         return None
-    if len(labels) < task.least_labels:
-        raise bad(f"all training rows have the label {labels[0]!r}: there is nothing to learn", "--data")
+    told_apart(labels, least=task.least_labels)
     for code, rows in tests.items():
         own = task.labels(rows) or []
         unknown = [label for label in own if label not in labels]
@@ -186,7 +186,7 @@ def of_words(field: str, metric: str, score: Callable, clean: Callable = dict) -
         predict=lambda *given: predict_words(*given, field=field),
         score=score,
         clean=lambda row: clean(with_texts(field, row)),
-        lists=("tokens", field),
+        cells=dict.fromkeys(("tokens", field), as_list),
     )
 
 
@@ -269,8 +269,9 @@ def of_texts(fields: tuple[str, ...], metric: str, score: Callable) -> Task:
         collator=DataCollatorWithPadding,
         predict=lambda *given: predict_texts(*given, fields=fields),
         score=score,
+        cells={**dict.fromkeys(fields, as_text), "label": as_written},
         # A label that is a number is its name, whichever kind of file it is from.
-        clean=lambda row: {**row, **{field: str(row[field]) for field in fields}, "label": str(row["label"]).strip()},
+        clean=lambda row: {**row, "label": str(row["label"]).strip()},
     )
 
 
@@ -327,7 +328,7 @@ TASKS = {
         predict=predict_trees,
         score=labelled_attachment,
         clean=with_numbers,
-        lists=("tokens", "heads", "relations"),
+        cells=dict.fromkeys(("tokens", "heads", "relations"), as_list),
         least_labels=1,
     ),
     "nli": of_texts(("premise", "hypothesis"), "accuracy", text_accuracy),
@@ -341,6 +342,7 @@ TASKS = {
         collator=DataCollatorWithPadding,
         predict=predict_answers,
         score=answer_f1,
+        cells={"question": as_text, "context": as_text, "answer": as_written},
         clean=squad_row,
     ),
 }

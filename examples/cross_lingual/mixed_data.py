@@ -34,7 +34,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _adapters import MethodName
-from _data import apart, field_names, find_file, read_rows, read_set, read_text, with_columns
+from _data import apart, as_written, field_names, find_file, read_rows, read_set, read_text, with_columns
 from _invented import SOURCE, TARGET, World, tiny_bert
 from _readers import run
 from _recipes import LANGUAGE
@@ -109,7 +109,7 @@ def real(
     data: str, source: str, target: str, *, text: str = "", columns: Mapping[str, str] | None = None, **lexicon: Any
 ) -> Mixture:
     """Rows, raw text and `read_lexicon`'s words; each row of the source has its translation in the target language."""
-    how = {"columns": columns or {}, "needed": ("id", *TASK.fields)}
+    how = {"columns": columns or {}, "needed": ("id", *TASK.fields), "cells": TASK.cells}
     parts = ((source, "train"), (target, "train"), (target, "test"))
     apart(*(find_file(data, target, split) for split in ("train", "test")))
     labelled, gold, test = ([TASK.clean(row) for row in read_rows(data, *part, **how)] for part in parts)
@@ -135,10 +135,10 @@ def read_lexicon(source: str, target: str, *, file: str = "", words: tuple[str, 
         return {}
     columns = dict(zip(("from", "to"), words or (source, target), strict=True))
     rows = read_set(file.replace("{language}", target), option="--lexicon")
-    rows = with_columns(
-        rows, columns, (), name=file, option="--lexicon", named_by=lambda field: "--lexicon-columns SOURCE TARGET"
-    )
-    pairs = ((str(row["from"]).strip().lower(), str(row["to"]).strip()) for row in rows)
+    named_by = "--lexicon-columns SOURCE TARGET"
+    how = {"cells": dict.fromkeys(columns, as_written), "named_by": lambda field: named_by}
+    rows = with_columns(rows, columns, (), name=file, option="--lexicon", **how)
+    pairs = ((row["from"].strip().lower(), row["to"].strip()) for row in rows)
     return {word: translation for word, translation in pairs if word and translation}  # some words have none
 
 

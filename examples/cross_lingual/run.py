@@ -69,9 +69,11 @@ def read_tables(task: Task, data: str, test_data: str, source: list[str], target
                 "or --data for one source and --test-data for one target",
                 param_hint=option,
             )
-    for code in set(source) & set(target):
-        apart(find_file(data, code, "train"), find_file(test_data or data, code, "test"))
-    how = {"columns": columns, "needed": task.fields, "lists": task.lists}
+    files = [find_file(data, code, "train") for code in source]
+    for code in target:
+        for file in files:
+            apart(file, find_file(test_data or data, code, "test"))
+    how = {"columns": columns, "needed": task.fields, "cells": task.cells}
     train = {code: read_rows(data, code, "train", **how) for code in source}
     return train, {code: read_rows(test_data or data, code, "test", **how) for code in target}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..checkpoints.architecture import class_name_of, read_config
 from ..checkpoints.shards import CONFIG, INDEX, WEIGHTS, is_of_checkpoint, refuse_beside_adapter
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from ..files import AtomicFolder, check_apart, check_output
+from ..lines import read_lines
 from .counting import Sameness, by_language
 from .student import make_student
 from .vocabulary import num_bytes, on_new_texts, reduce_vocabulary
@@ -107,30 +107,15 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """The texts of a file: the lines of a text file, or every text in the rows of a .jsonl file; empty ones left out.
 
     Raises:
-        ConfigError: there is no such file, or it holds no text.
+        ConfigError: there is no such file, it holds no text, or it is a table of another kind, such as CSV.
         FormatError: it is not UTF-8, or a row is no JSON.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no file {os.fspath(path)!r} of texts.")
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{file} is not UTF-8 ({error}). Convert it.") from error
-    if file.suffix in (".jsonl", ".json"):
-        found = [text for number, line in enumerate(lines, 1) for text in _texts_in(_row(file, number, line))]
-    else:
-        found = [line.rstrip("\r") for line in lines]
+    lines = read_lines(path, "texts")
+    values = lines.values() if lines.are_json else lines.numbered
+    found = [text for _, value in values for text in _texts_in(value)]
     if not found:
-        raise ConfigError(f"{file} holds no text.")
+        raise ConfigError(f"{lines.file} holds no text.")
     return found
-
-
-def _row(file: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{file}, line {number} is no JSON ({error}): one row a line.") from error
 
 
 def _texts_in(value: Any) -> list[str]:

@@ -37,6 +37,7 @@ from _bench_runs import DATA, MODELS, Results, spread
 from _console import wide_console
 from _invented import tiny_bert
 from _paired import paired
+from _tasks import labels_of
 from _training import Schedule, Workshop, use
 from mixed_data import TASK, Mixture, arms, invented, real
 from rich.console import Console
@@ -74,7 +75,7 @@ class Bench:
         else:
             self.mixture, self.base = nusax(options.data, options.source, target), str(options.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.labels = TASK.labels(self.mixture.labelled)
+        self.labels = labels_of(TASK, self.mixture.labelled, {target: self.mixture.test})
         self._adapters: dict[str, Path] = {}
 
     def arms(self, seed: int) -> dict:

@@ -40,6 +40,7 @@ from _console import wide_console
 from _invented import tiny_bert
 from _paired import paired
 from _recipes import LANGUAGE, RECIPES
+from _tasks import labels_of
 from _training import TASK, Schedule, use
 from mixed_data import TASK as SENTIMENT
 from mixed_data import invented
@@ -82,7 +83,7 @@ class Bench:
         else:
             self.mixture, self.base = nusax(options.data, options.source, options.target), str(options.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.labels = SENTIMENT.labels(self.mixture.labelled)
+        self.labels = labels_of(SENTIMENT, self.mixture.labelled, {self.mixture.target: self.mixture.test})
 
     def shop(self, method: str, seed: int, *, norms: bool, part: str) -> FactorShop:
         folder = self.folder / f"{method}_{seed}" / ("norms_frozen" if norms else "norms_tuned") / part

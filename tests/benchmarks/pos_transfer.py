@@ -64,7 +64,7 @@ from _invented import SOURCE, TARGET, World, tiny_bert
 from _masked_training import MaskedTrainer, masked_loss
 from _recipes import LANGUAGE, RECIPES
 from _report import Difference, paired_bootstrap
-from _tasks import TASKS
+from _tasks import TASKS, labels_of
 from _training import TASK, Schedule, Workshop, use
 from peft import PeftModel
 from rich.console import Console
@@ -176,7 +176,7 @@ class Bench:
         else:
             self.languages, start = read_languages(options.data), str(options.model)
         self.tokenizer = AutoTokenizer.from_pretrained(start, add_prefix_space=True)
-        self.labels = POS.labels([*self.languages.train])
+        self.labels = labels_of(POS, self.languages.train, self.languages.test)
         self.start = start
 
     @cached_property

@@ -258,6 +258,48 @@ def test_what_is_trained_on_is_not_tested_on(run, tmp_path):
     code, output = run("--task", "sentiment", *options)
     assert code == 2
     assert "bothtrainedandtestedon" in output.replace(" ", "")
+    # One file for each is one file for both, though the languages differ.
+    both = ["--data", tmp_path / "near.jsonl", "--test-data", tmp_path / "near.jsonl", *options[2:-1], "far"]
+    code, output = run("--task", "sentiment", *both)
+    assert code == 2
+    assert "bothtrainedandtestedon" in output.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (
+            "dp",
+            {"tokens": [], "heads": [], "relations": []},
+            r"'tokens' must be a list with a word at least, .* got \[\]",
+        ),
+        (
+            "dp",
+            {"tokens": ["a"], "heads": [None], "relations": ["x"]},
+            r"'heads\[0\]' must be text or a number, got None",
+        ),
+        ("ner", {"tokens": ["a"], "tags": [["O"]]}, r"'tags\[0\]' must be text or a number, got \['O'\]"),
+        ("nli", {"premise": "a", "hypothesis": 3, "label": 1}, "'hypothesis' must be text or a list of words, got 3"),
+        ("sentiment", {"text": "a", "label": ["x"]}, r"'label' must be text or a number, got \['x'\]"),
+        ("qa", {"question": "a", "context": {}, "answer": "a"}, r"'context' must be text or a list of words, got \{\}"),
+    ],
+)
+def test_a_cell_that_is_no_text_or_list_is_named(modules, tmp_path, task, row, message):
+    example, tasks = modules("run"), modules("_tasks").TASKS
+    for code, split in (("near", "train"), ("far", "test")):
+        (tmp_path / code).mkdir()
+        (tmp_path / code / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadParameter, match=rf"train\.jsonl, row 1: {message}.*; --column .*=NAME names another column"):
+        example.read_tables(tasks[task], str(tmp_path), "", ["near"], ["far"], {})
+
+
+def test_words_in_a_list_are_a_text_of_a_task(modules, tmp_path):
+    example, tasks = modules("run"), modules("_tasks").TASKS
+    for code, split in (("near", "train"), ("far", "test")):
+        (tmp_path / code).mkdir()
+        (tmp_path / code / f"{split}.jsonl").write_text(json.dumps({"words": ["a", "b"], "label": 1}) + "\n")
+    train, tests = example.read_tables(tasks["sentiment"], str(tmp_path), "", ["near"], ["far"], {"text": "words"})
+    assert train["near"][0]["text"] == tests["far"][0]["text"] == "a b"
 
 
 def test_squads_scores_are_the_official_ones(modules):
@@ -380,6 +422,11 @@ def test_mixed_data_reads_translations_and_a_lexicon(run, modules, tmp_path):
     lexicon.write_text("ind,x\nInd,aceh\nace,\n")  # a word without a translation stays
     found = mixed.real(str(tmp_path), "ind", "ace", file=str(lexicon), words=("ind", "x"))
     assert found.lexicon == {"ind": "aceh"}
+    pairs = tmp_path / "words.jsonl"
+    pairs.write_text('{"ind": "satu", "ace": ["sa", "saboh"]}\n')
+    message = r"row 1: 'ace' must be text or a number, got \['sa', 'saboh'\].*; --lexicon-columns SOURCE TARGET"
+    with pytest.raises(BadParameter, match=message):
+        mixed.read_lexicon("ind", "ace", file=str(pairs))
     assert [row["id"] for row in found.gold] == [row["id"] for row in found.labelled] == [3, 1, 2]
     assert [row["text"] for row in mixed.word_by_word(found.labelled, found.lexicon)] == ["aceh 3", "aceh 1", "aceh 2"]
     assert found.text == {"ind": ["satu"], "ace": ["sa"]}

@@ -138,6 +138,20 @@ def test_loss_counts_on_the_answer_alone(run, tiny_llama):
     assert batch["attention_mask"].sum(1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
 
 
+def test_questions_without_a_place_for_an_answer_are_counted(run, tiny_llama, capsys):
+    instructions = importlib.import_module("_instructions")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    pairs = [{"question": "a" * length, "answer": "b"} for length in (1, 40, 50)]
+    rows = instructions.encode(tokenizer, pairs, max_length=40)
+    assert [row["input_ids"] for row in rows] == [row["input_ids"] for row in instructions.encode(tokenizer, pairs[:1])]
+    said = "2 of 3 questions have 40 tokens or more: no place for an answer, they are left out."
+    assert said in capsys.readouterr().err
+    with pytest.raises(BadParameter, match=r"2 of 2 questions have 40 tokens .* shorten them\. The first is 'aaaaaa"):
+        instructions.encode(tokenizer, pairs[1:], max_length=40)
+    assert instructions.encode(tokenizer, pairs)
+    assert not capsys.readouterr().err
+
+
 def test_tokens_that_begin_a_text_begin_it_and_nothing_else(run):
     instructions = importlib.import_module("_instructions")
     tokenizer = of_words(["<unk>", "<s>", "</s>", "Question", "Answer", ":", "user", "a", "b"])
@@ -333,6 +347,55 @@ def test_language_adapters_from_typology_of_real_text(run, tmp_path):
     for language in ("bor", "dor"):
         assert sorted(corpus.text[language] + corpus.held_out[language]) == sorted(text[language])
         assert len(corpus.held_out[language]) == len(text[language]) // 10
+
+
+def read_corpus(tmp_path, files):
+    """Of a folder with these files and a typology that knows three languages; (corpus, what is said)."""
+    example = importlib.import_module("language_adapters_from_typology")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    for name, count in files.items():
+        (tmp_path / "data" / name).write_text("".join(f"line {i}\n" for i in range(count)))
+    (tmp_path / "vectors.csv").write_text("code,a,b\nace,0,1\neng,1,1\nnhe,1,0\n")
+    with example.console.capture() as captured:
+        corpus = example.read_corpus(str(tmp_path / "data"), tmp_path / "vectors.csv", "eng", example.console)
+    return corpus, captured.get()
+
+
+@pytest.mark.parametrize(("one", "other", "code"), [("ACE", "ace", "ace"), ("en", "eng", "eng"), ("nah", "nhe", "nhe")])
+def test_a_language_of_two_codes_is_refused(run, tmp_path, one, other, code):
+    message = f"text of '{one}' and of '{other}', which the typology takes for one language, '{code}': give them one"
+    with pytest.raises(BadParameter, match=message):
+        read_corpus(tmp_path, {f"{one}.txt": 3, f"{other}.txt": 3})
+
+
+def test_a_language_with_too_little_text_is_left_out_and_named(run, tmp_path):
+    corpus, said = read_corpus(tmp_path, {"ace.txt": 0, "en.txt": 2, "nah.txt": 1, "xyz.txt": 2})
+    assert list(corpus.text) == ["en"]
+    assert "text of 'ace' is left out: of 0 lines none can be held out, two are needed" in said
+    assert "text of 'nah' is left out: of 1 lines none can be held out" in said
+    assert "text of 'xyz' is left out: the typology has no language 'xyz'" in said
+
+
+def test_the_unseen_language_may_be_spelt_otherwise(run, tmp_path, monkeypatch):
+    example = importlib.import_module("language_adapters_from_typology")
+    corpus, _ = read_corpus(tmp_path, {"ACE.txt": 3, "en.txt": 3, "nah.txt": 3})
+    assert [corpus.called(code) for code in ("ace", "eng", "nhe", "xyz")] == ["ACE", "en", "nah", None]
+
+    class TrainingBeginsError(Exception):
+        pass
+
+    def encoder(lm, base, text, **settings):
+        raise TrainingBeginsError(sorted(text))
+
+    monkeypatch.setattr(example.MaskedLM, "__init__", lambda *args: None)
+    monkeypatch.setattr(example.MaskedLM, "encoder", encoder)
+    monkeypatch.setattr(example.AutoTokenizer, "from_pretrained", lambda base: None)
+    options = ["--data", tmp_path / "data", "--model", "m", "--typology", tmp_path / "vectors.csv", "--pivot", "eng"]
+    with pytest.raises(TrainingBeginsError, match=re.escape(str(["en", "nah"]))):
+        run("language_adapters_from_typology", *options, "--unseen", "ace")
+    code, output = run("language_adapters_from_typology", *options, "--unseen", "ENG")  # the pivot, whose file is en
+    assert code == 2
+    assert "not the pivot, got 'ENG'" in re.sub(r"[│\s]+", " ", output)
 
 
 @pytest.mark.parametrize(

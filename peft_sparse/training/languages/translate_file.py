@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ...errors import ConfigError, FormatError
+from ...lines import read_lines
 from .translate import Row, Translated, translate_rows
 
 TEXT = "text"
@@ -34,7 +34,7 @@ def translate_file(
     """Translate a file of rows by a saved model; see `translate_rows`, whose resuming it shares.
 
     Args:
-        rows: a .jsonl file, an object a line, or a text file, whose lines become {"text": line}.
+        rows: a .jsonl file, an object a line, or a text file, whose lines become {"text": line}; no CSV or Parquet.
         output: the .jsonl file to write.
         model: folder or Hub id of a sequence-to-sequence model, in safetensors; it runs on a GPU where there is one.
         fields: names of the fields to translate.
@@ -70,32 +70,21 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """The rows of a .jsonl file, or the lines of a text file as {"text": line}; empty lines left out.
 
     Raises:
-        ConfigError: there is no such file, or it has no rows.
+        ConfigError: there is no such file, it has no rows, or it is a table of another kind, such as CSV.
         FormatError: it is not UTF-8, or a line is no JSON object.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no file {os.fspath(path)!r} of rows.")
-    try:
-        lines = [(i, one.rstrip("\r")) for i, one in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1)]
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{file} is not UTF-8 ({error}). Convert it.") from error
-    filled = [(number, line) for number, line in lines if line.strip()]
-    if not filled:
-        raise ConfigError(f"{file} has no rows.")
-    if file.suffix not in (".jsonl", ".json"):
-        return [{TEXT: line} for _, line in filled]
-    return [_row(file, number, line) for number, line in filled]
+    lines = read_lines(path, "rows")
+    if not lines.numbered:
+        raise ConfigError(f"{lines.file} has no rows.")
+    if not lines.are_json:
+        return [{TEXT: line} for _, line in lines.numbered]
+    return [_row(lines.file, number, value) for number, value in lines.values()]
 
 
-def _row(file: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{file}, line {number} is no JSON ({error}): one row a line.") from error
-    if not isinstance(row, Mapping):
+def _row(file: Path, number: int, value: Any) -> Row:
+    if not isinstance(value, Mapping):
         raise FormatError(f"{file}, line {number} is no JSON object: a row has named fields.")
-    return dict(row)
+    return dict(value)
 
 
 def _load(model: str, adapter: str | None, tokenizer: str, revision: str | None) -> tuple[Any, Any]:

@@ -90,13 +90,16 @@ def test_an_adapter_follows(folder, tmp_path):
         (["--texts", "{}/empty.txt"], ConfigError, "holds no text"),
         (["--texts", "{}/ind.txt", "{}/other/ind.txt"], ConfigError, "are both called 'ind'"),
         (["--texts", "{}/broken.jsonl"], FormatError, "line 1 is no JSON"),
+        (["--texts", "{}/BROKEN.JSONL"], FormatError, "line 1 is no JSON"),
+        (["--texts", "{}/table.csv"], ConfigError, r"the texts must be a \.jsonl file, .* got .*table\.csv"),
         (["--texts", "{}/jav.jsonl", "--layers", "3"], ConfigError, "stride must divide the 4 layers"),
         (["--texts", "{}/jav.jsonl", "--min-count", "0"], ConfigError, "min_count must be a whole number >= 1"),
     ],
 )
 def test_it_refuses_and_writes_nothing(folder, tmp_path, arguments, error, match):
     (folder / "empty.txt").write_text("\n \n")
-    (folder / "broken.jsonl").write_text("{")
+    for name in ("broken.jsonl", "BROKEN.JSONL", "table.csv"):
+        (folder / name).write_text("{")
     (folder / "other").mkdir(exist_ok=True)
     (folder / "other" / "ind.txt").write_text("abab\n")
     result = run(folder / "model", *(one.format(folder) for one in arguments), "-o", tmp_path / "out")

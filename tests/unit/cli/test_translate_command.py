@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from peft_sparse import RandConfig, add_language_code, translate_rows
 from peft_sparse.cli import app
 from peft_sparse.errors import ConfigError, FormatError
+from peft_sparse.training.languages.translate_file import read_rows
 from tests.support import translators as tiny
 
 
@@ -54,6 +55,16 @@ def expected(folder, tmp_path, *, adapter: bool = False, **settings) -> list[dic
     given = {"fields": ["text"], "max_length": 8, **settings}
     words = AutoTokenizer.from_pretrained(folder / "model")
     return translate_rows(tiny.rows(), model, words, tmp_path / "by hand.jsonl", **given).rows
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL", "rows.Json", "rows.ndjson"])
+def test_the_kind_of_a_file_is_its_suffix_in_any_case(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "w1", "label": 1}\n')
+    assert read_rows(tmp_path / name) == [{"text": "w1", "label": 1}]
+    # Corpora are called by their language.
+    for text in ("corpus.ace", "corpus.TXT", "corpus"):
+        (tmp_path / text).write_text("w1\n")
+        assert read_rows(tmp_path / text) == [{"text": "w1"}]
 
 
 def test_it_writes_what_the_model_says(folder, tmp_path):
@@ -137,6 +148,13 @@ def test_a_new_language_comes_with_its_tokenizer(folder, tmp_path):
         ({"rows": "broken.jsonl"}, FormatError, "broken.jsonl, line 2 is no JSON"),
         ({"rows": "list.jsonl"}, FormatError, "list.jsonl, line 1 is no JSON object"),
         ({"rows": "empty.txt"}, ConfigError, "has no rows"),
+        (
+            {"rows": "table.csv"},
+            ConfigError,
+            r"must be a \.jsonl file, .*, or a text file, got .*table\.csv\. Write it as",
+        ),
+        ({"rows": "table.TSV"}, ConfigError, r"or a text file, got .*table\.TSV\. Write it as JSONL"),
+        ({"rows": "table.parquet"}, ConfigError, r"or a text file, got .*table\.parquet\. Write it as JSONL"),
         ({"rows": "latin.txt"}, FormatError, "is not UTF-8"),
         ({"more": ["--field", "premise"]}, ConfigError, r"rows.jsonl, row 1 has no text in 'premise', only the fields"),
         ({"more": ["--limit", "0"]}, ConfigError, "limit must be >= 1 rows, got 0"),
@@ -150,6 +168,8 @@ def test_what_cannot_be_translated_is_refused(folder, tmp_path, change, error, m
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for suffix in ("csv", "TSV", "parquet"):
+        (tmp_path / f"table.{suffix}").write_bytes(b"text,label\nw1,pos\n")
     (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
     if change.get("model") == "bert":
         tiny.bert().save_pretrained(tmp_path / "bert")
