@@ -25,7 +25,7 @@ ROOT = Path(peft_sparse.__file__).parent
 # A package may import those before it in its own row and all rows above.
 RANKS = [
     ["errors", "_names", "_peft_bridge"],
-    ["files", "checks", "untrusted", "tables"],
+    ["files", "checks", "untrusted", "tables", "lines"],
     ["core"],
     ["selection", "typology", "parsing"],
     ["optim"],
