@@ -31,6 +31,7 @@ from .tuners.sparse_ft.configs import one_shot as _one_shot  # noqa: F401
 from .tuners.sparse_ft.configs import spiel as _spiel  # noqa: F401
 from .tuners.sparse_ft.configs import two_phase as _two_phase  # noqa: F401
 from .tuners.sparse_ft.configs.base import SparseConfig as SparseConfig
+from .tuners.sparse_ft.expected_files import tell_of_files
 from .tuners.sparse_ft.model import SparseModel as SparseModel
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ register("MAD_G", MadGConfig, MadGModel)
 register("ADA_SFT", AdaSftConfig, AdaSftModel)
 guard_loading()
 guard_saving()
+tell_of_files()
 
 
 __getattr__ = lazy(__name__, _HOMES)

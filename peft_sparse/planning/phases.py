@@ -283,7 +283,9 @@ def _static(config: SparseConfig, model: nn.Module) -> SparseConfig:
     if planned.counts is None:
         total = sum(group.count for group in plan_groups(config, planned.targets, model))
         return _rand_of(config, num_weights=total)
-    return _rand_of(config, counts=planned.counts, num_weights=max(1, sum(planned.counts.values())))
+    static = _rand_of(config, counts=planned.counts, num_weights=max(1, sum(planned.counts.values())))
+    static.asks_for_counts = True
+    return static
 
 
 def _rand_of(config: SparseConfig, **answer: Any) -> RandConfig:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..optim.step_scale import scaled_steps
 from ..selection.output_energy import step_scale
-from ..tuners.common.events import ON_START, announce
 from ..tuners.sparse_ft.configs.base import SparseConfig
-from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, iter_drivers
+from ..tuners.sparse_ft.drivers import FIELD_DRIVERS, Driver, iter_drivers
 from ..tuners.sparse_ft.iteration import iter_deltas
 from ..tuners.sparse_ft.layers.delta import AdapterDelta
 from ..tuners.sparse_ft.layers.linear import Linear
@@ -53,7 +52,7 @@ class InputMeter:
             self.tokens += rows.shape[0]
 
 
-class RateFit:
+class RateFit(Driver):
     """Scales the steps on the linear weights of one adapter by the output energy of their supports.
 
     The inputs of the layers are measured in the training forwards of the first `MEASURED_UPDATES` updates, padding and
@@ -66,27 +65,28 @@ class RateFit:
 
     Attributes:
         adapter_name: as given.
+        deltas: {parameter name: delta} of its linear weights.
         energies: {parameter name: [I] mean squared input} of the tensors that were measured.
+        is_restored: whether it is where `load_state_dict` put it.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, config: SparseConfig) -> None:
         self.adapter_name = adapter_name
-        self._deltas: dict[str, AdapterDelta] = {}
+        self.deltas: dict[str, AdapterDelta] = {}
         self._transposed: dict[str, bool] = {}
         for name, layer, parameter, delta in iter_deltas(model, adapter_name):
             if isinstance(layer, Linear) and parameter == "weight":
-                self._deltas[name], self._transposed[name] = delta, layer.fan_in_fan_out
+                self.deltas[name], self._transposed[name] = delta, layer.fan_in_fan_out
         self._warned = False
         self.begin()
         scaled_steps.add(self)
-        # Trainers' checkpoints keep what was measured.
-        announce(ON_START)
 
     def begin(self) -> None:
         """Begin to measure, and forget what was seen before: by the passes that chose the support, for example."""
-        for delta in self._deltas.values():
+        for delta in self.deltas.values():
             delta.meter = InputMeter()
         self.energies: dict[str, Tensor] = {}
+        self.is_restored = False
         # {parameter name: (support version, updates measured, scale)}
         self._found: dict[str, tuple[int, int, float]] = {}
 
@@ -97,25 +97,34 @@ class RateFit:
     def stop(self) -> None:
         """Leave steps alone from now on."""
         scaled_steps.discard(self)
-        for delta in self._deltas.values():
+        for delta in self.deltas.values():
             delta.meter = None
 
     def scales(self, parameters: Iterable[Tensor]) -> list[tuple[Tensor, float]]:
         """(values, how much of a step to take) of the adapter's tensors among some parameters."""
         held = {id(p) for p in parameters}
-        own = {name: d for name, d in self._deltas.items() if id(d.held_values) in held}
+        own = {name: d for name, d in self.deltas.items() if id(d.held_values) in held}
+        self.is_restored &= not own
         self._measure(own)
         return [(delta.held_values, self._scale(name, delta)) for name, delta in own.items()]
 
     def scale_of(self, name: str) -> float:
         """How much of a step is taken on a tensor, as far as is known by now."""
-        return self._scale(name, self._deltas[name])
+        return self._scale(name, self.deltas[name])
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a checkpoint has anything to keep of it: it tunes the weight of some linear layer."""
+        return bool(self.deltas)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was measured so far, by parameter name, for checkpoints."""
+        """What was measured so far, by parameter name, for checkpoints, and of how many tensors."""
         state = {f"energies.{name}": energy.clone() for name, energy in self.energies.items()}
+        if self.has_state:
+            # A checkpoint in which nothing was measured yet is known from one that has lost its file.
+            state["measured"] = torch.tensor(len(state))
         for name in self.energies:
-            meter = self._deltas[name].meter
+            meter = self.deltas[name].meter
             if meter is not None and meter.total is not None:
                 state[f"total.{name}"] = meter.total.clone()
                 state[f"counts.{name}"] = torch.tensor([meter.tokens, meter.updates])
@@ -127,7 +136,7 @@ class RateFit:
         Raises:
             FormatError: an energy is not one number >= 0 for each column.
         """
-        for name, delta in self._deltas.items():
+        for name, delta in self.deltas.items():
             energy = state.get(f"energies.{name}")
             if energy is None:
                 continue
@@ -145,6 +154,7 @@ class RateFit:
                 delta.meter = meter = InputMeter()
                 meter.total, (meter.tokens, meter.updates) = total.clone(), map(int, counts)
         self._found.clear()
+        self.is_restored = True
 
     def _measure(self, deltas: dict[str, AdapterDelta]) -> None:
         seen = {name: d.meter for name, d in deltas.items() if d.meter is not None and d.meter.total is not None}
@@ -187,7 +197,7 @@ def rate_scales(model: nn.Module, adapter_name: str = "default") -> dict[str, fl
         name: fit.scale_of(name)
         for fit in iter_rate_fits(model)
         if fit.adapter_name == adapter_name
-        for name in fit._deltas
+        for name in fit.deltas
     }
 
 

@@ -380,7 +380,6 @@ EXTRAS = {
     "spiel_ag_whole_update": Method(CHOSEN, spiel(SpielAGConfig, nomination_updates=1)),
     "spiel_ag_window": Method(CHOSEN, spiel_window()),
     "spiel_ag_window_fitted": Method(RANDOM, fitted(spiel_window())),
-    "spiel_ag_drop_by_gradient": Method(RANDOM, fitted(spiel(SpielAGConfig, **MENDED, drop_by="delta_times_gradient"))),
     "spiel_ag_warm_up": Method(RANDOM, fitted(spiel(SpielAGConfig, **MENDED)), prepare=warm_up),
     "spiel_ag_once": Method(CHOSEN, spiel(SpielAGConfig, **MENDED, reselection_until=0.25)),
     "rand_by_column": Method(RANDOM, rand(), prepare=steps_by_column),

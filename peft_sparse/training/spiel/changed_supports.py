@@ -29,7 +29,8 @@ class ChangedSupports:
         self._deltas = deltas
         # {optimizer: a tensor of its state as the last update left it}
         self._left: WeakKeyDictionary[Optimizer, ReferenceType[Tensor]] = WeakKeyDictionary()
-        self.note()
+        # {parameter name: the version of its support, and that}; of none before the first step, which knows no moments.
+        self._known: dict[str, tuple[int, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_left"}
@@ -54,6 +55,8 @@ class ChangedSupports:
         Args:
             optimizers_of: gives the optimizers that have stepped on some values.
         """
+        if not self._known:
+            self.note()
         changed = [name for name, delta in self._deltas.items() if delta.support_version != self._known[name][0]]
         for name in changed:
             delta, (_, old) = self._deltas[name], self._known[name]

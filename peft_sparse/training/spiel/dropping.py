@@ -6,29 +6,23 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from ...core.sharded import whole
 from ...selection.replacement import Candidates, Replacement, drop_and_grow, redistribute
 
 
-def drop_scores(drop_by: str, values: Tensor, *, before: Tensor | None, gradient: Tensor | None) -> Tensor:
+def drop_scores(values: Tensor, before: Tensor | None) -> Tensor:
     """How much each weight of a tensor counts; the lowest are dropped.
 
     Args:
-        drop_by: of the config.
         values: [k] the tuned values, whole.
-        before: [k] what they were after the last reselection; None if there was none.
-        gradient: [k] of the update that was just made, or this process's part of it; None if there was none.
+        before: [k] what they were after the last reselection, where `drop_by` asks for that; else None.
 
     Returns:
         [k] >= 0.
 
-    Source: "delta" is that of the authors' code, "change_since_reselection" of thesis Algorithm 2; see `SpielAGConfig`.
+    Source: the sizes of deltas are those of the authors' code, of their changes those of thesis Algorithm 2; see
+    `SpielAGConfig`.
     """
-    if drop_by == "change_since_reselection" and before is not None:
-        return (values - before.to(values.device)).abs()
-    if drop_by == "delta_times_gradient" and gradient is not None:
-        return (values * whole(gradient).to(values)).abs()
-    return values.abs()
+    return values.abs() if before is None else (values - before.to(values.device)).abs()
 
 
 def choose_replacements(

@@ -19,7 +19,7 @@ from ...selection.replacement import Candidates, Replacement
 from ...selection.schedule import Schedule
 from ...tuners.common.events import ON_START, announce
 from ...tuners.sparse_ft.configs.spiel import SpielAGConfig, SpielConfig, SpielMAConfig
-from ...tuners.sparse_ft.drivers import iter_drivers
+from ...tuners.sparse_ft.drivers import Driver, iter_drivers
 from ...tuners.sparse_ft.iteration import iter_deltas
 from ..distributed import check_same_supports, refuse_processes
 from .changed_supports import ChangedSupports
@@ -36,7 +36,7 @@ from .weight_record import WeightRecord
 from .window import estimates_of, is_clear, read_estimates, saved_estimates, tap_gradients
 
 
-class Reselector:
+class Reselector(Driver):
     """Drives one SpIEL adapter. Made automatically when the adapter is added; an optimizer-step hook calls it.
 
     Args:
@@ -93,7 +93,8 @@ class Reselector:
         for name, tap in self._taps.items():
             self.deltas[name].observer = tap
         self._start()
-        announce(ON_START)
+        if not self._sleeps:
+            announce(ON_START)
 
     # ---- the clock -----------------------------------------------------------------------------
 
@@ -148,6 +149,8 @@ class Reselector:
         Raises:
             ConfigError: several optimizers share the adapter in a way that is not supported.
         """
+        if self.is_asleep:
+            return
         if self._updates.before(step):
             self._end_update(may_reselect=False)
         self._supports.before_step(self._updates.optimizers_of)
@@ -161,6 +164,8 @@ class Reselector:
                 the values, for DeepSpeed gives it flat copies of several parameters.
             SelectionError: the processes do not do the same, or the gradients are not finite.
         """
+        if self.is_asleep:
+            return
         refuse_processes(self.adapter_name, self.config.budget, self.deltas)
         names = self._updates.after(step, is_active=self._is_active())
         if names:
@@ -275,7 +280,7 @@ class Reselector:
         values = {name: whole(d.held_values).to(d.indices.device) for name, d in self.deltas.items()}
         replacements = choose_replacements(
             {name: self.deltas[name].indices for name in candidates},
-            {name: self._drop_scores(name, values[name]) for name in candidates},
+            {name: drop_scores(values[name], self._record.last_values(name)) for name in candidates},
             candidates,
             budget=self.config.budget,
             num_replaced=lambda count: schedule.num_replaced(self._due, count),
@@ -310,10 +315,6 @@ class Reselector:
             name: Candidates(estimate.indices[estimate.nominated], self._taps[name].scores(squared=squared))
             for name, estimate in estimates_of(self._taps).items()
         }
-
-    def _drop_scores(self, name: str, values: Tensor) -> Tensor:
-        gradient = self.deltas[name].held_values.grad
-        return drop_scores(self.config.drop_by, values, before=self._record.last_values(name), gradient=gradient)
 
     def _apply(self, name: str, replacement: Replacement, values: Tensor, factor: float) -> None:
         delta = self.deltas[name]

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from ...tuners.common.events import ON_START, announce
-from ...tuners.sparse_ft.configs.spiel import SpielConfig
+from ...tuners.common.events import ON_START
 from ...tuners.sparse_ft.drivers import DRIVERS
 from ..callbacks import add_to_every_trainer
 from .reselector import Reselector
-
-
-def start_reselector(model: nn.Module, adapter_name: str, config: SpielConfig) -> Reselector:
-    """The driver of a SpIEL adapter, told to trainers; see `Reselector`."""
-    reselector = Reselector(model, adapter_name, config)
-    announce(ON_START)
-    return reselector
 
 
 def tell_trainers() -> None:
@@ -26,6 +16,6 @@ def tell_trainers() -> None:
     add_to_every_trainer(ReselectionCallback)
 
 
-DRIVERS["spiel_ag"] = start_reselector
-DRIVERS["spiel_ma"] = start_reselector
+DRIVERS["spiel_ag"] = Reselector
+DRIVERS["spiel_ma"] = Reselector
 ON_START.append(tell_trainers)

@@ -21,7 +21,8 @@ class WeightRecord:
 
     def __init__(self, deltas: Mapping[str, AdapterDelta], *, keeps_values: bool) -> None:
         self._deltas, self._keeps_values = deltas, keeps_values
-        self._grown_at = {name: torch.zeros(delta.count, dtype=torch.int32) for name, delta in deltas.items()}
+        # Made when they are asked for: most adapters that are loaded never train.
+        self._grown_at: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}
         # Of the supports that this is about.
         self._versions = {name: delta.support_version for name, delta in deltas.items()}
@@ -51,7 +52,8 @@ class WeightRecord:
 
     def _look(self, name: str) -> None:
         delta = self._deltas[name]
-        if self._versions[name] != delta.support_version or self._grown_at[name].numel() != delta.count:
+        known = self._grown_at.get(name)
+        if known is None or known.numel() != delta.count or self._versions[name] != delta.support_version:
             self._grown_at[name] = torch.zeros(delta.count, dtype=torch.int32)
             self._values.pop(name, None)
             self._versions[name] = delta.support_version

@@ -23,6 +23,7 @@ from . import compose, drivers, fused_merge, state
 from .allocation import allocate, set_supports
 from .configs.base import CHANCE, GIVEN, SparseConfig
 from .dequantization import Dequantization
+from .expected_files import is_file_expected
 from .iteration import iter_deltas, iter_layers
 from .layers.base import SparseLayer
 from .layers.dispatch import wrapper_for
@@ -47,11 +48,22 @@ class SparseModel(WeightTuner):
 
     # ---- injection -------------------------------------------------------------------------------
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model (called by PEFT)."""
+        # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
+        # alone.
+        requested = self.peft_config[adapter_name]
+        self._source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _plan(
         self, config: SparseConfig, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
     ) -> Collection[str]:
+        config.is_chosen_anew = False
         if state_dict is not None:
             config.counts = state.counts_of(state_dict)
+        elif self._source is None and not is_file_expected():
+            config.choose_anew()
         if config.counts is not None:
             state.leave_out_other_heads(config, model, adapter_name)
         self._planned = allocate(config, model)
@@ -60,10 +72,7 @@ class SparseModel(WeightTuner):
         return self._targets
 
     def _complete(self, config: SparseConfig, model: nn.Module, adapter_name: str, requested: SparseConfig) -> None:
-        planned = self._planned
-        # TRL's DPO makes its reference adapter from the very config object of an existing adapter and copies the values
-        # alone.
-        source = next((n for n, c in self.peft_config.items() if c is requested and n != adapter_name), None)
+        planned, source = self._planned, self._source
         if requested.selected_by == GIVEN:
             config.target_modules = set(self._targets)
         else:
@@ -79,16 +88,17 @@ class SparseModel(WeightTuner):
         elif planned.counts is not None:
             config.counts = planned.counts
             is_known = planned.chosen is not None or config.selected_by == CHANCE or not config.init_weights
-            if is_known and not config.inference_mode:
+            if is_known and not (config.inference_mode and is_file_expected()):
                 set_supports(config, deltas, planned.chosen, adapter_name=adapter_name)
         if config.l1:
             coefficient = config.l1 / model_numel(model)
             for delta in deltas.values():
                 delta.penalise(coefficient)
-        if is_unselected(config):
-            selection = Selection(adapter_name)
-            for delta in deltas.values():
-                delta.await_selection(selection)
+        is_unset = not is_file_expected() and any(delta.is_unset for delta in deltas.values())
+        if is_unset or is_unselected(config):
+            selection = Selection(adapter_name, config, awaits_file=is_unset)
+            for name, delta in deltas.items():
+                delta.await_selection(selection, name)
         drivers.start(model, adapter_name, config)
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
@@ -229,7 +239,8 @@ class SparseModel(WeightTuner):
     def _receive(
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor], undo: Receipt
     ) -> dict[str, Tensor]:
-        state_dict = state.for_loading(model, config, adapter_name, state_dict, is_own_file=undo.is_own_file)
+        is_own_file = undo.is_own_file and not config.is_chosen_anew
+        state_dict = state.for_loading(model, config, adapter_name, state_dict, is_own_file=is_own_file)
         return super()._receive(model, config, adapter_name, state_dict, undo)
 
     # ---- composition -----------------------------------------------------------------------------

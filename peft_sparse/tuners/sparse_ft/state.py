@@ -40,7 +40,8 @@ def for_saving(
     counts = count_weights(model, adapter_name)
     if any(counts.values()):
         config.counts = counts
-    warn_of_saving(base_model_of(model), adapter_name, config)
+    deltas = [delta for *_, delta in iter_deltas(model, adapter_name)]
+    warn_of_saving(base_model_of(model), adapter_name, config, deltas)
     warn_beyond_range(model, adapter_name)
     gather(model, own, state_dict)
     heads: dict[str, Tensor] = {}

@@ -18,7 +18,6 @@ from peft_sparse import (
     select_by_gradients,
 )
 from peft_sparse.errors import ConfigError
-from peft_sparse.selection import criteria
 from tests.support.training import Labelled, make_args, make_bert
 
 SHAPE = (9, 8)
@@ -215,90 +214,3 @@ def test_a_trainer_selects_and_reselects(tmp_path):
 def test_unknown_supports_are_refused(value):
     with pytest.raises(ConfigError, match="initial_support must be"):
         SpielAGConfig(density=0.1, initial_support=value)
-
-
-# ---- what is dropped -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, SparseAdamW])
-def test_what_is_dropped_equals_a_slow_reference(make_optimizer):
-    model, delta, reselector = made(
-        drop_by="delta_times_gradient",
-        estimation_steps=5,
-        replace_all_first=False,
-        initial_reselection_rate=0.5,
-        total_steps=None,
-    )
-    start = delta.indices.tolist()
-    optimizer = make_optimizer([delta.values], lr=1e-2, weight_decay=0.0)
-    values, m, v = dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
-    for update in range(5):
-        g = gradient(update).double().flatten()
-        for j in start:
-            m[j], v[j] = 0.9 * m[j] + 0.1 * float(g[j]), 0.999 * v[j] + 0.001 * float(g[j]) ** 2
-            ratio = (m[j] / (1 - 0.9 ** (update + 1))) / ((v[j] / (1 - 0.999 ** (update + 1))) ** 0.5 + 1e-8)
-            values[j] -= 1e-2 * ratio
-    train(model, optimizer, range(5))
-    last = gradient(4).double().flatten()
-    weakest = set(sorted(start, key=lambda j: abs(values[j] * float(last[j])))[:6])
-    dropped = set(start) - set(delta.indices.tolist())
-    assert dropped
-    assert dropped <= weakest
-    # What is as weak and stays was among the strongest candidates.
-    nominated = largest(gradient(0), 12)
-    assert weakest - dropped <= nominated | set(start)
-    assert len(reselector.history) == 1
-
-
-# ---- what is grown by ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nomination_updates", [0, 2])
-@pytest.mark.parametrize("grow_by", ["gradient", "fisher", "weight_times_gradient", "gradient_on_small_weights"])
-def test_what_is_grown_equals_a_slow_reference(grow_by, nomination_updates):
-    model, delta, reselector = made(
-        grow_by=grow_by, estimation_steps=3, candidates_per_weight=3.0, nomination_updates=nomination_updates
-    )
-    weight = model.base_model.model.layer.base_layer.weight.detach().double().flatten()
-    rms = float(weight.square().mean().sqrt())
-    factor = {
-        "weight_times_gradient": weight.abs(),
-        "gradient_on_small_weights": 1 / (weight.abs() + 0.1 * rms),
-    }.get(grow_by, torch.ones_like(weight))
-    seen = torch.stack([gradient(i).double().flatten() for i in range(3)])
-    first = seen[: max(1, nomination_updates)].sum(0).abs() * factor
-    candidates = first.topk(36).indices
-    score = seen.square().mean(0) if grow_by == "fisher" else seen.mean(0).abs() * factor
-    train(model, sgd(delta), range(3))
-    expected = candidates[score[candidates].topk(12).indices]
-    assert set(delta.indices.tolist()) == set(expected.tolist())
-    assert reselector.history[0].update == 3
-
-
-def test_growth_criteria_that_make_no_sense_are_refused():
-    with pytest.raises(ConfigError, match="grow_by must be"):
-        SpielAGConfig(density=0.1, grow_by="low_rank_weight")
-    with pytest.raises(ConfigError, match="needs grow_by='gradient', got 'fisher'"):
-        SpielAGConfig(density=0.1, grow_by="fisher", uncertain_share=0.1)
-
-
-# ---- criteria of one-shot --------------------------------------------------------------------------------------------
-
-
-def test_the_low_rank_part_is_scored_by_its_entries(monkeypatch):
-    generator = torch.Generator().manual_seed(4)
-    weight = torch.randn(12, 9, generator=generator)
-    monkeypatch.setattr(criteria, "LOW_RANK", 3)
-    u, s, v = torch.linalg.svd(weight.double())
-    expected = sum(s[i] * u[:, i : i + 1] @ v[i : i + 1] for i in range(3)).abs()
-    found = criteria.low_rank_weight(weight, criteria.GradientMeans(None, None, 0))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    vector = weight[0]
-    assert torch.equal(criteria.low_rank_weight(vector, criteria.GradientMeans(None, None, 0)), vector.abs())
-    model = get_peft_model(
-        Slope(), OneShotConfig(num_weights=12, target_modules=["layer"], criterion="low_rank_weight", budget="uniform")
-    )
-    ((_, _, _, delta),) = iter_deltas(model)
-    base = model.base_model.model.layer.base_layer.weight.detach().double()
-    u, s, v = torch.linalg.svd(base)
-    assert set(delta.indices.tolist()) == largest((u[:, :3] * s[:3]) @ v[:3], 12)

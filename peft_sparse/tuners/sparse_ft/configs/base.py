@@ -150,8 +150,11 @@ class SparseConfig(WeightConfig):
     counts: dict[str, int] | None = field(default=None, metadata={"help": "Filled in by the library."})
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in by the library."})
 
-    # Not a field: the checked file that this config came with, until it is loaded.
+    # Not fields: the checked file that this config came with, until it is loaded; whether `counts` are asked for all
+    # the same (by a plan); and whether a model's own copy was made without them, so that they are not those of a file.
     verified: ClassVar[Verified | None] = None
+    asks_for_counts = False
+    is_chosen_anew = False
     default_method: ClassVar[str] = "rand"
     # What chooses the support of this method; until then an adapter holds no weight.
     selected_by: ClassVar[str] = NOTHING
@@ -186,6 +189,20 @@ class SparseConfig(WeightConfig):
         if self.first_phase == GRADIENTS:
             return (Stage("selection by gradients", selects=True), *super().stages)
         return super().stages
+
+    def choose_anew(self) -> None:
+        """Take out what the library has filled in for another adapter, so that a new one has weights of its own choice.
+
+        Counts of an adapter that has no way to choose stay.
+        """
+        if not self._is_bound_to_file and not self.asks_for_counts:
+            self.counts = self.verified = None
+            self.is_chosen_anew = True
+
+    @property
+    def _is_bound_to_file(self) -> bool:
+        """Whether the weights to tune are known from the adapter's own file alone."""
+        return self.selected_by == NOTHING
 
     @staticmethod
     def card_facts(config: Mapping[str, Any]) -> list[str]:

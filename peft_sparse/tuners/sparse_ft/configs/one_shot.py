@@ -135,6 +135,11 @@ class OneShotConfig(SparseConfig):
             return GRADIENTS
         return GRADIENTS if resolve_criterion(self.criterion).needs_gradients else WEIGHTS
 
+    def choose_anew(self) -> None:
+        """See `SparseConfig`; the random part is drawn for the new adapter as well."""
+        super().choose_anew()
+        self.drawn_for = None
+
     def to_dict(self) -> dict[str, Any]:
         """All fields; a function by its name."""
         return {**super().to_dict(), "criterion": criterion_name(self.criterion)}
@@ -160,6 +165,10 @@ class GivenConfig(SparseConfig):
     )
 
     selected_by: ClassVar[str] = GIVEN
+
+    @property
+    def _is_bound_to_file(self) -> bool:
+        return self.support is None
 
     def _check_request(self) -> None:
         # A file has the answer, and the targets that were read off the support.

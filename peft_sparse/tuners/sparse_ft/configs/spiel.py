@@ -15,7 +15,7 @@ from .base import CHANCE, GRADIENTS, SparseConfig, method_name
 RANDOM = "random"
 # Criteria that a position has on its own, whatever the others of its tensor are.
 GROW_BY = ("gradient", "fisher", "weight_times_gradient", "gradient_on_small_weights")
-DROP_BY = ("delta", "change_since_reselection", "delta_times_gradient")
+DROP_BY = ("delta", "change_since_reselection")
 
 
 @dataclass
@@ -42,8 +42,6 @@ class SpielConfig(SparseConfig):
         reselection_schedule: how it falls: "linear" xi (1 - t/T) or "cosine" xi/2 (1 + cos(pi t/T)).
         drop_by: "delta" drops the weights that differ least from their pretrained values (the authors' code, and the
             thesis's text), "change_since_reselection" those that moved least since the last one (its Algorithm 2).
-            One more to try, of nobody's paper: "delta_times_gradient" drops by |delta| times the last update's
-            |gradient|, what taking the weight back would change the loss by to first order.
         replace_all_first: replace every weight at the first reselection, for the support to start from is random.
         reselection_until: share of training after which the support stays as it is, in (0, 1].
         total_steps: T, updates in all of training; None takes the trainer's.
@@ -65,7 +63,7 @@ class SpielConfig(SparseConfig):
     estimation_steps: int = field(default=5, metadata={"help": "Updates over which gradients are estimated."})
     initial_reselection_rate: float = field(default=0.2, metadata={"help": "Share of weights to replace at first."})
     reselection_schedule: str = field(default="linear", metadata={"help": "How the share falls: 'linear' or 'cosine'."})
-    drop_by: str = field(default="delta", metadata={"help": "What is weak: 'delta', 'change_since_reselection', ..."})
+    drop_by: str = field(default="delta", metadata={"help": "What is weak: 'delta' or 'change_since_reselection'."})
     replace_all_first: bool = field(default=True, metadata={"help": "Replace the whole random support at first."})
     reselection_until: float = field(default=1.0, metadata={"help": "Share of training with reselection."})
     total_steps: int | None = field(default=None, metadata={"help": "Updates in all of training."})

@@ -20,6 +20,7 @@ from ....core.overlay import Overlay, add_deltas
 from ....core.sharded import how_sharded, is_sharded
 from ....core.traced import Viewer, gradient_shown, is_traced
 from ...common.base_module import called, loaded
+from ...common.events import ON_START, announce
 from ...common.layer import PARAMETERS, beyond_range, not_finite, not_whole
 from ...common.packed import parameter_device, parameter_shape
 from ...common.state_dict_hooks import StateDictHooks
@@ -117,13 +118,25 @@ class SparseLayer(MovableLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, and which values train (PEFT's method, without walks over single parameters)."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        wakes = False
         for parameter in PARAMETERS:
             for name, delta in self._modules[f"sparse_ft_{parameter}"]._modules.items():
                 # None where a library has put something else in the parameter's place, which is its to train.
                 values, trains = delta._parameters.get("values"), name in names and not inference_mode
                 if values is not None and values.requires_grad is not trains and values.is_leaf:
                     values.requires_grad_(trains)
+                    wakes |= trains and delta.wakes_driver
         self._active_adapter = names
+        if wakes:
+            announce(ON_START)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze adapters or let them train (PEFT's method)."""
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        held = [self._modules[f"sparse_ft_{parameter}"]._modules for parameter in PARAMETERS]
+        if requires_grad and any(deltas[name].wakes_driver for deltas in held for name in names & deltas.keys()):
+            announce(ON_START)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, out of the base parameters first if it is there."""

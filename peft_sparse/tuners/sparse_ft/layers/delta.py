@@ -67,11 +67,16 @@ class AdapterDelta(NeverOffloaded):
         meter: sees the inputs of the layer in training forwards while its steps are being fitted, else None.
         gradient_viewer, input_viewer: through which graphs of torch.compile show these two what they see; None where
             there is nobody.
-        selection: shared by the deltas of an adapter whose weights were yet to be selected when it was made, else None.
+        wakes_driver: whether trainers have to know when its values are let train: see `drivers.Driver`.
+        selection: shared by the deltas of an adapter whose weights were yet to be selected or loaded when it was made,
+            else None.
+        parameter_name: of the tuned tensor, where there is a selection.
     """
 
     indices: Tensor
+    wakes_driver = False
     selection: unselected.Selection | None = None
+    parameter_name = ""
 
     def __init__(self, shape: tuple[int, ...], count: int, *, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
@@ -215,7 +220,7 @@ class AdapterDelta(NeverOffloaded):
         self.support_version += 1
         self._copied = None
         if self.selection is not None and indices.numel():
-            self.selection.is_made = True
+            self.selection.note(self.parameter_name, indices.numel())
         self._own_values = weakref.ref(self.values)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -242,11 +247,22 @@ class AdapterDelta(NeverOffloaded):
             self.values_dtype = self.values.dtype
         return self
 
-    def await_selection(self, selection: unselected.Selection) -> None:
-        """Say, when training starts before a selection is made, that there is nothing to train."""
-        self.selection = selection
+    @property
+    def is_unset(self) -> bool:
+        """Whether there are values whose indices nobody has ever set, so that they are 0, 1, 2, ..."""
+        return not self.support_version and bool(self.count) and not self.held_values.is_meta
+
+    def await_selection(self, selection: unselected.Selection, parameter_name: str) -> None:
+        """Say, when training starts before a selection is made or a file is loaded, that there is nothing to train.
+
+        Args:
+            selection: what the deltas of the adapter share.
+            parameter_name: of the tuned tensor.
+        """
+        self.selection, self.parameter_name = selection, parameter_name
         unselected.unselected.add(self)
-        announce(ON_UNFINISHED)
+        if not selection.awaits_file:
+            announce(ON_UNFINISHED)
 
     def penalise(self, l1_coefficient: float) -> None:
         """Add l1_coefficient * sum |values| to what every optimizer that holds the values minimises."""
@@ -272,7 +288,7 @@ class AdapterDelta(NeverOffloaded):
         if self.l1_coefficient:
             regularization.penalised.add(self)
         if self.selection is not None and not self.selection.is_made:
-            self.await_selection(self.selection)
+            self.await_selection(self.selection, self.parameter_name)
 
     def check_support(self) -> None:
         """Refuse a copy whose indices were overwritten in place, while its values stayed what they were.
