@@ -50,10 +50,13 @@ class SM3(Float32StateMixin, Optimizer):
 
     Raises:
         ValueError: a hyperparameter out of range.
+        ConfigError: by `load_state_dict`: another optimizer wrote the state.
 
     Source: Anil et al. 2019, arXiv:1901.11150, SM3-II; thesis 7.3.2 and algorithm 3. Differs from the authors' code in:
     arguments of other optimizers are refused, and momentum is carried to a new support.
     """
+
+    own_state = ("accumulator_0",)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from math import log
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 
 from ..core.sharded import is_sharded, own_part
 from ._float32_state import Float32StateMixin
+from .other_states import as_aged
+
+logger = logging.getLogger(__name__)
 
 # Elements that are updated together: on a CPU few enough that a group's tensors stay in its cache over all operations,
 # elsewhere enough that few kernels are started.
@@ -43,13 +47,17 @@ class SparseAdamW(Float32StateMixin, Optimizer):
         state: per parameter "age" (int32, one number on the CPU, or [k] where the values are), "exp_avg" and
             "exp_avg_sq" [k]: float32 for any dtype of the values but float64, also after `load_state_dict`.
 
+    `load_state_dict` also takes what `torch.optim.AdamW` saved, in which all weights of a tensor have one age.
+
     Raises:
         ValueError: a hyperparameter out of range.
+        ConfigError: by `load_state_dict`: another optimizer wrote the state.
 
     Source: thesis 7.3.1. Differs from the authors' code in: eps is added after the bias correction as torch does (they
     add it before, which makes it larger for young weights), and the age counts correctly for bfloat16 values.
     """
 
+    own_state = ("age", "exp_avg", "exp_avg_sq")
     host_state = ("age",)
 
     def __init__(
@@ -113,6 +121,15 @@ class SparseAdamW(Float32StateMixin, Optimizer):
             "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
         }
+
+    def _understood(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        aged = as_aged(state_dict)
+        if aged is not None:
+            logger.warning(
+                "SparseAdamW goes on from a state of AdamW: with its moments, and its number of steps as the age of "
+                "every weight."
+            )
+        return super()._understood(state_dict if aged is None else aged)
 
     def _takes_fused(self, parameters: list[Tensor]) -> bool:
         """Whether torch's kernel computes the step: on a CPU, where it reads and writes everything once."""

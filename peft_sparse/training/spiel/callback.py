@@ -13,12 +13,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...errors import ConfigError
 from ...files import atomic_file, save_tensors
+from ...tuners.common.base_model import base_models_in
+from ...tuners.sparse_ft.unselected import open_phase
 from ..decay import decay_deltas_only
 from ..fitted_rate import iter_rate_fits
 from ..merged import refuse_merged
 from ..rates import warn_of_rate
+from ..trainer.completeness import STATE as TRAINER_STATE
 from ..trainer.completeness import naming
 from .reselector import iter_reselectors
+from .same_adapter import holds_adapters
 from .saved_state import check_state
 
 logger = logging.getLogger(__name__)
@@ -39,14 +43,14 @@ class ReselectionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        reselectors = list(iter_reselectors(model))
+        reselectors, fits = list(iter_reselectors(model)), list(iter_rate_fits(model))
         if reselectors:
             refuse_merged(model)
             warn_of_rate(model, kwargs.get("optimizer"))
             decay_deltas_only(kwargs.get("optimizer"), model)
         # A sparse trainer has read the state already, from wherever its checkpoint lies. It may count fewer updates
         # than the trainer has steps: those that a loss scaler skipped.
-        is_read = state.global_step > 0 and any(r.is_restored for r in reselectors)
+        is_read = state.global_step > 0 and any(driver.is_restored for driver in (*reselectors, *fits))
         for reselector in reselectors:
             if reselector.config.max_grad_norm is None:
                 reselector.max_grad_norm = args.max_grad_norm or None
@@ -54,13 +58,13 @@ class ReselectionCallback(TrainerCallback):
                 reselector.set_total_steps(state.max_steps)
             else:
                 reselector.begin_training(state.max_steps)
-        if (reselectors or any(iter_rate_fits(model))) and state.global_step and not is_read:
+        if state.global_step and not is_read and not _is_in_dense_phase(model) and adapters_with_state(model):
             resume(model, args, state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if args.should_save:
+        if args.should_save and not _is_in_dense_phase(model):
             save_state(model, Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     # transformers writes a checkpoint that answers a SIGTERM without `on_save`: at one of its own callbacks, which come
@@ -104,6 +108,18 @@ class ReselectionCallback(TrainerCallback):
         is_just_in_time = args.enable_jit_checkpoint and control.should_training_stop and args.should_save
         if is_just_in_time and folder.is_dir() and not Path(folder, STATE_FILE).exists():
             _write(tensors, folder)
+
+
+def adapters_with_state(model: nn.Module) -> set[str]:
+    """The adapters of a model that `save_state` keeps anything of."""
+    fits = (fit for fit in iter_rate_fits(model) if fit.has_state)
+    return {driver.adapter_name for driver in (*iter_reselectors(model), *fits)}
+
+
+def _is_in_dense_phase(model: nn.Module) -> bool:
+    """Whether a first phase is open whose checkpoints lie elsewhere, hold no adapter, and so nothing of this."""
+    phases = [open_phase(base) for base in base_models_in(model)]
+    return any(phase is not None and not getattr(phase, "holds_adapter", False) for phase in phases)
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -177,18 +193,28 @@ def resume(model: nn.Module, args: TrainingArguments, global_step: int) -> None:
     folders = [Path(args.output_dir, f"checkpoint-{global_step}")]
     if isinstance(args.resume_from_checkpoint, str):
         folders.insert(0, Path(args.resume_from_checkpoint))
-    for folder in folders:
-        if Path(folder, STATE_FILE).is_file():
+    found = [folder for folder in folders if all(Path(folder, name).is_file() for name in (STATE_FILE, TRAINER_STATE))]
+    for folder in found:
+        if holds_adapters(folder, model, adapters_with_state(model)):
             load_state(model, folder)
             return
-    if not any(iter_reselectors(model)):
-        return  # rates are fitted anew
+    why = "belongs to other weights than those that were resumed, in" if found else "was not found in"
+    reselectors, fits = list(iter_reselectors(model)), [fit for fit in iter_rate_fits(model) if fit.has_state]
+    what = []
+    if reselectors:
+        what.append(
+            f"reselection goes on from update {global_step} without the open window and the ages of the weights"
+        )
+    if fits:
+        what.append("the inputs that fitted_rate looks at are measured anew")
     logger.warning(
-        "%s was not found in %s: reselection goes on from update %d without the open window and the ages of the "
-        "weights. Call peft_sparse.load_training_state(model, checkpoint) in a callback, or use SparseTrainer.",
+        "%s %s %s: %s. Call peft_sparse.load_training_state(model, checkpoint) in a callback, or use SparseTrainer.",
         STATE_FILE,
-        " or ".join(map(str, folders)),
-        global_step,
+        why,
+        " or ".join(map(str, found or folders)),
+        ", and ".join(what),
     )
-    for reselector in iter_reselectors(model):
+    for reselector in reselectors:
         reselector.skip_to(global_step)
+    for fit in fits:
+        fit.begin()

@@ -15,10 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ...checkpoints.adapter_files import CONFIG_FILE
 from ...files import AtomicFolder
+from ...optim.other_states import refusing_ours
 from ...tuners.common.adapter_config import active_adapters_of, carrier_of, carries_in_a_part
 from ..phases.phase import Phase
-from ..spiel.callback import STATE_FILE, load_state, save_state
-from ..spiel.reselector import iter_reselectors
+from ..spiel.callback import STATE_FILE, adapters_with_state, load_state, save_state
 from ..stacked_adapters import trains
 from .completeness import STATE, Needs, check_moments, holds_adapter, naming
 from .preemption import is_just_in_time
@@ -83,9 +83,13 @@ class PhaseCheckpoints(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
+        if self.args.should_save and self._keeps_state():
             # The callback does so as well, but after the trainer's state, and not under SIGTERM.
             save_state(self.model, output_dir)
+
+    def _keeps_state(self) -> bool:
+        """Whether the checkpoints of the phase that is under way hold adapters, and the training state beside them."""
+        return self._phase is None or self._phase.holds_adapter
 
     def _save_selection(self, adapter: str, kind: type[Phase], trial: Any) -> None:
         """Keep adapter and heads at the boundary, for a run that stops before the second phase's first checkpoint."""
@@ -104,10 +108,17 @@ class PhaseCheckpoints(_Base):
             self._load_phase(self._phase, resume_from_checkpoint)
         elif model is None and self._trained_adapters():
             self._load_trained(resume_from_checkpoint)
-            if os.path.isfile(os.path.join(resume_from_checkpoint, STATE_FILE)):
-                load_state(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+        if not self._is_sharded():
+            self._load_state(resume_from_checkpoint)
+
+    def _load_state(self, folder: str | None) -> None:
+        if folder is not None and self._keeps_state() and os.path.isfile(os.path.join(folder, STATE_FILE)):
+            load_state(self.model, folder)
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_phase(self, phase: Phase, folder: str) -> None:
         phase.load(folder)
@@ -128,7 +139,7 @@ class PhaseCheckpoints(_Base):
         if self._phase is not None and best is not None:
             logger.info("Loading the best of the %s phase from %s (score: %s).", self._phase.name, best, score)
             self._load_phase(self._phase, best)
-        elif best is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self._trained_adapters():
+        elif best is not None and not self._is_sharded() and self._trained_adapters():
             logger.info("Loading the best adapter from %s (score: %s).", best, score)
             self._load_trained(best)
         else:
@@ -146,11 +157,11 @@ class PhaseCheckpoints(_Base):
     def _needs_of_checkpoints(self) -> Needs:
         """What this run has to find in a checkpoint. FSDP and DeepSpeed write theirs in ways of their own."""
         model = carrier_of(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not active_adapters_of(model):
+        if self._is_sharded() or not active_adapters_of(model):
             return Needs(training=False)
         adapters = folders_of(model, self._trained_adapters() or active_adapters_of(model))
         files = []
-        if any(reselector.adapter_name in adapters for reselector in iter_reselectors(model)):
+        if not adapters_with_state(model).isdisjoint(adapters):
             files.append(STATE_FILE)
         training = not self.args.save_only_model
         if training and getattr(self.accelerator, "scaler", None) is not None:
@@ -164,10 +175,14 @@ class PhaseCheckpoints(_Base):
     # ---- damaged files ---------------------------------------------------------------------------
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with naming(f"{checkpoint}/optimizer.pt or scheduler.pt"):
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        with naming(f"{checkpoint}/optimizer.pt or scheduler.pt"), refusing_ours(optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            if checkpoint is not None and not self._is_sharded():
                 check_moments(self.optimizer)
+        if self._is_sharded():
+            # Not with the adapter: what loads these optimizers makes a step first, which a reselection would count.
+            self._load_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with naming(f"{checkpoint}/scaler.pt"):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...checks import is_whole
-from ...errors import FormatError
+from ...errors import FormatError, SparseError
 from .preemption import SENTINEL
 
 STATE = "trainer_state.json"
@@ -174,7 +174,7 @@ def naming(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, FormatError):
+    except (torch.OutOfMemoryError, SparseError):
         raise
     except _UNREADABLE as error:
         raise damaged(path, error) from error

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_sparse.errors import ConfigError
+from peft_sparse.optim.other_states import refusing_ours
 from peft_sparse.optim.sm3 import SM3
+from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.tuners.sparse_ft.layers.delta import AdapterDelta
 
 
@@ -127,7 +130,7 @@ def test_weight_decay_pulls_values_to_zero() -> None:
     assert d.values.item() == pytest.approx(2 * (1 - 0.1 * 0.5))
 
 
-def run(optimizer: SM3, p: Tensor, gradients: list[float]) -> None:
+def run(optimizer: torch.optim.Optimizer, p: Tensor, gradients: list[float]) -> None:
     for g in gradients:
         p.grad = torch.full_like(p, g)
         optimizer.step()
@@ -139,13 +142,44 @@ def test_state_stays_float32_when_it_is_loaded() -> None:
     run(optimizer, d.values, [1.0, 0.03])
     other = copy.deepcopy(d)
     loaded = SM3([other.values], deltas=[other], momentum=0.5)
-    loaded.load_state_dict(optimizer.state_dict())
+    for _ in range(2):  # torch adds to the settings of an optimizer that has loaded one
+        loaded.load_state_dict(optimizer.state_dict())
     assert loaded.row_accumulator(other.values).dtype == torch.float32
     assert torch.equal(loaded.row_accumulator(other.values), optimizer.row_accumulator(d.values))
     assert loaded.row_accumulator(other.values)[0].bfloat16() != loaded.row_accumulator(other.values)[0]
     run(optimizer, d.values, [0.3])
     run(loaded, other.values, [0.3])
     assert torch.equal(d.values, other.values)
+
+
+@pytest.mark.parametrize("other", [SparseAdamW, torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("has_stepped", [True, False])
+def test_states_of_other_optimizers_are_refused(other: type[torch.optim.Optimizer], has_stepped: bool) -> None:
+    d = delta((2, 2), [0, 3])
+    wrote = other([d.values], lr=0.1)
+    if has_stepped:
+        run(wrote, d.values, [1.0])
+    optimizer = SM3([d.values], deltas=[d], momentum=0.5)
+    with pytest.raises(ConfigError, match=r"was written by .*, and this run's is SM3"):
+        optimizer.load_state_dict(wrote.state_dict())
+    run(optimizer, d.values, [1.0])
+    assert optimizer.row_accumulator(d.values).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD, SparseAdamW])
+def test_other_optimizers_refuse_its_state_where_they_are_told_to(other: type[torch.optim.Optimizer]) -> None:
+    d = delta((2, 2), [0, 3])
+    wrote = SM3([d.values], deltas=[d])
+    run(wrote, d.values, [1.0])
+    optimizer = other([d.values], lr=0.1)
+    with (
+        refusing_ours(optimizer),
+        pytest.raises(ConfigError, match=f"was written by SM3, and this run's is {other.__name__}"),
+    ):
+        optimizer.load_state_dict(wrote.state_dict())
+    with refusing_ours(wrote):
+        wrote.load_state_dict(copy.deepcopy(wrote.state_dict()))
+    assert wrote.row_accumulator(d.values).tolist() == [1.0, 1.0]
 
 
 def test_a_copied_optimizer_knows_the_copied_deltas() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_sparse.errors import ConfigError
 from peft_sparse.optim import sparse_adamw
+from peft_sparse.optim.sm3 import SM3
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 
 SIZES = [(5,), (300,), (7, 11), (), (0,), (64, 3, 2)]
@@ -211,6 +213,64 @@ def test_a_loaded_state_is_a_copy_and_hooks_of_others_are_heard() -> None:
     assert torch.equal(loaded.state[q]["exp_avg"], optimizer.state[p]["exp_avg"] * 2)
     loaded.state[q]["exp_avg_sq"].fill_(7)
     assert float(optimizer.state[p]["exp_avg_sq"].max()) < 1
+
+
+@pytest.mark.parametrize("hyperparameters", HYPERPARAMETERS)
+def test_a_state_of_torchs_adamw_goes_on_bit_for_bit(
+    hyperparameters: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    params = parameters()
+    theirs = torch.optim.AdamW(params, fused=True, **{"weight_decay": 0.0, **hyperparameters})
+    for step in range(5):
+        set_gradients(params[1:] if step == 3 else params, step)
+        theirs.step()
+    twins = copy.deepcopy(params)
+    ours = SparseAdamW(twins, lr=9.0)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert caplog.text.count("SparseAdamW goes on from a state of AdamW") == 1
+    assert ours.state[twins[0]]["age"].dtype == torch.int32
+    assert ours.state[twins[0]].keys() == {"age", "exp_avg", "exp_avg_sq"}
+    for step in range(5, 10):
+        for ps, optimizer in ((params, theirs), (twins, ours)):
+            set_gradients(ps, step)
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True)), step
+    # Saved again it is a state of its own, which nobody has to take over.
+    caplog.clear()
+    again = SparseAdamW(copy.deepcopy(twins))
+    again.load_state_dict(ours.state_dict())
+    assert not caplog.text
+
+
+def other_states() -> dict[str, tuple[str, Any]]:
+    """{case: who wrote it, an optimizer that did}."""
+    p = [nn.Parameter(torch.ones(4))]
+    return {
+        "SM3": ("SM3", SM3(p)),
+        "AdamW with maxima": ("AdamW", torch.optim.AdamW(p, amsgrad=True)),
+        "Adam, decay in its moments": ("AdamW", torch.optim.Adam(p, weight_decay=0.1)),
+        "RAdam": ("AdamW", torch.optim.RAdam(p)),
+        "SGD": ("SGD", torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        "Adagrad": (r"another optimizer, with \['step', 'sum'\]", torch.optim.Adagrad(p)),
+        "SGD that keeps nothing": (r"another optimizer, with \['dampening'", torch.optim.SGD(p, lr=0.1)),
+    }
+
+
+@pytest.mark.parametrize("case", other_states())
+def test_other_states_are_refused_and_change_nothing(case: str) -> None:
+    writer, wrote = other_states()[case]
+    wrote.param_groups[0]["params"][0].grad = torch.ones(4)
+    wrote.step()
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = SparseAdamW([p], lr=0.5)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ConfigError, match=f"was written by {writer}.*, and this run's is SparseAdamW"):
+        optimizer.load_state_dict(wrote.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][0][key], value) for key, value in before["state"][0].items())
 
 
 def test_many_small_tensors_are_split_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:

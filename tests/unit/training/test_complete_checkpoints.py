@@ -25,8 +25,11 @@ from peft_sparse import (
     SpielAGConfig,
     iter_deltas,
     iter_reselectors,
+    rate_scales,
 )
+from peft_sparse.training.fitted_rate import InputMeter
 from peft_sparse.training.spiel.callback import STATE_FILE, load_state, save_state
+from peft_sparse.training.spiel.same_adapter import holds_adapters
 from peft_sparse.training.trainer.completeness import Needs
 from peft_sparse.training.trainer.resume import find_resume_point
 from peft_sparse.training.trainer.stored_adapters import load_adapters
@@ -35,6 +38,7 @@ from tests.support.training import Labelled, assert_same_tensors, deltas, make_a
 CONFIGS = {
     "spiel": SpielAGConfig(density=0.05, target_modules=["query"], reselection_steps=4, estimation_steps=2),
     "rand": RandConfig(num_weights=80, target_modules=["query"]),
+    "fitted": RandConfig(num_weights=80, target_modules=["query"], fitted_rate=True),
     "ticket": LotteryTicketConfig(num_weights=80, target_modules=["query"]),
     "ada": AdaSftConfig(target_modules=["query"]),
 }
@@ -43,8 +47,9 @@ FIRST = {"ticket": "_dense", "ada": "_mask"}
 
 def make(folder, kind, *, cls=SparseTrainer, **changes):
     changes = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, **changes}
+    own = {"dense_args": changes.pop("dense_args")} if "dense_args" in changes else {}
     model = get_peft_model(make_bert(), CONFIGS[kind])
-    return cls(model=model, args=make_args(folder, **changes), train_dataset=Labelled())
+    return cls(model=model, args=make_args(folder, **changes), train_dataset=Labelled(), **own)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,13 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path, whole, file, harm, ca
 
 @pytest.mark.parametrize(
     ("kind", "file"),
-    [("spiel", STATE_FILE), ("spiel", "adapter_config.json"), ("rand", "optimizer.pt"), ("ticket", "rng_state.pth")],
+    [
+        ("spiel", STATE_FILE),
+        ("spiel", "adapter_config.json"),
+        ("fitted", STATE_FILE),
+        ("rand", "optimizer.pt"),
+        ("ticket", "rng_state.pth"),
+    ],
 )
 def test_the_run_ends_as_if_it_had_not_been_interrupted(tmp_path, whole, kind, file):
     folder = copy_of(whole[kind], tmp_path)
@@ -98,6 +109,36 @@ def test_the_run_ends_as_if_it_had_not_been_interrupted(tmp_path, whole, kind, f
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
     assert_same_tensors(state_of(resumed.model), state_of(whole[kind].model))
+
+
+@pytest.mark.parametrize("case", ["no input is seen", "no linear layer is tuned"])
+def test_a_fitted_rate_that_measures_nothing_wants_no_more_than_was_written(tmp_path, case, monkeypatch):
+    config = CONFIGS["fitted"]
+    if case == "no input is seen":
+        monkeypatch.setattr(InputMeter, "see", lambda self, x: None)
+    else:
+        config = RandConfig(num_weights=80, target_modules=["word_embeddings"], fitted_rate=True)
+    monkeypatch.setitem(CONFIGS, "fitted", config)
+    uninterrupted = make(tmp_path, "fitted")
+    uninterrupted.train()
+    assert set(rate_scales(uninterrupted.model).values()) <= {1.0}
+    assert (tmp_path / "checkpoint-8" / STATE_FILE).is_file() == (case == "no input is seen")
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed = make(tmp_path, "fitted")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_tensors(state_of(resumed.model), state_of(uninterrupted.model))
+
+
+def test_rates_are_not_those_of_another_run_with_as_many_steps(tmp_path, whole, caplog):
+    """The trainer reads the named checkpoint, and its callback must not read the output folder's afterwards."""
+    other = make(tmp_path, "fitted", data_seed=1)
+    other.train()
+    assert rate_scales(other.model) != rate_scales(whole["fitted"].model)
+    resumed = make(tmp_path, "fitted")
+    resumed.train(resume_from_checkpoint=os.path.join(whole["fitted"].args.output_dir, "checkpoint-4"))
+    assert rate_scales(resumed.model) == rate_scales(whole["fitted"].model)
+    assert_same_tensors(state_of(resumed.model), state_of(whole["fitted"].model))
+    assert STATE_FILE not in caplog.text
 
 
 @pytest.mark.parametrize("kind", FIRST)
@@ -109,6 +150,23 @@ def test_first_phases_too(tmp_path, whole, kind):
     resumed = make(folder, kind)
     resumed.train(resume_from_checkpoint=True)
     assert_same_tensors(state_of(resumed.model), state_of(whole[kind].model))
+
+
+def test_a_dense_phase_has_nothing_to_do_with_the_state_of_sparse_checkpoints(tmp_path, monkeypatch, caplog):
+    """Both phases number their checkpoints from the start, and the state is of the sparse phase alone."""
+    config = LotteryTicketConfig(num_weights=80, target_modules=["query"], fitted_rate=True)
+    monkeypatch.setitem(CONFIGS, "ticket", config)
+    uninterrupted = make(tmp_path / "a", "ticket")
+    uninterrupted.train()
+    assert not list((tmp_path / "a" / "_dense").rglob(STATE_FILE))
+    resumed = make(tmp_path / "a", "ticket")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "_dense" / "checkpoint-4"))
+    assert STATE_FILE not in caplog.text
+    assert rate_scales(resumed.model) == rate_scales(uninterrupted.model)
+    assert_same_tensors(state_of(resumed.model), state_of(uninterrupted.model))
+    short = make(tmp_path / "b", "ticket", max_steps=2, dense_args={"max_steps": 8})
+    short.train()
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["_dense", "checkpoint-2"]
 
 
 def test_a_checkpoint_that_sigterm_cut_short(tmp_path, whole):
@@ -257,6 +315,47 @@ def test_one_that_trains_and_is_unknown_is_named(tmp_path, whole, caplog):
     assert "adapter 'other' is not in" in caplog.text
     assert_same_tensors(deltas(trainer.model, "other"), before)
     assert_same_tensors(deltas(trainer.model), deltas(whole["spiel"].model))
+
+
+# ---- whose checkpoint a folder is ------------------------------------------------------------------------------------
+
+
+def move_a_value(delta):
+    delta.values.data[0] += 1e-3
+
+
+def halve(delta):
+    delta.values.data = delta.values.data.half()
+
+
+def move_an_index(delta):
+    free = next(i for i in range(delta.numel) if i not in set(delta.indices.tolist()))
+    indices, order = torch.cat([delta.indices[1:], torch.tensor([free], dtype=torch.int32)]).sort()
+    delta.set_support(indices, delta.values.detach()[order])
+
+
+@pytest.mark.parametrize(
+    ("change", "harm", "holds"),
+    [
+        (lambda delta: None, lambda path: None, True),
+        (move_a_value, lambda path: None, False),
+        (move_an_index, lambda path: None, False),
+        (halve, lambda path: None, True),
+        (move_a_value, remove, True),  # it cannot be told
+        (lambda delta: None, truncate, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_checkpoint_is_known_by_its_adapters(tmp_path, change, harm, holds, name):
+    model = get_peft_model(make_bert(dropout=0.0), CONFIGS["rand"], adapter_name=name)
+    for *_, delta in iter_deltas(model, name):
+        delta.values.data.fill_(0.1)  # wherever they lie; and half precision rounds it
+    model.save_pretrained(tmp_path)
+    change(next(iter_deltas(model, name))[-1])
+    harm(tmp_path / ("" if name == "default" else name) / "adapter_model.safetensors")
+    assert holds_adapters(tmp_path, model, [name]) == holds
+    model.requires_grad_(False)
+    assert holds_adapters(tmp_path, model, [name])
 
 
 # ---- the state of the reselection ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from peft_sparse.errors import ConfigError, FormatError
 from peft_sparse.optim.step_scale import _before
 from peft_sparse.selection.output_energy import step_scale
 from peft_sparse.training.fitted_rate import iter_rate_fits
+from peft_sparse.training.spiel.callback import STATE_FILE
+from peft_sparse.training.spiel.callback import resume as resume_state
 from tests.support.training import Labelled, make_args, make_bert
 
 BATCHES = [{"input_ids": row["input_ids"][None], "labels": row["labels"][None]} for row in Labelled(8)]
@@ -242,6 +245,40 @@ def test_a_resumed_run_scales_alike(tmp_path, trainer, save_at):
     assert rate_scales(whole) == rate_scales(again)
     for (name, _, _, first), (_, _, _, second) in zip(iter_deltas(whole), iter_deltas(again), strict=True):
         assert torch.equal(first.values, second.values), name
+
+
+@pytest.mark.parametrize("there", ["nothing", "another run's checkpoint", "one that lost its state"])
+def test_a_plain_trainer_says_that_it_measures_anew(tmp_path, there, caplog):
+    """Unless it finds the state of the checkpoint that it resumes from where its callback looks for it."""
+
+    def run(folder, resume=None, **changes):
+        torch.manual_seed(5)
+        model = get_peft_model(make_bert(dropout=0.0), RandConfig(density=0.02, fitted_rate=True))
+        args = make_args(folder, max_steps=7, save_strategy="steps", save_steps=5, **changes)
+        Trainer(model=model, args=args, train_dataset=Labelled()).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole")
+    kept = tmp_path / "whole" / "checkpoint-5"
+    looked_at = tmp_path / "out" / "checkpoint-5"
+    if there == "another run's checkpoint":
+        run(tmp_path / "out", data_seed=1)
+    elif there == "one that lost its state":
+        shutil.copytree(kept, looked_at)
+        kept = looked_at
+        (kept / STATE_FILE).unlink()
+    again = run(tmp_path / "out", resume=str(kept))
+    is_there = there == "another run's checkpoint"
+    told = "belongs to other weights than those that were resumed, in" if is_there else "was not found in"
+    assert f"{STATE_FILE} {told} {looked_at}: the inputs that fitted_rate looks at are measured anew." in caplog.text
+    # What it measures are the updates that it makes itself.
+    (fit,) = iter_rate_fits(again)
+    assert {tuple(fit.state_dict()[f"counts.{name}"].tolist())[1] for name in fit.energies} == {2}
+    assert rate_scales(again).keys() == rate_scales(whole).keys()
+    assert rate_scales(again) != rate_scales(whole)
+    # A model that has trained already forgets what it measured then.
+    resume_state(again, make_args(tmp_path / "none"), 5)
+    assert (fit.energies, set(rate_scales(again).values())) == ({}, {1.0})
 
 
 def test_a_foreign_state_is_refused(tmp_path):

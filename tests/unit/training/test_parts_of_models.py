@@ -149,6 +149,19 @@ def test_reselection_goes_on_in_a_trainer_of_transformers(tmp_path, made):
     assert_same_tensors(tensors(resumed), tensors(model))
 
 
+@pytest.mark.parametrize(("made", "other"), [(by_peft, Trainer), (by_transformers, Trainer), (by_peft, SparseTrainer)])
+def test_it_does_not_go_on_with_the_state_of_another_run(tmp_path, made, other, caplog):
+    """Under a trainer of transformers the adapter lies in the whole model's file, and nowhere else."""
+    trainer(tmp_path / "out", Tagger(made(TYPES["spiel"]())), Trainer).train()
+    shutil.move(tmp_path / "out", tmp_path / "kept")
+    trainer(tmp_path / "out", Tagger(made(TYPES["spiel"]())), other, data_seed=1).train()
+    resumed = Tagger(made(TYPES["spiel"]()), seed=1)
+    run = trainer(tmp_path / "out", resumed, Trainer)
+    run.train(resume_from_checkpoint=str(tmp_path / "kept" / "checkpoint-2"))
+    assert f"belongs to other weights than those that were resumed, in {tmp_path / 'out'}" in caplog.text
+    assert run.state.global_step == 6
+
+
 def test_what_a_trainer_of_transformers_would_not_train_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="are not selected yet, so this trainer would train nothing of them"):
         trainer(tmp_path, Tagger(by_peft(TYPES["ticket"]())), Trainer).train()

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Trainer
 
-from peft_sparse import SpielAGConfig, iter_deltas, resident
+from peft_sparse import SM3, ConfigError, SpielAGConfig, iter_deltas, resident
 from peft_sparse.optim.sparse_adamw import SparseAdamW
 from peft_sparse.training.spiel import callback, gradient_tap, reselector
 from peft_sparse.training.spiel.gradient_tap import GradientTap
@@ -160,6 +160,34 @@ def test_a_hand_written_loop_resumes_bit_for_bit(cls, stop):
     tail = train(second, optimizer, range(stop, 12))
     assert head + tail == losses
     assert_same_tensors(deltas(second), whole)
+
+
+def sm3_of(model):
+    return SM3([p for p in model.parameters() if p.requires_grad], 1e-2, deltas=[d for *_, d in iter_deltas(model)])
+
+
+@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("fields", [{}, {"target_biases": True, "target_modules": ["query"]}])
+def test_sm3_tells_of_updates_that_the_reselection_does_not_know(cls, fields):
+    """It counts none, but its accumulators hold more than the gradients of one update."""
+    first = make(cls, **fields)
+    optimizer = sm3_of(first)
+    train(first, optimizer, range(3))
+    saved = copy.deepcopy((get_peft_model_state_dict(first), optimizer.state_dict()))
+
+    def restored():
+        model = make(cls, **fields)
+        set_peft_model_state_dict(model, saved[0])
+        optimizer = sm3_of(model)
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        return model, optimizer
+
+    with pytest.raises(ConfigError, match=r"the optimizer has made updates of adapter 'default' before.*skip_to\("):
+        train(*restored(), range(3, 4))
+    second, optimizer = restored()
+    driver(second).skip_to(3)
+    train(second, optimizer, range(3, 8))
+    assert driver(second).update == 8
 
 
 def plain_trainer(folder, cls, save_at):
