@@ -227,7 +227,7 @@ class WeightLayer(NamedRows, LikeItsBase, BaseTunerLayer):
 
     def _for_each(self, x: Tensor, result: Tensor) -> Tensor:
         """What a layer makes of examples x [B, ...], one entry for each: also of embeddings that count positions
-        themselves, and give one for all [1, T, H] (BART) or [T, H] (Whisper).
+        themselves, and give one for all [1, T, H] (BART) or [T, H].
         """
         if not isinstance(self.get_base_layer(), nn.Embedding) or x.dim() < 2:
             return result

@@ -119,8 +119,9 @@ def natively(config, folder):
     return model, "three"
 
 
-@pytest.mark.parametrize("made", [alone, beside_it, natively])
-@pytest.mark.parametrize("reused", REUSED)
+@pytest.mark.parametrize(
+    ("made", "reused"), [*((alone, reused) for reused in REUSED), (beside_it, read), (natively, read)]
+)
 def test_a_new_adapter_chooses_for_itself(old, reused, made):
     request_of, held, folder = old
     model, name = made(reused(held, folder), folder)
@@ -132,7 +133,7 @@ def test_a_new_adapter_chooses_for_itself(old, reused, made):
     assert not any(values.any() for _, values in deltas(model, name).values())
 
 
-@pytest.mark.parametrize("reused", REUSED)
+@pytest.mark.parametrize("reused", [read, of_a_model])
 def test_it_goes_through_its_phases_and_trains_like_a_fresh_one(old, reused, tmp_path):
     request_of, held, folder = old
 
@@ -214,8 +215,7 @@ def by_torch(model, held):
     model.load_state_dict(held.state_dict())
 
 
-@pytest.mark.parametrize("fill", [by_peft, by_torch])
-@pytest.mark.parametrize("reused", REUSED)
+@pytest.mark.parametrize(("fill", "reused"), [(by_peft, read), (by_torch, of_a_model)])
 def test_one_that_is_filled_by_hand_is_as_what_fills_it(old, reused, fill, tmp_path):
     _, held, folder = old
     model = get_peft_model(bert(), reused(held, folder))
