@@ -22,7 +22,7 @@ from ...errors import ConfigError
 BASE = "__base__"
 # Embeddings of the distance between two tokens (T5's relative_attention_bias): their ids are [queries, keys], of which
 # all examples have the same.
-_OF_DISTANCES = re.compile(r"(^|[._])rel(ative)?_")
+_OF_DISTANCES = re.compile(r"(^|_)rel(ative)?_")
 
 
 def names_by_module(
@@ -78,7 +78,7 @@ def _batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 def _refuse_distances(path: str, module: nn.Module, adapter_names: Sequence[str]) -> None:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
-    if not (isinstance(base, nn.Embedding) and _OF_DISTANCES.search(path)):
+    if not (isinstance(base, nn.Embedding) and _OF_DISTANCES.search(path.rsplit(".", 1)[-1])):
         return
     acting = [name for name in dict.fromkeys(adapter_names) if module.acts(name)]
     if acting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -91,6 +92,15 @@ def test_positions_without_examples(rows: int) -> None:
     for i, name in enumerate(["one", "two"]):
         model.set_adapter(name)
         assert torch.equal(found[i], model(input_ids=x)[i])
+
+
+def test_what_an_embedding_counts_is_told_by_its_own_name() -> None:
+    model = adapted("SPARSE_FT", nn.Sequential(OrderedDict(rel_part=Small())), "one", "two", target_modules=["tokens"])
+    x = ids(2)
+    found = model(x, adapter_names=["one", "two"])
+    for i, name in enumerate(["one", "two"]):
+        model.set_adapter(name)
+        assert torch.equal(found[i], model(x)[i])
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
